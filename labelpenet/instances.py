@@ -1,0 +1,219 @@
+"""`Instances`: the one thing that flows between modules, readers, evaluators and exporters.
+
+Shape letters: ``N`` instances, ``H, W`` height and width of the image in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as rle
+from torch import Tensor
+
+from labelpenet.errors import InputError
+
+
+@dataclass(eq=False)
+class Instances:
+    """The instances of one image.
+
+    Attributes:
+        boxes: (N, 4) float32, ``x1, y1, x2, y2`` in pixels; a box is the half-open rectangle [x1, x2) x [y1, y2).
+        labels: (N,) int64, index into the list of foreground classes, from 0.
+        weights: (N,) float32 in [0, 1]: confidence of a pseudo-label, score of a prediction, 1 for a true object.
+        image_size: (H, W) of the image that boxes and masks refer to.
+        masks: (N, H, W) bool, or None where there are none.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    weights: Tensor
+    image_size: tuple[int, int]
+    masks: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        n = len(self.boxes)
+        height, width = self.image_size
+        if self.boxes.ndim != 2 or self.boxes.shape[1] != 4:
+            raise ValueError(f"boxes must be (N, 4), but got {tuple(self.boxes.shape)}")
+        if self.labels.shape != (n,):
+            raise ValueError(f"labels must be ({n},), but got {tuple(self.labels.shape)}")
+        if self.weights.shape != (n,):
+            raise ValueError(f"weights must be ({n},), but got {tuple(self.weights.shape)}")
+        if self.masks is not None and self.masks.shape != (n, height, width):
+            raise ValueError(f"masks must be ({n}, {height}, {width}), but got {tuple(self.masks.shape)}")
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __getitem__(self, index: Tensor | slice | Sequence[int] | int) -> Instances:
+        """The instances selected by a boolean mask, indices or a slice; an int selects one, still as `Instances`."""
+        if isinstance(index, int):
+            index = [index]
+        if not isinstance(index, (Tensor, slice)):
+            index = torch.as_tensor(index, dtype=torch.long, device=self.boxes.device)
+        masks = None if self.masks is None else self.masks[index]
+        return Instances(self.boxes[index], self.labels[index], self.weights[index], self.image_size, masks)
+
+    @classmethod
+    def empty(cls, image_size: tuple[int, int], with_masks: bool = False) -> Instances:
+        """No instance in an image of ``image_size`` (H, W)."""
+        masks = torch.zeros(0, *image_size, dtype=torch.bool) if with_masks else None
+        return cls(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), torch.zeros(0), image_size, masks)
+
+    @classmethod
+    def cat(cls, parts: Sequence[Instances]) -> Instances:
+        """The instances of several parts of the same image, in order; masks only if every part has them."""
+        if not parts:
+            raise ValueError("cat needs at least one Instances")
+        sizes = {part.image_size for part in parts}
+        if len(sizes) > 1:
+            raise ValueError(f"parts must belong to one image, but their sizes are {sorted(sizes)}")
+        masks = [part.masks for part in parts if part.masks is not None]
+        return cls(
+            torch.cat([part.boxes for part in parts]),
+            torch.cat([part.labels for part in parts]),
+            torch.cat([part.weights for part in parts]),
+            parts[0].image_size,
+            torch.cat(masks) if len(masks) == len(parts) else None,
+        )
+
+    def to(self, device: torch.device | str) -> Instances:
+        """The same instances on another device."""
+        masks = None if self.masks is None else self.masks.to(device)
+        return Instances(
+            self.boxes.to(device), self.labels.to(device), self.weights.to(device), self.image_size, masks
+        )
+
+    def validate(self, num_classes: int | None = None) -> Instances:
+        """Checks the values, not only the shapes, and returns self.
+
+        Raises:
+            InputError: a box that is not finite, has no area or leaves the image by more than a pixel; a label
+                outside [0, num_classes); a weight outside [0, 1].
+        """
+        height, width = self.image_size
+        boxes, weights = self.boxes, self.weights
+        if not bool(torch.isfinite(boxes).all()):
+            raise InputError("a box holds NaN or infinity; remove it")
+        for index in torch.nonzero((boxes[:, 2] <= boxes[:, 0]) | (boxes[:, 3] <= boxes[:, 1])).flatten().tolist():
+            raise InputError(f"box {index} {_round(boxes[index])} has no area; x2 must exceed x1, and y2 y1")
+        outside = (boxes < -1).any(1) | (boxes[:, 2] > width + 1) | (boxes[:, 3] > height + 1)
+        for index in torch.nonzero(outside).flatten().tolist():
+            raise InputError(f"box {index} {_round(boxes[index])} leaves the image of {width} x {height} pixels")
+        if len(self) and (int(self.labels.min()) < 0 or (num_classes and int(self.labels.max()) >= num_classes)):
+            bound = "C" if num_classes is None else num_classes
+            raise InputError(f"labels must be in [0, {bound}), but got {sorted(set(self.labels.tolist()))}")
+        if not bool(((weights >= 0) & (weights <= 1)).all()):
+            raise InputError(f"weights must be in [0, 1], but got {_round(weights)}")
+        return self
+
+    def to_coco(self, image_id: int | str, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+        """The instances as rows of a COCO results list.
+
+        Args:
+            image_id: the id that every row carries.
+            category_ids: for each class index the COCO ``category_id``.
+
+        Returns:
+            One dict an instance: ``image_id, category_id, bbox`` (x, y, width, height), ``score`` and, where there are
+            masks, ``segmentation`` (compressed RLE with ``counts`` as text).
+        """
+        rows = []
+        encoded = [None] * len(self) if self.masks is None else encode_masks(self.masks)
+        for box, label, weight, segmentation in zip(
+            self.boxes.tolist(), self.labels.tolist(), self.weights.tolist(), encoded, strict=True
+        ):
+            row: dict[str, Any] = {
+                "image_id": image_id,
+                "category_id": category_ids[label],
+                "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                "score": weight,
+            }
+            if segmentation is not None:
+                row["segmentation"] = segmentation
+            rows.append(row)
+        return rows
+
+    @classmethod
+    def from_coco(
+        cls, rows: Iterable[dict[str, Any]], image_size: tuple[int, int], category_ids: Sequence[int]
+    ) -> Instances:
+        """The inverse of `to_coco`, for the rows of one image.
+
+        Masks are kept if every row has a ``segmentation`` (RLE, compressed or not, or polygons). A row without
+        ``bbox`` gets its mask's tight box.
+
+        Raises:
+            InputError: an unknown category, or a mask that does not fit the image.
+        """
+        rows = list(rows)
+        index = {category: label for label, category in enumerate(category_ids)}
+        unknown = sorted({row["category_id"] for row in rows} - set(index))
+        if unknown:
+            raise InputError(f"unknown category_id {unknown[0]}; known are {sorted(index)}")
+        masks = None
+        if rows and all(row.get("segmentation") for row in rows):
+            masks = torch.stack([decode_mask(row["segmentation"], image_size) for row in rows])
+        boxes = torch.zeros(len(rows), 4)
+        for i, row in enumerate(rows):
+            if row.get("bbox") is not None:
+                x, y, width, height = row["bbox"]
+                boxes[i] = torch.tensor([x, y, x + width, y + height])
+            elif masks is not None:
+                boxes[i] = masks_to_boxes(masks[i : i + 1])[0]
+        labels = torch.tensor([index[row["category_id"]] for row in rows], dtype=torch.long)
+        weights = torch.tensor([float(row.get("score", 1.0)) for row in rows])
+        return cls(boxes, labels, weights, image_size, masks)
+
+
+def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
+    """(N, H, W) bool masks as compressed COCO RLE, ``{"size": [H, W], "counts": str}`` each."""
+    packed = np.asfortranarray(masks.cpu().numpy().astype(np.uint8).transpose(1, 2, 0))
+    return [{"size": list(row["size"]), "counts": row["counts"].decode("ascii")} for row in rle.encode(packed)]
+
+
+def decode_mask(segmentation: Any, image_size: tuple[int, int]) -> Tensor:
+    """One COCO ``segmentation`` (polygons, or RLE compressed or not) as an (H, W) bool mask.
+
+    Raises:
+        InputError: the segmentation is malformed, or an RLE of another size than ``image_size``.
+    """
+    height, width = image_size
+    try:
+        if isinstance(segmentation, list):
+            encoded = rle.merge(rle.frPyObjects(segmentation, height, width))
+        elif isinstance(segmentation["counts"], list):
+            encoded = rle.frPyObjects(segmentation, *segmentation["size"])
+        else:
+            encoded = segmentation
+        if tuple(encoded["size"]) != (height, width):
+            raise InputError(f"a mask of size {tuple(encoded['size'])} lies on an image of size {(height, width)}")
+        return torch.from_numpy(rle.decode(encoded).astype(bool))
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"a segmentation cannot be decoded ({error}); expected COCO polygons or RLE") from error
+
+
+def masks_to_boxes(masks: Tensor) -> Tensor:
+    """The tight boxes (N, 4) float32 of (N, H, W) bool masks, half-open in pixels; zeros for an empty mask."""
+    n, height, width = masks.shape
+    columns, rows = masks.any(1), masks.any(2)
+    ends = []
+    for hit, size in ((columns, width), (rows, height)):
+        position = torch.arange(size, device=masks.device)
+        first = torch.where(hit, position, size).amin(1) if size else position.new_zeros(n)
+        last = torch.where(hit, position + 1, 0).amax(1) if size else position.new_zeros(n)
+        ends.append((first.clamp(max=size), last))
+    (x1, x2), (y1, y2) = ends
+    boxes = torch.stack([x1, y1, x2, y2], 1).float()
+    return torch.where((x2 > 0)[:, None], boxes, torch.zeros_like(boxes))
+
+
+def _round(values: Tensor) -> list[float]:
+    return [round(value, 2) for value in values.flatten().tolist()]
