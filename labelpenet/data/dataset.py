@@ -7,8 +7,8 @@ by image, through `AnnotatedImages`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +79,6 @@ class AnnotatedImages:
     tagged: TaggedImages
     read: Callable[[str], Truth]
     categories: tuple[int, ...]
-    extra: Mapping[str, object] = field(default_factory=dict)
 
     def truths(self) -> dict[str, Truth]:
         """The truth of every image by id, in the order of the images."""
