@@ -7,13 +7,15 @@ by image, through `AnnotatedImages`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
+from labelpenet.data.files import brief, listing
+from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 
 
@@ -83,3 +85,93 @@ class AnnotatedImages:
     def truths(self) -> dict[str, Truth]:
         """The truth of every image by id, in the order of the images."""
         return {image.id: self.read(image.id) for image in self.tagged.images}
+
+    def readable_truths(self) -> tuple[dict[str, Truth], tuple[str, ...]]:
+        """As `truths`, but a damaged annotation among many costs only its image.
+
+        Returns:
+            The truth of every image whose annotation can be read, by id and in order, and a line for each other one
+            (the first twenty, then their number).
+
+        Raises:
+            InputError: no annotation can be read.
+        """
+        truths, problems = {}, []
+        for image in self.tagged.images:
+            try:
+                truths[image.id] = self.read(image.id)
+            except InputError as error:
+                problems.append(str(error))
+        if not truths:
+            raise InputError(problems[0] if problems else "the data set holds no image")
+        return truths, tuple(brief(problems, "images are left out because their annotation is damaged"))
+
+
+@dataclass(frozen=True)
+class NamedImage:
+    """What a reader finds of one image before classes are chosen.
+
+    Attributes:
+        id, path, number: as in `TaggedImage`.
+        names: the class names of what is in it, in any order.
+    """
+
+    id: str
+    path: Path
+    names: frozenset[str]
+    number: int | None = None
+
+
+def choose_classes(classes: Sequence[str] | None, known: Iterable[str], source: Path) -> tuple[str, ...]:
+    """The classes of a run: those asked for, in their order, or all ``known`` ones in alphabetical order.
+
+    Raises:
+        InputError: a class that ``source`` does not know (the known ones are listed), one named twice, or none.
+    """
+    names = sorted(set(known))
+    if classes is None:
+        if not names:
+            raise InputError(f"{source}: no image has a tag; nothing can be learnt from it")
+        return tuple(names)
+    chosen = tuple(classes)
+    if not chosen:
+        raise InputError(f"{source}: no class is asked for; known are {listing(names)}")
+    for name in chosen:
+        if name not in names:
+            raise InputError(f"{source}: unknown class {name!r}; known are {listing(names)}")
+        if chosen.count(name) > 1:
+            raise InputError(f"{source}: class {name!r} is asked for twice; name each once")
+    return chosen
+
+
+def tag_images(
+    found: Sequence[NamedImage], classes: Sequence[str], problems: Sequence[str], source: Path
+) -> TaggedImages:
+    """The images of a data set with the chosen ``classes`` as tags.
+
+    Args:
+        found: the images that can be used, in order.
+        classes: the chosen class names; other names of an image are left out.
+        problems: one line each about images that cannot be used.
+        source: the data set, for messages.
+
+    Raises:
+        InputError: no image can be used.
+    """
+    if not found:
+        reason = f" ({problems[0]})" if problems else ""
+        raise InputError(f"{source}: no image can be used{reason}")
+    label = {name: index for index, name in enumerate(classes)}
+    images = tuple(
+        TaggedImage(one.id, one.path, tuple(sorted(label[name] for name in one.names if name in label)), one.number)
+        for one in found
+    )
+    notes = brief(problems, f"of {len(found) + len(problems)} images are skipped")
+    negatives = sum(not image.tags for image in images)
+    if negatives:
+        notes.append(f"{negatives} of {len(images)} images show none of the classes; they serve as negatives")
+    present = {tag for image in images for tag in image.tags}
+    absent = [name for name in classes if label[name] not in present]
+    if absent:
+        notes.append(f"no image shows {listing(absent)}")
+    return TaggedImages(tuple(classes), images, tuple(notes))

@@ -1,0 +1,175 @@
+"""Photographs from disk, whatever a camera, a scanner or a web site made of them."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, MpoImagePlugin, TiffImagePlugin, WebPImagePlugin
+
+from labelpenet.errors import InputError
+
+SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
+# Only decoders that run in this process: Pillow would hand PostScript to an external interpreter. Three of them are
+# not among those that Pillow registers by itself; naming them here is what loads them.
+_LATE = (MpoImagePlugin.MpoImageFile, TiffImagePlugin.TiffImageFile, WebPImagePlugin.WebPImageFile)
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", *(late.format for late in _LATE))
+PIXEL_LIMIT = 100_000_000
+_ORIENTATION = 0x0112
+
+
+def read_image(path: Path | str) -> np.ndarray:
+    """Reads a photograph as it is meant to be seen.
+
+    The EXIF orientation is applied. Greyscale, palette, CMYK and 16-bit images become 8-bit RGB (16-bit values are
+    divided by 257), transparent pixels are laid on white, and of an animation the first frame is read.
+
+    Args:
+        path: the image file (JPEG, PNG, BMP, WebP, TIFF, GIF, PPM).
+
+    Returns:
+        (H, W, 3) uint8, RGB in [0, 255].
+
+    Raises:
+        InputError: the file is missing, truncated or no image, or has more than 100 million pixels; names the file.
+    """
+    path = Path(path)
+    with _open(path) as image:
+        try:
+            image.load()
+            pixels = _rgb(image)
+        except MemoryError as error:
+            raise InputError(f"{path}: not enough memory for {image.width} x {image.height} pixels") from error
+        except Exception as error:  # a decoder meets damaged bytes with whatever it stumbles over
+            raise InputError(f"{path}: damaged or truncated image ({_reason(error)}); replace the file") from error
+        return _upright(pixels, _orientation(image))
+
+
+def image_size(path: Path | str) -> tuple[int, int]:
+    """(H, W) in pixels of what `read_image` returns, from the file's header where the format allows it.
+
+    Raises:
+        InputError: as `read_image`, as far as the header shows it.
+    """
+    with _open(Path(path)) as image:
+        width, height = image.size
+        return (width, height) if _orientation(image) >= 5 else (height, width)
+
+
+def _open(path: Path) -> Image.Image:
+    """The image, not yet decoded, once its size is known to be harmless."""
+    if not path.exists():
+        raise InputError(f"{path}: no such image; check the path")
+    if not path.is_file():
+        raise InputError(f"{path}: not a file; give an image file")
+    try:
+        with warnings.catch_warnings():
+            # Pillow's own bomb warning: the limit below answers it. Its warnings about metadata: not our concern.
+            warnings.simplefilter("ignore")
+            image = Image.open(path, formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{path}: more than {PIXEL_LIMIT // 10**6} million pixels; make it smaller") from error
+    except OSError as error:
+        reason = error.strerror or "no JPEG, PNG, BMP, WebP, TIFF, GIF or PPM image"
+        raise InputError(f"{path}: cannot be read as an image ({reason}); replace or remove it") from error
+    except Exception as error:  # damaged headers raise whatever the parser stumbles over
+        raise InputError(f"{path}: damaged image header ({_reason(error)}); replace the file") from error
+    if image.width * image.height > PIXEL_LIMIT:
+        size = f"{image.width} x {image.height} pixels"
+        image.close()
+        raise InputError(f"{path}: {size} are more than {PIXEL_LIMIT // 10**6} million; make it smaller")
+    return image
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    """(H, W, 3) uint8 of an image in any of Pillow's modes."""
+    mode = image.mode
+    if mode.startswith("I") or mode == "F":
+        return np.repeat(_eight_bits(np.asarray(image), mode)[..., None], 3, axis=2)
+    if "A" in mode or "a" in mode or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return np.array(Image.alpha_composite(white, rgba).convert("RGB"))
+    return np.array(image.convert("RGB"))
+
+
+def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
+    """Grey values of Pillow's modes ``I;16*`` (16 bits), ``I`` (32 bits) and ``F`` as uint8."""
+    wide = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0)
+    top = wide.max(initial=0.0)
+    if mode == "F":
+        scale = 255.0 if top <= 1.0 else 1.0 if top <= 255.0 else 255.0 / top
+    elif mode.startswith("I;16"):
+        scale = 1.0 / 257.0
+    else:  # "I" holds 16-bit files of older Pillow versions, and files that really have 32 bits
+        scale = 1.0 if top <= 255.0 else 1.0 / 257.0 if top <= 65535.0 else 255.0 / top
+    return np.clip(np.round(wide * scale), 0, 255).astype(np.uint8)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1..8; 1 where there is none or it cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged metadata must not cost the picture
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undoes one of the eight EXIF orientations of (H, W, 3) pixels."""
+    if orientation >= 5:  # 5 to 8: rows and columns are exchanged
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:120]
+
+
+def voc_palette() -> np.ndarray:
+    """(256, 3) uint8: the colour of each index in VOC's class and instance maps (bit k of the index, spread)."""
+    index = np.arange(256)
+    colours = np.zeros((256, 3), np.int64)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((index >> (3 * bit + channel)) & 1) << (7 - bit)
+    return colours.astype(np.uint8)
+
+
+def read_index_map(path: Path | str) -> np.ndarray:
+    """Reads a class or instance map, such as VOC's SegmentationClass and SegmentationObject.
+
+    Palette and 8-bit grey images give their stored values; RGB ones are looked up in VOC's palette.
+
+    Returns:
+        (H, W) uint8 indices.
+
+    Raises:
+        InputError: the file cannot be read, has another mode, or a colour that is not in VOC's palette.
+    """
+    path = Path(path)
+    with _open(path) as image:
+        try:
+            image.load()
+            mode, pixels = image.mode, np.array(image)
+        except Exception as error:  # a decoder meets damaged bytes with whatever it stumbles over
+            raise InputError(f"{path}: damaged or truncated map ({_reason(error)}); replace the file") from error
+    if mode in ("P", "L", "1"):
+        return pixels.astype(np.uint8)
+    if mode not in ("RGB", "RGBA"):
+        raise InputError(f"{path}: a map of mode {mode}; save it as an 8-bit palette or grey PNG")
+    weights = np.array([65536, 256, 1])
+    codes = pixels[..., :3].astype(np.int64) @ weights
+    known = voc_palette().astype(np.int64) @ weights
+    order = np.argsort(known)
+    place = np.searchsorted(known[order], codes).clip(max=255)
+    if not (known[order][place] == codes).all():
+        raise InputError(f"{path}: holds colours that are not in VOC's palette; save it as an 8-bit palette PNG")
+    return order[place].astype(np.uint8)

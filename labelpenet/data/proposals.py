@@ -1,0 +1,543 @@
+"""Class-agnostic boxes that may hold an object: computed from photographs, cached, and measured against truth.
+
+The paper takes about 1,600 selective-search proposals per image (section 4.1). `propose` computes them for one image,
+`compute_proposals` for a data set, in parallel and cached on disk; boxes of other tools are read by
+`labelpenet.data.precomputed`. What the settings are worth is measured in docs/proposals.md.
+
+Shape letters: ``R`` proposals, ``H, W`` height and width of the image in pixels, ``G`` true objects of an image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import cv2
+import numpy as np
+
+from labelpenet.data.files import brief
+from labelpenet.data.images import read_image
+from labelpenet.errors import InputError
+
+if TYPE_CHECKING:
+    from labelpenet.data.dataset import TaggedImage, Truth
+
+Method = Literal["selective-search-fast", "selective-search-quality", "edge-boxes"]
+
+_VERSION = 1  # of what `propose` and `read_image` compute; a change makes every cached file stale
+
+
+@dataclass(frozen=True)
+class ProposalSettings:
+    """How proposals are computed.
+
+    Attributes:
+        method: selective search with OpenCV's fast or quality strategies, or edge boxes.
+        side: longer side in pixels of the working image, to which the photograph is scaled (down, or up to twice);
+            None for its own size. Boxes are always in pixels of the photograph.
+        scale: selective search: the scale ``k`` of its finest first segmentation, and the step to the coarser ones; a
+            smaller one gives more and smaller regions (OpenCV's default is 150).
+        limit: most boxes kept per image, the first by rank.
+        min_size: shortest side of a box, as a fraction in [0, 1) of the image's longer side.
+        model: OpenCV's structured-edge model file (``model.yml.gz``) for edge boxes; None takes image gradients.
+    """
+
+    method: Method = "selective-search-fast"
+    side: int | None = 250
+    scale: int = 100
+    limit: int = 2000
+    min_size: float = 0.02
+    model: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise InputError(f"unknown proposal method {self.method!r}; known are {', '.join(get_args(Method))}")
+        if self.side is not None and self.side < 16:
+            raise InputError(f"the proposals' working side must be at least 16 pixels, but is {self.side}")
+        if self.scale < 1:
+            raise InputError(f"the scale of the proposals' segmentation must be at least 1, but is {self.scale}")
+        if self.limit < 1:
+            raise InputError(f"the limit of proposals per image must be at least 1, but is {self.limit}")
+        if not 0 <= self.min_size < 1:
+            raise InputError(f"the proposals' min_size must be a fraction in [0, 1), but is {self.min_size}")
+        if self.model is not None and self.method != "edge-boxes":
+            raise InputError(f"the structured-edge model {self.model} is only for the method edge-boxes")
+        if self.model is not None and not Path(self.model).is_file():
+            raise InputError(f"{self.model}: no such structured-edge model; give OpenCV's model.yml.gz, or none")
+
+
+def propose(image: np.ndarray, settings: ProposalSettings | None = None) -> np.ndarray:
+    """The proposals of one image, best rank first; the same for the same pixels and settings in any process.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        settings: how; the defaults if None.
+
+    Returns:
+        (R, 4) float32 ``x1, y1, x2, y2``, half-open, in pixels of ``image`` and inside it, no two alike,
+        1 <= R <= ``settings.limit``. An image in which nothing is found has one proposal, the whole image.
+
+    Raises:
+        InputError: the structured-edge model cannot be read.
+    """
+    settings = settings or ProposalSettings()
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+        raise ValueError(f"image must be (H, W, 3) uint8, but got {image.shape} {image.dtype}")
+    height, width = image.shape[:2]
+    working = _working_image(image, settings.side)
+    if settings.method == "edge-boxes":
+        corners = _edge_boxes(working, settings)
+    else:
+        corners = _rank(_selective_search(working, settings))
+    scale = np.array([width / working.shape[1], height / working.shape[0]] * 2)
+    boxes = np.clip(corners * scale, 0, [width, height, width, height]).astype(np.float32)
+    shortest = max(settings.min_size * max(height, width), np.finfo(np.float32).tiny)
+    boxes = boxes[(boxes[:, 2:] - boxes[:, :2]).min(1) >= shortest]
+    if not len(boxes):
+        return np.array([[0, 0, width, height]], np.float32)
+    return _unique(boxes)[: settings.limit]
+
+
+def _working_image(image: np.ndarray, side: int | None) -> np.ndarray:
+    """The image with the longer side scaled to ``side``, as OpenCV's BGR."""
+    height, width = image.shape[:2]
+    bgr = np.ascontiguousarray(image[:, :, ::-1])
+    # Scaling a thumbnail up further than twice finds nothing new and costs time.
+    scale = 1.0 if side is None else min(side / max(height, width), 2.0)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    if size == (width, height):
+        return bgr
+    return cv2.resize(bgr, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+
+
+def _selective_search(image: np.ndarray, settings: ProposalSettings) -> np.ndarray:
+    """(R, 4) int corners of the regions that selective search merges, in no particular order."""
+    search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
+    search.setBaseImage(image)
+    if settings.method == "selective-search-quality":
+        search.switchToSelectiveSearchQuality(settings.scale, settings.scale)
+    else:
+        search.switchToSelectiveSearchFast(settings.scale, settings.scale)
+    return _corners(search.process())
+
+
+def _rank(corners: np.ndarray) -> np.ndarray:
+    """Orders boxes so that the first few cover much: roughly from large to small, near-repetitions at the end.
+
+    Selective search ranks a region by its level in the grouping hierarchy (the whole image first) times a random
+    number. OpenCV draws that from the C library's `rand`, so its order depends on what the process did before, and on
+    the platform. The set of boxes does not: it is ranked anew here, by the position in descending order of area times a
+    number from a generator with a fixed seed; boxes that overlap a better one by more than 0.8 then move to the end.
+    """
+    area = (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
+    corners = corners[np.lexsort((*corners.T, -area))]
+    corners = corners[np.argsort(np.arange(len(corners)) * np.random.default_rng(0).random(len(corners)))]
+    rectangles = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
+    scores = np.linspace(1.0, 0.5, len(corners))
+    new = np.asarray(cv2.dnn.NMSBoxes(rectangles.tolist(), scores.tolist(), 0.0, 0.8), np.int64).reshape(-1)
+    repeated = np.ones(len(corners), bool)
+    repeated[new] = False
+    return np.concatenate([corners[~repeated], corners[repeated]])
+
+
+def _edge_boxes(image: np.ndarray, settings: ProposalSettings) -> np.ndarray:
+    """(R, 4) int corners of edge boxes, by descending score."""
+    if min(image.shape[:2]) < 16:  # no room for edges inside a box; OpenCV's integral images are not made for it
+        return np.zeros((0, 4), np.int64)
+    edges, orientation = _structured_edges(image, settings.model) if settings.model else _gradient_edges(image)
+    smallest = max(settings.min_size * max(image.shape[:2]), 10.0)  # below, there are many boxes and no objects
+    search = cv2.ximgproc.createEdgeBoxes(maxBoxes=settings.limit, minBoxArea=smallest**2)
+    boxes, values = search.getBoundingBoxes(edges, orientation)
+    corners, scores = _corners(boxes), np.asarray(values, np.float64).reshape(-1)
+    corners[:, :2] -= 1  # OpenCV's boxes start one pixel late: its origin is 1, and its last pixel is inclusive
+    return corners[np.lexsort((*corners.T, -scores))][: np.count_nonzero(scores > 0)]
+
+
+def _structured_edges(image: np.ndarray, model: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Edge strength in [0, 1] and the direction of its normal in [0, pi), (H, W) float32 each, from OpenCV's forest."""
+    try:
+        detector = cv2.ximgproc.createStructuredEdgeDetection(str(model))
+    except cv2.error as error:
+        raise InputError(f"{model}: not a structured-edge model of OpenCV ({_line(error)})") from error
+    edges = detector.detectEdges(np.ascontiguousarray(image[:, :, ::-1]).astype(np.float32) / 255)
+    orientation = detector.computeOrientation(edges)
+    return detector.edgesNms(edges, orientation), orientation
+
+
+def _gradient_edges(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What `_structured_edges` returns, from the strongest colour channel's gradient, thinned to ridges."""
+    smooth = cv2.GaussianBlur(image.astype(np.float32) / 255, (0, 0), 1.0)
+    gx, gy = cv2.Sobel(smooth, cv2.CV_32F, 1, 0), cv2.Sobel(smooth, cv2.CV_32F, 0, 1)
+    strength = np.hypot(gx, gy)
+    best = strength.argmax(2)[:, :, None]
+    gx, gy, magnitude = (np.take_along_axis(values, best, 2)[:, :, 0] for values in (gx, gy, strength))
+    # A few very strong edges must not push all others below edge boxes' threshold of 0.1.
+    top = np.percentile(magnitude, 99)
+    magnitude = np.clip(magnitude / top, 0, 1) if top > 0 else np.zeros_like(magnitude)
+    orientation = (np.arctan2(gy, gx) % np.pi).astype(np.float32)
+    return _thin(magnitude, orientation), orientation
+
+
+def _thin(magnitude: np.ndarray, orientation: np.ndarray) -> np.ndarray:
+    """Keeps a pixel's magnitude if neither neighbour across the edge (nearest of 4 directions) exceeds it."""
+    height, width = magnitude.shape
+    padded = np.pad(magnitude, 1)
+    sector = np.round(orientation / (np.pi / 4)).astype(int) % 4
+    ridge = np.zeros(magnitude.shape, bool)
+    for direction, (dx, dy) in enumerate(((1, 0), (1, 1), (0, 1), (-1, 1))):
+        ahead = padded[1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width]
+        behind = padded[1 - dy : 1 - dy + height, 1 - dx : 1 - dx + width]
+        ridge |= (sector == direction) & (magnitude >= ahead) & (magnitude >= behind)
+    return np.where(ridge, magnitude, 0).astype(np.float32)
+
+
+def _corners(rectangles: Any) -> np.ndarray:
+    """OpenCV's (R, 4) ``x, y, width, height`` as (R, 4) int64 corners; (0, 4) for its empty tuple."""
+    boxes = np.asarray(rectangles, np.int64).reshape(-1, 4)
+    return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
+
+
+def _unique(boxes: np.ndarray) -> np.ndarray:
+    """(R, 4) boxes without repetitions, in order of first occurrence."""
+    _, first = np.unique(boxes, axis=0, return_index=True)
+    return boxes[np.sort(first)]
+
+
+class Proposals(Mapping[str, np.ndarray]):
+    """The proposals of a data set by image id: ``proposals[id]`` is (R, 4) float32 ``x1, y1, x2, y2`` in pixels.
+
+    Boxes that lie in cache files are read when asked for, so any number of images fits in memory.
+
+    Attributes:
+        notes: one line for each image that was skipped (the first twenty), with the reason, and their number.
+    """
+
+    def __init__(self, boxes: Mapping[str, np.ndarray | Path], notes: Sequence[str] = ()) -> None:
+        self._boxes = dict(boxes)
+        self.notes = tuple(notes)
+
+    def __getitem__(self, image_id: str) -> np.ndarray:
+        boxes = self._boxes[image_id]
+        if isinstance(boxes, np.ndarray):
+            return boxes
+        stored = _load(boxes)
+        if stored is None:
+            raise InputError(
+                f"{boxes}: the cached proposals of image {image_id} are damaged or gone; compute them again"
+            )
+        return stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._boxes)
+
+    def __len__(self) -> int:
+        return len(self._boxes)
+
+    def __contains__(self, image_id: object) -> bool:
+        return image_id in self._boxes
+
+
+def compute_proposals(
+    images: Sequence[TaggedImage],
+    settings: ProposalSettings,
+    cache: Path,
+    workers: int | None = None,
+    progress: bool = False,
+) -> Proposals:
+    """The proposals of every image that can be read; those already in the cache are not computed again.
+
+    A cache file holds the boxes of one image and is named after the image file's content; its folder, after the
+    settings. Files appear whole or not at all, so a run that is interrupted goes on where it was, and several runs may
+    share a cache.
+
+    Args:
+        images: the photographs.
+        settings: how the proposals are computed.
+        cache: folder of the cache; made if it does not exist.
+        workers: processes; None for one per usable core, 1 to compute in this process.
+        progress: show a bar with the time left on standard error.
+
+    Returns:
+        The proposals by image id, in the order of ``images``. An image that cannot be read has none, and
+        is named in the ``notes``.
+
+    Raises:
+        InputError: the cache cannot be written, or a worker process died.
+    """
+    folder = _prepare(cache, settings)
+    count = workers or _usable_cores()
+    hashed = _hash_files([image.path for image in images], count)
+    targets = {path: folder / key[:2] / f"{key}.npy" for path, key in hashed.items() if not isinstance(key, Exception)}
+    failures = {path: str(error) for path, error in hashed.items() if isinstance(error, Exception)}
+    missing = {target: path for path, target in targets.items() if _load(target) is None}  # alike files: only once
+    results = _run_all(list(missing.values()), settings, count)
+    with _bar(progress, len(missing)) as advance, contextlib.closing(results):
+        for path, result in results:
+            if isinstance(result, np.ndarray):
+                _save(result, targets[path], folder)
+            else:
+                alike = [twin for twin, target in targets.items() if target == targets[path]]
+                failures.update({twin: result.replace(str(path), str(twin)) for twin in alike})
+            advance()
+    found = {image.id: targets[image.path] for image in images if image.path not in failures}
+    skipped = [failures[image.path] for image in images if image.path in failures]
+    return Proposals(found, brief(skipped, "images have no proposals"))
+
+
+def default_cache() -> Path:
+    """The user's cache folder for proposals: ``$XDG_CACHE_HOME/labelpenet/proposals``, else under ``~/.cache``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "labelpenet" / "proposals"
+
+
+def _prepare(cache: Path, settings: ProposalSettings) -> Path:
+    """The cache's folder for these settings, with the settings as JSON, swept of what killed runs left."""
+    key = {**asdict(settings), "version": _VERSION, "opencv": cv2.__version__}
+    key["model"] = None if settings.model is None else _hash_file(settings.model)
+    text = json.dumps(key, indent=1, sort_keys=True)
+    folder = cache / f"{settings.method}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _whole_file(folder / "settings.json", folder) as file:
+            file.write(text.encode())
+        for leftover in folder.glob("*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - leftover.stat().st_mtime > 3600:  # younger ones may be another run's
+                    leftover.unlink()
+    except OSError as error:
+        raise InputError(f"{folder}: cannot write the proposal cache ({error}); name another folder") from error
+    return folder
+
+
+@contextlib.contextmanager
+def _whole_file(path: Path, folder: Path) -> Iterator[Any]:
+    """A binary file to write that becomes ``path`` when all is written, by way of a temporary file in ``folder``."""
+    descriptor, temporary = tempfile.mkstemp(".tmp", dir=folder)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _save(boxes: np.ndarray, target: Path, folder: Path) -> None:
+    try:
+        target.parent.mkdir(exist_ok=True)
+        with _whole_file(target, folder) as file:
+            np.save(file, boxes)
+    except OSError as error:
+        raise InputError(
+            f"{target}: cannot write proposals ({error}); free some space or name another cache, then run again"
+        ) from error
+
+
+def _load(path: Path) -> np.ndarray | None:
+    """The boxes of a cache file, or None if it is missing or damaged."""
+    try:
+        boxes = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    whole = isinstance(boxes, np.ndarray) and boxes.dtype == np.float32 and boxes.ndim == 2 and boxes.shape[1] == 4
+    return boxes if whole else None
+
+
+def _hash_file(path: Path) -> str:
+    """Names the content of a file: 128 bits of BLAKE2b, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _hash_files(paths: Iterable[Path], threads: int) -> dict[Path, str | InputError]:
+    """The content hash of each file, or why it cannot be read."""
+
+    def attempt(path: Path) -> str | InputError:
+        try:
+            return _hash_file(path)
+        except OSError as error:
+            return InputError(f"{path}: cannot be read ({error.strerror or error}); check the path")
+
+    unique = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor(threads) as pool:  # hashing and reading let other threads run
+        return dict(zip(unique, pool.map(attempt, unique), strict=True))
+
+
+def _compute(path: Path, settings: ProposalSettings) -> np.ndarray | str:
+    """The proposals of an image file, or one line that says why there are none."""
+    try:
+        return propose(read_image(path), settings)
+    except InputError as error:
+        return _line(error)
+    except (cv2.error, MemoryError) as error:
+        return f"{path}: no proposals could be computed ({_line(error)}); replace or remove it"
+
+
+def _run_all(
+    paths: Sequence[Path], settings: ProposalSettings, workers: int
+) -> Generator[tuple[Path, np.ndarray | str]]:
+    """Path and result of `_compute`, in the order in which they are ready."""
+    if min(workers, len(paths)) <= 1:
+        for path in paths:
+            yield path, _compute(path, settings)
+        return
+    pool = ProcessPoolExecutor(min(workers, len(paths)), get_context("spawn"), _start_worker)
+    queue = iter(paths)
+    running: dict[Future[np.ndarray | str], Path] = {}
+    try:
+        while True:
+            # Two tasks per process keep it busy; no more are handed out, so that little is lost on an interruption.
+            for path in itertools.islice(queue, 2 * workers - len(running)):
+                running[pool.submit(_compute, path, settings)] = path
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                yield running[future], future.result()
+                del running[future]
+        pool.shutdown()
+    except BrokenProcessPool as error:
+        raise InputError(
+            f"a process that computes proposals died near {next(iter(running.values()))} (out of memory, or a script "
+            "without an 'if __name__ == \"__main__\"' guard?); run again with one worker; finished images are kept"
+        ) from error
+    except BaseException:  # an interruption, or the caller's error: nothing to wait for
+        _terminate(pool)
+        raise
+
+
+def _start_worker() -> None:
+    """Sets up a worker process: one thread, and a silent end on Ctrl-C, which the terminal sends to all processes."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    cv2.setNumThreads(1)
+
+
+def _terminate(pool: ProcessPoolExecutor) -> None:
+    """Ends the pool's processes without waiting for their tasks (as `terminate_workers` of Python 3.14 does)."""
+    processes = list((getattr(pool, "_processes", None) or {}).values())
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.terminate()
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _bar(show: bool, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on standard error; gives the function that moves it on by one image."""
+    if not show or not total:
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("proposals"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("proposals", total=total)
+        yield lambda: bar.advance(task)
+
+
+def _line(error: BaseException) -> str:
+    """An exception's text on one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def recall(
+    proposals: Mapping[str, np.ndarray],
+    truths: Mapping[str, Truth],
+    classes: Sequence[str],
+    counts: Sequence[int] = (100, 300, 1000, 2000),
+) -> dict[str, Any]:
+    """How well the proposals cover the true objects, as a function of their number.
+
+    Args:
+        proposals: by image id, (R, 4) pixels, best first. An image without an entry has none: its objects are missed.
+        truths: by image id; difficult objects and crowds do not count.
+        classes: names of the C classes, in label order.
+        counts: numbers of proposals per image, from the best on; an image that has fewer gives all of its own.
+
+    Returns:
+        ``{"images": .., "objects": {class: number}, "rows": [..]}`` with one row for each count: ``{"count", "boxes"
+        (mean number used per image), "recall@0.5", "recall@0.7", "ABO" (average best overlap), "per_class": {class:
+        {"recall@0.5", "recall@0.7", "ABO"}}}``, fractions in [0, 1]. A row's figures are the means over the classes
+        that have objects; without any they are NaN.
+    """
+    best: list[list[np.ndarray]] = [[] for _ in classes]  # for each class and image (number of counts, G)
+    used = np.zeros(len(counts))
+    for image_id, truth in truths.items():
+        boxes = proposals.get(image_id, np.zeros((0, 4), np.float32))
+        used += np.minimum(counts, len(boxes))
+        valid = ~(truth.difficult | truth.crowd).numpy()
+        objects, labels = truth.instances.boxes.numpy()[valid], truth.instances.labels.numpy()[valid]
+        overlap = pairwise_iou(boxes, objects)
+        top = np.stack([overlap[:count].max(0, initial=0.0) for count in counts])
+        for label in np.unique(labels):
+            best[label].append(top[:, labels == label])
+    overlaps = {name: np.concatenate(parts, 1) for name, parts in zip(classes, best, strict=True) if parts}
+    rows = []
+    for i, count in enumerate(counts):
+        per_class = {name: _coverage(values[i]) for name, values in overlaps.items()}
+        mean = {key: _mean([row[key] for row in per_class.values()]) for key in ("recall@0.5", "recall@0.7", "ABO")}
+        rows.append({"count": count, "boxes": used[i] / max(len(truths), 1), **mean, "per_class": per_class})
+    objects_of = {name: overlaps[name].shape[1] if name in overlaps else 0 for name in classes}
+    return {"images": len(truths), "objects": objects_of, "rows": rows}
+
+
+def pairwise_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """(R, G) intersection over union of (R, 4) and (G, 4) half-open boxes; 0 where the union is empty."""
+    low = np.maximum(first[:, None, :2], second[None, :, :2])
+    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
+    intersection = np.clip(high - low, 0, None).prod(2)
+    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(1) for boxes in (first, second)]
+    union = areas[0][:, None] + areas[1][None, :] - intersection
+    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
+
+
+def _coverage(best: np.ndarray) -> dict[str, float]:
+    """The figures of one class from the best overlap of each of its (G,) objects."""
+    return {
+        "recall@0.5": float((best >= 0.5).mean()),
+        "recall@0.7": float((best >= 0.7).mean()),
+        "ABO": float(best.mean()),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
+
+
+def recall_table(result: Mapping[str, Any]) -> str:
+    """What `recall` returns as text: a line per class (``recall@0.5 recall@0.7 ABO`` for each count) and their mean."""
+    rows = result["rows"]
+    head = "".join(f"{'first ' + str(row['count']) + ' (' + format(row['boxes'], '.0f') + ')':>24}" for row in rows)
+    lines = [f"proposals of {result['images']} images, in brackets how many there are on average", f"{'':24}{head}"]
+    lines.append(f"{'class':16}{'objects':>8}" + f"{'R@0.5':>10}{'R@0.7':>7}{'ABO':>7}" * len(rows))
+    for name, number in result["objects"].items():
+        figures = "".join(_cells(row["per_class"][name]) for row in rows) if number else "  no objects"
+        lines.append(f"{name:16}{number:8}{figures}")
+    lines.append(f"{'mean':16}{sum(result['objects'].values()):8}" + "".join(_cells(row) for row in rows))
+    return "\n".join(lines)
+
+
+def _cells(figures: Mapping[str, Any]) -> str:
+    return f"{figures['recall@0.5']:10.3f}{figures['recall@0.7']:7.3f}{figures['ABO']:7.3f}"

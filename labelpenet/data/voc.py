@@ -1,0 +1,348 @@
+"""PASCAL VOC's development kit: ``VOCdevkit/VOC2007``, ``VOC2012`` and data sets laid out like them.
+
+Tags come from the names of an image's objects alone (difficult ones included). Boxes, flags and maps are read by
+`open_annotated` only, when the truth of an image is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from labelpenet.data.dataset import (
+    AnnotatedImages,
+    NamedImage,
+    TaggedImage,
+    TaggedImages,
+    Truth,
+    choose_classes,
+    tag_images,
+)
+from labelpenet.data.files import inside, is_file, listing, read_names, read_text, read_xml
+from labelpenet.data.images import SUFFIXES, image_size, read_index_map
+from labelpenet.errors import InputError
+from labelpenet.instances import Instances
+
+# Index i + 1 in the official class maps.
+VOC_CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+IGNORE = 255
+
+
+@dataclass(frozen=True)
+class VocObject:
+    """One object of an annotation: class name, box (x1, y1, x2, y2) half-open from 0, VOC's *difficult* flag."""
+
+    name: str
+    box: tuple[float, float, float, float]
+    difficult: bool
+
+
+def year_folder(data: Path) -> Path | None:
+    """The year folder that ``data`` is or holds (``VOCdevkit`` with one year, or a folder with such a VOCdevkit).
+
+    Raises:
+        InputError: ``data`` holds several years.
+    """
+    if (data / "Annotations").is_dir() and ((data / "JPEGImages").is_dir() or (data / "ImageSets").is_dir()):
+        return data
+    if not data.is_dir():
+        return None
+    years = sorted(path.parent for path in data.glob("*/Annotations") if (path.parent / "JPEGImages").is_dir())
+    if len(years) > 1:
+        raise InputError(f"{data}: holds {listing(year.name for year in years)}; give the folder of one year")
+    if years:
+        return years[0]
+    return year_folder(data / "VOCdevkit") if (data / "VOCdevkit").is_dir() else None
+
+
+def splits(year: Path) -> list[str]:
+    """Names of the image lists: those of ImageSets/Main, and those of other folders as ``Segmentation/val``."""
+    sets = year / "ImageSets"
+    names = {path.stem for path in (sets / "Main").glob("*.txt")}
+    # "cat_val" beside "val" is the list of one class, with a sign a line.
+    main = {name for name in names if "_" not in name or name.rsplit("_", 1)[1] not in names}
+    others = {f"{path.parent.name}/{path.stem}" for path in sets.glob("*/*.txt") if path.parent.name != "Main"}
+    return sorted(main) + sorted(others)
+
+
+def split_ids(year: Path, split: str | None) -> list[str]:
+    """The image ids of a split, in the order of its list.
+
+    Args:
+        year: the year folder.
+        split: a list of ImageSets/Main (``train``), of another folder (``Segmentation/val``) or a text file of the
+            user's; ``trainval`` is put together where only its halves exist; None: every image that a list of
+            ImageSets/Main other than ``test`` names, or every annotated one where there is no list.
+
+    Raises:
+        InputError: there is no such list (the available ones are listed), or it is empty.
+    """
+    known = splits(year)
+    main = [name for name in known if "/" not in name]
+    if split is None:
+        chosen = [name for name in main if name != "test"]
+        if not known:
+            return sorted(path.stem for path in (year / "Annotations").glob("*.xml"))
+    elif split == "trainval" and split not in main and {"train", "val"} <= set(main):
+        chosen = ["train", "val"]
+    else:
+        chosen = [split]
+    ids = list(dict.fromkeys(name for one in chosen for name in read_names(_list_file(year, one, known))))
+    if not ids:
+        raise InputError(f"{year}: the list {split or listing(chosen)} names no image; available are {listing(known)}")
+    return ids
+
+
+def open_tagged(year: Path, split: str | None = None, classes: Sequence[str] | None = None) -> TaggedImages:
+    """The tagged images of a split: a tag for every class that the XML names, whatever its boxes and flags.
+
+    Raises:
+        InputError: no such split, unknown class, or no usable image.
+    """
+    ids = split_ids(year, split)
+    found, problems = [], []
+    for name in ids:
+        try:
+            found.append(NamedImage(name, _image(year, name), frozenset(object_names(_annotation(year, name)))))
+        except InputError as error:
+            problems.append(str(error))
+    occurring = {name for one in found for name in one.names}
+    if classes is not None and not set(classes) <= occurring:
+        occurring |= _all_names(year)  # a class may be missing from a small split and yet be known
+    return tag_images(found, choose_classes(classes, occurring, year) if found else (), problems, year)
+
+
+def open_annotated(year: Path, split: str | None = None, classes: Sequence[str] | None = None) -> AnnotatedImages:
+    """The same images with their truth, for measuring.
+
+    Raises:
+        InputError: as `open_tagged`.
+    """
+    tagged = open_tagged(year, split, classes)
+    images = {image.id: image for image in tagged.images}
+    order = cache(lambda: map_classes(year))
+
+    def read(image_id: str) -> Truth:
+        if image_id not in images:
+            raise InputError(f"{year}: no image {image_id!r} in this split; check the ids of the predictions")
+        return read_truth(year, images[image_id], tagged.classes, order)
+
+    return AnnotatedImages(tagged, read, tuple(range(1, len(tagged.classes) + 1)))
+
+
+def object_names(path: Path) -> list[str]:
+    """The class name of each object of an annotation, in the order of the file. Nothing else of it is looked at.
+
+    Raises:
+        InputError: the XML cannot be read, or an object has no name.
+    """
+    return [_name(one, path) for one in read_xml(path).findall("object")]
+
+
+def read_objects(path: Path) -> list[VocObject]:
+    """The objects of an annotation, in the order of the file.
+
+    VOC's ``xmin..xmax`` (1-based, inclusive) becomes the interval ``[xmin - 1, xmax]``.
+
+    Raises:
+        InputError: the XML cannot be read, or an object has no name or no box of four finite numbers.
+    """
+    objects = []
+    for number, one in enumerate(read_xml(path).findall("object"), 1):
+        corners = [one.findtext(f"bndbox/{side}", "") for side in ("xmin", "ymin", "xmax", "ymax")]
+        try:
+            x1, y1, x2, y2 = (float(corner) for corner in corners)
+        except ValueError as error:
+            raise InputError(f"{path}: object {number} has no box of four numbers; mend its bndbox") from error
+        if not all(math.isfinite(corner) for corner in (x1, y1, x2, y2)):
+            raise InputError(f"{path}: object {number} has a box that is not finite; mend its bndbox")
+        difficult = one.findtext("difficult", "0").strip() == "1"
+        objects.append(VocObject(_name(one, path), (x1 - 1, y1 - 1, x2, y2), difficult))
+    return objects
+
+
+def read_truth(
+    year: Path, image: TaggedImage, classes: Sequence[str], order: Callable[[], tuple[str, ...]]
+) -> Truth:
+    """The annotation of one image, restricted to ``classes``.
+
+    Args:
+        year: the year folder.
+        image: which image.
+        classes: names of the C classes, in label order.
+        order: gives the class names in the order of the indices of SegmentationClass; called only if there is a map.
+
+    Returns:
+        Boxes, labels and flags from the XML. Masks from SegmentationObject, where index i is the i-th object of the
+        XML. The class map from SegmentationClass, where classes that are not chosen become background.
+
+    Raises:
+        InputError: the XML or a map is damaged, a box leaves the image, or a map does not fit the XML.
+    """
+    annotation = _annotation(year, image.id)
+    objects = read_objects(annotation)
+    size = image_size(image.path)
+    instance_map = _map(year, "SegmentationObject", image.id, size)
+    class_map = _map(year, "SegmentationClass", image.id, size)
+    if instance_map is not None:
+        _check_instance_map(instance_map, objects, f"{year.name}/SegmentationObject/{image.id}.png")
+    if instance_map is not None and class_map is not None:
+        _check_class_map(class_map, instance_map, objects, order(), f"{year.name}/SegmentationClass/{image.id}.png")
+
+    label = {name: index for index, name in enumerate(classes)}
+    kept = [number for number, one in enumerate(objects) if one.name in label]
+    boxes = np.array([objects[number].box for number in kept], np.float32).reshape(-1, 4)
+    masks = None
+    if instance_map is not None:
+        masks = torch.from_numpy(instance_map[None] == np.array(kept, np.int64)[:, None, None] + 1)
+    instances = Instances(
+        torch.from_numpy(boxes),
+        torch.tensor([label[objects[number].name] for number in kept], dtype=torch.long),
+        torch.ones(len(kept)),
+        size,
+        masks,
+    )
+    try:
+        instances.validate(len(classes))
+    except InputError as error:
+        raise InputError(f"{annotation}: {error}") from error
+    limits = torch.tensor([size[1], size[0], size[1], size[0]])
+    instances.boxes = instances.boxes.clamp(min=0).minimum(limits)  # within the pixel that validate lets pass
+    return Truth(
+        instances,
+        difficult=torch.tensor([objects[number].difficult for number in kept], dtype=torch.bool),
+        crowd=torch.zeros(len(kept), dtype=torch.bool),
+        semantic=None if class_map is None else _chosen_classes(class_map, order(), classes),
+    )
+
+
+def map_classes(year: Path) -> tuple[str, ...]:
+    """The class names in the order of the indices 1, 2, ... of SegmentationClass.
+
+    From ``classes.txt`` (a name a line) or ``labelmap.txt`` (as CVAT writes it) in the year folder; without these, VOC's
+    twenty where all annotations use only those, else the names of all annotations in alphabetical order.
+
+    Raises:
+        InputError: the file is damaged or holds more than 254 classes.
+    """
+    if (year / "classes.txt").is_file():
+        lines = [line.strip() for line in read_text(year / "classes.txt").splitlines()]
+        names = tuple(line for line in lines if line and not line.startswith("#"))
+    elif (year / "labelmap.txt").is_file():
+        lines = [line.split(":")[0].strip() for line in read_text(year / "labelmap.txt").splitlines()]
+        names = tuple(line for line in lines if line and not line.startswith("#") and line != "background")
+    else:
+        found = _all_names(year)
+        names = VOC_CLASSES if found <= set(VOC_CLASSES) else tuple(sorted(found))
+    if len(names) >= IGNORE:
+        raise InputError(f"{year}: {len(names)} classes, but a class map can hold 254; remove the SegmentationClass maps")
+    return names
+
+
+def _list_file(year: Path, split: str, known: Sequence[str]) -> Path:
+    """The file of a split that the user named: a list of the data set, or a file of the user's own."""
+    if split in known:
+        folder = year / "ImageSets" if "/" in split else year / "ImageSets" / "Main"
+        return folder / f"{split}.txt"
+    own = Path(split)
+    if own.suffix and is_file(own):
+        return own
+    in_main = year / "ImageSets" / "Main" / f"{split}.txt"
+    if "/" not in split and is_file(in_main):  # the list of one class, such as cat_val
+        return in_main
+    raise InputError(f"{year}: no split {split!r}; available are {listing(known)}, or give a text file of image ids")
+
+
+def _annotation(year: Path, name: str) -> Path:
+    path = inside(year, f"Annotations/{name}.xml")
+    if not is_file(path):
+        raise InputError(f"{path}: no such annotation; add it or take {name} out of the split")
+    return path
+
+
+def _image(year: Path, name: str) -> Path:
+    for suffix in SUFFIXES:
+        for spelled in (suffix, suffix.upper()):
+            path = year / "JPEGImages" / f"{name}{spelled}"
+            if is_file(path):
+                return inside(year, f"JPEGImages/{name}{spelled}")
+    raise InputError(f"{year / 'JPEGImages' / name}.jpg: no such image; add it or take {name} out of the split")
+
+
+def _name(one: object, path: Path) -> str:
+    name = (one.findtext("name") or "").strip()  # type: ignore[attr-defined]
+    if not name:
+        raise InputError(f"{path}: an object without a name; name it or remove it")
+    return name
+
+
+def _all_names(year: Path) -> set[str]:
+    """Every class name that an annotation of the year uses; unreadable annotations are passed over."""
+    names: set[str] = set()
+    for path in (year / "Annotations").glob("*.xml"):
+        try:
+            names.update(object_names(path))
+        except InputError:
+            continue
+    return names
+
+
+def _map(year: Path, folder: str, name: str, size: tuple[int, int]) -> np.ndarray | None:
+    """(H, W) uint8 indices of a map of the image, or None where there is none."""
+    path = inside(year, f"{folder}/{name}.png")
+    if not is_file(path):
+        return None
+    indices = read_index_map(path)
+    if indices.shape != size:
+        shape = f"{indices.shape[1]} x {indices.shape[0]}"
+        raise InputError(f"{path}: {shape} pixels, but its image has {size[1]} x {size[0]}; replace the map")
+    return indices
+
+
+def _check_instance_map(indices: np.ndarray, objects: Sequence[VocObject], name: str) -> None:
+    """Refuses a map whose indices cannot be the numbers of the XML's objects: unknown, or outside their boxes."""
+    counts = np.bincount(indices.ravel(), minlength=256)
+    counts[[0, IGNORE]] = 0
+    last = int(counts.nonzero()[0].max(initial=0))
+    if last > len(objects):
+        raise InputError(f"{name}: holds object {last}, but the XML names {len(objects)} objects; mend one of them")
+    for number, one in enumerate(objects, 1):
+        x1, y1, x2, y2 = (max(0, round(corner)) for corner in one.box)
+        within = int((indices[y1:y2, x1:x2] == number).sum())
+        if 2 * within < counts[number]:
+            raise InputError(f"{name}: object {number} lies outside its box in the XML; number the objects as the XML does")
+
+
+def _check_class_map(
+    classes: np.ndarray, indices: np.ndarray, objects: Sequence[VocObject], order: Sequence[str], name: str
+) -> None:
+    """Refuses a class map that calls an object's pixels another class than the XML does."""
+    index = {one: number for number, one in enumerate(order, 1)}
+    for number, one in enumerate(objects, 1):
+        values = classes[(indices == number) & (classes != IGNORE)]
+        if len(values) and 2 * int((values == index.get(one.name, -1)).sum()) < len(values):
+            raise InputError(
+                f"{name}: the pixels of object {number} are not {one.name!r} by the class order {listing(order, 5)}; "
+                "put a classes.txt with the map's class names, in order, beside ImageSets"
+            )
+
+
+def _chosen_classes(class_map: np.ndarray, order: Sequence[str], classes: Sequence[str]) -> np.ndarray | None:
+    """(H, W) uint8: the map with the chosen classes as 1..C, others as background, 255 kept; None for C > 254."""
+    if len(classes) >= IGNORE:
+        return None
+    table = np.zeros(256, np.uint8)
+    table[IGNORE] = IGNORE
+    label = {name: index for index, name in enumerate(classes)}
+    for number, name in enumerate(order, 1):
+        table[number] = label[name] + 1 if name in label else 0
+    return table[class_map]

@@ -1,0 +1,131 @@
+"""One image as the measures see it: its detections and its true objects as NumPy arrays and run lengths.
+
+Shape letters: ``D`` detections, ``T`` true objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as rle
+
+from labelpenet.data.dataset import Truth
+from labelpenet.errors import InputError
+from labelpenet.instances import Instances
+
+RunLengths = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Record:
+    """The detections and the true objects of one image.
+
+    Attributes:
+        boxes: (D, 4) float64, ``x1, y1, x2, y2`` in pixels, half-open.
+        labels: (D,) int64 class indices.
+        scores: (D,) float64.
+        masks: D run lengths as `run_lengths` makes them, or None where the prediction holds boxes only.
+        truth_boxes: (T, 4) float64.
+        truth_labels: (T,) int64.
+        truth_masks: T run lengths, or None where the image has no mask annotation.
+        difficult: (T,) bool, VOC's *difficult*.
+        crowd: (T,) bool, COCO's ``iscrowd``: a region, not an object.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+    masks: RunLengths | None
+    truth_boxes: np.ndarray
+    truth_labels: np.ndarray
+    truth_masks: RunLengths | None
+    difficult: np.ndarray
+    crowd: np.ndarray
+
+
+def record(prediction: Instances, truth: Truth, every_mask: bool = True) -> Record:
+    """Puts a prediction beside the truth of the same image; masks are encoded only where both sides have them.
+
+    Args:
+        prediction: D detections.
+        truth: T objects.
+        every_mask: False spares the encoding, most of the time of an evaluation, of masks whose class does not occur
+            in the image: they overlap no object of their class, and get an empty run length.
+    """
+    instances = truth.instances
+    masks = prediction.masks if instances.masks is not None else None
+    if masks is not None and not every_mask:
+        encoded: RunLengths = [{"size": [0, 0], "counts": b""}] * len(prediction)
+        wanted = torch.isin(prediction.labels, instances.labels.to(prediction.labels.device)).nonzero().flatten()
+        for index, one in zip(wanted.tolist(), run_lengths(masks[wanted]), strict=True):
+            encoded[index] = one
+    else:
+        encoded = run_lengths(masks) if masks is not None else []
+    return Record(
+        boxes=_array(prediction.boxes, np.float64),
+        labels=_array(prediction.labels, np.int64),
+        scores=_array(prediction.weights, np.float64),
+        masks=encoded if masks is not None else None,
+        truth_boxes=_array(instances.boxes, np.float64),
+        truth_labels=_array(instances.labels, np.int64),
+        truth_masks=run_lengths(instances.masks) if instances.masks is not None else None,
+        difficult=_array(truth.difficult, np.bool_),
+        crowd=_array(truth.crowd, np.bool_),
+    )
+
+
+def pairs(
+    predictions: Mapping[str, Instances], truths: Mapping[str, Truth], classes: int
+) -> Iterator[tuple[Instances, Truth]]:
+    """Each image's prediction (empty where there is none) beside its truth, in the order of the truths.
+
+    Only one image is held at a time, so both mappings may read lazily.
+
+    Raises:
+        InputError: no image has a prediction though there are predictions; a prediction of another size than its
+            image; a class index outside [0, classes); a score or box that is not finite.
+    """
+    if len(predictions) and not any(image in predictions for image in truths):
+        raise InputError(
+            f"none of the {len(predictions)} predicted images (first: {next(iter(predictions))}) is among the "
+            f"{len(truths)} annotated ones; check the data set and the split"
+        )
+    for image, truth in truths.items():
+        prediction = predictions.get(image)
+        if prediction is None:
+            prediction = Instances.empty(truth.instances.image_size)
+        _check(image, prediction, truth, classes)
+        yield prediction, truth
+
+
+def run_lengths(masks: torch.Tensor) -> RunLengths:
+    """(N, H, W) bool masks as N run lengths *of the transposed masks*.
+
+    An area or an overlap does not change when both masks are transposed, and COCO's column-wise run lengths of the
+    transposed mask can be read off a row-major array without copying it.
+    """
+    array = np.ascontiguousarray(masks.detach().cpu().numpy()).view(np.uint8)
+    return rle.encode(array.transpose(2, 1, 0)) if len(array) else []
+
+
+def _check(image: str, prediction: Instances, truth: Truth, classes: int) -> None:
+    size, true_size = prediction.image_size, truth.instances.image_size
+    if tuple(size) != tuple(true_size):
+        raise InputError(
+            f"{image}: the prediction is for {size[1]} x {size[0]} pixels, but the image has {true_size[1]} x "
+            f"{true_size[0]}; predict on the images that you evaluate on"
+        )
+    if not len(prediction):
+        return
+    if int(prediction.labels.min()) < 0 or int(prediction.labels.max()) >= classes:
+        raise InputError(f"{image}: a predicted class index lies outside [0, {classes})")
+    if not bool(torch.isfinite(prediction.weights).all() and torch.isfinite(prediction.boxes).all()):
+        raise InputError(f"{image}: a predicted score or box is NaN or infinite; remove it")
+
+
+def _array(tensor: torch.Tensor, dtype: Any) -> np.ndarray:
+    return tensor.detach().cpu().numpy().astype(dtype)

@@ -1,0 +1,440 @@
+"""`predictions.json`: what a model found, as the COCO results list together with its categories and images.
+
+``{"images": [{"id", "file_name", "width", "height"}], "categories": [{"id", "name"}], "annotations": [{"image_id",
+"category_id", "bbox": [x, y, width, height], "score", "segmentation"}]}``. Reading also takes the bare list of a COCO
+results file, and a COCO annotation file.
+
+Shape letters: ``N`` instances, ``C`` classes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from labelpenet.data.dataset import TaggedImage, TaggedImages
+from labelpenet.data.files import brief, listing, read_json
+from labelpenet.data.images import PIXEL_LIMIT, image_size
+from labelpenet.errors import InputError
+from labelpenet.export.files import write_text
+from labelpenet.instances import Instances, decode_mask, masks_to_boxes
+
+_COORDINATE_LIMIT = 1e6  # pixels; beyond, float32 loses whole pixels
+
+
+def write_predictions(
+    path: Path | str,
+    predictions: Mapping[str, Instances] | Iterable[tuple[str, Instances]],
+    images: TaggedImages | Sequence[TaggedImage],
+    classes: Sequence[str],
+    category_ids: Sequence[int] | None = None,
+) -> Path:
+    """Writes predictions.json, whole or not at all.
+
+    Args:
+        path: the file.
+        predictions: for each image id what was found there; as pairs they may come from a generator, and each image's
+            masks are encoded before the next is asked for.
+        images: the photographs that the ids belong to.
+        classes: names of the C classes, in label order.
+        category_ids: for each class the id in the file; None for 1..C.
+
+    Raises:
+        InputError: the file cannot be written, or a score or box is not finite.
+        ValueError: an image id that is not among ``images``, or not one category id a class.
+    """
+    images = images.images if isinstance(images, TaggedImages) else images
+    ids = range(1, len(classes) + 1) if category_ids is None else category_ids
+    if len(set(ids)) != len(classes):
+        raise ValueError(f"category_ids must be {len(classes)} different numbers, but got {list(ids)}")
+    by_id = {image.id: image for image in images}
+    numbers = image_numbers(images)
+    entries, rows = [], []
+    for name, instances in predictions.items() if isinstance(predictions, Mapping) else predictions:
+        if name not in by_id:
+            raise ValueError(f"prediction for {name!r}, which is not among the {len(by_id)} images")
+        height, width = instances.image_size
+        entry = {"id": numbers[name], "file_name": file_name(by_id[name]), "width": width, "height": height}
+        entries.append(json.dumps(entry))
+        try:
+            rows += [json.dumps(row, allow_nan=False) for row in instances.to_coco(numbers[name], list(ids))]
+        except ValueError as error:
+            raise InputError(f"{name}: a score or box is NaN or infinite; remove it") from error
+    categories = [json.dumps({"id": i, "name": name}) for i, name in zip(ids, classes, strict=True)]
+    parts = {"images": entries, "categories": categories, "annotations": rows}
+    lists = [f'"{key}": [\n' + ",\n".join(lines) + "\n]" for key, lines in parts.items()]
+    return write_text(Path(path), "{\n" + ",\n".join(lists) + "\n}\n")
+
+
+def image_numbers(images: Sequence[TaggedImage]) -> dict[str, int]:
+    """For each image id its number in COCO files: its own where every image has a different one, else 1, 2, ..."""
+    own = [image.number for image in images if image.number is not None]
+    if len(set(own)) == len(images):
+        return {image.id: number for image, number in zip(images, own, strict=True)}
+    return {image.id: position + 1 for position, image in enumerate(images)}
+
+
+def file_name(image: TaggedImage) -> str:
+    """The name of an image in COCO files: its id where that is a path, else the name of its file."""
+    return image.id if image.id.endswith(image.path.name) else image.path.name
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What was found in one image, not yet decoded."""
+
+    size: tuple[int, int]
+    boxes: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+    segmentations: list[Any]
+
+
+@dataclass(frozen=True)
+class Predictions(Mapping[str, Instances]):
+    """The content of a predictions file by image id: a read-only mapping that decodes an image's masks when asked.
+
+    So thousands of images fit into memory; hold on to one image's `Instances` at a time.
+
+    Attributes:
+        classes: names of the C classes that the labels count.
+        notes: one line each about what was left out or changed in reading.
+    """
+
+    classes: tuple[str, ...]
+    notes: tuple[str, ...]
+    _rows: dict[str, _Rows] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __contains__(self, image: object) -> bool:
+        return image in self._rows
+
+    def __getitem__(self, image: str) -> Instances:
+        rows = self._rows[image]
+        masks = None
+        if any(segmentation is not None for segmentation in rows.segmentations):
+            empty = torch.zeros(rows.size, dtype=torch.bool)
+            masks = torch.stack([empty if one is None else decode_mask(one, rows.size) for one in rows.segmentations])
+        boxes = torch.from_numpy(rows.boxes).float()
+        missing = torch.isnan(boxes[:, 0])
+        if masks is not None and bool(missing.any()):
+            boxes[missing] = masks_to_boxes(masks[missing])
+        return Instances(boxes, torch.from_numpy(rows.labels), torch.from_numpy(rows.scores).float(), rows.size, masks)
+
+
+def read_predictions(
+    path: Path | str, images: TaggedImages | Sequence[TaggedImage], classes: Sequence[str], category_ids: Sequence[int]
+) -> Predictions:
+    """Reads predictions.json, a bare COCO results list or a COCO annotation file.
+
+    Images are matched by ``file_name`` (the id, the name or the stem of an image's file) where the file lists its
+    images, else by ``image_id``: the image's COCO number, its id, file name or stem, or the digits of the stem.
+    Categories are matched by name where the file lists its categories, else by ``category_ids``. In a file that lists
+    them, images and categories that are not asked for are left out, and said so.
+
+    A row without ``score`` counts 1; one without ``bbox`` gets the tight box of its mask. Scores outside [0, 1] are
+    mapped linearly onto it, all alike, which changes no order.
+
+    Args:
+        path: the file.
+        images: the photographs that predictions are wanted for.
+        classes: names of the C classes, in label order.
+        category_ids: (C,) the id of each class where the file names no categories.
+
+    Returns:
+        A mapping of image ids to `Instances`, in the order of ``images``: the images that the file lists (or has rows
+        for).
+
+    Raises:
+        InputError: the file cannot be read, is no JSON or has another structure; a row names an unknown image or
+            category; a box that is not four finite numbers, has a negative side or lies outside the image; a score
+            that is no finite number; a mask of the wrong size or one that cannot be decoded. Names the file and row.
+    """
+    path = Path(path)
+    images = images.images if isinstance(images, TaggedImages) else images
+    content = read_json(path)
+    listed = isinstance(content, dict)
+    rows = content.get("annotations") if listed else content
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path}: expected a COCO results list, or an object with images, categories and annotations")
+    notes: list[str] = []
+    entries = _entries(path, content, "images") if listed else None
+    names = _match_images(path, images, entries, notes)
+    labels = _match_categories(path, classes, category_ids, content if listed else None, notes)
+    kept: dict[str, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
+    for index, row in enumerate(rows):
+        name = _lookup(names, row.get("image_id"), f"{path}: row {index}: image_id", "the images of the data set")
+        label = _lookup(labels, row.get("category_id"), f"{path}: row {index}: category_id", f"{list(labels)[:30]}")
+        if name is not None and label is not None:
+            kept[name].append((index, row))
+    sizes = _sizes(path, entries, names)
+    read = _Reader(path, labels)
+    by_name = {
+        image.id: read.rows(kept[image.id], image, sizes.get(image.id))
+        for image in images
+        if image.id in kept or image.id in sizes
+    }
+    _rescale(by_name, notes)
+    return Predictions(tuple(classes), tuple(notes), by_name)
+
+
+class _Reader:
+    """Reads the rows of one image after another, with the file's name for messages."""
+
+    def __init__(self, path: Path, labels: Mapping[Any, int | None]) -> None:
+        self.path = path
+        self.labels = labels
+
+    def rows(self, rows: list[tuple[int, dict[str, Any]]], image: TaggedImage, size: tuple[int, int] | None) -> _Rows:
+        size = size or self._mask_size(rows) or image_size(image.path)
+        boxes, scores, segmentations = np.zeros((len(rows), 4)), np.ones(len(rows)), []
+        for i, (index, row) in enumerate(rows):
+            where = f"{self.path}: row {index} (image {image.id})"
+            segmentation = row.get("segmentation") or None
+            if segmentation is not None:
+                check_segmentation(segmentation, size, where)
+            segmentations.append(segmentation)
+            if row.get("bbox") is not None:
+                boxes[i] = _box(row["bbox"], size, where)
+            elif segmentation is not None:
+                boxes[i] = np.nan  # the mask's tight box, once it is decoded
+            else:
+                raise InputError(f"{where}: neither bbox nor segmentation; give at least one")
+            if row.get("score") is not None:
+                scores[i] = _number(row["score"], f"{where}: score")
+        labels = np.array([self.labels[row["category_id"]] for _, row in rows], dtype=np.int64)
+        return _Rows(size, boxes, labels, scores, segmentations)
+
+    def _mask_size(self, rows: list[tuple[int, dict[str, Any]]]) -> tuple[int, int] | None:
+        for index, row in rows:
+            if isinstance(segmentation := row.get("segmentation"), dict):
+                size = segmentation.get("size")
+                if not isinstance(size, list) or len(size) != 2:
+                    raise InputError(f"{self.path}: row {index}: segmentation size must be [height, width]")
+                return _size(size[0], size[1], f"{self.path}: row {index}: segmentation")
+        return None
+
+
+def check_segmentation(segmentation: Any, size: tuple[int, int], where: str) -> None:
+    """Refuses a COCO ``segmentation`` that does not describe a mask of ``size`` (H, W).
+
+    pycocotools itself decodes run lengths that end early into whatever lies in memory, and polygons of any extent.
+
+    Raises:
+        InputError: starts with ``where``, names the fault.
+    """
+    height, width = size
+    if isinstance(segmentation, list):
+        for ring in segmentation:
+            if not isinstance(ring, list) or len(ring) < 6 or len(ring) % 2:
+                raise InputError(f"{where}: a polygon must be a list [x1, y1, x2, y2, x3, y3, ...]")
+            values = [_number(value, f"{where}: polygon") for value in ring]
+            if min(values) < -max(size) or max(values) > 2 * max(size):
+                raise InputError(f"{where}: a polygon leaves the image of {width} x {height} pixels")
+        return
+    counts = segmentation.get("counts") if isinstance(segmentation, dict) else None
+    if not isinstance(counts, (str, list)):
+        raise InputError(f"{where}: segmentation must be polygons, or RLE with size and counts")
+    if segmentation.get("size") != [height, width]:
+        raise InputError(
+            f"{where}: RLE of size {segmentation.get('size')} on an image of [{height}, {width}]; "
+            "predict on the photographs at their original size"
+        )
+    if _run_total(counts) != height * width:
+        raise InputError(f"{where}: damaged RLE, its runs do not add up to {height * width} pixels; write it again")
+
+
+def _run_total(counts: str | list) -> int | None:
+    """The sum of all runs of an RLE, compressed (text) or not; None if it is none."""
+    if isinstance(counts, list):
+        whole = all(type(run) is int and 0 <= run < 2**32 for run in counts)
+        return sum(counts) if whole else None
+    try:
+        codes = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
+    except UnicodeEncodeError:
+        return None
+    # Digits of 5 bits, least first; bit 6 says that another follows, bit 5 of the last one is the sign.
+    ends = np.flatnonzero(codes < 32)
+    if not len(codes) or codes.min() < 0 or codes.max() > 63 or not len(ends) or ends[-1] != len(codes) - 1:
+        return None
+    starts = np.append(0, ends[:-1] + 1)
+    lengths = ends - starts + 1
+    if lengths.max() > 7:
+        return None
+    position = np.arange(len(codes)) - np.repeat(starts, lengths)
+    runs = np.add.reduceat((codes & 31) << (5 * position), starts)
+    runs -= np.where(codes[ends] & 16, 1 << (5 * lengths), 0)
+    # From the fourth on, a run is stored as its difference from the one before the last.
+    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
+    return int(runs.sum()) if runs.min() >= 0 else None
+
+
+def _entries(path: Path, content: dict[str, Any], key: str) -> list[dict[str, Any]] | None:
+    """The images or categories that the file lists, None if it does not."""
+    entries = content.get(key)
+    if entries is None:
+        return None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
+        raise InputError(f"{path}: {key} must be a list of objects with an id")
+    ids = [_key(entry["id"], f"{path}: {key}: id") for entry in entries]
+    for double in _doubles(ids):
+        raise InputError(f"{path}: two {key} have the id {double}; ids must differ")
+    return entries
+
+
+def _match_images(
+    path: Path, images: Sequence[TaggedImage], entries: list[dict[str, Any]] | None, notes: list[str]
+) -> dict[Any, str | None]:
+    """For every ``image_id`` that a row may carry the image it means; None for one that is not asked for."""
+    by_name = _unique(
+        *([(image.id, image) for image in images]),
+        *([(image.path.name, image) for image in images]),
+        *([(image.path.stem, image) for image in images]),
+    )
+    by_number = _unique(*((image.number, image) for image in images if image.number is not None))
+    if entries is None:
+        digits = _unique(*((int(text), image) for image in images if (text := _digits(image.path.stem))))
+        return {key: image.id for key, image in (digits | by_name | by_number).items()}
+    matched: dict[Any, str | None] = {}
+    for entry in entries:
+        name = entry.get("file_name")
+        if name is None:
+            image = by_number.get(entry["id"]) or by_name.get(str(entry["id"]))
+        elif isinstance(name, str):
+            base = name.replace("\\", "/").rsplit("/", 1)[-1]
+            image = by_name.get(name) or by_name.get(base) or by_name.get(base.rsplit(".", 1)[0])
+        else:
+            raise InputError(f"{path}: file_name of image {entry['id']} is no text")
+        matched[entry["id"]] = None if image is None else image.id
+    for double in _doubles([name for name in matched.values() if name is not None]):
+        raise InputError(f"{path}: two of its images are both {double}; list every image once")
+    strangers = [str(entry.get("file_name", entry["id"])) for entry in entries if matched[entry["id"]] is None]
+    if strangers and len(strangers) == len(entries):
+        raise InputError(f"{path}: none of its images (first: {strangers[0]}) is in the data set; check data and split")
+    if strangers:
+        notes.append(f"{path}: {len(strangers)} of its {len(entries)} images are not asked for and left out")
+    return matched
+
+
+def _match_categories(
+    path: Path,
+    classes: Sequence[str],
+    category_ids: Sequence[int],
+    content: dict[str, Any] | None,
+    notes: list[str],
+) -> dict[Any, int | None]:
+    """For every ``category_id`` that a row may carry the label it means; None for one that is not asked for."""
+    entries = None if content is None else _entries(path, content, "categories")
+    if entries is None:
+        return {category: label for label, category in enumerate(category_ids)}
+    index = {name: label for label, name in enumerate(classes)}
+    by_id = {category: label for label, category in enumerate(category_ids)}
+    matched: dict[Any, int | None] = {}
+    for entry in entries:
+        name = entry.get("name")
+        if name is not None and not isinstance(name, str):
+            raise InputError(f"{path}: the name of category {entry['id']} is no text")
+        matched[entry["id"]] = by_id.get(entry["id"]) if name is None else index.get(name)
+    strangers = [str(entry.get("name", entry["id"])) for entry in entries if matched[entry["id"]] is None]
+    if strangers and len(strangers) == len(entries):
+        raise InputError(f"{path}: none of its categories ({listing(strangers)}) is among {listing(classes)}")
+    notes += brief([f"{path}: category {name} is not asked for, left out" for name in strangers], "categories left out")
+    return matched
+
+
+def _sizes(
+    path: Path, entries: list[dict[str, Any]] | None, names: Mapping[Any, str | None]
+) -> dict[str, tuple[int, int] | None]:
+    """The size (H, W) of each image that the file lists, None where it gives no size."""
+    sizes: dict[str, tuple[int, int] | None] = {}
+    for entry in entries or []:
+        name = names[entry["id"]]
+        if name is None:
+            continue
+        known = entry.get("height") is not None and entry.get("width") is not None
+        sizes[name] = _size(entry["height"], entry["width"], f"{path}: image {entry['id']}") if known else None
+    return sizes
+
+
+def _rescale(rows: Mapping[str, _Rows], notes: list[str]) -> None:
+    scores = np.concatenate([np.zeros(0), *(one.scores for one in rows.values())])
+    low, high = scores.min(initial=0.0), scores.max(initial=1.0)
+    if low < 0 or high > 1:
+        notes.append(f"scores between {low:.4g} and {high:.4g} are mapped onto [0, 1]; their order is as it was")
+        for one in rows.values():
+            one.scores[:] = (one.scores - low) / (high - low)
+
+
+def _box(value: Any, size: tuple[int, int], where: str) -> list[float]:
+    if not isinstance(value, list) or len(value) != 4:
+        raise InputError(f"{where}: bbox must be four numbers [x, y, width, height]")
+    x, y, width, height = (_number(part, f"{where}: bbox") for part in value)
+    if width < 0 or height < 0:
+        raise InputError(f"{where}: bbox {value} has a negative side; give [x, y, width, height]")
+    if max(abs(x), abs(y), width, height) > _COORDINATE_LIMIT:
+        raise InputError(f"{where}: bbox {value} is far outside the image of {size[1]} x {size[0]} pixels")
+    if width and height and not (x < size[1] and y < size[0] and x + width > 0 and y + height > 0):
+        raise InputError(f"{where}: bbox {value} lies outside the image of {size[1]} x {size[0]} pixels")
+    return [x, y, x + width, y + height]
+
+
+def _size(height: Any, width: Any, where: str) -> tuple[int, int]:
+    if type(height) is not int or type(width) is not int or height < 1 or width < 1 or height * width > PIXEL_LIMIT:
+        raise InputError(f"{where}: height {height!r} and width {width!r} are no size of an image in pixels")
+    return height, width
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        number = float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:  # JSON's integers have no limit
+        number = math.inf
+    if not math.isfinite(number):
+        raise InputError(f"{where}: {str(value)[:40]!r} is no finite number")
+    return number
+
+
+def _key(value: Any, where: str) -> int | str:
+    if type(value) not in (int, str):
+        raise InputError(f"{where}: {str(value)[:40]!r} is neither a whole number nor text")
+    return value
+
+
+def _lookup(table: Mapping[Any, Any], value: Any, where: str, known: str) -> Any:
+    if _key(value, where) not in table:
+        raise InputError(
+            f"{where} {str(value)[:80]!r} is unknown; known are {known} (a file that lists its images and categories "
+            "is matched by their names)"
+        )
+    return table[value]
+
+
+def _unique(*pairs: tuple[Any, TaggedImage]) -> dict[Any, TaggedImage]:
+    """The pairs as a table, without the keys that mean several images."""
+    table: dict[Any, TaggedImage | None] = {}
+    for key, image in pairs:
+        table[key] = image if table.setdefault(key, image) is image else None
+    return {key: image for key, image in table.items() if image is not None}
+
+
+def _doubles(values: Sequence[Any]) -> list[Any]:
+    return [value for value, count in Counter(values).items() if count > 1]
+
+
+def _digits(stem: str) -> str:
+    """The digits of a stem such as 2008_000001, which VOC converters use as a number."""
+    digits = stem.replace("_", "")
+    return digits if digits.isascii() and digits.isdigit() and len(digits) < 19 else ""

@@ -1,0 +1,236 @@
+"""Backbones as plugs: a shared stem, and the tails and RoI heads that each module copies for itself (section 4.1).
+
+Shape letters: ``N`` images, ``R`` RoIs, ``D`` features of a RoI, ``H, W`` height and width in pixels.
+
+A backbone names six parts. The *stem* is shared by the four modules. Every module calls the factories for parts of its
+own, which start from the same pretrained weights:
+
+=====================  =============================================  ===========================================
+part                   vgg16                                          mobilenet_v2
+=====================  =============================================  ===========================================
+stem                   conv1_1 to relu4_3, stride 8                   features 0 to 13, stride 16
+region tail (1, 2)     conv5_1..3, dilation 2, stride 8               none: RoIs are pooled from the stem
+detection tail (3, 4)  pool4, stride 16                               none
+mask tail (3, 4)       conv5_1..3, dilation 2, stride 8               features 14 to 17, dilated, stride 16
+RoI pooling            7 x 7                                          14 x 14
+RoI head               fc6, relu, dropout, fc7, relu, dropout: 4096   features 14 to 18 and a pooling: 1280 a cell
+=====================  =============================================  ===========================================
+
+MobileNetV2 has no pretrained fully connected layers; its last blocks, applied to each RoI, are their analogue.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torchvision
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from labelpenet.errors import InputError
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of network, and what comes out of it."""
+
+    module: nn.Module
+    channels: int
+    stride: int
+
+
+class Backbone:
+    """A stem and the factories of the parts that follow it.
+
+    Attributes:
+        name: as given to ``--backbone``.
+        mean, std: normalisation of RGB in [0, 1].
+        stem: the shared part; (N, 3, H, W) to (N, channels, H / stride, W / stride).
+        pool_size: side of the RoI pooling that the RoI head expects.
+    """
+
+    name: str
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    stem: Part
+    pool_size: int
+
+    def region_tail(self) -> Part:
+        """From the stem to the map that modules 1 and 2 pool RoIs from; ``stride`` is relative to the image."""
+        raise NotImplementedError
+
+    def detection_tail(self) -> Part:
+        """From the stem to the map that the detection part of modules 3 and 4 works on."""
+        raise NotImplementedError
+
+    def mask_tail(self) -> Part:
+        """From the stem to the map that the mask branch's spatial pyramid reads."""
+        raise NotImplementedError
+
+    def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
+        """The RoI head, (R, channels, pool_size, pool_size) to (R, D), and D.
+
+        Args:
+            cells: where the network ends in an average over the RoI, average over ``cells`` x ``cells`` cells
+                instead and keep them all, so that a box regression can tell left from right.
+        """
+        raise NotImplementedError
+
+
+class VGG16(Backbone):
+    """VGG-16 as in section 4.1 of the paper."""
+
+    name = "vgg16"
+    mean = (0.485, 0.456, 0.406)
+    std = (0.229, 0.224, 0.225)
+    pool_size = 7
+
+    def __init__(self, network: torchvision.models.VGG):
+        self._network = network
+        self.stem = Part(copy.deepcopy(network.features[:23]), 512, 8)
+
+    def _dilated_conv5(self) -> Part:
+        conv5 = copy.deepcopy(self._network.features[24:30])
+        for layer in conv5:
+            if isinstance(layer, nn.Conv2d):
+                layer.dilation = layer.padding = (2, 2)
+        return Part(conv5, 512, 8)
+
+    def region_tail(self) -> Part:
+        return self._dilated_conv5()
+
+    def detection_tail(self) -> Part:
+        return Part(copy.deepcopy(self._network.features[23]), 512, 16)
+
+    def mask_tail(self) -> Part:
+        return self._dilated_conv5()
+
+    def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
+        layers = copy.deepcopy(self._network.classifier[:6])
+        for layer in layers:
+            if isinstance(layer, nn.ReLU):  # excitation backprop reads the activations that an in-place ReLU destroys
+                layer.inplace = False
+        return nn.Sequential(nn.Flatten(), *layers), 4096
+
+
+class MobileNetV2(Backbone):
+    """MobileNetV2: 40 times fewer multiplications than VGG-16, hence the one for machines without a GPU."""
+
+    name = "mobilenet_v2"
+    mean = (0.5, 0.5, 0.5)
+    std = (0.5, 0.5, 0.5)
+    pool_size = 14
+
+    def __init__(self, network: torchvision.models.MobileNetV2):
+        self._network = network
+        self.stem = Part(copy.deepcopy(network.features[:14]), 96, 16)
+
+    def region_tail(self) -> Part:
+        return Part(nn.Identity(), 96, 16)
+
+    def detection_tail(self) -> Part:
+        return Part(nn.Identity(), 96, 16)
+
+    def mask_tail(self) -> Part:
+        blocks = copy.deepcopy(self._network.features[14:18])
+        for number, block in enumerate(blocks):
+            depthwise = block.conv[1][0]
+            depthwise.stride = (1, 1)
+            if number > 0:  # the first block's input is still at the stem's resolution
+                depthwise.dilation = depthwise.padding = (2, 2)
+        return Part(blocks, 320, 16)
+
+    def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
+        blocks = copy.deepcopy(self._network.features[14:19])
+        return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(cells), nn.Flatten()), 1280 * cells * cells
+
+
+def build_backbone(name: str, weights: Path | None = None, pretrained: bool = True) -> Backbone:
+    """The backbone called ``name`` with ImageNet weights.
+
+    Args:
+        name: one of `BACKBONES`.
+        weights: a state dict of the torchvision model of that name (``.safetensors``, or a ``.pt`` / ``.pth`` that
+            holds tensors only). Without it, torchvision's own weights are used, which it downloads once.
+        pretrained: False for random weights (tests, speed).
+
+    Raises:
+        InputError: unknown name; weights that are missing, unreadable or of another network.
+    """
+    if name not in BACKBONES:
+        raise InputError(f"unknown backbone {name!r}; choose from {', '.join(BACKBONES)}")
+    build, plug = BACKBONES[name]
+    if weights is None and pretrained:
+        try:
+            network = build(weights="IMAGENET1K_V1")
+        except OSError as error:
+            raise InputError(
+                f"ImageNet weights of {name} could not be downloaded ({error}); give a file with --weights"
+            ) from error
+        backbone = plug(network)
+        # torchvision's own weights expect ImageNet's mean and standard deviation
+        backbone.mean, backbone.std = VGG16.mean, VGG16.std
+    else:
+        network = build(weights=None)
+        if weights is not None:
+            load_weights(network, weights, name)
+        backbone = plug(network)
+        if weights is not None and name == "mobilenet_v2" and not _is_folded(network):
+            backbone.mean, backbone.std = VGG16.mean, VGG16.std
+    return backbone
+
+
+def load_weights(network: nn.Module, path: Path, name: str) -> None:
+    """Loads a state dict into ``network``, or says in one line why not.
+
+    Raises:
+        InputError: the file is missing, damaged or belongs to another network.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such weights file; give the state dict of torchvision's {name} with --weights")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path}: cannot be read as weights ({line}); expected a state dict of {name}") from error
+    own = network.state_dict()
+    wrong = [
+        key for key, value in own.items() if key not in state or getattr(state[key], "shape", None) != value.shape
+    ]
+    if wrong:
+        raise InputError(
+            f"{path}: not the weights of {name} ({len(wrong)} of {len(own)} entries missing or of another shape, "
+            f"such as {wrong[0]}); give the state dict of torchvision.models.{name}"
+        )
+    network.load_state_dict(state, strict=False)
+
+
+def _is_folded(network: nn.Module) -> bool:
+    """Whether all batch norms are identities plus a bias, as in weights converted from an 8-bit model.
+
+    Those expect inputs in [-1, 1]; torchvision's own expect ImageNet's mean and standard deviation.
+    """
+    norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    return all(bool((layer.running_mean == 0).all()) for layer in norms if isinstance(layer.running_mean, Tensor))
+
+
+def freeze_batch_norm(module: nn.Module) -> None:
+    """Keeps every batch norm below ``module`` in evaluation mode with fixed statistics and affine terms."""
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.eval()
+            for parameter in layer.parameters():
+                parameter.requires_grad_(False)
+
+
+BACKBONES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Backbone]]] = {
+    "vgg16": (torchvision.models.vgg16, VGG16),
+    "mobilenet_v2": (torchvision.models.mobilenet_v2, MobileNetV2),
+}

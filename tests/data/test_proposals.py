@@ -1,0 +1,481 @@
+"""Proposals: what is found, that it is the same each time, the cache under every mishap, and the recall measure."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from labelpenet.data import proposals as module
+from labelpenet.data.dataset import TaggedImage, Truth
+from labelpenet.data.proposals import (
+    ProposalSettings,
+    compute_proposals,
+    pairwise_iou,
+    propose,
+    recall,
+    recall_table,
+)
+from labelpenet.errors import InputError
+from labelpenet.instances import Instances
+
+REPOSITORY = Path(__file__).parents[2]
+METHODS = ("selective-search-fast", "selective-search-quality", "edge-boxes")
+QUICK = ProposalSettings(side=80, limit=200)
+OBJECTS = np.array([[10, 12, 50, 48], [64, 30, 88, 74]])
+
+
+def scene(seed: int = 0, height: int = 80, width: int = 100) -> np.ndarray:
+    """(H, W, 3) uint8: two evenly coloured rectangles (`OBJECTS`) on grey, under a little noise."""
+    rng = np.random.default_rng(seed)
+    image = np.full((height, width, 3), 120.0)
+    for (x1, y1, x2, y2), colour in zip(OBJECTS, [(220, 40, 40), (30, 60, 220)], strict=True):
+        image[y1:y2, x1:x2] = colour
+    return np.clip(image + rng.normal(0, 2, image.shape), 0, 255).astype(np.uint8)
+
+
+def photographs(folder: Path, number: int) -> list[TaggedImage]:
+    folder.mkdir(exist_ok=True)
+    images = []
+    for i in range(number):
+        path = folder / f"{i:03}.png"
+        Image.fromarray(scene(i)).save(path)
+        images.append(TaggedImage(path.stem, path, ()))
+    return images
+
+
+def same(first: module.Proposals, second: module.Proposals) -> bool:
+    return list(first) == list(second) and all(np.array_equal(first[name], second[name]) for name in first)
+
+
+def files(cache: Path) -> list[Path]:
+    return sorted(cache.rglob("*.npy"))
+
+
+# --- One image ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_boxes_are_valid_and_cover_the_objects(method: str) -> None:
+    image = scene()
+    boxes = propose(image, ProposalSettings(method, side=None))
+    assert boxes.dtype == np.float32 and boxes.shape[1] == 4
+    assert (boxes >= 0).all() and (boxes <= [100, 80, 100, 80]).all()
+    assert (boxes[:, 2:] - boxes[:, :2]).min() >= 0.02 * 100
+    assert len(np.unique(boxes, axis=0)) == len(boxes)
+    assert pairwise_iou(boxes, OBJECTS).max(0).min() > (0.7 if method == "edge-boxes" else 0.8)
+
+
+def test_selective_search_gives_the_exact_half_open_rectangle_of_a_region() -> None:
+    image = np.full((80, 100, 3), 120, np.uint8)
+    x1, y1, x2, y2 = OBJECTS[0]
+    image[y1:y2, x1:x2] = (220, 40, 40)
+    smooth = ProposalSettings(side=None)
+    best = pairwise_iou(propose(image, smooth), OBJECTS[:1]).max()
+    assert best > 0.9  # its segmentation blurs the edges a little
+    assert any(np.array_equal(box, [0, 0, 100, 80]) for box in propose(image, smooth))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_result_does_not_depend_on_what_the_process_did_before(method: str) -> None:
+    image = scene(3)
+    chosen = replace(QUICK, method=method)
+    first = propose(image, chosen)
+    libc = ctypes.CDLL(None)
+    for seed in (1, 12345):
+        libc.srand(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        cv2.setRNGSeed(seed)
+        assert np.array_equal(propose(image, chosen), first)
+
+
+def test_boxes_scale_with_the_photograph() -> None:
+    image = scene(1)
+    small = propose(image, ProposalSettings(side=100))
+    large = propose(image.repeat(4, 0).repeat(4, 1), ProposalSettings(side=100))
+    np.testing.assert_allclose(large, 4 * small, rtol=1e-6)
+
+
+def test_limit_keeps_the_first_and_min_size_drops_the_thin() -> None:
+    image = scene(2)
+    everything = propose(image, replace(QUICK, min_size=0.0))
+    assert np.array_equal(propose(image, replace(QUICK, min_size=0.0, limit=5)), everything[:5])
+    sides = (everything[:, 2:] - everything[:, :2]).min(1)
+    assert np.array_equal(propose(image, replace(QUICK, min_size=0.3)), everything[sides >= 30])
+
+
+def test_the_first_boxes_are_spread_over_the_image() -> None:
+    image = np.random.default_rng(0).integers(0, 255, (12, 16, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    boxes = propose(image, ProposalSettings(side=None, min_size=0.0))
+    overlap = pairwise_iou(boxes, boxes)
+    clear = [bool((overlap[i, :i] <= 0.8).all()) for i in range(len(boxes))]
+    first_repeated = clear.index(False) if False in clear else len(boxes)
+    assert not any(clear[first_repeated:])  # all that repeat an earlier box come after all that do not
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 2), (1, 500), (700, 2), (9, 9), (40, 30)])
+def test_tiny_flat_and_narrow_images_have_their_whole_area_at_least(method: str, shape: tuple[int, int]) -> None:
+    height, width = shape
+    for image in (np.full((*shape, 3), 7, np.uint8), np.random.default_rng(0).integers(0, 255, (*shape, 3), np.uint8)):
+        boxes = propose(image, replace(QUICK, method=method))
+        assert 1 <= len(boxes) <= QUICK.limit
+        assert (boxes[:, 2:] > boxes[:, :2]).all() and (boxes <= [width, height, width, height]).all()
+    flat = propose(np.full((*shape, 3), 7, np.uint8), replace(QUICK, method=method))
+    assert [0, 0, width, height] in flat.tolist()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)],
+)
+def test_what_is_no_image_is_refused(wrong: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"image must be \(H, W, 3\) uint8"):
+        propose(wrong)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "fast"}, "known are selective-search-fast, selective-search-quality, edge-boxes"),
+        ({"side": 4}, "at least 16"),
+        ({"scale": 0}, "at least 1"),
+        ({"limit": 0}, "at least 1"),
+        ({"min_size": 1.5}, r"\[0, 1\)"),
+        ({"model": Path("model.yml.gz")}, "edge-boxes"),
+        ({"method": "edge-boxes", "model": Path("no-such-model.yml.gz")}, "no such structured-edge model"),
+    ],
+)
+def test_wrong_settings_are_named(arguments: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        ProposalSettings(**arguments)
+
+
+def test_a_file_that_is_no_edge_model_is_named(tmp_path: Path) -> None:
+    model = tmp_path / "model.yml.gz"
+    model.write_bytes(b"not a model")
+    with pytest.raises(InputError, match=r"model\.yml\.gz"):
+        propose(scene(), ProposalSettings("edge-boxes", model=model))
+
+
+def test_thinning_keeps_ridges_as_a_loop_over_pixels_does() -> None:
+    rng = np.random.default_rng(0)
+    magnitude = rng.random((13, 17)).astype(np.float32)
+    angle = (rng.random((13, 17)) * np.pi).astype(np.float32)
+    expected = np.zeros_like(magnitude)
+    for y in range(13):
+        for x in range(17):
+            dx, dy = [(1, 0), (1, 1), (0, 1), (-1, 1)][int(np.round(angle[y, x] / (np.pi / 4))) % 4]
+            neighbours = [(x + dx, y + dy), (x - dx, y - dy)]
+            values = [magnitude[v, u] for u, v in neighbours if 0 <= u < 17 and 0 <= v < 13]
+            if all(magnitude[y, x] >= value for value in values):
+                expected[y, x] = magnitude[y, x]
+    assert np.array_equal(module._thin(magnitude, angle), expected)
+
+
+# --- Many images ---
+
+
+def test_processes_and_cache_give_what_propose_gives(tmp_path: Path) -> None:
+    images = photographs(tmp_path / "images", 5)
+    alone = compute_proposals(images, QUICK, tmp_path / "one", workers=1)
+    several = compute_proposals(images, QUICK, tmp_path / "two", workers=2, progress=True)
+    assert same(alone, several) and same(alone, compute_proposals(images, QUICK, tmp_path / "two", workers=2))
+    for i, image in enumerate(images):
+        assert np.array_equal(alone[image.id], propose(scene(i), QUICK))
+    assert alone.notes == () and len(alone) == 5 and "000" in alone and "none" not in alone
+
+
+def test_only_what_is_new_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(module, "propose", lambda image, chosen: calls.append("") or propose(image, chosen))
+    images, cache = photographs(tmp_path / "images", 3), tmp_path / "cache"
+
+    def count(chosen: ProposalSettings = QUICK) -> int:
+        calls.clear()
+        compute_proposals(images, chosen, cache, workers=1)
+        return len(calls)
+
+    assert (count(), count()) == (3, 0)
+    assert (count(replace(QUICK, limit=7)), count(replace(QUICK, limit=7)), count()) == (3, 0, 0)
+    images[1].path.rename(tmp_path / "images" / "moved.png")  # the content counts, not the name
+    images[1] = replace(images[1], path=tmp_path / "images" / "moved.png")
+    assert count() == 0
+    Image.fromarray(scene(99)).save(images[0].path)
+    assert count() == 1
+
+
+def test_a_damaged_cache_file_is_computed_again_and_named_when_read(tmp_path: Path) -> None:
+    images, cache = photographs(tmp_path / "images", 2), tmp_path / "cache"
+    before = compute_proposals(images, QUICK, cache, workers=1)
+    expected = {name: before[name] for name in before}
+    files(cache)[0].write_bytes(b"\x93NUMPY half")
+    with pytest.raises(InputError, match=r"\.npy.*damaged or gone"):
+        [before[name] for name in before]
+    after = compute_proposals(images, QUICK, cache, workers=1)
+    assert all(np.array_equal(after[name], expected[name]) for name in expected)
+
+
+def test_alike_files_are_computed_once(tmp_path: Path) -> None:
+    images = photographs(tmp_path / "images", 1)
+    twin = tmp_path / "images" / "twin.png"
+    twin.write_bytes(images[0].path.read_bytes())
+    found = compute_proposals([*images, TaggedImage("twin", twin, ())], QUICK, tmp_path / "cache", workers=1)
+    assert np.array_equal(found["000"], found["twin"]) and len(files(tmp_path / "cache")) == 1
+
+
+def test_bad_images_are_skipped_named_and_counted(tmp_path: Path) -> None:
+    images = photographs(tmp_path / "images", 2)
+    whole = images[0].path.read_bytes()
+    for name, content in (
+        ("cut.png", whole[: len(whole) // 2]),
+        ("cut-twin.png", whole[: len(whole) // 2]),
+        ("no.jpg", b"x"),
+    ):
+        (tmp_path / "images" / name).write_bytes(content)
+    bad = [TaggedImage(n, tmp_path / "images" / n, ()) for n in ("cut.png", "cut-twin.png", "no.jpg", "missing.jpg")]
+    found = compute_proposals([bad[0], images[0], *bad[1:], images[1]], QUICK, tmp_path / "cache", workers=1)
+    assert list(found) == ["000", "001"] and len(files(tmp_path / "cache")) == 2
+    assert found.notes[-1].startswith("4 ") and len(found.notes) == 5
+    for name in ("cut.png", "no.jpg", "missing.jpg"):
+        assert any(name in note for note in found.notes)
+    assert not any("\n" in note for note in found.notes)
+
+
+def test_no_images_at_all(tmp_path: Path) -> None:
+    found = compute_proposals([], QUICK, tmp_path / "cache", workers=2, progress=True)
+    assert len(found) == 0 and found.notes == ()
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    occupied = tmp_path / "file"
+    occupied.write_text("")
+    with pytest.raises(InputError, match="cannot write the proposal cache"):
+        compute_proposals(photographs(tmp_path / "images", 1), QUICK, occupied, workers=1)
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, cache = photographs(tmp_path / "images", 1), tmp_path / "cache"
+
+    def fill(file, boxes) -> None:
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module.np, "save", fill)
+    with pytest.raises(InputError, match=r"No space left on device.*free some space"):
+        compute_proposals(images, QUICK, cache, workers=1)
+    assert not files(cache) and not list(cache.rglob("*.tmp"))
+    monkeypatch.undo()
+    assert len(compute_proposals(images, QUICK, cache, workers=1)["000"]) > 1
+
+
+def test_what_a_killed_run_left_is_swept_once_it_is_old(tmp_path: Path) -> None:
+    images, cache = photographs(tmp_path / "images", 1), tmp_path / "cache"
+    compute_proposals(images, QUICK, cache, workers=1)
+    folder = next(cache.iterdir())
+    for name in ("old.tmp", "young.tmp"):
+        (folder / name).write_bytes(b"half")
+    os.utime(folder / "old.tmp", (1, 1))
+    compute_proposals(images, QUICK, cache, workers=1)
+    assert [path.name for path in folder.glob("*.tmp")] == ["young.tmp"]
+
+
+RUN = """
+import multiprocessing, os, signal, sys, threading, time
+from pathlib import Path
+from labelpenet.data.dataset import TaggedImage
+from labelpenet.data.proposals import ProposalSettings, compute_proposals
+from labelpenet.errors import InputError
+
+def kill_a_worker(cache):
+    while not list(cache.rglob("*.npy")):
+        time.sleep(0.01)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+if __name__ == "__main__":
+    folder, cache, workers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    if "kill" in sys.argv:
+        threading.Thread(target=kill_a_worker, args=(cache,), daemon=True).start()
+    images = [TaggedImage(path.stem, path, ()) for path in sorted(folder.glob("*.png"))]
+    try:
+        compute_proposals(images, ProposalSettings(side=80, limit=200), cache, workers)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except InputError as error:
+        sys.exit(f"InputError: {error}")
+"""
+
+
+def start(folder: Path, cache: Path, *arguments: str) -> subprocess.Popen:
+    script = folder.parent / "run.py"
+    script.write_text(RUN)
+    command = [sys.executable, str(script), str(folder), str(cache), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def wait_for_files(process: subprocess.Popen, cache: Path, number: int) -> None:
+    while len(files(cache)) < number:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+
+
+def ends(group: int) -> bool:
+    """Whether every process of the group is gone within seconds."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize(("name", "workers"), [("SIGINT", "2"), ("SIGKILL", "1")])
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, name: str, workers: str) -> None:
+    number, cache = 60, tmp_path / "cache"
+    images = photographs(tmp_path / "images", number)
+    process = start(tmp_path / "images", cache, workers)
+    wait_for_files(process, cache, 3)
+    os.killpg(process.pid, getattr(signal, name))  # the whole group, as Ctrl-C in a terminal does
+    output, errors = process.communicate(timeout=60)
+    done = files(cache)
+    assert 3 <= len(done) < number and all(module._load(path) is not None for path in done)
+    if name == "SIGINT":
+        assert (process.returncode, output, errors) == (130, "", "")
+        assert not list(cache.rglob("*.tmp"))
+    assert ends(process.pid)
+    times = {path: path.stat().st_mtime_ns for path in done}
+    resumed = compute_proposals(images, QUICK, cache, workers=1)
+    assert times == {path: path.stat().st_mtime_ns for path in done}
+    assert same(resumed, compute_proposals(images, QUICK, tmp_path / "fresh", workers=1))
+
+
+@pytest.mark.parametrize("how", ["a signal to the main process alone", "a worker that is killed"])
+def test_workers_end_with_the_run(tmp_path: Path, how: str) -> None:
+    cache = tmp_path / "cache"
+    photographs(tmp_path / "images", 60)
+    process = start(tmp_path / "images", cache, "2", *(["kill"] if "killed" in how else []))
+    if "signal" in how:
+        wait_for_files(process, cache, 1)
+        process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    if "signal" in how:
+        assert (process.returncode, errors) == (130, "")
+    else:
+        assert process.returncode == 1 and errors.startswith("InputError: a process that computes proposals died")
+        assert "Traceback" not in errors
+    assert ends(process.pid)
+    assert all(module._load(path) is not None for path in files(cache))
+
+
+# --- Recall ---
+
+
+def truth(boxes: list, labels: list[int], difficult: list[bool] | None = None) -> Truth:
+    n = len(boxes)
+    objects = Instances(torch.tensor(boxes).float().reshape(n, 4), torch.tensor(labels), torch.ones(n), (100, 100))
+    hard = torch.tensor(difficult if difficult is not None else [False] * n, dtype=torch.bool)
+    return Truth(objects, hard, torch.zeros(n, dtype=torch.bool))
+
+
+def slow_iou(a: list[float], b: list[float]) -> float:
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    return width * height / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height)
+
+
+def random_boxes(rng: np.random.Generator, number: int) -> np.ndarray:
+    low = rng.integers(0, 60, (number, 2))
+    return np.concatenate([low, low + rng.integers(1, 40, (number, 2))], 1).astype(np.float32)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_recall_is_what_loops_over_objects_give(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    classes, counts = ("a", "b", "c"), (1, 4, 50)
+    truths, found = {}, {}
+    for i in range(4):
+        n = int(rng.integers(0, 5))
+        labels = rng.integers(0, 2, n)  # no object of class c
+        truths[str(i)] = truth(random_boxes(rng, n).tolist(), labels, (rng.random(n) < 0.3).tolist())
+        if i:
+            found[str(i)] = random_boxes(rng, int(rng.integers(0, 12)))  # image 0 has no proposals
+    result = recall(found, truths, classes, counts)
+    for row, count in zip(result["rows"], counts, strict=True):
+        means = []
+        for label, name in enumerate(classes):
+            best = []
+            for image_id, annotation in truths.items():
+                for box, its, hard in zip(
+                    annotation.instances.boxes.tolist(), annotation.instances.labels, annotation.difficult, strict=True
+                ):
+                    if its == label and not hard:
+                        candidates = found.get(image_id, np.zeros((0, 4)))[:count].tolist()
+                        best.append(max([slow_iou(one, box) for one in candidates], default=0.0))
+            assert result["objects"][name] == len(best)
+            if best:
+                figures = [np.mean(np.array(best) >= 0.5), np.mean(np.array(best) >= 0.7), np.mean(best)]
+                got = row["per_class"][name]
+                np.testing.assert_allclose([got["recall@0.5"], got["recall@0.7"], got["ABO"]], figures, atol=1e-6)
+                means.append(figures)
+            else:
+                assert name not in row["per_class"]
+        if means:
+            mean = np.mean(means, 0)
+            np.testing.assert_allclose([row["recall@0.5"], row["recall@0.7"], row["ABO"]], mean, atol=1e-6)
+        assert row["boxes"] == pytest.approx(np.mean([min(count, len(found.get(str(i), []))) for i in range(4)]))
+    table = recall_table(result).splitlines()
+    assert [line.split()[0] for line in table[-4:]] == ["a", "b", "c", "mean"]
+    assert "no objects" in table[-2]
+
+
+def test_crowds_do_not_count() -> None:
+    annotation = truth([[0, 0, 10, 10], [50, 50, 60, 60]], [0, 0])
+    annotation = replace(annotation, crowd=torch.tensor([False, True]))
+    row = recall({"i": np.array([[0, 0, 10, 10]], np.float32)}, {"i": annotation}, ("a",))["rows"][0]
+    assert (row["recall@0.5"], row["recall@0.7"], row["ABO"], row["boxes"]) == (1, 1, 1, 1)
+
+
+def test_recall_without_any_object_is_not_a_number() -> None:
+    result = recall({}, {"i": truth([], [])}, ("a", "b"))
+    assert np.isnan(result["rows"][0]["ABO"]) and "nan" in recall_table(result)
+
+
+# --- Photographs ---
+
+PHOTOGRAPHS = REPOSITORY.parent / "shared/data/voc-animals/VOCdevkit/VOC2012"
+
+
+@pytest.mark.photographs
+@pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason="the photographs are not here")
+def test_the_default_covers_nearly_all_animals(tmp_path: Path) -> None:
+    from labelpenet.data.recognise import open_annotated
+
+    annotated = open_annotated(PHOTOGRAPHS, "val", ["cat", "cow", "dog", "horse", "person", "sheep"])
+    images = annotated.tagged.images[::30]
+    found = compute_proposals(images, ProposalSettings(), tmp_path, workers=1)
+    row = recall(found, {image.id: annotated.read(image.id) for image in images}, annotated.tagged.classes)["rows"][-1]
+    assert row["recall@0.5"] >= 0.85 and row["ABO"] >= 0.7

@@ -1,0 +1,353 @@
+"""Every annotation format, read back by an independent reader: what it can hold comes back exactly."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+import tarfile
+import types
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+
+from labelpenet.data.dataset import TaggedImage
+from labelpenet.errors import InputError
+from labelpenet.export import (
+    export,
+    export_coco,
+    export_voc,
+    export_voc_submission,
+    export_yolo,
+    from_supervision,
+    read_predictions,
+    to_supervision,
+)
+from labelpenet.export.files import safe_name, stems
+from labelpenet.export.polygons import coco_polygons, joined, rings, signed_area
+from labelpenet.export.voc import voc_palette
+from labelpenet.instances import Instances
+
+from .photographs import CLASSES, assert_same, instances, photographs, predictions
+
+NAMES = ("2008_000001.jpg", "2008_000002.jpg", "2009_000007.jpg", "2009_000008.jpg")
+
+
+def rasterised(ring: list[float], size: tuple[int, int]) -> np.ndarray:
+    return rle.decode(rle.frPyObjects([ring], *size)[0]).astype(bool)
+
+
+def masks_of(one: Instances) -> torch.Tensor:
+    assert one.masks is not None
+    return one.masks
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=200, deadline=None)
+def test_polygons_are_exact(seed):
+    rng = np.random.default_rng(seed)
+    height, width = (int(side) for side in rng.integers(1, 15, 2))
+    mask = rng.random((height, width)) < rng.random()
+    mask[0, 0] |= not mask.any()
+    found = rings(mask)
+    assert sum(map(signed_area, found)) == mask.sum()
+    assert (rasterised(joined(found).flatten().tolist(), (height, width)) == mask).all()
+    polygons = coco_polygons(mask)
+    assert (rle.decode(rle.merge(rle.frPyObjects(polygons, height, width))).astype(bool) == mask).all()
+
+
+@pytest.mark.parametrize("polygons", [False, True])
+@pytest.mark.parametrize("masks", [False, True])
+def test_coco_round_trip(tmp_path, polygons, masks):
+    images = photographs(tmp_path, NAMES)
+    found = predictions(images, masks)
+    done = export(found, images, CLASSES, tmp_path / "out", "coco-polygons" if polygons else "coco")
+    assert done.paths == [tmp_path / "out" / "annotations.json"]
+    coco = COCO(str(done.paths[0]))
+    ids = [row["id"] for row in coco.dataset["annotations"]]
+    assert len(set(ids)) == len(ids) == sum(map(len, found.values()))
+    assert {c["id"]: c["name"] for c in coco.dataset["categories"]} == dict(enumerate(CLASSES, 1))
+    assert all(row["iscrowd"] == 0 for row in coco.dataset["annotations"])
+    for row in coco.dataset["annotations"] if masks else ():
+        assert coco.annToMask(row).sum() == row["area"]
+    read = read_predictions(done.paths[0], images, CLASSES, (1, 2, 3))
+    for name in found:
+        assert_same(read[name], found[name])
+
+
+def read_voc_box(item: ElementTree.Element) -> list[int]:
+    xmin, ymin, xmax, ymax = (int(item.findtext(f"bndbox/{tag}") or 0) for tag in ("xmin", "ymin", "xmax", "ymax"))
+    return [xmin - 1, ymin - 1, xmax, ymax]
+
+
+def test_voc_round_trip(tmp_path):
+    images = photographs(tmp_path, NAMES)
+    found = predictions(images)
+    out = tmp_path / "out"
+    done = export_voc(found, images.images, CLASSES, out)
+    names = [image.id for image in images.images]
+    assert (out / "ImageSets/Main/train.txt").read_text().split() == names
+    assert (out / "ImageSets/Segmentation/train.txt").read_text().split() == names
+    assert (out / "classes.txt").read_text().split() == list(CLASSES)
+    assert (out / "labelmap.txt").read_text().splitlines()[1:3] == ["background:0,0,0::", "cat:128,0,0::"]
+    for name, one in found.items():
+        root = ElementTree.parse(out / "Annotations" / f"{name}.xml").getroot()
+        assert root.findtext("filename") == f"{name}.jpg"
+        assert (int(root.findtext("size/height") or 0), int(root.findtext("size/width") or 0)) == one.image_size
+        objects = root.findall("object")
+        assert [CLASSES.index(item.findtext("name") or "") for item in objects] == one.labels.tolist()
+        assert [read_voc_box(item) for item in objects] == one.boxes.tolist()
+        pixels = np.array(Image.open(out / "SegmentationObject" / f"{name}.png"))
+        classes = np.array(Image.open(out / "SegmentationClass" / f"{name}.png"))
+        hidden = torch.zeros(one.image_size, dtype=torch.bool)
+        for index in one.weights.argsort(descending=True).tolist():
+            visible = masks_of(one)[index] & ~hidden  # the surer instance lies on top
+            assert (pixels == index + 1).tolist() == visible.tolist()
+            assert set(classes[visible.numpy()]) <= {int(one.labels[index]) + 1}
+            hidden |= masks_of(one)[index]
+        assert not classes[~hidden.numpy()].any()
+    assert any("no scores" in note for note in done.notes)
+    assert any("overlap" in note for note in done.notes)
+
+
+def test_voc_export_is_a_data_set_that_the_reader_takes(tmp_path):
+    voc = pytest.importorskip("labelpenet.data.voc")
+    images = photographs(tmp_path / "in", NAMES)
+    one = instances((10, 14), 5, 1)
+    found = {image.id: Instances.empty((10 + k, 14), with_masks=True) for k, image in enumerate(images.images)}
+    found["2008_000001"] = one
+    out = tmp_path / "VOC2012"
+    done = export(found, images, CLASSES, out, "voc", copy_images=True)
+    assert (out / "JPEGImages/2008_000001.jpg").read_bytes() == images.images[0].path.read_bytes()
+    assert not any("put the photographs" in note for note in done.notes)
+    truth = voc.open_annotated(out, "train", [CLASSES[int(one.labels[0])]]).read("2008_000001")
+    one.weights, one.labels = torch.ones(1), torch.zeros(1, dtype=torch.long)
+    assert_same(truth.instances, one)
+    assert (truth.semantic > 0).tolist() == masks_of(one)[0].tolist()
+
+
+def test_voc_boxes_are_rounded_and_stay_inside(tmp_path):
+    images = photographs(tmp_path, NAMES[:1])
+    boxes = torch.tensor([[-3.0, 0.4, 2.6, 3.4], [13.9, 9.9, 14.0, 10.0], [5.0, 5.0, 5.0, 9.0]])
+    one = Instances(boxes, torch.tensor([0, 1, 2]), torch.ones(3), (10, 14))
+    done = export_voc({"2008_000001": one}, images.images, CLASSES, tmp_path / "out")
+    root = ElementTree.parse(tmp_path / "out/Annotations/2008_000001.xml").getroot()
+    assert [read_voc_box(item) for item in root.findall("object")] == [[0, 0, 3, 3], [13, 9, 14, 10]]
+    assert "1 instances without area are left out" in done.notes
+    assert not (tmp_path / "out" / "SegmentationClass").exists()
+
+
+def test_voc_palette_is_the_official_one():
+    colours = np.reshape(voc_palette(), (256, 3)).tolist()
+    assert colours[:4] == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
+    assert (colours[15], colours[20], colours[255]) == ([192, 128, 128], [0, 64, 128], [224, 224, 192])
+
+
+def test_more_masks_than_a_png_holds(tmp_path):
+    images = photographs(tmp_path, NAMES[:1])
+    one = instances((10, 14), 1, 300)
+    export_voc({"2008_000001": one}, images.images, CLASSES, tmp_path / "out")
+    kept = ElementTree.parse(tmp_path / "out/Annotations/2008_000001.xml").getroot().findall("object")
+    best = one[one.weights >= one.weights.sort(descending=True).values[253]]
+    assert [read_voc_box(item) for item in kept] == best.boxes.tolist()
+
+
+def test_yolo_round_trip(tmp_path):
+    images = photographs(tmp_path, NAMES)
+    found = predictions(images)
+    out = tmp_path / "out"
+    done = export(found, images, CLASSES, out, "yolo", copy_images=True)
+    for image in images.images:
+        one = found[image.id]
+        lines = (out / f"labels/train/{image.id}.txt").read_text().splitlines()
+        assert (out / f"images/train/{image.id}.jpg").read_bytes() == image.path.read_bytes()
+        assert [int(line.split()[0]) for line in lines] == one.labels.tolist()
+        for line, mask in zip(lines, masks_of(one), strict=True):
+            values = np.array(line.split()[1:], dtype=float)
+            assert ((values >= 0) & (values <= 1)).all()
+            ring = (values.reshape(-1, 2) * one.image_size[::-1]).flatten().tolist()
+            assert rasterised(ring, one.image_size).tolist() == mask.tolist()
+    yaml = (out / "data.yaml").read_text()
+    assert re.findall(r'  (\d): "(\w+)"', yaml) == [("0", "cat"), ("1", "dog"), ("2", "emu")]
+    assert "YOLO labels hold no scores" in done.notes
+
+
+def test_yolo_boxes(tmp_path):
+    images = photographs(tmp_path, NAMES)
+    found = predictions(images, masks=False)
+    export_yolo(found, images.images, CLASSES, tmp_path / "out", split="val")
+    for name, one in found.items():
+        rows = [line.split() for line in (tmp_path / f"out/labels/val/{name}.txt").read_text().splitlines()]
+        centre = np.array([row[1:] for row in rows], dtype=float).reshape(-1, 4)
+        scale = np.array([*one.image_size[::-1]])
+        low, high = (centre[:, :2] - centre[:, 2:] / 2) * scale, (centre[:, :2] + centre[:, 2:] / 2) * scale
+        np.testing.assert_allclose(np.hstack([low, high]), one.boxes, atol=1e-4)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_label_studio_round_trip(tmp_path, masks):
+    images = photographs(tmp_path / "in", ("cat/a b.png", "dog/ü.png", "x.png"))
+    found = predictions(images, masks)
+    done = export(found, images, CLASSES, tmp_path / "out", "label-studio")
+    tasks = json.loads(done.paths[0].read_text())
+    interface = ElementTree.parse(done.paths[1]).getroot()
+    controls = {element.get("name"): [item.get("value") for item in element] for element in interface}
+    names = [unquote(task["data"]["image"]).removeprefix("/data/local-files/?d=") for task in tasks]
+    assert names == ["cat/a b.png", "dog/ü.png", "x.png"]
+    for task, (_, one) in zip(tasks, found.items(), strict=True):
+        results = task["predictions"][0]["result"]
+        assert len({item["id"] for item in results}) == len(results) == len(one)
+        for item, label, score, box, k in zip(
+            results, one.labels.tolist(), one.weights.tolist(), one.boxes.tolist(), range(len(one)), strict=True
+        ):
+            value, size = item["value"], (item["original_height"], item["original_width"])
+            assert size == one.image_size
+            assert item["score"] == score
+            assert value[item["type"]] == [CLASSES[label]]
+            assert CLASSES[label] in controls[item["from_name"]]
+            if masks:
+                ring = np.array(value["points"]) * [size[1] / 100, size[0] / 100]
+                assert rasterised(ring.flatten().tolist(), size).tolist() == masks_of(one)[k].tolist()
+            else:
+                x, width = value["x"] * size[1] / 100, value["width"] * size[1] / 100
+                y, height = value["y"] * size[0] / 100, value["height"] * size[0] / 100
+                assert [x, y, x + width, y + height] == pytest.approx(box)
+
+
+def test_submission_for_the_voc_server(tmp_path):
+    images = photographs(tmp_path, NAMES)
+    found = predictions(images)
+    done = export(found, images, ("dog", "cat", "emu"), tmp_path / "out", "voc-submission")
+    with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:
+        files = {entry.name: archive.extractfile(entry).read() for entry in archive}  # type: ignore[union-attr]
+    assert all(name.startswith("results/VOC2012/") for name in files)
+    assert all((tmp_path / "out" / name).read_bytes() == content for name, content in files.items())
+    for label, name in enumerate(("dog", "cat")):
+        rows = [line.split() for line in files[f"results/VOC2012/Main/comp3_det_test_{name}.txt"].decode().splitlines()]
+        expected = [
+            [image, float(score), box[0] + 1, box[1] + 1, box[2], box[3]]
+            for image, one in found.items()
+            for score, box, own in zip(one.weights, one.boxes.tolist(), one.labels.tolist(), strict=True)
+            if own == label
+        ]
+        assert [row[0] for row in rows] == [row[0] for row in expected]
+        numbers = np.array([row[1:] for row in rows], dtype=float)
+        np.testing.assert_allclose(numbers, np.array([row[1:] for row in expected], dtype=float), atol=1e-6)
+    for image, one in found.items():
+        png = files[f"results/VOC2012/Segmentation/comp5_test_cls/{image}.png"]
+        pixels = np.array(Image.open(io.BytesIO(png)))
+        assert pixels.shape == one.image_size
+        assert set(np.unique(pixels)) <= {0, 12, 8}  # VOC's own numbers of dog and cat; it has no emu
+    assert any("knows no class emu" in note for note in done.notes)
+    again = export_voc_submission(found, images.images, ("dog", "cat", "emu"), tmp_path / "again")
+    assert again.paths[-1].read_bytes() == done.paths[-1].read_bytes()
+    other = export_voc_submission(found, images.images, ("dog",) * 3, tmp_path / "outside", outside_data=True)
+    assert {path.name for path in other.paths if "Main" in path.parts} == {"comp4_det_test_dog.txt"}
+
+
+def test_minimum_score(tmp_path):
+    images = photographs(tmp_path, NAMES)
+    found = predictions(images)
+    for to in ("coco", "voc", "yolo", "label-studio"):
+        export(found, images, CLASSES, tmp_path / to, to, min_score=0.5)  # type: ignore[arg-type]
+    kept = {name: one[one.weights >= 0.5] for name, one in found.items()}
+    assert 0 < sum(map(len, kept.values())) < sum(map(len, found.values()))
+    read = read_predictions(tmp_path / "coco" / "annotations.json", images, CLASSES, (1, 2, 3))
+    for name, one in kept.items():
+        assert_same(read[name], one)
+        assert len((tmp_path / f"yolo/labels/train/{name}.txt").read_text().splitlines()) == len(one)
+        assert len(ElementTree.parse(tmp_path / f"voc/Annotations/{name}.xml").findall("object")) == len(one)
+
+
+def test_what_a_format_cannot_take_is_an_input_error(tmp_path):
+    images = photographs(tmp_path, NAMES)
+    with pytest.raises(InputError, match="unknown format csv; valid are coco, coco-polygons, voc, yolo"):
+        export({}, images, CLASSES, tmp_path / "out", "csv")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="coco holds no photographs"):
+        export({}, images, CLASSES, tmp_path / "out", "coco", copy_images=True)
+    with pytest.raises(InputError, match="takes every score"):
+        export({}, images, CLASSES, tmp_path / "out", "voc-submission", min_score=0.1)
+    many = [f"class {i}" for i in range(300)]
+    with pytest.raises(InputError, match="300 classes do not fit"):
+        export(predictions(images), images, many, tmp_path / "out", "voc")
+    with pytest.raises(InputError, match="NaN or infinite"):
+        bad = instances((10, 14), 0)
+        bad.weights[0] = float("inf")
+        export_coco({"2008_000001": bad}, images.images, CLASSES, tmp_path / "out")
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("*.json"))
+
+
+EVIL = ("../../outside", "/etc/passwd", "a/../../b", "..", ".", "", "C:\\x", "a\0b", "x" * 400, "CAT", "cat", "nul\n")
+
+
+@pytest.mark.parametrize("to", ["coco", "coco-polygons", "voc", "yolo", "label-studio", "voc-submission"])
+def test_nothing_is_written_outside_the_folder(tmp_path, to):
+    photograph = photographs(tmp_path / "in", ("x.jpg",)).images[0].path
+    images = [TaggedImage(name, photograph, ()) for name in EVIL]
+    found = {image.id: instances((10, 14), 3) for image in images}
+    out = tmp_path / "deep" / "er" / "out"
+    before = set(tmp_path.rglob("*"))
+    done = export(found, images, ("../../cat", "/dog", "\0"), out, to)
+    new = set(tmp_path.rglob("*")) - before - {out, *out.parents}
+    assert all(path.is_relative_to(out) for path in new)
+    assert {path for path in new if path.is_file()} == set(done.paths)
+    assert len(set(done.paths)) == len(done.paths)
+    for path in done.paths:
+        if path.suffix == ".xml" and to == "voc":
+            ElementTree.parse(path)
+
+
+@given(st.lists(st.text(max_size=12), unique=True, max_size=8))
+def test_stems_are_plain_and_differ(names):
+    made = stems([TaggedImage(name, Path("x.jpg"), ()) for name in names])
+    assert len({stem.casefold() for stem in made.values()}) == len(names)
+    for stem in made.values():
+        assert stem == safe_name(stem)
+        assert Path(stem).name == stem not in ("", ".", "..")
+        assert not stem.startswith(".")
+
+
+class FakeDetections:
+    """As much of `supervision.Detections` as the adapter touches; its own checks of the shapes included."""
+
+    def __init__(self, xyxy: Any, mask: Any, confidence: Any, class_id: Any, data: Any) -> None:
+        n = len(xyxy)
+        assert isinstance(xyxy, np.ndarray)
+        assert xyxy.shape == (n, 4)
+        assert mask is None or (mask.dtype == bool and mask.ndim == 3 and len(mask) == n)
+        assert confidence.shape == class_id.shape == (n,)
+        assert len(data["class_name"]) == n
+        self.xyxy, self.mask, self.confidence, self.class_id, self.data = xyxy, mask, confidence, class_id, data
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("count", [0, 3])
+def test_supervision_round_trip(monkeypatch, masks, count):
+    if "supervision" not in sys.modules:
+        try:
+            import supervision  # noqa: F401
+        except ImportError:
+            fake = types.ModuleType("supervision")
+            monkeypatch.setattr(fake, "Detections", FakeDetections, raising=False)
+            monkeypatch.setitem(sys.modules, "supervision", fake)
+    one = instances((10, 14), 2, count, masks)
+    detections = to_supervision(one, CLASSES)
+    assert list(detections.data["class_name"]) == [CLASSES[label] for label in one.labels.tolist()]
+    assert_same(from_supervision(detections, (10, 14)), one)
+
+
+def test_supervision_is_asked_for_only_when_needed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(InputError, match="pip install supervision"):
+        to_supervision(instances((10, 14), 2), CLASSES)

@@ -1,0 +1,298 @@
+"""predictions.json: round trips, what other tools write, and every way it can be wrong."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+
+from labelpenet.data.dataset import TaggedImage, TaggedImages
+from labelpenet.errors import InputError
+from labelpenet.export import Predictions, read_predictions, write_predictions
+from labelpenet.export.predictions import _run_total
+from labelpenet.instances import Instances, encode_masks
+
+from .photographs import CLASSES, assert_same, instances, photographs, predictions
+
+NAMES = ("2008_000001.jpg", "2008_000002.jpg", "2009_000007.jpg")
+IDS = (17, 3, 5)
+
+
+def saved(path, content):
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("names", [NAMES, ("cat/1.png", "dog/1.png", "dog/2.png")])
+@pytest.mark.parametrize("numbers", [False, True])
+@pytest.mark.parametrize("masks", [False, True])
+def test_what_is_written_is_read(tmp_path, names, numbers, masks):
+    images = photographs(tmp_path, names, numbers)
+    found = predictions(images, masks)
+    path = write_predictions(tmp_path / "new" / "predictions.json", found, images, CLASSES, IDS)
+    read = read_predictions(path, images, CLASSES, IDS)
+    assert list(read) == list(found)
+    assert read.notes == ()
+    for name in found:
+        assert_same(read[name], found[name])
+    assert [entry.name for entry in path.parent.iterdir()] == ["predictions.json"]  # no temporary file is left
+
+
+def test_a_generator_can_be_written_and_the_order_of_classes_may_differ_in_reading(tmp_path):
+    images = photographs(tmp_path, NAMES)
+    found = predictions(images)
+    path = write_predictions(tmp_path / "p.json", ((name, one) for name, one in found.items()), images, CLASSES)
+    turned = read_predictions(path, images, CLASSES[::-1], (1, 2, 3))
+    for name in found:
+        assert (2 - turned[name].labels).tolist() == found[name].labels.tolist()
+
+
+def test_pycocotools_reads_the_file(tmp_path):
+    images = photographs(tmp_path, NAMES)
+    found = predictions(images)
+    path = write_predictions(tmp_path / "p.json", found, images, CLASSES)
+    content = json.loads(path.read_text())
+    for i, row in enumerate(content["annotations"]):
+        row["id"] = i + 1
+    coco = COCO(str(saved(tmp_path / "q.json", content)))
+    for image in coco.loadImgs(coco.getImgIds()):
+        name = image["file_name"].removesuffix(".jpg")
+        rows = coco.loadAnns(coco.getAnnIds(image["id"]))
+        masks: Any = found[name].masks
+        assert masks is not None
+        assert all((coco.annToMask(row) == mask.numpy()).all() for row, mask in zip(rows, masks, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["number", "id", "file name", "digits"])
+def test_bare_results_list_of_another_tool(tmp_path, kind):
+    images = photographs(tmp_path, NAMES, numbers=kind == "number")
+    found = predictions(images)
+    keys: Any = {
+        "number": [100, 101, 102],
+        "id": ["2008_000001", "2008_000002", "2009_000007"],
+        "file name": list(NAMES),
+        "digits": [2008000001, 2008000002, 2009000007],
+    }[kind]
+    rows = [row for key, one in zip(keys, found.values(), strict=True) for row in one.to_coco(key, IDS)]
+    read = read_predictions(saved(tmp_path / "r.json", rows), images, CLASSES, IDS)
+    assert list(read) == ["2008_000001", "2008_000002"]  # no row speaks of the third
+    for name in read:
+        assert_same(read[name], found[name])
+
+
+def test_sizes_come_from_the_photograph_where_the_file_has_none(tmp_path):
+    images = photographs(tmp_path, NAMES)
+    row = {"image_id": "2008_000002", "category_id": 3, "bbox": [1, 2, 3, 4]}
+    read = read_predictions(saved(tmp_path / "r.json", [row]), images, CLASSES, IDS)["2008_000002"]
+    assert (read.image_size, read.masks, read.weights.tolist()) == ((11, 14), None, [1.0])
+    assert (read.boxes.tolist(), read.labels.tolist()) == ([[1, 2, 4, 6]], [1])
+
+
+def test_masks_without_boxes_polygons_and_uncompressed_runs(tmp_path):
+    images = photographs(tmp_path, NAMES)
+    mask = torch.zeros(1, 10, 14, dtype=torch.bool)
+    mask[0, 2:5, 3:9] = True
+    flat = mask[0].numpy().flatten(order="F")
+    runs = np.diff([0, *(np.flatnonzero(np.diff(flat.astype(int))) + 1), flat.size]).tolist()
+    for segmentation in (
+        encode_masks(mask)[0],
+        [[3, 2, 9, 2, 9, 5, 3, 5]],
+        {"size": [10, 14], "counts": runs},
+    ):
+        row = {"image_id": "2008_000001", "category_id": 17, "score": 0.5, "segmentation": segmentation}
+        read = read_predictions(saved(tmp_path / "r.json", [row]), images, CLASSES, IDS)["2008_000001"]
+        assert read.masks is not None
+        assert torch.equal(read.masks, mask)
+        assert read.boxes.tolist() == [[3, 2, 9, 5]]
+
+
+def test_images_and_categories_that_are_not_asked_for_are_left_out_and_named(tmp_path):
+    images = photographs(tmp_path, NAMES)
+    found = predictions(images)
+    path = write_predictions(tmp_path / "p.json", found, images, CLASSES)
+    few = TaggedImages(("emu", "cat"), images.images[1:])
+    read = read_predictions(path, few, ("emu", "cat"), (1, 2))
+    assert list(read) == ["2008_000002", "2009_000007"]
+    assert read["2008_000002"].labels.tolist() == [
+        {0: 1, 2: 0}[label] for label in found["2008_000002"].labels.tolist() if label != 1
+    ]
+    assert "1 of its 3 images" in " ".join(read.notes)
+    assert "category dog is not asked for" in " ".join(read.notes)
+
+
+def test_scores_beyond_one_keep_their_order(tmp_path):
+    images = photographs(tmp_path, NAMES)
+    rows = [
+        {"image_id": "2008_000001", "category_id": 17, "bbox": [1, 1, 2, 2], "score": score}
+        for score in (-1, 0.5, 7, 3)
+    ]
+    read = read_predictions(saved(tmp_path / "r.json", rows), images, CLASSES, IDS)
+    assert read["2008_000001"].weights.tolist() == pytest.approx([0, 1.5 / 8, 1, 0.5])
+    assert "mapped onto [0, 1]" in read.notes[0]
+
+
+def test_a_prediction_without_area_survives(tmp_path):
+    """An empty mask has the box 0, 0, 0, 0; it must count as a wrong detection, so it may not vanish."""
+    images = photographs(tmp_path, NAMES)
+    nothing = Instances(
+        torch.zeros(1, 4), torch.tensor([1]), torch.tensor([0.5]), (10, 14), torch.zeros(1, 10, 14).bool()
+    )
+    path = write_predictions(tmp_path / "p.json", {"2008_000001": nothing}, images, CLASSES)
+    assert_same(read_predictions(path, images, CLASSES, (1, 2, 3))["2008_000001"], nothing)
+
+
+RUNS = encode_masks(torch.ones(1, 10, 14, dtype=torch.bool))[0]
+GOOD = {"image_id": "2008_000001", "category_id": 17, "bbox": [1, 1, 2, 2], "score": 0.5, "segmentation": RUNS}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_id": "nobody"}, "row 1: image_id 'nobody' is unknown"),
+        ({"image_id": None}, "neither a whole number nor text"),
+        ({"image_id": [1]}, "neither a whole number nor text"),
+        ({"category_id": 99}, r"row 1: category_id '99' is unknown; known are \[17, 3, 5\]"),
+        ({"category_id": {}}, "neither a whole number nor text"),
+        ({"bbox": [1, 2, 3]}, "bbox must be four numbers"),
+        ({"bbox": "1 2 3 4"}, "bbox must be four numbers"),
+        ({"bbox": [1, 2, None, 4]}, "'None' is no finite number"),
+        ({"bbox": [1, 2, float("nan"), 4]}, "'nan' is no finite number"),
+        ({"bbox": [1, 2, 10**400, 4]}, "no finite number"),
+        ({"bbox": [1, 2, -3, 4]}, "negative side"),
+        ({"bbox": [14, 2, 3, 4]}, "outside the image of 14 x 10 pixels"),
+        ({"bbox": [1, 2, 1e9, 4]}, "far outside"),
+        ({"score": float("nan")}, "score: 'nan' is no finite number"),
+        ({"score": "high"}, "score: 'high' is no finite number"),
+        ({"score": True}, "score: 'True' is no finite number"),
+        ({"segmentation": {"size": [10, 13], "counts": RUNS["counts"]}}, r"RLE of size \[10, 13\] on an image of"),
+        ({"segmentation": {"size": [10, 14], "counts": "11"}}, "damaged RLE"),
+        ({"segmentation": {"size": [10, 14], "counts": "zzzz"}}, "damaged RLE"),
+        ({"segmentation": {"size": [10, 14], "counts": "ä"}}, "damaged RLE"),
+        ({"segmentation": {"size": [10, 14], "counts": [0, -140, 280]}}, "damaged RLE"),
+        ({"segmentation": {"counts": RUNS["counts"]}}, "RLE of size None"),
+        ({"segmentation": "mask.png"}, "polygons, or RLE"),
+        ({"segmentation": [[1, 2, 3]]}, "a polygon must be"),
+        ({"segmentation": [[1, 2, 3, 4, 1e12, 3]]}, "a polygon leaves the image"),
+        ({"bbox": None, "segmentation": None}, "neither bbox nor segmentation"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, change, message):
+    images = photographs(tmp_path, NAMES)
+    path = saved(tmp_path / "r.json", [GOOD, {**GOOD, **change}])
+    with pytest.raises(InputError, match=message) as caught:
+        read_predictions(path, images, CLASSES, IDS)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("3", "expected a COCO results list"),
+        ("[3]", "expected a COCO results list"),
+        ("{}", "expected a COCO results list"),
+        ('{"annotations": [], "images": 3}', "images must be a list of objects with an id"),
+        ('{"annotations": [], "images": [{"id": 1}, {"id": 1}]}', "two images have the id 1"),
+        ('{"annotations": [], "images": [{"id": 1, "file_name": 3}]}', "file_name of image 1 is no text"),
+        ('{"annotations": [], "images": [{"id": 1, "file_name": "x.jpg"}]}', "none of its images .first: x.jpg. is in"),
+        (
+            '{"annotations": [], "categories": [{"id": 1, "name": "gnu"}]}',
+            "none of its categories .gnu. is among cat, dog",
+        ),
+        ('{"annotations": [], "categories": [{"id": 1, "name": 2}]}', "name of category 1 is no text"),
+        (
+            '{"annotations": [], "images": [{"id": 1, "file_name": "2008_000001.jpg", "width": 0, "height": 3}]}',
+            "no size of an image",
+        ),
+        (
+            '{"annotations": [], "images": [{"id": 1, "file_name": "2008_000001.jpg"}, {"id": 2, "file_name": '
+            '"x/2008_000001.jpg"}]}',
+            "two of its images are both 2008_000001",
+        ),
+    ],
+)
+def test_a_bad_file_is_named(tmp_path, content, message):
+    images = photographs(tmp_path, NAMES)
+    path = tmp_path / "r.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message) as caught:
+        read_predictions(path, images, CLASSES, IDS)
+    assert str(path) in str(caught.value)
+    with pytest.raises(InputError, match="no such file"):
+        read_predictions(tmp_path / "missing.json", images, CLASSES, IDS)
+
+
+def test_writing_never_leaves_half_a_file(tmp_path):
+    images = photographs(tmp_path, NAMES)
+    path = write_predictions(tmp_path / "p.json", predictions(images), images, CLASSES)
+    before = path.read_bytes()
+    bad = instances((10, 14), 0)
+    bad.weights[0] = float("nan")
+    with pytest.raises(InputError, match=r"2008_000001: .*NaN"):
+        write_predictions(path, {"2008_000001": bad}, images, CLASSES)
+    with pytest.raises(ValueError, match="not among the 3 images"):
+        write_predictions(path, {"nobody": bad}, images, CLASSES)
+    assert path.read_bytes() == before
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        write_predictions(tmp_path / "file" / "p.json", {}, images, CLASSES)
+
+
+junk = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.sampled_from([*GOOD, "size", "counts"]), inner),
+    max_leaves=6,
+)
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_file_does_anything_but_read_or_raise_an_input_error(tmp_path, data):
+    """Any key of a good file replaced by junk, or removed."""
+    images = TaggedImages(CLASSES, (TaggedImage("a", tmp_path / "a.jpg", (0,), 1),))
+    content: Any = {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 14, "height": 10}],
+        "categories": [{"id": 17, "name": "cat"}],
+        "annotations": [{**copy.deepcopy(GOOD), "image_id": 1}],
+    }
+    for _ in range(data.draw(st.integers(1, 2))):
+        spot = content
+        while isinstance(spot, (dict, list)) and len(spot):
+            key = data.draw(st.sampled_from(sorted(spot) if isinstance(spot, dict) else range(len(spot))))
+            if not isinstance(spot[key], (dict, list)) or not spot[key] or data.draw(st.booleans()):
+                spot[key] = data.draw(junk)
+                break
+            spot = spot[key]
+    if data.draw(st.booleans()):
+        content = content["annotations"]
+    try:
+        read = read_predictions(saved(tmp_path / "r.json", content), images, CLASSES, (17, 3, 5))
+    except InputError as error:
+        assert "\n" not in str(error)
+        return
+    assert isinstance(read, Predictions)
+    for one in read.values():
+        assert bool(torch.isfinite(one.boxes).all())
+        assert bool(((one.weights >= 0) & (one.weights <= 1)).all())
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=100, deadline=None)
+def test_run_totals_are_those_of_pycocotools(seed):
+    rng = np.random.default_rng(seed)
+    height, width = rng.integers(1, 60, 2)
+    mask = rng.random((height, width)) < rng.random() ** 2
+    if rng.random() < 0.3:  # long runs, whose differences need several digits
+        mask = np.repeat(np.repeat(mask, 40, 0), 40, 1)
+    counts = rle.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+    assert _run_total(counts) == mask.size
+    assert _run_total(counts[:-1]) != mask.size
