@@ -9,8 +9,8 @@ prints the medians of one run, interleaved so that a busy machine slows all alik
   each as large as the forward pass's one, so that 2.0 is the floor of the ratio;
 - excitation backprop of the whole batch, with the activations of that forward pass;
 - TorchRay doing the same, if it is there: ``pip install --no-deps --target DIR torchray`` (non-commercial licence) and
-  DIR on PYTHONPATH. It has to run the head forward itself (its rules act on the backward pass of patched layers), and
-  layers with a bias do not work with it on current torch, so it is given the same layers without;
+  DIR on PYTHONPATH. It has to run the head forward itself, since its rules
+  act on the backward pass of patched layers. Biases are left out for all, the formula ignores them;
 - one pass per proposal, by ours, over a few proposals.
 
 The weights are random (the speed does not depend on them), the features as sparse as VGG's after max pooling.
@@ -108,9 +108,7 @@ def main() -> None:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{args.proposals} proposals through fc7 and fc6, float32, torch {torch.__version__}, {where}")
     print(f"medians of {args.rounds} rounds; one by one: {args.single} proposals, scaled up")
-    for kind, label in enumerate(
-        ("wall clock", "CPU time (says more than the wall clock where the machine is shared)")
-    ):
+    for kind, label in enumerate(("wall clock", "CPU time (steadier where the machine is shared)")):
         medians = {name: statistics.median(pair[kind] for pair in pairs) for name, pairs in seconds.items()}
         medians["one by one"] *= args.proposals / args.single
         print(label)

@@ -1,0 +1,22 @@
+"""Proposal calibration: excitation backprop, attention and heat-maps, dense CRF, and the chain of them."""
+
+from labelpenet.calibration.calibrate import CalibrationSettings, Trace, calibrate
+from labelpenet.calibration.crf import DenseCRF, dense_crf
+from labelpenet.calibration.excitation import excitation_backprop, excitation_roi, forward_with_activations
+from labelpenet.calibration.maps import background_map, confidence_map, heat_map, normalise, project_maps
+
+__all__ = [
+    "CalibrationSettings",
+    "DenseCRF",
+    "Trace",
+    "background_map",
+    "calibrate",
+    "confidence_map",
+    "dense_crf",
+    "excitation_backprop",
+    "excitation_roi",
+    "forward_with_activations",
+    "heat_map",
+    "normalise",
+    "project_maps",
+]

@@ -233,7 +233,7 @@ class _Kernel:
         vertices, vertex, counts = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
         v = len(vertices)
         vertex_of_entry = torch.empty_like(vertex, dtype=torch.int32).scatter_(0, order, vertex.int())
-        pixel = torch.div(order, d + 1, rounding_mode="floor").int()
+        pixel = order.int().floor_divide_(d + 1)
         splat_rows = torch.nn.functional.pad(counts.cumsum(0), (1, 0)).int()
         slice_rows = torch.arange(0, n * (d + 1) + 1, d + 1, dtype=torch.int32, device=features.device)
         splat_weights = weights.flatten().index_select(0, order)
@@ -288,8 +288,8 @@ def _simplices(features: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     elevated = _elevate(features)
     inverse = float(np.float32(1 / (d + 1)))
     multiples = torch.round(elevated * inverse)
-    ranks, multiples = _ranks(elevated - multiples * (d + 1), multiples)
-    residues = torch.empty_like(elevated).scatter_(0, ranks, (elevated - multiples * (d + 1)) * inverse)
+    ranks, multiples = _ranks(torch.add(elevated, multiples, alpha=-d - 1), multiples)
+    residues = torch.empty_like(elevated).scatter_(0, ranks, elevated.sub_(multiples, alpha=d + 1).mul_(inverse))
     weights = torch.empty(n, d + 1, device=features.device)
     weights[:, 0] = 1 + residues[d] - residues[0]
     for i in range(d):

@@ -55,7 +55,8 @@ def project_maps(
         part = slice(start, start + CHUNK)
         rows = _interpolation(boxes[part, 1], boxes[part, 3], maps.shape[1], height)
         columns = _interpolation(boxes[part, 0], boxes[part, 2], maps.shape[2], width)
-        stretched = maps[part] @ columns
+        with torch.autocast(maps.device.type, enabled=False):
+            stretched = maps[part] @ columns
         if groups is None:
             _add_product(canvas[0], rows, stretched)
             continue
@@ -73,7 +74,8 @@ def _members(member: Tensor, rows: Tensor, stretched: Tensor) -> tuple[Tensor, T
 
 def _add_product(canvas: Tensor, rows: Tensor, stretched: Tensor) -> None:
     """canvas (H, W) += sum over r of rows (r, h, H)^T stretched (r, h, W), in place."""
-    canvas.addmm_(rows.flatten(0, 1).T, stretched.flatten(0, 1))
+    with torch.autocast(canvas.device.type, enabled=False):
+        canvas.addmm_(rows.flatten(0, 1).T, stretched.flatten(0, 1))
 
 
 def _interpolation(low: Tensor, high: Tensor, cells: int, pixels: int) -> Tensor:

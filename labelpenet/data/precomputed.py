@@ -73,7 +73,10 @@ def read_proposals(path: Path | str, images: Sequence[TaggedImage], limit: int |
         except InputError as error:
             notes.append(str(error))
             continue
-        found[image.id] = _checked(_boxes(raw[key], size), size, f"{path}: image {key}")[:limit]
+        try:
+            found[image.id] = _checked(_boxes(raw[key], size), size)[:limit]
+        except InputError as error:
+            raise InputError(f"{path}: image {key}: {error}") from error
     if images and not found:
         raise InputError(
             f"{path}: names none of the images; it has {listing(raw, 5)}, they are {listing([i.id for i in images], 5)}"
@@ -185,20 +188,23 @@ def _from_object(content: Any, path: Path) -> dict[str, Raw]:
     names = next((content[key] for key in ("indexes", "ids", "images") if key in content and "boxes" in content), None)
     if names is None:
         return {str(name): _numbers(value, path, name) for name, value in content.items()}
-    columns = [names, content["boxes"], content.get("scores", [None] * len(names))]
-    if len({len(column) for column in columns}) > 1:
-        raise InputError(
-            f"{path}: {len(names)} names, {len(columns[1])} boxes and {len(columns[2])} scores; there must be one each"
-        )
+    columns = [names, content["boxes"], content.get("scores")]
+    if columns[2] is None and isinstance(names, list | tuple | np.ndarray):
+        columns[2] = [None] * len(names)
+    if not all(isinstance(column, list | tuple | np.ndarray) for column in columns) or len(set(map(len, columns))) > 1:
+        raise InputError(f"{path}: boxes, names and scores must be lists of one length, with an entry for each image")
     return {
-        _text(name): _by_score(_numbers(boxes, path, name) + np.array([0, 0, 1, 1]), scores)
+        _text(name): _by_score(_numbers(boxes, path, name) + np.array([0, 0, 1, 1]), scores, path)
         for name, boxes, scores in zip(*columns, strict=True)
     }
 
 
-def _by_score(boxes: np.ndarray, scores: Any) -> np.ndarray:
+def _by_score(boxes: np.ndarray, scores: Any, path: Path) -> np.ndarray:
     """(R, 4) boxes by descending score, where there is one score a box."""
-    values = np.zeros(0) if scores is None else np.asarray(scores, np.float64).ravel()
+    try:
+        values = np.zeros(0) if scores is None else np.asarray(scores, np.float64).ravel()
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{path}: a score that is no number; correct it") from error
     return boxes[np.argsort(-values, kind="stable")] if len(values) == len(boxes) else boxes
 
 
@@ -215,7 +221,7 @@ def _by_image(rows: list, files: Mapping[str, str], path: Path) -> dict[str, Raw
 def _sorted_rows(rows: list, path: Path) -> list:
     try:
         return sorted(rows, key=lambda row: -float(row.get("score", row.get("predicted_iou", 0))))
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: a row whose score is no number; correct it") from error
 
 
@@ -223,7 +229,7 @@ def _numbers(value: Any, path: Path, name: object) -> np.ndarray:
     """(R, 4) float64 from whatever a file holds for an image."""
     try:
         boxes = np.asarray(value, np.float64)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: the boxes of image {name} are no numbers; expected (R, 4)") from error
     boxes = boxes.reshape(0, 4) if boxes.size == 0 else boxes
     if boxes.ndim != 2 or boxes.shape[1] != 4:
@@ -274,7 +280,7 @@ def _row_boxes(rows: list, size: tuple[int, int]) -> np.ndarray:
         if row.get("bbox") is not None:
             try:
                 x, y, width, height = map(float, row["bbox"])
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise InputError(f"a bbox must be four numbers x, y, width, height, but is {row['bbox']!r}") from error
             boxes[i] = x, y, x + width, y + height
         elif row.get("segmentation"):
@@ -320,7 +326,7 @@ def _map_boxes(labels: np.ndarray) -> np.ndarray:
     return boxes
 
 
-def _checked(boxes: np.ndarray, size: tuple[int, int], where: str) -> np.ndarray:
+def _checked(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(R, 4) float32 boxes inside the image of ``size`` (H, W), without repetitions and boxes without area.
 
     Raises:
@@ -331,7 +337,7 @@ def _checked(boxes: np.ndarray, size: tuple[int, int], where: str) -> np.ndarray
     wrong = np.flatnonzero(~np.isfinite(boxes).all(1) | (low < -1) | (high > 1))
     if len(wrong):
         box = [round(float(value), 2) for value in boxes[wrong[0]]]
-        raise InputError(f"{where}: box {box} leaves its {width} x {height} pixels; check the order of the coordinates")
+        raise InputError(f"box {box} leaves its {width} x {height} pixels; check the order of the coordinates")
     clipped = np.clip(boxes, 0, [width, height, width, height]).astype(np.float32)
     clipped = clipped[(clipped[:, 2:] > clipped[:, :2]).all(1)]
     if not len(clipped):
@@ -386,6 +392,8 @@ class _ArraysOnly(pickle.Unpickler):
             return lambda text, encoding: _bytes(text) if encoding in ("latin1", "latin-1") else _refuse(encoding)
         if (module, name) == ("collections", "OrderedDict"):
             return lambda: {}
+        if (module, name) in (("builtins", "bytes"), ("__builtin__", "bytes")):
+            return lambda: b""  # how the old protocols write it
         return _refuse(f"{module}.{name}")
 
 

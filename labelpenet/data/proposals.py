@@ -161,7 +161,8 @@ def _edge_boxes(image: np.ndarray, settings: ProposalSettings) -> np.ndarray:
     smallest = max(settings.min_size * max(image.shape[:2]), 10.0)  # below, there are many boxes and no objects
     search = cv2.ximgproc.createEdgeBoxes(maxBoxes=settings.limit, minBoxArea=smallest**2)
     boxes, values = search.getBoundingBoxes(edges, orientation)
-    corners, scores = _corners(boxes), np.asarray(values, np.float64).reshape(-1)
+    corners = _corners(boxes)
+    scores = np.asarray(values, np.float64).reshape(-1)[: len(corners)]
     corners[:, :2] -= 1  # OpenCV's boxes start one pixel late: its origin is 1, and its last pixel is inclusive
     return corners[np.lexsort((*corners.T, -scores))][: np.count_nonzero(scores > 0)]
 

@@ -16,14 +16,18 @@ from labelpenet.evaluation.masks import average_best_overlap, mask_iou, match_ma
 from labelpenet.evaluation.protocols import Protocol, evaluate
 from labelpenet.evaluation.records import Record, record
 from labelpenet.evaluation.semantic import class_ious, confusion, mean_iou, paint
+from labelpenet.evaluation.tables import Table, beside_paper, cascade_table, paper_table, paper_tables, summary_table
 
 __all__ = [
     "Protocol",
     "Record",
+    "Table",
     "average_best_overlap",
     "average_precision",
+    "beside_paper",
     "best_overlaps",
     "box_iou",
+    "cascade_table",
     "class_average_precisions",
     "class_ious",
     "classification_ap",
@@ -37,6 +41,9 @@ __all__ = [
     "match_masks",
     "mean_iou",
     "paint",
+    "paper_table",
+    "paper_tables",
     "precision_recall",
     "record",
+    "summary_table",
 ]

@@ -1,4 +1,4 @@
-"""Results as tables: text, Markdown and LaTeX, ours beside the paper's tables 1 to 6, and a cascade module by module."""
+"""Results as tables: text, Markdown and LaTeX, ours beside the paper's, and a cascade module by module."""
 
 from __future__ import annotations
 
@@ -106,8 +106,8 @@ def paper_table(number: int) -> Table:
 def beside_paper(number: int, ours: Mapping[str, Result]) -> Table:
     """A table of the paper with rows of ours below.
 
-    If ours measure other classes than VOC's twenty, the columns are ours, and the mean of the paper's rows is taken over
-    the columns that they have numbers for. The images of the paper are those of its title, whatever ours were.
+    If ours measure other classes than VOC's twenty, the columns are ours, and the mean of the paper's rows is taken
+    over the columns that they have numbers for. The images of the paper are those of its title, whatever ours were.
 
     Args:
         number: 1 to 6.
@@ -125,18 +125,18 @@ def beside_paper(number: int, ours: Mapping[str, Result]) -> Table:
         keys = ("mAP@0.25", "mAP@0.5", "mAP@0.75", "ABO")
         rows = [(name, tuple(_percent(result[part][one]) for one in keys)) for name, result in ours.items()]
         return Table(table.title, table.columns, (*table.rows, *rows))
-    full = ("background", *VOC_CLASSES) if number == 5 else VOC_CLASSES
+    full: tuple[str, ...] = ("background", *VOC_CLASSES) if number == 5 else VOC_CLASSES
     measured = dict.fromkeys(name for result in ours.values() for name in result[part][key])
-    columns = tuple(name for name in full if name in measured) + tuple(name for name in measured if name not in full)
+    columns: tuple[str, ...] = tuple(name for name in full if name in measured) + tuple(
+        name for name in measured if name not in full
+    )
     title, theirs = table.title, table.rows
     if columns == full:
         headings = table.columns
     else:
         title = f"{title}; means over the {len(columns)} classes shown"
-        headings = (
-            *(dict(zip(full, table.columns, strict=False)).get(name, name) for name in columns),
-            table.columns[-1],
-        )
+        short: dict[str, str] = dict(zip(full, table.columns, strict=False))
+        headings = (*(short.get(name, name) for name in columns), table.columns[-1])
         theirs = tuple((name, _chosen(dict(zip(full, values, strict=False)), columns)) for name, values in table.rows)
     rows = [
         (name, (*(_percent(result[part][key].get(column)) for column in columns), _percent(result[part][mean])))
@@ -218,8 +218,9 @@ def _escaped(text: str) -> str:
     return "".join(special.get(one, one) for one in text)
 
 
-_SHORT = tuple(
-    ["aero", "bike", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "table", "dog", "horse", "mbike", "person", "plant", "sheep", "sofa", "train", "tv"]
+_SHORT = (
+    *("aero", "bike", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("table", "dog", "horse", "mbike", "person", "plant", "sheep", "sofa", "train", "tv"),
 )
 _TITLES: dict[int, tuple[str, tuple[str, ...]]] = {
     1: ("average precision on the VOC 2007 detection test set", (*_SHORT, "mAP")),

@@ -67,15 +67,52 @@ def joined(parts: list[np.ndarray]) -> np.ndarray:
     Args:
         parts: at least one ring.
     """
-    whole, rest = parts[0], list(parts[1:])
-    while rest:
-        distances = [np.abs(whole[:, None] - ring[None]).sum(-1) for ring in rest]
-        nearest = int(np.argmin([distance.min() for distance in distances]))
-        ring = rest.pop(nearest)
-        here, there = np.unravel_index(distances[nearest].argmin(), distances[nearest].shape)
-        detour = np.roll(ring, -int(there), axis=0)
-        whole = np.concatenate([whole[: here + 1], detour, detour[:1], whole[here:]])
-    return whole
+    bridges = _bridges(parts)
+    detours: list[dict[int, list[np.ndarray]]] = [{} for _ in parts]
+    for ring, (home, here, there) in reversed(bridges.items()):
+        walk = _walk(parts[ring], there, detours[ring])
+        detours[home].setdefault(here, []).append(np.concatenate([walk, walk[:1]]))
+    return _walk(parts[0], 0, detours[0])
+
+
+def _bridges(parts: list[np.ndarray]) -> dict[int, tuple[int, int, int]]:
+    """For each ring but the first: a ring before it in this order, the corner of that one, and its own corner.
+
+    Prim's shortest spanning tree by city-block distance between corners.
+    """
+    corners = np.concatenate(parts)
+    owner = np.repeat(np.arange(len(parts)), [len(ring) for ring in parts])
+    first = np.cumsum([0, *(len(ring) for ring in parts)])
+    distance = np.full(len(corners), np.inf)
+    nearest = np.zeros(len(corners), dtype=int)
+    bridges: dict[int, tuple[int, int, int]] = {}
+    joining = 0
+    while True:
+        distance[owner == joining] = np.inf
+        waiting = ~np.isin(owner, [0, *bridges])
+        if not waiting.any():
+            return bridges
+        left = np.flatnonzero(waiting)
+        for start in range(first[joining], first[joining + 1], 256):  # in blocks, so that memory stays small
+            block = corners[start : min(start + 256, first[joining + 1])]
+            between = np.abs(corners[left, None] - block[None]).sum(-1)
+            index = between.argmin(1)
+            shortest = between[np.arange(len(left)), index]
+            nearer = shortest < distance[left]
+            distance[left[nearer]], nearest[left[nearer]] = shortest[nearer], start + index[nearer]
+        there = int(left[distance[left].argmin()])
+        joining, home = int(owner[there]), int(owner[nearest[there]])
+        bridges[joining] = (home, int(nearest[there] - first[home]), int(there - first[joining]))
+
+
+def _walk(ring: np.ndarray, start: int, detours: dict[int, list[np.ndarray]]) -> np.ndarray:
+    """The ring from its corner ``start`` on, with the detours taken at the corners where they begin."""
+    pieces = []
+    for index in [*range(start, len(ring)), *range(start)]:
+        pieces.append(ring[index : index + 1])
+        for detour in detours.get(index, ()):
+            pieces += [detour, ring[index : index + 1]]
+    return np.concatenate(pieces)
 
 
 def signed_area(ring: np.ndarray) -> float:

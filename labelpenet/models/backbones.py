@@ -201,9 +201,7 @@ def load_weights(network: nn.Module, path: Path, name: str) -> None:
         line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path}: cannot be read as weights ({line}); expected a state dict of {name}") from error
     own = network.state_dict()
-    wrong = [
-        key for key, value in own.items() if key not in state or getattr(state[key], "shape", None) != value.shape
-    ]
+    wrong = [key for key, value in own.items() if key not in state or getattr(state[key], "shape", None) != value.shape]
     if wrong:
         raise InputError(
             f"{path}: not the weights of {name} ({len(wrong)} of {len(own)} entries missing or of another shape, "

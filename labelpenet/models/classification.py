@@ -23,8 +23,8 @@ class Classification(nn.Module):
         num_classes: C.
         pool: kind of RoI pooling, ``max`` or ``align``.
         form: ``paper``, equations 1 and 2: the image's scores are the weighted sum of logits, then a softmax over the
-            classes and cross-entropy over the present ones; ``wsddn``: softmax over the classes before the weighted sum,
-            and binary cross-entropy over all classes.
+            classes and cross-entropy over the present ones; ``wsddn``: softmax over the classes before the weighted
+            sum, and binary cross-entropy over all classes.
         contrast: the weight branch sees the difference between a proposal's features and those of the frame of
             `FRAME` times its size, so that a part of an object cannot outweigh the whole.
         freeze_head: whether the RoI head keeps its pretrained weights.
@@ -66,7 +66,7 @@ class Classification(nn.Module):
         return self.classifier(features).float(), self.weigher(weighed).float()
 
     def scores(self, x_c: Tensor, x_p: Tensor) -> Tensor:
-        """The proposals' scores ``x`` (R, C): their sum over the proposals is the image's score (before the softmax)."""
+        """The proposals' scores ``x`` (R, C); their sum over the proposals is the image's score, before the softmax."""
         own = x_c[:, 1:]
         if self.form == "wsddn":
             own = own.softmax(1)

@@ -227,9 +227,7 @@ class Detector(nn.Module):
         encoded = self.coder.encode_single(target.boxes[matched[chosen]], proposals[chosen])
         return proposals[chosen], labels[chosen], encoded, weights[chosen], matched[chosen]
 
-    def losses(
-        self, stem: Tensor, image: Tensor, target: Instances, extra: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def losses(self, stem: Tensor, image: Tensor, target: Instances, extra: Tensor | None = None) -> dict[str, Tensor]:
         """Losses of one image: equations 3 and 4.
 
         Args:

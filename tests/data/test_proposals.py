@@ -105,6 +105,13 @@ def test_the_result_does_not_depend_on_what_the_process_did_before(method: str) 
         assert np.array_equal(propose(image, chosen), first)
 
 
+def test_edge_boxes_reach_all_four_borders() -> None:
+    # OpenCV's own corners run from 1 to the last column: a pixel is missing on two sides
+    image = np.random.default_rng(0).integers(0, 255, (10, 12, 3), np.uint8).repeat(10, 0).repeat(10, 1)
+    boxes = propose(image, ProposalSettings("edge-boxes", side=None))
+    assert (*boxes.min(0)[:2], *boxes.max(0)[2:]) == (0, 0, 120, 100)
+
+
 def test_boxes_scale_with_the_photograph() -> None:
     image = scene(1)
     small = propose(image, ProposalSettings(side=100))
@@ -370,6 +377,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, name: str, work
     assert same(resumed, compute_proposals(images, QUICK, tmp_path / "fresh", workers=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["a signal to the main process alone", "a worker that is killed"])
 def test_workers_end_with_the_run(tmp_path: Path, how: str) -> None:
     cache = tmp_path / "cache"

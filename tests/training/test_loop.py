@@ -573,7 +573,8 @@ def in_fresh_interpreter(function: str, *args) -> dict:
     root = Path(__file__).parents[2]
     code = f"import json; from tests.training import test_loop as t; print(json.dumps(t.{function}(*{args!r})))"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -672,11 +673,17 @@ def train_killed(run_dir: str, resume: bool, fatal: tuple[str, int] | None = Non
 
 
 def kill_often(folder: str, kills: int, seed: int) -> dict:
-    """An uninterrupted run, and one that is killed up to ``kills`` times, the first two while it writes."""
+    """An uninterrupted run, and others that are killed ``kills`` times in all, then left to finish.
+
+    The first two kills come when a checkpoint is written, but not yet there under its name; the others at random
+    moments. A run that finishes before it is killed is followed by a new one.
+    """
     import multiprocessing
 
     prepare_to_fork()
     fork = multiprocessing.get_context("fork")
+    draw = random.Random(seed)
+    steps, half_written, run = [], 0, 0
 
     def start(name: str, *args):
         process = fork.Process(target=train_killed, args=(f"{folder}/{name}", *args))
@@ -684,46 +691,51 @@ def kill_often(folder: str, kills: int, seed: int) -> dict:
         return process
 
     def newest() -> int:
-        found = checkpoints(checkpoint_folder(Path(folder) / "killed", "module1"))
+        found = checkpoints(checkpoint_folder(Path(folder) / f"killed{run}", "module1"))
         return int(found[0].stem.removeprefix("step-")) if found else 0
 
     whole = start("whole", False)
     whole.join()
-    draw = random.Random(seed)
-    steps, half_written = [], 0
-    for number in range(kills):
-        writing = number < 2  # dies when its second checkpoint is written, but not yet there under its name
-        process = start("killed", True, ("fsync", 5) if writing else None)
+    exits = [whole.exitcode]
+    while len(steps) < kills:
+        writing = len(steps) < 2
+        process = start(f"killed{run}", True, ("fsync", 5) if writing else None)
         goal = newest() + draw.randint(0, 2)
         while process.is_alive() and (writing or newest() < goal):
             time.sleep(0.001)
-        time.sleep(draw.uniform(0, 0.1))
+        time.sleep(draw.uniform(0, 0.05))
         process.kill()
         process.join()
         if process.exitcode == -signal.SIGKILL:
             steps.append(newest())
-            half_written += bool(list(Path(folder).glob("killed/checkpoints/*/*.tmp")))
-    last = start("killed", True)
+            half_written += bool(list(Path(folder).glob(f"killed{run}/checkpoints/*/*.tmp")))
+        else:
+            exits.append(process.exitcode)
+            run += 1
+    last = start(f"killed{run}", True)
     last.join()
-    return {"steps": steps, "half_written": half_written, "exit": [whole.exitcode, last.exitcode]}
+    return {"steps": steps, "half_written": half_written, "exits": [*exits, last.exitcode]}
 
 
-def check_kills(tmp_path: Path, kills: int, seed: int) -> dict:
+def check_kills(tmp_path: Path, kills: int, seed: int) -> list[int]:
     report = in_fresh_interpreter("kill_often", str(tmp_path), kills, seed)
-    assert report["exit"] == [0, 0] and report["half_written"] >= 1, report
-    whole, killed = (torch.load(tmp_path / name / "result.pt") for name in ("whole", "killed"))
-    assert same(whole, killed)
-    assert timeless(tmp_path / "whole") == timeless(tmp_path / "killed")
-    assert not list(tmp_path.glob("killed/checkpoints/*/*.tmp"))
-    return report
+    assert set(report["exits"]) == {0} and report["half_written"] >= 2, report
+    whole = torch.load(tmp_path / "whole" / "result.pt")
+    runs = sorted(tmp_path.glob("killed*"))
+    assert len(runs) == len(report["exits"]) - 1
+    for run in runs:
+        assert same(whole, torch.load(run / "result.pt"))
+        assert timeless(tmp_path / "whole") == timeless(run)
+        assert not list(run.glob("checkpoints/*/*.tmp"))
+    return report["steps"]
 
 
 def test_killed_and_resumed_is_bit_for_bit_the_same(tmp_path):
     """Two kills in the middle of writing a checkpoint, two at random moments."""
-    assert len(check_kills(tmp_path, 4, 0)["steps"]) == 4
+    assert len(check_kills(tmp_path, 4, 0)) == 4
 
 
 @pytest.mark.slow
-def test_killed_at_twenty_moments(tmp_path):
-    report = check_kills(tmp_path, 22, 1)
-    assert len(report["steps"]) >= 20 and len(set(report["steps"])) >= 10, report
+def test_killed_at_twenty_two_moments(tmp_path):
+    steps = check_kills(tmp_path, 22, 1)
+    assert len(set(steps)) >= 5, steps

@@ -1,0 +1,313 @@
+"""Proposal calibration (section 3.2, figure 2): from scored proposals to instances with masks, boxes and weights.
+
+Shape letters: ``R`` proposals, ``C`` foreground classes, ``K`` instances, ``H, W`` the image, ``h, w`` the canvas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import batched_nms, box_iou
+
+from labelpenet.calibration.crf import DenseCRF
+from labelpenet.calibration.maps import background_map, confidence_map, heat_map, normalise, project_maps
+from labelpenet.instances import Instances, masks_to_boxes
+
+Attend = Callable[[Tensor, Tensor], Tensor]
+"""(n,) indices of proposals and (n,) their class indices to (n, a, a) attention maps >= 0 of those proposals."""
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """What the paper leaves open, each choice a field; the defaults are the literal reading (recipe ``paper``).
+
+    Attributes:
+        combine: how instance attention map and heat-map become the confidence map: ``product``, ``mean`` or ``heat``
+            (the attention map left out).
+        members: whose attention maps make up an instance's: those of the proposals that it ``suppressed``, or of all
+            proposals of its ``class`` (for one instance a class).
+        nms: IoU above which proposals of a class suppress one another.
+        per_class: instances kept for each class, at most.
+        min_score: a further instance of a class needs this score; the first is kept in any case.
+        attended: proposals of each class, best first, whose attention map is computed.
+        background: None for the paper's background map ``max(0, 1 - sum of the maps)``; a number for a constant
+            confidence of the background, which is the confidence at which a pixel is equally likely either.
+        joint: one CRF with a label for every instance and the background, so that instances compete for pixels;
+            otherwise each instance against background alone.
+        side: longer side of the canvas that maps and CRF live on, in pixels; None for the image's own.
+        sxy_gaussian, compat_gaussian, sxy_bilateral, srgb, compat_bilateral, iterations: of `DenseCRF`, the widths in
+            pixels of the canvas. Zero iterations leave the CRF out.
+        box: where the box comes from: tight around the ``mask``, or that of the kept ``proposal``.
+        part: components of a mask smaller than this fraction of its largest one are dropped; None keeps all.
+        duplicate: instances of a class whose masks overlap by a larger IoU are one; None keeps all.
+    """
+
+    combine: str = "product"
+    members: str = "suppressed"
+    nms: float = 0.3
+    per_class: int = 1
+    min_score: float = 0.5
+    attended: int = 1000
+    background: float | None = None
+    joint: bool = True
+    side: int | None = None
+    sxy_gaussian: float = 3.0
+    compat_gaussian: float = 3.0
+    sxy_bilateral: float = 80.0
+    srgb: float = 13.0
+    compat_bilateral: float = 10.0
+    iterations: int = 10
+    box: str = "mask"
+    part: float | None = None
+    duplicate: float | None = None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The maps behind the instances, for reports: each (K, h, w) float32 in [0, 1]."""
+
+    attention: Tensor
+    heat: Tensor
+    confidence: Tensor
+    marginals: Tensor
+
+
+def calibrate(
+    image: np.ndarray,
+    boxes: Tensor,
+    scores: Tensor,
+    tags: tuple[int, ...] | None,
+    attend: Attend,
+    settings: CalibrationSettings,
+    regions: Tensor | None = None,
+) -> tuple[Instances, Trace]:
+    """Instances of an image from its scored proposals.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        boxes: (R, 4) proposals in pixels of the image.
+        scores: (R, C) class scores in [0, 1]; a proposal's class is the best one among ``tags``.
+        tags: the classes that the image shows, or None where they are not known.
+        attend: computes the proposals' attention maps; only asked for those that are summed into some instance.
+        settings: the recipe's choices.
+        regions: (R, 4) where the attention maps lie, if not in the boxes (a detector regresses its RoIs to boxes).
+
+    Returns:
+        The instances, best first within each class, weight = the score of the kept proposal; none if there is no
+        proposal or no tag. And the maps behind them.
+
+    Raises:
+        ValueError: scores or boxes hold NaN.
+    """
+    if not bool(torch.isfinite(scores).all() and torch.isfinite(boxes).all()):
+        raise ValueError("scores and boxes must be finite, but hold NaN or infinity")
+    size = (image.shape[0], image.shape[1])
+    canvas, scale = working_canvas(image, settings.side)
+    small = canvas.shape[:2]
+    seeds, labels, member = choose_instances(boxes, scores, tags, settings)
+    if not len(seeds):
+        nothing = torch.zeros(0, *small, device=boxes.device)
+        return Instances.empty(size, with_masks=True).to(boxes.device), Trace(nothing, nothing, nothing, nothing)
+    scaled = boxes.float() * boxes.new_tensor([*scale, *scale]).float()
+    areas = scaled if regions is None else regions.float() * scaled.new_tensor([*scale, *scale])
+    if settings.combine == "heat":
+        attention = heat_map(scaled[:0], scores[:0, labels], small)
+    else:
+        attention = instance_attention(areas, labels, member, attend, small)
+    heat = instance_heat(scaled, scores, labels, member, small, settings)
+    if settings.combine == "heat":
+        confidence = heat
+    else:
+        confidence = normalise(confidence_map(attention, heat, "product" if settings.combine == "product" else "mean"))
+    marginals = segment(canvas, confidence, settings)
+    masks = grow_masks(marginals, size)
+    masks = torch.stack([largest_parts(mask, settings.part) for mask in masks])
+    kept = scores[seeds, labels]
+    proposals = boxes[seeds].float()
+    tight = masks_to_boxes(masks)
+    empty = (tight[:, 2] <= tight[:, 0]) | (tight[:, 3] <= tight[:, 1])
+    for index in torch.nonzero(empty).flatten().tolist():  # an instance without a pixel falls back to its proposal
+        masks[index] = box_mask(proposals[index], size)
+    tight = masks_to_boxes(masks)
+    found = Instances(tight if settings.box == "mask" else proposals, labels, kept.clamp(0, 1), size, masks)
+    alive = distinct(found, settings.duplicate)
+    trace = Trace(attention[alive], heat[alive], confidence[alive], marginals[alive])
+    return found[alive], trace
+
+
+def working_canvas(image: np.ndarray, side: int | None) -> tuple[np.ndarray, tuple[float, float]]:
+    """The image scaled down to a longer side of ``side``, never up, and the factors of x and y."""
+    height, width = image.shape[:2]
+    if side is None or side >= max(height, width):
+        return np.ascontiguousarray(image), (1.0, 1.0)
+    factor = side / max(height, width)
+    small = cv2.resize(
+        image, (max(1, round(width * factor)), max(1, round(height * factor))), interpolation=cv2.INTER_AREA
+    )
+    return small, (small.shape[1] / width, small.shape[0] / height)
+
+
+def choose_instances(
+    boxes: Tensor, scores: Tensor, tags: tuple[int, ...] | None, settings: CalibrationSettings
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kept proposals and who belongs to them.
+
+    Returns:
+        seeds (K,) proposal indices; labels (K,) their classes; member (K, R) bool, the proposals whose attention maps
+        make up each instance.
+    """
+    present = list(range(scores.shape[1])) if tags is None else list(tags)
+    if not len(boxes) or not present:
+        none = torch.zeros(0, dtype=torch.long, device=boxes.device)
+        return none, none, torch.zeros(0, len(boxes), dtype=torch.bool, device=boxes.device)
+    columns = torch.tensor(present, device=boxes.device)
+    own = columns[scores[:, columns].argmax(1)]
+    score = scores.gather(1, own[:, None])[:, 0]
+    seeds, labels, members = [], [], []
+    for label in present:
+        ours = torch.where(own == label)[0]
+        if not len(ours):  # a tag that is no proposal's best class: the best proposal for it stands in
+            if tags is None:
+                continue
+            ours = scores[:, label].argmax()[None]
+        ours = ours[score[ours].argsort(descending=True, stable=True)]
+        rank = scores[ours, label]
+        keep = batched_nms(boxes[ours].float(), rank.float(), torch.zeros_like(ours), settings.nms)
+        first = 0 if tags is None else 1
+        strong = [
+            index for place, index in enumerate(keep.tolist()) if place < first or rank[index] >= settings.min_score
+        ]
+        attended = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+        attended[ours[: settings.attended]] = True
+        suppressor = box_iou(boxes[ours].float(), boxes[ours[keep]].float()) > settings.nms
+        group = suppressor.float().argmax(1)
+        group[keep] = torch.arange(len(keep), device=keep.device)
+        for place in range(min(len(strong), settings.per_class)):
+            if settings.members == "class":
+                member = attended.clone()
+            else:
+                member = torch.zeros_like(attended)
+                member[ours[group == place]] = True
+                member &= attended
+            member[ours[keep[place]]] = True
+            seeds.append(ours[keep[place]])
+            labels.append(label)
+            members.append(member)
+    if not seeds:
+        return choose_instances(boxes, scores, (), settings)
+    return torch.stack(seeds), torch.tensor(labels, device=boxes.device), torch.stack(members)
+
+
+def instance_attention(
+    boxes: Tensor, labels: Tensor, member: Tensor, attend: Attend, canvas: tuple[int, int]
+) -> Tensor:
+    """Instance attention maps (K, h, w): the members' attention maps, projected into their boxes and added.
+
+    Args:
+        boxes: (R, 4) in pixels of the canvas; labels: (K,); member: (K, R) bool; attend: see `Attend`; canvas: (h, w).
+    """
+    instance, proposal = torch.where(member)
+    # with members="class" instances of one class share their proposals: each pair is computed once
+    pairs, inverse = torch.unique(torch.stack([proposal, labels[instance]], 1), dim=0, return_inverse=True)
+    maps = attend(pairs[:, 0], pairs[:, 1])[inverse]
+    return project_maps(maps, boxes[proposal], canvas, groups=instance, num_groups=len(labels))
+
+
+def instance_heat(
+    boxes: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    member: Tensor,
+    canvas: tuple[int, int],
+    settings: CalibrationSettings,
+) -> Tensor:
+    """Object heat-maps (K, h, w) in [0, 1]: pixel-wise sum of the class score over the proposals.
+
+    Of all proposals where one instance a class is sought; of the instance's own members where there are several, whose
+    heat would otherwise run together.
+    """
+    if settings.members == "class" or settings.per_class == 1:
+        return normalise(heat_map(boxes, scores[:, labels], canvas))
+    return normalise(heat_map(boxes, (member * scores[:, labels].T).T, canvas))
+
+
+def segment(canvas: np.ndarray, confidence: Tensor, settings: CalibrationSettings) -> Tensor:
+    """Foreground probabilities (K, h, w) of the instances after the dense CRF.
+
+    Args:
+        canvas: (h, w, 3) uint8; confidence: (K, h, w) in [0, 1].
+    """
+    if settings.background is None:
+        background = background_map(confidence)
+    else:
+        background = torch.full_like(confidence[0], settings.background)
+    if settings.joint:
+        p = torch.cat([background[None], confidence])[None]
+    else:
+        p = torch.stack([background.expand_as(confidence), confidence], 1)
+    p = (p / p.sum(1, keepdim=True).clamp(min=1e-8)).clamp(0, 1)
+    if settings.iterations:
+        crf = DenseCRF(
+            torch.as_tensor(canvas).to(confidence.device),
+            settings.sxy_gaussian,
+            settings.compat_gaussian,
+            settings.sxy_bilateral,
+            settings.srgb,
+            settings.compat_bilateral,
+        )
+        with torch.autocast(p.device.type, enabled=False):
+            p = crf(p, settings.iterations)
+    if not settings.joint:
+        return p[:, 1]
+    best = p[0].amax(0, keepdim=True)  # the winning label owns the pixel, whatever its absolute probability
+    return torch.where(p[0, 1:] == best, torch.maximum(p[0, 1:], best.new_tensor(0.5 + 1e-3)), p[0, 1:].clamp(max=0.5))
+
+
+def grow_masks(probabilities: Tensor, size: tuple[int, int]) -> Tensor:
+    """(K, h, w) probabilities as (K, H, W) bool masks: resized bilinearly, then cut at one half."""
+    if probabilities.shape[-2:] != size:
+        probabilities = F.interpolate(probabilities[None], size=size, mode="bilinear", align_corners=False)[0]
+    return probabilities > 0.5
+
+
+def largest_parts(mask: Tensor, fraction: float | None) -> Tensor:
+    """The (H, W) bool mask without components smaller than ``fraction`` of its largest one."""
+    if fraction is None:
+        return mask
+    count, components, stats, _ = cv2.connectedComponentsWithStats(mask.cpu().numpy().astype(np.uint8))
+    if count <= 2:
+        return mask
+    areas = stats[1:, cv2.CC_STAT_AREA]
+    kept = np.concatenate([[False], areas >= fraction * areas.max()])
+    return torch.from_numpy(kept[components]).to(mask.device)
+
+
+def box_mask(box: Tensor, size: tuple[int, int]) -> Tensor:
+    """(H, W) bool, True in the pixels that the box (4,) touches, at least one."""
+    mask = torch.zeros(size, dtype=torch.bool, device=box.device)
+    x1, y1 = int(box[0].floor().clamp(0, size[1] - 1)), int(box[1].floor().clamp(0, size[0] - 1))
+    x2, y2 = max(x1 + 1, int(box[2].ceil())), max(y1 + 1, int(box[3].ceil()))
+    mask[y1:y2, x1:x2] = True
+    return mask
+
+
+def distinct(found: Instances, duplicate: float | None) -> Tensor:
+    """Indices (K',) of the instances that are no duplicate of a better one of their class, in order."""
+    if duplicate is None or len(found) < 2 or found.masks is None:
+        return torch.arange(len(found), device=found.boxes.device)
+    flat = found.masks.flatten(1).float()
+    inter = flat @ flat.T
+    area = flat.sum(1)
+    overlap = inter / (area[:, None] + area[None] - inter).clamp(min=1)
+    alive: list[int] = []
+    for index in found.weights.argsort(descending=True, stable=True).tolist():
+        same = [other for other in alive if found.labels[other] == found.labels[index]]
+        if not any(overlap[index, other] > duplicate for other in same):
+            alive.append(index)
+    return torch.tensor(sorted(alive), device=found.boxes.device)

@@ -1,0 +1,314 @@
+"""Recipes: every choice of a run in one typed, frozen value.
+
+``paper`` is the literal reading, ``best`` what measured best on real photographs, ``demo`` a tiny schedule for
+generated scenes. `docs/paper-notes.md` has a row for each choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from labelpenet.errors import InputError
+
+
+@dataclass(frozen=True)
+class Images:
+    """How photographs are presented.
+
+    Attributes:
+        sides: shorter sides in pixels, one drawn for each presentation.
+        longest: cap of the longer side.
+        flip: whether half of the presentations are mirrored.
+        test_side: shorter side at inference; None for the image at its original size.
+    """
+
+    sides: tuple[int, ...] = (480, 576, 688, 864, 1024)
+    longest: int = 1200
+    flip: bool = True
+    test_side: int | None = None
+
+
+@dataclass(frozen=True)
+class ProposalChoice:
+    """Which proposals a training image gets.
+
+    Attributes:
+        method: ``selective-search-fast``, ``selective-search-quality`` or ``edge-boxes``.
+        side: longer side of the image that they are computed on; None for its own.
+        limit: proposals kept for each image, best first.
+        min_area: proposals smaller than this fraction of the image are dropped.
+    """
+
+    method: str = "selective-search-fast"
+    side: int | None = None
+    limit: int = 1600
+    min_area: float = 0.0
+
+
+@dataclass(frozen=True)
+class ClassificationChoice:
+    """Module 1 (see `models.classification.Classification`).
+
+    Attributes:
+        form, contrast, pool, freeze_head: of `Classification`.
+        attention: ``excitation`` (excitation backprop) or ``gradient`` (activation times gradient of the class logit at
+            the last spatial layer of the RoI head).
+    """
+
+    form: str = "paper"
+    contrast: bool = False
+    pool: str = "max"
+    freeze_head: bool = False
+    attention: str = "excitation"
+
+
+@dataclass(frozen=True)
+class DetectorChoice:
+    """Modules 2 to 4 (see `models.detection.DetectorSettings`; ``attention`` as in `ClassificationChoice`)."""
+
+    anchor_sides: tuple[int, ...] = (128, 256, 512)
+    rois: int = 128
+    rpn_proposals: int = 300
+    extra_proposals: bool = False
+    pool: str = "max"
+    cells: int = 1
+    freeze_head: bool = False
+    mask_width: int = 256
+    mask_depth: int = 4
+    attention: str = "excitation"
+
+
+@dataclass(frozen=True)
+class InferenceChoice:
+    """From scores to instances, for one module (see `calibration.CalibrationSettings` for all but the last two).
+
+    Attributes:
+        affiliated: modules 3 and 4: whether the masks of the detections that a kept one suppressed join its own.
+        score_threshold: modules 2 to 4: a detection needs this softmax score to be a candidate.
+    """
+
+    combine: str = "product"
+    members: str = "suppressed"
+    nms: float = 0.3
+    per_class: int = 20
+    min_score: float = 0.5
+    attended: int = 1000
+    background: float | None = None
+    joint: bool = True
+    side: int | None = None
+    sxy_gaussian: float = 3.0
+    compat_gaussian: float = 3.0
+    sxy_bilateral: float = 80.0
+    srgb: float = 13.0
+    compat_bilateral: float = 10.0
+    iterations: int = 10
+    box: str = "mask"
+    part: float | None = None
+    duplicate: float | None = None
+    affiliated: bool = True
+    score_threshold: float = 0.05
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a stage is trained (4.2).
+
+    Attributes:
+        steps: optimiser steps; decay: (fraction of the steps, factor) pairs of the learning rate.
+        lr, kind, momentum, weight_decay, warmup, clip: of `training.loop.Optimiser`.
+        batch_size: images a step, over all processes.
+    """
+
+    steps: int = 50_000
+    lr: float = 1e-3
+    kind: typing.Literal["sgd", "adam", "adamw"] = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    decay: tuple[tuple[float, float], ...] = ((0.8, 0.1),)
+    warmup: int = 0
+    clip: float | None = None
+    batch_size: int = 2
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a run, but for data, seed and backbone.
+
+    Attributes:
+        infer1, infer2, infer3: how modules 1 to 3 label the training images for the next one.
+        predict2, predict4: how modules 2, and 3 and 4, answer `predict`.
+        schedule1 to schedule4: of cascaded pre-training.
+    """
+
+    name: str = "paper"
+    images: Images = field(default_factory=Images)
+    proposals: ProposalChoice = field(default_factory=ProposalChoice)
+    classification: ClassificationChoice = field(default_factory=ClassificationChoice)
+    detection: DetectorChoice = field(default_factory=DetectorChoice)
+    segmentation: DetectorChoice = field(default_factory=DetectorChoice)
+    infer1: InferenceChoice = field(default_factory=lambda: InferenceChoice(per_class=1))
+    infer2: InferenceChoice = field(default_factory=InferenceChoice)
+    infer3: InferenceChoice = field(default_factory=InferenceChoice)
+    predict2: InferenceChoice = field(
+        default_factory=lambda: InferenceChoice(min_score=0.05, box="proposal", joint=False)
+    )
+    predict4: InferenceChoice = field(
+        default_factory=lambda: InferenceChoice(min_score=0.05, box="proposal", joint=False)
+    )
+    schedule1: Schedule = field(default_factory=Schedule)
+    schedule2: Schedule = field(default_factory=Schedule)
+    schedule3: Schedule = field(default_factory=Schedule)
+    schedule4: Schedule = field(default_factory=Schedule)
+
+
+def best() -> Recipe:
+    """What measured best on real photographs (`docs/paper-notes.md`)."""
+    crf: dict[str, Any] = {
+        "side": 250, "sxy_bilateral": 40.0, "srgb": 5.0, "compat_bilateral": 5.0, "background": 0.25, "part": 0.2,
+    }  # fmt: skip
+    detector = DetectorChoice(
+        anchor_sides=(64, 128, 256), rois=64, rpn_proposals=150, extra_proposals=True, pool="align", cells=3,
+        mask_width=128, mask_depth=2, attention="gradient",
+    )  # fmt: skip
+    schedule = Schedule(
+        steps=1600, lr=2e-4, kind="adamw", weight_decay=1e-2, batch_size=2, warmup=50, clip=10.0,
+        decay=((0.7, 0.3), (0.9, 0.1)),
+    )  # fmt: skip
+    return Recipe(
+        name="best",
+        images=Images(sides=(480,), longest=800, flip=True, test_side=480),
+        proposals=ProposalChoice(side=250, limit=300, min_area=0.015),
+        classification=ClassificationChoice(pool="align", freeze_head=True, attention="gradient"),
+        detection=detector,
+        segmentation=detector,
+        infer1=InferenceChoice(combine="mean", members="class", per_class=1, attended=80, **crf),
+        infer2=InferenceChoice(combine="product", per_class=5, attended=80, duplicate=0.5, **crf),
+        infer3=InferenceChoice(per_class=5, duplicate=0.5, attended=80, **crf),
+        predict2=InferenceChoice(min_score=0.05, box="proposal", joint=False, attended=80, **crf),
+        predict4=InferenceChoice(min_score=0.05, box="proposal", joint=False, attended=80, **crf),
+        schedule1=Schedule(steps=1200, lr=1e-3, kind="adam", weight_decay=0.0, batch_size=8),
+        schedule2=schedule,
+        schedule3=schedule,
+        schedule4=schedule,
+    )
+
+
+def recipe(name: str) -> Recipe:
+    """The recipe called ``name``.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    known = {"paper": Recipe, "best": best, "demo": demo}
+    if name not in known:
+        raise InputError(f"unknown recipe {name!r}; choose from {', '.join(known)}")
+    return known[name]()
+
+
+def demo() -> Recipe:
+    """A tiny schedule for generated scenes of about 160 pixels: minutes on two cores."""
+    base = best()
+    return replace(base, name="demo")
+
+
+def shorten(one: Recipe, factor: float) -> Recipe:
+    """The recipe with every stage's steps multiplied by ``factor``, at least one step each."""
+    if not factor > 0:
+        raise InputError(f"--shorten must be positive, but got {factor}")
+    changes = {
+        name: replace(schedule, steps=max(1, round(schedule.steps * factor)), warmup=round(schedule.warmup * factor))
+        for name in ("schedule1", "schedule2", "schedule3", "schedule4")
+        for schedule in [getattr(one, name)]
+    }
+    return replace(one, **changes)
+
+
+def override(one: Recipe, assignments: typing.Iterable[str]) -> Recipe:
+    """The recipe with single choices changed.
+
+    Args:
+        assignments: ``part.field=value`` each, such as ``schedule2.steps=800`` or ``images.sides=480,576``.
+
+    Raises:
+        InputError: an unknown part or field (the message lists the known ones), or a value of the wrong type.
+    """
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        part, dot, name = key.partition(".")
+        if not equals or not dot:
+            raise InputError(f"--set {assignment}: expected part.field=value, such as schedule2.steps=800")
+        parts = [f.name for f in dataclasses.fields(one) if dataclasses.is_dataclass(getattr(one, f.name))]
+        if part not in parts:
+            raise InputError(f"--set {assignment}: unknown part {part!r}; choose from {', '.join(parts)}")
+        owner = getattr(one, part)
+        hints = typing.get_type_hints(type(owner))
+        if name not in hints:
+            raise InputError(f"--set {assignment}: {part} has no {name!r}; choose from {', '.join(hints)}")
+        try:
+            value = _parse(text, hints[name])
+        except ValueError as error:
+            raise InputError(f"--set {assignment}: {error}") from error
+        one = replace(one, **{part: replace(owner, **{name: value})})
+    return one
+
+
+def to_dict(one: Recipe) -> dict[str, Any]:
+    """The recipe as plain values, for ``run.json`` and checkpoints."""
+    return dataclasses.asdict(one)
+
+
+def from_dict(values: dict[str, Any]) -> Recipe:
+    """The inverse of `to_dict`, also after a round trip through JSON.
+
+    Raises:
+        InputError: an entry is missing or unknown (the run was made by another version).
+    """
+    try:
+        return _build(Recipe, values)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"the run's recipe cannot be read ({error}); it was made by another version") from error
+
+
+def _build(kind: Any, values: dict[str, Any]) -> Any:
+    hints = typing.get_type_hints(kind)
+    built = {}
+    for key, value in values.items():
+        if dataclasses.is_dataclass(hints[key]):
+            built[key] = _build(hints[key], value)
+        else:
+            built[key] = _tupled(value)
+    return kind(**built)
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(_tupled(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def _parse(text: str, hint: Any) -> Any:
+    options = typing.get_args(hint)
+    if text.lower() == "none":
+        if type(None) in options:
+            return None
+        raise ValueError("None is not allowed here")
+    if type(None) in options:
+        hint = next(option for option in options if option is not type(None))
+    if typing.get_origin(hint) is typing.Literal:
+        if text not in typing.get_args(hint):
+            raise ValueError(f"expected one of {', '.join(typing.get_args(hint))}, but got {text!r}")
+        return text
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        if typing.get_origin(item) is tuple:  # pairs, written 0.8:0.1,0.9:0.01
+            return tuple(tuple(float(number) for number in pair.split(":")) for pair in text.split(",") if pair)
+        return tuple(item(part) for part in text.split(",") if part)
+    if hint is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"expected true or false, but got {text!r}")
+        return text.lower() == "true"
+    try:
+        return hint(text)
+    except ValueError:
+        raise ValueError(f"expected a value of type {hint.__name__}, but got {text!r}") from None

@@ -1,0 +1,58 @@
+"""Proposal attention maps: where in a RoI the evidence for its class lies (section 3.2).
+
+Shape letters: ``R`` RoIs, ``D`` channels, ``P`` side of the RoI features, ``a`` side of the attention map.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from labelpenet.calibration import excitation_backprop, forward_with_activations
+
+CHUNK = 64
+
+
+def roi_attention(
+    head: nn.Sequential, classifier: nn.Linear, pooled: Tensor, outputs: Tensor, scores: Tensor, kind: str
+) -> Tensor:
+    """Attention maps (R, a, a) >= 0 of RoIs, each for one output of the classifier.
+
+    Args:
+        head: the RoI head, ending in (R, D') features; classifier: the class branch on top of it.
+        pooled: (R, D, P, P) RoI features; outputs: (R,) index of the classifier's output that each map explains.
+        scores: (R,) the activation vector's entry: the class score of the RoI, >= 0.
+        kind: ``excitation``: excitation backprop to the RoI features, summed over channels (a = P); ``gradient``:
+            activation times gradient of the logit at the head's last spatial layer, summed over channels, negative
+            sums cut off; for a linear classifier on averaged features these are its exact contributions.
+    """
+    if kind not in ("excitation", "gradient"):
+        raise ValueError(f"attention must be 'excitation' or 'gradient', but got {kind!r}")
+    one = _excitation if kind == "excitation" else _gradient
+    parts = [
+        one(head, classifier, pooled[start : start + CHUNK], outputs[start : start + CHUNK])
+        for start in range(0, len(pooled), CHUNK)
+    ]
+    if not parts:
+        return pooled.new_zeros(0, pooled.shape[-2], pooled.shape[-1])
+    return torch.cat(parts) * scores.to(parts[0])[:, None, None]
+
+
+def _excitation(head: nn.Sequential, classifier: nn.Linear, pooled: Tensor, outputs: Tensor) -> Tensor:
+    layers = [*head, classifier]
+    logits, activations = forward_with_activations(layers, pooled.float())
+    top = torch.zeros_like(logits)
+    top[torch.arange(len(top), device=top.device), outputs] = 1
+    return excitation_backprop(layers, pooled.float(), top, activations).sum(1)
+
+
+def _gradient(head: nn.Sequential, classifier: nn.Linear, pooled: Tensor, outputs: Tensor) -> Tensor:
+    split = next(i for i, layer in enumerate(head) if isinstance(layer, (nn.Flatten, nn.AdaptiveAvgPool2d)))
+    with torch.no_grad():
+        spatial = head[:split](pooled)
+    with torch.enable_grad():
+        leaf = spatial.detach().float().requires_grad_()
+        logits = classifier(head[split:](leaf))
+        chosen = logits[torch.arange(len(logits), device=logits.device), outputs].sum()
+        (gradient,) = torch.autograd.grad(chosen, leaf)
+    return (leaf.detach() * gradient).sum(1).clamp(min=0)

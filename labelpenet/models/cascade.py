@@ -1,0 +1,489 @@
+"""`LabelPEnet`: one stem, four modules, and what each of them infers for an image.
+
+Shape letters: ``H, W`` the photograph, ``h, w`` the network's input, ``R`` proposals, ``C`` foreground classes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision.ops import nms
+
+from labelpenet import config
+from labelpenet.calibration import CalibrationSettings, Trace, calibrate, project_maps
+from labelpenet.calibration.calibrate import (
+    box_mask,
+    distinct,
+    grow_masks,
+    largest_parts,
+    segment,
+    working_canvas,
+)
+from labelpenet.config import InferenceChoice, Recipe
+from labelpenet.data.images import read_image
+from labelpenet.data.proposals import ProposalSettings, propose
+from labelpenet.errors import InputError
+from labelpenet.instances import Instances, masks_to_boxes
+from labelpenet.models.attention import roi_attention
+from labelpenet.models.backbones import Backbone, build_backbone, freeze_batch_norm
+from labelpenet.models.classification import Classification, frame_boxes
+from labelpenet.models.detection import Candidates, Detector, DetectorSettings
+from labelpenet.models.segmentation import Segmenter
+
+MODULES = ("classification", "detection", "refinement", "segmentation")
+
+
+@dataclass
+class View:
+    """A photograph as the network sees it.
+
+    Attributes:
+        pixels: (1, 3, h, w) normalised.
+        scale: factors (x, y) from the photograph's pixels to the network's.
+        flipped: whether it is mirrored left to right.
+    """
+
+    pixels: Tensor
+    scale: tuple[float, float]
+    flipped: bool = False
+
+    def boxes(self, boxes: Tensor) -> Tensor:
+        """(R, 4) boxes of the photograph in pixels of the view."""
+        scaled = boxes.to(self.pixels.device).float() * self.pixels.new_tensor([*self.scale, *self.scale])
+        if not self.flipped:
+            return scaled
+        width = self.pixels.shape[-1]
+        return torch.stack([width - scaled[:, 2], scaled[:, 1], width - scaled[:, 0], scaled[:, 3]], 1)
+
+    def back(self, boxes: Tensor) -> Tensor:
+        """The inverse of `boxes`, for a view that is not flipped."""
+        return boxes / boxes.new_tensor([*self.scale, *self.scale])
+
+    def instances(self, one: Instances) -> Instances:
+        """The photograph's instances in pixels of the view; boxes exact, masks resized to the nearest pixel."""
+        height, width = int(self.pixels.shape[-2]), int(self.pixels.shape[-1])
+        masks = None
+        if one.masks is not None:
+            masks = torch.zeros(len(one), height, width, dtype=torch.bool)
+            for index, mask in enumerate(one.masks.cpu().numpy()):
+                resized = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
+                masks[index] = torch.from_numpy(resized.astype(bool))
+            masks = masks.flip(-1) if self.flipped else masks
+            masks = masks.to(self.pixels.device)
+        device = self.pixels.device
+        return Instances(self.boxes(one.boxes), one.labels.to(device), one.weights.to(device), (height, width), masks)
+
+
+class LabelPEnet(nn.Module):
+    """The cascade.
+
+    Args:
+        backbone: what `build_backbone` returned.
+        classes: names of the C foreground classes.
+        recipe: every choice.
+    """
+
+    def __init__(self, backbone: Backbone, classes: Sequence[str], recipe: Recipe):
+        super().__init__()
+        self.classes, self.recipe, self.backbone_name = tuple(classes), recipe, backbone.name
+        c = len(self.classes)
+        self.stem = backbone.stem.module
+        one = recipe.classification
+        self.classification = Classification(backbone, c, one.pool, one.form, one.contrast, one.freeze_head)
+        self.detection = Detector(backbone, c, backbone.region_tail(), _settings(recipe.detection, weighted=True))
+        choice = recipe.segmentation
+        self.refinement = Segmenter(backbone, c, _settings(choice, weighted=True), choice.mask_width, choice.mask_depth)
+        self.segmentation = Segmenter(
+            backbone, c, _settings(choice, weighted=False), choice.mask_width, choice.mask_depth
+        )
+        freeze_batch_norm(self)
+        self.register_buffer("_mean", torch.tensor(backbone.mean).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("_std", torch.tensor(backbone.std).view(1, 3, 1, 1) * 255, persistent=False)
+        self.normalisation = {"mean": list(backbone.mean), "std": list(backbone.std)}
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    def train(self, mode: bool = True) -> LabelPEnet:
+        """As `nn.Module.train`, but batch norms stay in evaluation mode."""
+        super().train(mode)
+        freeze_batch_norm(self)
+        return self
+
+    def module(self, number: int) -> nn.Module:
+        """Module 1 to 4."""
+        return getattr(self, MODULES[number - 1])
+
+    # -- views and the stem ------------------------------------------------------------------------------------------
+
+    def view(self, image: np.ndarray, side: int | None = None, flip: bool = False) -> View:
+        """The photograph (H, W, 3) uint8 RGB with its shorter side scaled to ``side`` (the recipe's if None)."""
+        height, width = image.shape[:2]
+        images = self.recipe.images
+        side = images.test_side if side is None else side
+        factor = 1.0 if side is None else min(side / min(height, width), images.longest / max(height, width))
+        size = (max(32, round(width * factor)), max(32, round(height * factor)))
+        if size != (width, height):
+            image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR if factor > 0.5 else cv2.INTER_AREA)
+        if flip:
+            image = image[:, ::-1]
+        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].to(self.device)
+        return View((pixels.float() - self._mean) / self._std, (size[0] / width, size[1] / height), flip)
+
+    def stem_map(self, view: View) -> Tensor:
+        """The shared stem's map of a view; without gradients where the stem is frozen."""
+        frozen = not any(p.requires_grad for p in self.stem.parameters())
+        with torch.no_grad() if frozen else contextlib.nullcontext():
+            return self.stem(view.pixels.contiguous(memory_format=torch.channels_last))
+
+    def proposals(self, image: np.ndarray) -> Tensor:
+        """Selective-search proposals (R, 4) of a photograph, computed now, as the recipe wants them."""
+        return self.select(torch.from_numpy(propose(image, proposal_settings(self.recipe))), image.shape[:2])
+
+    def select(self, boxes: Tensor, size: tuple[int, ...]) -> Tensor:
+        """Of precomputed proposals (R, 4) those that the recipe keeps, and the whole image as the first."""
+        choice = self.recipe.proposals
+        height, width = size[:2]
+        area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        boxes = boxes[area >= choice.min_area * height * width][: choice.limit]
+        whole = boxes.new_tensor([[0, 0, width, height]])
+        return torch.cat([whole, boxes[(boxes != whole).any(1)]])
+
+    # -- what each module infers -------------------------------------------------------------------------------------
+
+    def class_scores(self, view: View, proposals: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Module 1's ``x^c`` (R, C + 1) and ``x^p`` (R, C) for proposals (R, 4) of the photograph.
+
+        Args:
+            features: (R, D) RoI features computed before, where the RoI head is frozen.
+        """
+        one = self.classification
+        boxes = view.boxes(proposals)
+        stem = None if features is not None and not one.contrast else self.stem_map(view)
+        if features is None:
+            assert stem is not None
+            features = one.features(stem, boxes)
+        frames = None
+        if one.contrast:
+            assert stem is not None
+            frames = one.features(stem, frame_boxes(boxes, (view.pixels.shape[-2], view.pixels.shape[-1])))
+        return one(features, frames)
+
+    def infer_classification(
+        self,
+        image: np.ndarray,
+        proposals: Tensor,
+        tags: tuple[int, ...] | None,
+        features: Tensor | None = None,
+    ) -> tuple[Instances, Trace, Tensor]:
+        """Module 1, calibrated: one instance for each tag.
+
+        Without tags every class gets an instance, its weight multiplied by the image's probability of the class.
+
+        Returns:
+            The instances, the maps behind them, and the image's class probabilities (C,).
+        """
+        view = self.view(image)
+        x_c, x_p = self.class_scores(view, proposals, features)
+        probabilities = self.classification.image_probabilities(x_c, x_p)
+        scores = x_c[:, 1:].softmax(1)
+        stem = self.stem_map(view)
+        one = self.classification
+        regions = view.boxes(proposals)
+
+        def attend(index: Tensor, labels: Tensor) -> Tensor:
+            pooled = one.pool(one.tail(stem), regions[index])
+            return roi_attention(
+                one.head,
+                one.classifier,
+                pooled,
+                labels + 1,
+                scores[index, labels],
+                self.recipe.classification.attention,
+            )
+
+        wanted = tuple(range(len(self.classes))) if tags is None else tags
+        found, trace = calibrate(
+            image, proposals.to(scores.device), scores, wanted, attend, calibration_settings(self.recipe.infer1)
+        )
+        if tags is None:
+            found = replace(found, weights=found.weights * probabilities[found.labels])
+        return found, trace, probabilities
+
+    def rank_proposals(
+        self, image: np.ndarray, proposals: Tensor, tags: tuple[int, ...] | None, features: Tensor | None = None
+    ) -> Instances:
+        """Module 1 by itself, uncalibrated: proposals ranked by ``x^c w``, after NMS; boxes without masks.
+
+        The weight is the share of the class's best: scores in [0, 1] times the image's class probability.
+        """
+        view = self.view(image)
+        x_c, x_p = self.class_scores(view, proposals, features)
+        scores = self.classification.scores(x_c, x_p).clamp(min=0)
+        probabilities = self.classification.image_probabilities(x_c, x_p)
+        share = scores / scores.sum(0).clamp(min=1e-6) * probabilities
+        keep_classes = range(len(self.classes)) if tags is None else tags
+        parts = []
+        size = (image.shape[0], image.shape[1])
+        for label in keep_classes:
+            order = torch.argsort(share[:, label], descending=True, stable=True)[:100]
+            kept = order[nms(proposals[order.cpu()].float().to(share.device), share[order, label], 0.3)][:20]
+            parts.append(
+                Instances(
+                    proposals[kept.cpu()].float(),
+                    torch.full((len(kept),), label),
+                    share[kept, label].cpu().clamp(0, 1),
+                    size,
+                )
+            )
+        return Instances.cat(parts) if parts else Instances.empty(size)
+
+    def _candidates(
+        self,
+        module: Detector,
+        image: np.ndarray,
+        proposals: Tensor | None,
+        tags: tuple[int, ...] | None,
+        choice: InferenceChoice,
+    ) -> tuple[View, Tensor, Tensor, Tensor, Candidates]:
+        """View, stem map, RoIs (R, 4), pooled RoI features and candidates of a detector."""
+        view = self.view(image)
+        stem = self.stem_map(view)
+        features = module.features(stem)
+        extra = None if proposals is None else view.boxes(proposals)
+        rois, _ = module.propose(features, view.pixels, extra=extra)
+        pooled = module.pool(features, rois)
+        logits, deltas = module.classify(module.head(pooled))
+        size = (int(view.pixels.shape[-2]), int(view.pixels.shape[-1]))
+        found = module.candidates(rois, logits, deltas, size, tags, choice.score_threshold, choice.nms)
+        return view, stem, rois, pooled, found
+
+    def infer_detection(
+        self,
+        image: np.ndarray,
+        proposals: Tensor | None,
+        tags: tuple[int, ...] | None,
+        choice: InferenceChoice | None = None,
+    ) -> tuple[Instances, Trace]:
+        """Module 2, calibrated: several instances for each class."""
+        choice = choice or self.recipe.infer2
+        module = self.detection
+        view, _, rois, pooled, found = self._candidates(module, image, proposals, tags, choice)
+        scores = found.scores.new_zeros(len(found.scores), len(self.classes))
+        scores[torch.arange(len(scores), device=scores.device), found.labels] = found.scores
+
+        def attend(index: Tensor, labels: Tensor) -> Tensor:
+            return roi_attention(
+                module.head,
+                module.classifier,
+                pooled[found.rois[index]],
+                labels + 1,
+                found.scores[index],
+                self.recipe.detection.attention,
+            )
+
+        present = tuple(sorted(set(found.labels.tolist())))
+        if not present:
+            empty = torch.zeros(0, 1, 1)
+            size = (image.shape[0], image.shape[1])
+            return Instances.empty(size, with_masks=True), Trace(empty, empty, empty, empty)
+        return calibrate(
+            image,
+            view.back(found.boxes),
+            scores,
+            present,
+            attend,
+            calibration_settings(choice),
+            regions=view.back(rois[found.rois]),
+        )
+
+    def infer_segmentation(
+        self,
+        number: int,
+        image: np.ndarray,
+        proposals: Tensor | None,
+        tags: tuple[int, ...] | None,
+        choice: InferenceChoice | None = None,
+    ) -> tuple[Instances, Trace]:
+        """Module 3 or 4: detections, their masks (and those of the detections that they suppressed), dense CRF."""
+        choice = choice or self.recipe.infer3
+        module = self.refinement if number == 3 else self.segmentation
+        view, stem, _, _, found = self._candidates(module, image, proposals, tags, choice)
+        size = (image.shape[0], image.shape[1])
+        canvas, scale = working_canvas(image, choice.side)
+        small = (canvas.shape[0], canvas.shape[1])
+        kept_scores, kept_labels = found.scores[found.keep], found.labels[found.keep]
+        place = _rank_within_class(kept_labels)
+        strong = (kept_scores >= choice.min_score) | ((place == 0) if tags is not None else False)
+        chosen = torch.where(strong & (place < choice.per_class))[0]
+        if not len(chosen):
+            empty = torch.zeros(0, *small)
+            return Instances.empty(size, with_masks=True), Trace(empty, empty, empty, empty)
+        position = torch.full((len(found.keep),), -1, device=chosen.device)
+        position[chosen] = torch.arange(len(chosen), device=chosen.device)
+        group = position[found.group]
+        if not choice.affiliated:
+            own = torch.zeros_like(group, dtype=torch.bool)
+            own[found.keep] = True
+            group = torch.where(own, group, -1)
+        members = torch.where(group >= 0)[0][: choice.attended]
+        masks = module.masks(module.mask_features(stem), found.boxes[members], found.labels[members])
+        boxes = view.back(found.boxes)
+        scaled = boxes[members] * boxes.new_tensor([*scale, *scale])
+        summed = project_maps(masks, scaled, small, found.scores[members], group[members], len(chosen))
+        total = torch.zeros(len(chosen), device=boxes.device).index_add_(0, group[members], found.scores[members])
+        confidence = (summed / total.clamp(min=1e-6)[:, None, None]).clamp(0, 1)
+        settings = calibration_settings(choice)
+        if choice.iterations:
+            marginals = segment(canvas, confidence, settings)
+        else:
+            marginals = confidence
+        grown = torch.stack([largest_parts(mask, choice.part) for mask in grow_masks(marginals, size)])
+        kept = boxes[found.keep[chosen]]
+        tight = masks_to_boxes(grown)
+        for index in torch.nonzero(tight[:, 2] <= tight[:, 0]).flatten().tolist():
+            grown[index] = box_mask(kept[index], size)
+        final = masks_to_boxes(grown) if choice.box == "mask" else kept
+        instances = Instances(final, kept_labels[chosen], kept_scores[chosen].clamp(0, 1), size, grown)
+        alive = distinct(instances, choice.duplicate)
+        nothing = torch.zeros_like(confidence)
+        return instances[alive], Trace(nothing[alive], nothing[alive], confidence[alive], marginals[alive])
+
+    @torch.no_grad()
+    def infer(
+        self, number: int, image: np.ndarray, proposals: Tensor | None, tags: tuple[int, ...] | None
+    ) -> tuple[Instances, Trace]:
+        """What module ``number`` passes on for a training image: instances of its tags only, and the maps behind."""
+        if number == 1:
+            assert proposals is not None
+            found, trace, _ = self.infer_classification(image, proposals, tags)
+            return found, trace
+        if number == 2:
+            return self.infer_detection(image, proposals, tags)
+        return self.infer_segmentation(number, image, proposals, tags)
+
+    @torch.no_grad()
+    def predict(self, image: np.ndarray | str | Path, module: int = 4, proposals: Tensor | None = None) -> Instances:
+        """The instances of a photograph whose tags are not known.
+
+        Args:
+            image: (H, W, 3) uint8 RGB, or an image file.
+            module: which of the four answers.
+            proposals: (R, 4) in pixels of the photograph; computed if the module needs them and they are not given.
+
+        Returns:
+            `Instances` on the CPU, best first: scores in [0, 1] as weights, masks for every module.
+
+        Raises:
+            InputError: the file cannot be read; no such module.
+        """
+        if module not in (1, 2, 3, 4):
+            raise InputError(f"no module {module}; choose 1, 2, 3 or 4")
+        pixels = image if isinstance(image, np.ndarray) else read_image(image)
+        if proposals is None and self.needs_proposals(module):
+            proposals = self.proposals(pixels)
+        if module == 1:
+            assert proposals is not None
+            found, _, _ = self.infer_classification(pixels, proposals, None)
+        elif module == 2:
+            found, _ = self.infer_detection(pixels, proposals, None, self.recipe.predict2)
+        else:
+            found, _ = self.infer_segmentation(module, pixels, proposals, None, self.recipe.predict4)
+        found = found.to("cpu")
+        return found[found.weights.argsort(descending=True, stable=True)]
+
+    def needs_proposals(self, module: int) -> bool:
+        """Whether a module works on selective-search proposals."""
+        if module == 1:
+            return True
+        return (self.recipe.detection if module == 2 else self.recipe.segmentation).extra_proposals
+
+    # -- runs --------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_run(cls, run: str | Path, device: str | torch.device = "cpu") -> LabelPEnet:
+        """The trained cascade of a run folder, ready to `predict`.
+
+        Raises:
+            InputError: no run folder, an unfinished run without any trained module, or damaged weights.
+        """
+        run = Path(run)
+        facts = read_run(run)
+        backbone = build_backbone(facts["backbone"], pretrained=False)
+        backbone.mean, backbone.std = tuple(facts["normalisation"]["mean"]), tuple(facts["normalisation"]["std"])
+        network = cls(backbone, facts["classes"], config.from_dict(facts["recipe"]))
+        loaded = [part for part in ("stem", *MODULES) if network.load_part(run, part)]
+        if "stem" not in loaded or len(loaded) < 2:
+            raise InputError(f"{run}: holds no trained module yet; finish it with labelpenet train ... --resume")
+        return network.to(device)
+
+    def load_part(self, run: Path, part: str) -> bool:
+        """Loads ``RUN/weights/PART.safetensors`` into the stem or a module; False if it does not exist.
+
+        Raises:
+            InputError: the file is damaged or belongs to another configuration.
+        """
+        path = run / "weights" / f"{part}.safetensors"
+        if not path.is_file():
+            return False
+        try:
+            getattr(self, part).load_state_dict(load_file(path))
+        except Exception as error:
+            line = str(error).splitlines()[0]
+            raise InputError(f"{path}: does not fit this run ({line}); delete it and train with --resume") from error
+        return True
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """The facts of a run folder: classes, backbone, recipe, normalisation.
+
+    Raises:
+        InputError: not a run folder.
+    """
+    path = run / "run.json"
+    if not path.is_file():
+        raise InputError(f"{run}: not a run folder (no run.json); give what labelpenet train wrote with --out")
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(facts, dict) or not {"classes", "backbone", "recipe", "normalisation"} <= set(facts):
+            raise ValueError("entries are missing")
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}); train again into a new folder") from error
+    return facts
+
+
+def proposal_settings(recipe: Recipe) -> ProposalSettings:
+    """The recipe's choice in the words of the proposals' reader."""
+    choice = recipe.proposals
+    return ProposalSettings(method=choice.method, side=choice.side)  # type: ignore[arg-type]
+
+
+def calibration_settings(choice: InferenceChoice) -> CalibrationSettings:
+    """The part of an inference choice that calibration looks at."""
+    names = {f.name for f in fields(CalibrationSettings)}
+    return CalibrationSettings(**{f.name: getattr(choice, f.name) for f in fields(choice) if f.name in names})
+
+
+def _settings(choice: config.DetectorChoice, weighted: bool) -> DetectorSettings:
+    names = {f.name for f in fields(DetectorSettings)}
+    values = {f.name: getattr(choice, f.name) for f in fields(choice) if f.name in names}
+    return DetectorSettings(**values, weighted=weighted)
+
+
+def _rank_within_class(labels: Tensor) -> Tensor:
+    """For detections (K,), best first, the number of better ones of the same class."""
+    same = labels[:, None] == labels[None]
+    return torch.tril(same, diagonal=-1).sum(1)

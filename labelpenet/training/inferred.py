@@ -1,0 +1,145 @@
+"""What a module inferred for every training image: kept in the run folder, one row of COCO results an instance.
+
+``RUN/instances/MODULE.json`` is a predictions file that `evaluate`, `export` and other tools read. While a module is
+still inferring, ``RUN/instances/MODULE.part0.jsonl`` grows by one line an image, so that an interruption costs one image.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from labelpenet.data.dataset import TaggedImage, TaggedImages
+from labelpenet.errors import InputError
+from labelpenet.instances import Instances
+from labelpenet.training.checkpoint import write_atomically
+
+Rows = list[dict[str, Any]]
+
+
+class Inferred(Mapping[str, Instances]):
+    """The instances of each image by id, decoded when asked for (masks stay run-length encoded in memory)."""
+
+    def __init__(self, rows: dict[str, Rows], sizes: dict[str, tuple[int, int]], num_classes: int):
+        self._rows, self._sizes, self._categories = rows, sizes, list(range(1, num_classes + 1))
+
+    def __getitem__(self, image_id: str) -> Instances:
+        size = self._sizes[image_id]
+        rows = self._rows.get(image_id, [])
+        found = Instances.from_coco(rows, size, self._categories)
+        return found if rows else Instances.empty(size, with_masks=True)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sizes)
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+
+def path_of(run: Path, name: str) -> Path:
+    """Where the instances of the module called ``name`` are kept."""
+    return run / "instances" / f"{name}.json"
+
+
+def read_inferred(run: Path, name: str, num_classes: int) -> Inferred:
+    """The instances that a module inferred for the training images.
+
+    Raises:
+        InputError: the module has not finished, or the file is damaged.
+    """
+    path = path_of(run, name)
+    if not path.is_file():
+        raise InputError(f"{path}: not there; module {name} has not labelled the training images yet, train it first")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+        rows: dict[str, Rows] = {}
+        for row in content["annotations"]:
+            rows.setdefault(row["image_id"], []).append(row)
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error}); delete it and train with --resume") from error
+    return Inferred(rows, sizes, num_classes)
+
+
+def infer_all(
+    run: Path,
+    name: str,
+    images: TaggedImages,
+    infer: Callable[[TaggedImage], Instances],
+    rank: int = 0,
+    world: int = 1,
+    barrier: Callable[[], None] = lambda: None,
+    advance: Callable[[str], None] = lambda note: None,
+) -> None:
+    """Labels every training image once, where an earlier run has not, and writes ``RUN/instances/NAME.json``.
+
+    Args:
+        infer: from an image to its instances; an `InputError` skips the image (it then has no instances).
+        rank, world, barrier: this process among those that share the work.
+        advance: called after each image, with a note about it or an empty string.
+    """
+    target = path_of(run, name)
+    if target.is_file():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    done = {line["id"] for line in _read_parts(target)}
+    barrier()
+    categories = list(range(1, len(images.classes) + 1))
+    mine = [image for image in images.images[rank::world] if image.id not in done]
+    part = target.with_suffix(f".part{rank}.jsonl")
+    try:
+        with part.open("a", encoding="utf-8") as file:
+            for image in mine:
+                note = ""
+                try:
+                    found = infer(image)
+                    line: dict[str, Any] = {
+                        "id": image.id,
+                        "size": list(found.image_size),
+                        "rows": found.to("cpu").to_coco(image.id, categories),
+                    }
+                except InputError as error:
+                    note = f"skipped: {error}"
+                    line = {"id": image.id, "size": [1, 1], "rows": []}
+                file.write("\n" + json.dumps(line))
+                file.flush()
+                advance(note)
+    except OSError as error:
+        raise InputError(f"{part}: cannot be written ({error.strerror}); free some space and use --resume") from error
+    barrier()
+    if rank == 0:
+        lines = {line["id"]: line for line in _read_parts(target)}
+        ordered = [lines[image.id] for image in images.images]
+        content = {
+            "images": [
+                {
+                    "id": image.id,
+                    "file_name": str(image.path.name),
+                    "height": lines[image.id]["size"][0],
+                    "width": lines[image.id]["size"][1],
+                }
+                for image in images.images
+            ],
+            "categories": [{"id": i + 1, "name": one} for i, one in enumerate(images.classes)],
+            "annotations": [row for line in ordered for row in line["rows"]],
+        }
+        write_atomically(target, json.dumps(content))
+        for old in target.parent.glob(f"{target.stem}.part*.jsonl"):
+            old.unlink()
+    barrier()
+
+
+def _read_parts(target: Path) -> list[dict[str, Any]]:
+    """The whole lines of all part files; a line torn by an interruption is left out and its image done again."""
+    lines = []
+    for part in sorted(target.parent.glob(f"{target.stem}.part*.jsonl")):
+        for text in part.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict) and "rows" in line:
+                lines.append(line)
+    return lines

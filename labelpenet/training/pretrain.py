@@ -1,0 +1,388 @@
+"""Cascaded pre-training (sections 3.3, 4.2): the modules one after the other, each on what the one before inferred."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric import Fabric
+from safetensors.torch import save_file
+from torch import Tensor
+
+from labelpenet import config
+from labelpenet.config import Recipe, Schedule
+from labelpenet.data.dataset import TaggedImage, TaggedImages
+from labelpenet.data.images import read_image
+from labelpenet.errors import InputError
+from labelpenet.instances import Instances
+from labelpenet.models.cascade import MODULES, LabelPEnet, View
+from labelpenet.models.classification import frame_boxes
+from labelpenet.training.checkpoint import write_atomically
+from labelpenet.training.inferred import infer_all, read_inferred
+from labelpenet.training.logging import Progress
+from labelpenet.training.loop import Optimiser, Stage, train_stage
+
+Boxes = Mapping[str, np.ndarray]
+
+
+@dataclass
+class Training:
+    """What every stage of a run needs.
+
+    Attributes:
+        network: the cascade.
+        images: photographs and tags: the only supervision.
+        proposals: (R, 4) boxes by image id.
+        run: the run folder.
+        seed: of everything random.
+        fabric: device, precision, processes.
+        resume: whether to continue what the run folder holds.
+        checkpoint_minutes: between checkpoints.
+        facts: kept in checkpoints; a resumed run must have the same.
+    """
+
+    network: LabelPEnet
+    images: TaggedImages
+    proposals: Boxes
+    run: Path
+    seed: int
+    fabric: Fabric
+    resume: bool = False
+    checkpoint_minutes: float = 5.0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The network's."""
+        return self.network.recipe
+
+    def boxes(self, image: TaggedImage, size: tuple[int, ...]) -> Tensor:
+        """The proposals of an image (R, 4) that the recipe keeps."""
+        return self.network.select(torch.from_numpy(np.array(self.proposals[image.id])).float(), size)
+
+    def autocast(self) -> Any:
+        """The precision of training, for inference."""
+        return self.fabric.autocast()
+
+
+def pretrain(training: Training, until: int = 4, say: Callable[[str], None] = print) -> None:
+    """Trains modules 1 to ``until``; what is finished already in the run folder is only loaded.
+
+    Raises:
+        InputError: see `train_stage` and `infer_all`.
+    """
+    network = training.network
+    for parameter in network.stem.parameters():
+        parameter.requires_grad_(False)
+    if training.fabric.global_rank == 0:
+        save_part(network, training.run, "stem")
+    for number in range(1, until + 1):
+        name = MODULES[number - 1]
+        if network.load_part(training.run, name):
+            say(f"module {number} ({name}): trained before, loaded")
+        else:
+            train_stage(
+                stage(training, number),
+                training.run,
+                seed=training.seed,
+                config=training.facts,
+                fabric=training.fabric,
+                resume=training.resume,
+                checkpoint_minutes=training.checkpoint_minutes,
+            )
+            if training.fabric.global_rank == 0:
+                save_part(network, training.run, name)
+        training.fabric.barrier()
+        label_images(training, number)
+
+
+def save_part(network: LabelPEnet, run: Path, part: str) -> None:
+    """Writes ``RUN/weights/PART.safetensors`` atomically."""
+    path = run / "weights" / f"{part}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    state = {key: value.contiguous().cpu() for key, value in getattr(network, part).state_dict().items()}
+    try:
+        save_file(state, temporary)
+        temporary.replace(path)
+    except Exception as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written ({error}); free some space and use --resume") from error
+
+
+def label_images(training: Training, number: int) -> None:
+    """Lets module ``number`` infer the instances of every training image."""
+    network, fabric = training.network, training.fabric
+    network.eval()
+    images = training.images
+    share = len(images.images[fabric.global_rank :: fabric.world_size])
+
+    def infer(image: TaggedImage) -> Instances:
+        pixels = read_image(image.path)
+        proposals = None
+        if network.needs_proposals(number):
+            proposals = training.boxes(image, pixels.shape)
+        with training.autocast():
+            found, _ = network.infer(number, pixels, proposals, image.tags)
+        return found
+
+    done = 0
+    with Progress(f"module {number} labels the images", share, 0) as progress:
+
+        def advance(note: str) -> None:
+            nonlocal done
+            done += 1
+            progress.show(done, {})
+            if note:
+                progress.say(note)
+
+        infer_all(
+            training.run,
+            f"module{number}",
+            images,
+            infer,
+            fabric.global_rank,
+            fabric.world_size,
+            fabric.barrier,
+            advance,
+        )
+
+
+def stage(training: Training, number: int) -> Stage:
+    """The training stage of one module."""
+    schedule: Schedule = getattr(training.recipe, f"schedule{number}")
+    images = [image.id for image in training.images.images]
+    common: dict[str, Any] = {
+        "name": MODULES[number - 1],
+        "module": training.network.module(number),
+        "steps": schedule.steps,
+        "images": images,
+        "batch_size": schedule.batch_size,
+        "optimiser": optimiser(schedule),
+    }
+    if number == 1:
+        choice = training.recipe.classification
+        if choice.freeze_head and not choice.contrast:
+            cache = cache_features(training)
+            return Stage(**common, loss=cached_loss(training, cache), images_per_pass=schedule.batch_size)
+        return Stage(**common, load=load_tagged(training), loss=classification_loss(training))
+    targets = read_inferred(training.run, f"module{number - 1}", len(training.images.classes))
+    return Stage(**common, load=load_targets(training, targets, number), loss=detector_loss(training, number))
+
+
+def optimiser(schedule: Schedule) -> Optimiser:
+    """The schedule in the words of the loop."""
+    return Optimiser(
+        lr=schedule.lr,
+        kind=schedule.kind,
+        momentum=schedule.momentum,
+        weight_decay=schedule.weight_decay,
+        milestones=tuple((round(schedule.steps * fraction), factor) for fraction, factor in schedule.decay),
+        warmup=schedule.warmup,
+        clip=schedule.clip,
+    )
+
+
+# -- module 1 --------------------------------------------------------------------------------------------------------
+
+
+def cache_features(training: Training) -> Path:
+    """RoI features of every image, once, where stem and RoI head are frozen: ``RUN/cache/features/INDEX.npy``, float16.
+
+    An image that cannot be read gets a single row of zeros.
+    """
+    network, folder = training.network, training.run / "cache" / "features"
+    folder.mkdir(parents=True, exist_ok=True)
+    fabric = training.fabric
+    mine = range(fabric.global_rank, len(training.images.images), fabric.world_size)
+    with Progress("RoI features", len(mine), 0) as progress:
+        for done, index in enumerate(mine):
+            path = folder / f"{index}.npy"
+            if path.is_file():
+                continue
+            image = training.images.images[index]
+            try:
+                pixels = read_image(image.path)
+                with torch.no_grad(), training.autocast():
+                    view = network.view(pixels)
+                    boxes = view.boxes(training.boxes(image, pixels.shape))
+                    features = network.classification.features(network.stem_map(view), boxes).float().cpu().numpy()
+            except InputError as error:
+                progress.say(f"skipped: {error}")
+                features = np.zeros((1, network.classification.classifier.in_features), np.float32)
+            temporary = path.with_suffix(f".tmp{fabric.global_rank}")
+            with temporary.open("wb") as file:
+                np.save(file, features.astype(np.float16))
+            temporary.replace(path)
+            progress.show(done + 1, {})
+    fabric.barrier()
+    return folder
+
+
+def present_classes(image: TaggedImage, num_classes: int) -> Tensor:
+    """(C,) float, 1 for the classes among the image's tags."""
+    present = torch.zeros(num_classes)
+    present[list(image.tags)] = 1
+    return present
+
+
+def cached_loss(training: Training, cache: Path) -> Callable[[Any, int], dict[str, Tensor]]:
+    """Equation 2 on cached RoI features, meaned over the images of the pass."""
+    module, images = training.network.classification, training.images
+
+    def loss(indices: list[int], step: int) -> dict[str, Tensor]:
+        total = []
+        for index in indices:
+            features = torch.from_numpy(np.load(cache / f"{index}.npy")).float().to(training.fabric.device)
+            x_c, x_p = module(features)
+            present = present_classes(images.images[index], len(images.classes)).to(x_c.device)
+            total.append(module.loss(x_c, x_p, present))
+        return {"multi_label": torch.stack(total).mean()}
+
+    return loss
+
+
+@dataclass
+class Sample:
+    """A training image as a loss sees it: view, tags (C,), proposals (R, 4) and target in pixels of the view."""
+
+    view: View
+    present: Tensor
+    proposals: Tensor
+    target: Instances | None = None
+
+
+def _view(training: Training, image: TaggedImage, generator: torch.Generator) -> tuple[View, np.ndarray]:
+    choice = training.recipe.images
+    pixels = read_image(image.path)
+    side = choice.sides[int(torch.randint(len(choice.sides), (1,), generator=generator))]
+    flip = choice.flip and bool(torch.rand((), generator=generator) < 0.5)
+    return training.network.view(pixels, side, flip), pixels
+
+
+def load_tagged(training: Training) -> Callable[[list[int], torch.Generator], list[Sample]]:
+    """Images, tags and proposals for module 1."""
+
+    def load(indices: list[int], generator: torch.Generator) -> list[Sample]:
+        samples = []
+        for index in indices:
+            image = training.images.images[index]
+            view, pixels = _view(training, image, generator)
+            boxes = view.boxes(training.boxes(image, pixels.shape))
+            samples.append(Sample(view, present_classes(image, len(training.images.classes)), boxes))
+        return samples
+
+    return load
+
+
+def classification_loss(training: Training) -> Callable[[Any, int], dict[str, Tensor]]:
+    """Equation 2 through RoI pooling and RoI head."""
+    network, module = training.network, training.network.classification
+
+    def loss(samples: list[Sample], step: int) -> dict[str, Tensor]:
+        total = []
+        for sample in samples:
+            stem = network.stem_map(sample.view)
+            features = module.features(stem, sample.proposals)
+            frames = None
+            if module.contrast:
+                size = (int(sample.view.pixels.shape[-2]), int(sample.view.pixels.shape[-1]))
+                frames = module.features(stem, frame_boxes(sample.proposals, size))
+            x_c, x_p = module(features, frames)
+            total.append(module.loss(x_c, x_p, sample.present.to(x_c.device)))
+        return {"multi_label": torch.stack(total).mean()}
+
+    return loss
+
+
+# -- modules 2 to 4 --------------------------------------------------------------------------------------------------
+
+
+def load_targets(
+    training: Training, targets: Mapping[str, Instances], number: int
+) -> Callable[[list[int], torch.Generator], list[Sample]]:
+    """Images, proposals and the instances that the module before inferred."""
+    wants_masks = number > 2
+
+    def load(indices: list[int], generator: torch.Generator) -> list[Sample]:
+        samples = []
+        for index in indices:
+            image = training.images.images[index]
+            view, pixels = _view(training, image, generator)
+            found = targets[image.id]
+            if not wants_masks:
+                found = Instances(found.boxes, found.labels, found.weights, found.image_size)
+            boxes = torch.zeros(0, 4)
+            if training.network.needs_proposals(number):
+                boxes = view.boxes(training.boxes(image, pixels.shape))
+            present = present_classes(image, len(training.images.classes))
+            samples.append(Sample(view, present, boxes, view.instances(found)))
+        return samples
+
+    return load
+
+
+def detector_loss(training: Training, number: int) -> Callable[[Any, int], dict[str, Tensor]]:
+    """Equations 3 and 4 (and the masks' loss), meaned over the images of the pass."""
+    network, module = training.network, training.network.module(number)
+
+    def loss(samples: list[Sample], step: int) -> dict[str, Tensor]:
+        terms: dict[str, list[Tensor]] = {}
+        for sample in samples:
+            assert sample.target is not None
+            own = module.losses(  # type: ignore[operator]
+                network.stem_map(sample.view), sample.view.pixels, sample.target, sample.proposals
+            )
+            for name, value in own.items():
+                terms.setdefault(name, []).append(value)
+        return {name: torch.stack(values).mean() for name, values in terms.items()}
+
+    return loss
+
+
+# -- the run folder --------------------------------------------------------------------------------------------------
+
+
+def start_run(run: Path, facts: dict[str, Any], resume: bool) -> None:
+    """Makes the run folder, or checks that the one there belongs to the same configuration.
+
+    Raises:
+        InputError: the folder is in use and ``resume`` is not asked for, or belongs to another configuration.
+    """
+    path = run / "run.json"
+    if path.is_file():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if not resume:
+            raise InputError(f"{run}: holds a run already; continue it with --resume or choose another --out")
+        differing = [key for key in facts if json.dumps(saved.get(key)) != json.dumps(facts[key])]
+        if differing:
+            raise InputError(
+                f"{run}: was started with another {', '.join(differing)}; resume with the same settings or choose "
+                "another --out"
+            )
+        return
+    if run.is_dir() and any(run.iterdir()):
+        raise InputError(f"{run}: is not empty and holds no run; choose another --out")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(facts, indent=1))
+    except OSError as error:
+        raise InputError(f"{run}: cannot be written ({error.strerror}); choose another --out") from error
+
+
+def run_facts(network: LabelPEnet, images: TaggedImages, seed: int, precision: str) -> dict[str, Any]:
+    """What ``run.json`` holds and what a resumed run must share."""
+    return {
+        "classes": list(images.classes),
+        "backbone": network.backbone_name,
+        "normalisation": network.normalisation,
+        "seed": seed,
+        "precision": precision,
+        "images": len(images.images),
+        "recipe": config.to_dict(network.recipe),
+    }
