@@ -116,7 +116,7 @@ def compare(images: list[np.ndarray], device: torch.device) -> None:
         for name in ("reused", "new"):
             other_wall, other_cpu = medians(times[name])
             row += f"   {other_wall:7.0f} {other_cpu:7.0f}  {other_wall / wall:5.1f} ({other_cpu / cpu:.1f})     "
-        print(row)
+        print(row, flush=True)
     print(f"largest difference of a marginal: {difference:.1e}")
 
 

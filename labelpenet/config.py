@@ -14,6 +14,10 @@ from typing import Any
 from labelpenet.errors import InputError
 
 
+Pool = typing.Literal["max", "align"]
+Attention = typing.Literal["excitation", "gradient"]
+
+
 @dataclass(frozen=True)
 class Images:
     """How photographs are presented.
@@ -42,7 +46,7 @@ class ProposalChoice:
         min_area: proposals smaller than this fraction of the image are dropped.
     """
 
-    method: str = "selective-search-fast"
+    method: typing.Literal["selective-search-fast", "selective-search-quality", "edge-boxes"] = "selective-search-fast"
     side: int | None = None
     limit: int = 1600
     min_area: float = 0.0
@@ -58,11 +62,11 @@ class ClassificationChoice:
             the last spatial layer of the RoI head).
     """
 
-    form: str = "paper"
+    form: typing.Literal["paper", "wsddn"] = "paper"
     contrast: bool = False
-    pool: str = "max"
+    pool: Pool = "max"
     freeze_head: bool = False
-    attention: str = "excitation"
+    attention: Attention = "excitation"
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,12 @@ class DetectorChoice:
     rois: int = 128
     rpn_proposals: int = 300
     extra_proposals: bool = False
-    pool: str = "max"
+    pool: Pool = "max"
     cells: int = 1
     freeze_head: bool = False
     mask_width: int = 256
     mask_depth: int = 4
-    attention: str = "excitation"
+    attention: Attention = "excitation"
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,8 @@ class InferenceChoice:
         score_threshold: modules 2 to 4: a detection needs this softmax score to be a candidate.
     """
 
-    combine: str = "product"
-    members: str = "suppressed"
+    combine: typing.Literal["product", "mean", "heat"] = "product"
+    members: typing.Literal["suppressed", "class"] = "suppressed"
     nms: float = 0.3
     per_class: int = 20
     min_score: float = 0.5
@@ -105,7 +109,7 @@ class InferenceChoice:
     srgb: float = 13.0
     compat_bilateral: float = 10.0
     iterations: int = 10
-    box: str = "mask"
+    box: typing.Literal["mask", "proposal"] = "mask"
     part: float | None = None
     duplicate: float | None = None
     affiliated: bool = True
@@ -140,6 +144,7 @@ class Recipe:
     Attributes:
         infer1, infer2, infer3: how modules 1 to 3 label the training images for the next one.
         predict2, predict4: how modules 2, and 3 and 4, answer `predict`.
+        schedule0: of the warm-up on whole images, which only a backbone without pretrained weights needs.
         schedule1 to schedule4: of cascaded pre-training.
     """
 
@@ -158,6 +163,9 @@ class Recipe:
     predict4: InferenceChoice = field(
         default_factory=lambda: InferenceChoice(min_score=0.05, box="proposal", joint=False)
     )
+    schedule0: Schedule = field(
+        default_factory=lambda: Schedule(steps=2000, lr=1e-3, kind="adam", weight_decay=0.0, batch_size=8, warmup=50)
+    )
     schedule1: Schedule = field(default_factory=Schedule)
     schedule2: Schedule = field(default_factory=Schedule)
     schedule3: Schedule = field(default_factory=Schedule)
@@ -167,7 +175,7 @@ class Recipe:
 def best() -> Recipe:
     """What measured best on real photographs (`docs/paper-notes.md`)."""
     crf: dict[str, Any] = {
-        "side": 250, "sxy_bilateral": 40.0, "srgb": 5.0, "compat_bilateral": 5.0, "background": 0.25, "part": 0.2,
+        "side": 250, "sxy_bilateral": 40.0, "srgb": 5.0, "compat_bilateral": 5.0, "background": 0.3, "part": 0.2,
     }  # fmt: skip
     detector = DetectorChoice(
         anchor_sides=(64, 128, 256), rois=64, rpn_proposals=150, extra_proposals=True, pool="align", cells=3,
@@ -184,7 +192,7 @@ def best() -> Recipe:
         classification=ClassificationChoice(pool="align", freeze_head=True, attention="gradient"),
         detection=detector,
         segmentation=detector,
-        infer1=InferenceChoice(combine="mean", members="class", per_class=1, attended=80, **crf),
+        infer1=InferenceChoice(combine="mean", members="class", per_class=1, attended=120, **crf),
         infer2=InferenceChoice(combine="product", per_class=5, attended=80, duplicate=0.5, **crf),
         infer3=InferenceChoice(per_class=5, duplicate=0.5, attended=80, **crf),
         predict2=InferenceChoice(min_score=0.05, box="proposal", joint=False, attended=80, **crf),
@@ -209,9 +217,39 @@ def recipe(name: str) -> Recipe:
 
 
 def demo() -> Recipe:
-    """A tiny schedule for generated scenes of about 160 pixels: minutes on two cores."""
-    base = best()
-    return replace(base, name="demo")
+    """A tiny schedule for generated scenes of about 160 pixels and the backbone `tiny`: minutes on two cores."""
+    crf: dict[str, Any] = {
+        "sxy_bilateral": 30.0, "srgb": 8.0, "compat_bilateral": 5.0, "iterations": 5, "background": 0.3, "part": 0.3,
+        "attended": 40, "duplicate": 0.5,
+    }  # fmt: skip
+    detector = DetectorChoice(
+        anchor_sides=(48, 80, 112), rois=48, rpn_proposals=60, extra_proposals=False, pool="align", cells=3,
+        mask_width=64, mask_depth=1, attention="gradient",
+    )  # fmt: skip
+    schedule = Schedule(
+        steps=300, lr=1e-3, kind="adamw", weight_decay=1e-2, batch_size=4, warmup=20, clip=10.0,
+        decay=((0.6, 0.3), (0.85, 0.1)),
+    )  # fmt: skip
+    return Recipe(
+        name="demo",
+        images=Images(sides=(160,), longest=240, flip=True, test_side=160),
+        proposals=ProposalChoice(side=None, limit=100, min_area=0.02),
+        classification=ClassificationChoice(pool="align", freeze_head=True, attention="gradient"),
+        detection=detector,
+        segmentation=detector,
+        infer1=InferenceChoice(combine="mean", members="class", per_class=1, **crf),
+        infer2=InferenceChoice(combine="product", per_class=4, **crf),
+        infer3=InferenceChoice(per_class=4, **crf),
+        predict2=InferenceChoice(min_score=0.05, box="proposal", joint=False, **crf),
+        predict4=InferenceChoice(min_score=0.05, box="proposal", joint=False, **crf),
+        schedule0=Schedule(
+            steps=400, lr=2e-3, kind="adam", weight_decay=0.0, batch_size=8, warmup=20, decay=((0.6, 0.3), (0.85, 0.1))
+        ),
+        schedule1=Schedule(steps=300, lr=3e-3, kind="adam", weight_decay=0.0, batch_size=8),
+        schedule2=schedule,
+        schedule3=schedule,
+        schedule4=schedule,
+    )
 
 
 def shorten(one: Recipe, factor: float) -> Recipe:
@@ -220,7 +258,7 @@ def shorten(one: Recipe, factor: float) -> Recipe:
         raise InputError(f"--shorten must be positive, but got {factor}")
     changes = {
         name: replace(schedule, steps=max(1, round(schedule.steps * factor)), warmup=round(schedule.warmup * factor))
-        for name in ("schedule1", "schedule2", "schedule3", "schedule4")
+        for name in ("schedule0", "schedule1", "schedule2", "schedule3", "schedule4")
         for schedule in [getattr(one, name)]
     }
     return replace(one, **changes)
@@ -274,6 +312,9 @@ def from_dict(values: dict[str, Any]) -> Recipe:
 
 def _build(kind: Any, values: dict[str, Any]) -> Any:
     hints = typing.get_type_hints(kind)
+    missing = [key for key in hints if key not in values]
+    if missing:
+        raise KeyError(missing[0])
     built = {}
     for key, value in values.items():
         if dataclasses.is_dataclass(hints[key]):
@@ -302,8 +343,14 @@ def _parse(text: str, hint: Any) -> Any:
     if typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
         if typing.get_origin(item) is tuple:  # pairs, written 0.8:0.1,0.9:0.01
-            return tuple(tuple(float(number) for number in pair.split(":")) for pair in text.split(",") if pair)
-        return tuple(item(part) for part in text.split(",") if part)
+            pairs = [tuple(float(number) for number in pair.split(":")) for pair in text.split(",") if pair]
+            if any(len(pair) != 2 for pair in pairs):
+                raise ValueError(f"expected pairs such as 0.8:0.1,0.9:0.01, but got {text!r}")
+            return tuple(pairs)
+        values = tuple(item(part) for part in text.split(",") if part)
+        if not values:
+            raise ValueError("expected at least one value")
+        return values
     if hint is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"expected true or false, but got {text!r}")

@@ -85,9 +85,7 @@ class Instances:
     def to(self, device: torch.device | str) -> Instances:
         """The same instances on another device."""
         masks = None if self.masks is None else self.masks.to(device)
-        return Instances(
-            self.boxes.to(device), self.labels.to(device), self.weights.to(device), self.image_size, masks
-        )
+        return Instances(self.boxes.to(device), self.labels.to(device), self.weights.to(device), self.image_size, masks)
 
     def validate(self, num_classes: int | None = None) -> Instances:
         """Checks the values, not only the shapes, and returns self.
@@ -186,14 +184,17 @@ def decode_mask(segmentation: Any, image_size: tuple[int, int]) -> Tensor:
     height, width = image_size
     try:
         if isinstance(segmentation, list):
+            _check_polygons(segmentation, image_size)
             encoded = rle.merge(rle.frPyObjects(segmentation, height, width))
-        elif isinstance(segmentation["counts"], list):
-            encoded = rle.frPyObjects(segmentation, *segmentation["size"])
-        else:
-            encoded = segmentation
-        if tuple(encoded["size"]) != (height, width):
-            raise InputError(f"a mask of size {tuple(encoded['size'])} lies on an image of size {(height, width)}")
-        return torch.from_numpy(rle.decode(encoded).astype(bool))
+            return torch.from_numpy(rle.decode(encoded).astype(bool))
+        if tuple(segmentation["size"]) != (height, width):
+            raise InputError(f"a mask of size {tuple(segmentation['size'])} lies on an image of size {(height, width)}")
+        counts = segmentation["counts"]
+        runs = np.array(counts if isinstance(counts, list) else _runs(counts), dtype=np.int64)
+        # Checked here because pycocotools hands out uninitialised memory where the runs end early.
+        if (runs < 0).any() or (runs > height * width).any() or runs.sum() != height * width:
+            raise InputError(f"the runs of a mask do not add up to its {height} x {width} pixels; write it again")
+        return torch.from_numpy(np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T.copy())
     except InputError:
         raise
     except Exception as error:
@@ -213,6 +214,44 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
     (x1, x2), (y1, y2) = ends
     boxes = torch.stack([x1, y1, x2, y2], 1).float()
     return torch.where((x2 > 0)[:, None], boxes, torch.zeros_like(boxes))
+
+
+def _runs(counts: str | bytes) -> np.ndarray:
+    """The run lengths in COCO's compressed text: five bits a character, the sixth says that more follow, the sign in
+    the last one's fifth bit, and from the fourth run on the difference to the run two before."""
+    letters = np.frombuffer(counts.encode("ascii") if isinstance(counts, str) else counts, np.uint8).astype(np.int64)
+    bits = letters - 48
+    if not len(bits) or (bits < 0).any() or (bits > 63).any() or bits[-1] & 32:
+        raise InputError("the runs of a mask are no COCO run-length text; write it again")
+    last = np.flatnonzero((bits & 32) == 0)
+    first = np.concatenate([[0], last[:-1] + 1])
+    place = np.arange(len(bits)) - np.repeat(first, last - first + 1)
+    if place.max() > 6:  # 35 bits: more than any image has pixels
+        raise InputError("a run of a mask is longer than any image; write it again")
+    values = np.add.reduceat((bits & 31) << (5 * place), first)
+    values -= np.where(bits[last] & 16, np.int64(1) << (5 * (last - first + 1)), 0)
+    # Undoing the differences: the runs 1, 3, 5, ... and 2, 4, 6, ... are running sums; run 0 stands alone.
+    runs = values.copy()
+    runs[1::2] = np.cumsum(values[1::2])
+    runs[2::2] = np.cumsum(values[2::2])
+    return runs
+
+
+def _check_polygons(polygons: list[Any], image_size: tuple[int, int]) -> None:
+    """Refuses what makes pycocotools slow or wrong: other things than x, y lists, and outlines without end."""
+    longest = max(image_size)
+    if not polygons:
+        raise InputError("a segmentation without polygons; remove it")
+    for polygon in polygons:
+        values = np.asarray(polygon, dtype=np.float64)
+        if values.ndim != 1 or len(values) < 6 or len(values) % 2:
+            raise InputError("a polygon needs x, y of at least three points in one list; mend it")
+        # Not-a-number fails this comparison too.
+        if not ((values >= -longest) & (values <= 2 * longest)).all():
+            raise InputError("a polygon leaves its image by more than the image's size; mend it")
+        outline = np.abs(np.diff(values.reshape(-1, 2), axis=0)).sum()
+        if outline > 1e7:
+            raise InputError("a polygon's outline is more than ten million pixels long; simplify it")
 
 
 def _round(values: Tensor) -> list[float]:

@@ -185,7 +185,8 @@ def choose_instances(
         ]
         attended = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
         attended[ours[: settings.attended]] = True
-        suppressor = box_iou(boxes[ours].float(), boxes[ours[keep]].float()) > settings.nms
+        # in double precision, as NMS compares: a float32 overlap of 3 / 10 exceeds 0.3 there
+        suppressor = box_iou(boxes[ours].float(), boxes[ours[keep]].float()).double() > settings.nms
         group = suppressor.float().argmax(1)
         group[keep] = torch.arange(len(keep), device=keep.device)
         for place in range(min(len(strong), settings.per_class)):

@@ -30,6 +30,8 @@ CLIP = 1e-5
 #: Instances are filtered together up to this many values (N * M * J), which bounds the memory to a few times 256 MiB.
 MAX_VALUES = 2**26
 
+TOO_NARROW = "a kernel of the CRF is too narrow for this image; widen sxy_gaussian, sxy_bilateral or srgb"
+
 #: Tensor in, tensor out; NumPy array in, NumPy array out.
 Values = TypeVar("Values", Tensor, NDArray[Any])
 
@@ -282,10 +284,13 @@ def _simplices(features: Tensor) -> tuple[Tensor, Tensor, list[int]]:
         of the D + 1 axes of the lattice the difference of key between a vertex and its neighbour.
 
     Raises:
-        ValueError: the kernel is so narrow against the features' range that keys would need more than 63 bits.
+        ValueError: the kernel is so narrow against the features' range that float32 or keys of 63 bits do not do.
     """
     d, n = features.shape
     elevated = _elevate(features)
+    # Beyond, float32 does not tell where in its simplex a pixel lies.
+    if not bool((elevated.abs() < 2**22).all()):
+        raise ValueError(TOO_NARROW)
     inverse = float(np.float32(1 / (d + 1)))
     multiples = torch.round(elevated * inverse)
     ranks, multiples = _ranks(torch.add(elevated, multiples, alpha=-d - 1), multiples)
@@ -298,16 +303,18 @@ def _simplices(features: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     # A vertex c is told by the integers c_0 and e_i = (c_i - c_0) / (D + 1), i = 1..D-1 (c_D follows from the sum of
     # zero); its key is linear in them. From one vertex of the simplex to the next every c_i rises by 1, and the one
     # whose turn it is, lowest residue first, drops by D + 1; to the neighbour along axis i likewise.
-    strides, origin, size = _strides(multiples)
+    coordinates = multiples[:d].clone()
+    coordinates[1:] -= coordinates[0]
+    coordinates[0] *= d + 1
+    lows, strides, size = _key_layout(coordinates)
     dtype = torch.int32 if size < 2**31 else torch.int64
+    key = torch.zeros(n, dtype=dtype, device=features.device)
+    for coordinate, low, stride in zip(coordinates, lows, strides, strict=True):
+        key += (coordinate - low).to(dtype) * stride
     drops = [sum(strides[1:]) - (d + 1) * strides[0], *(-stride for stride in strides[1:]), 0]
     steps = [strides[0] + drop for drop in drops]
     step = torch.tensor(steps, dtype=dtype, device=features.device)[:, None].expand(d + 1, n)
     by_rank = torch.empty(d + 1, n, dtype=dtype, device=features.device).scatter_(0, ranks, step)
-    whole = multiples.to(dtype)
-    key = whole[0] * ((d + 1) * strides[0] - sum(strides[1:])) - origin
-    for i in range(1, d):
-        key += whole[i] * strides[i]
     keys = torch.empty(n, d + 1, dtype=dtype, device=features.device)
     keys[:, 0] = key
     for i in range(d, 0, -1):
@@ -348,24 +355,21 @@ def _ranks(residues: Tensor, multiples: Tensor) -> tuple[Tensor, Tensor]:
     return (ranks + size * shift).long(), multiples + shift
 
 
-def _strides(multiples: Tensor) -> tuple[list[int], int, int]:
-    """How the D integer coordinates of a vertex make its key: strides, the key's origin, and the number of keys.
+def _key_layout(coordinates: Tensor) -> tuple[list[int], list[int], int]:
+    """How D integer coordinates make a key from 0: the origin and the stride of each, and the number of keys.
 
-    ``multiples`` (D + 1, N) is one vertex of each simplex, divided by D + 1.
+    ``coordinates`` (D, N) are those of one vertex of each simplex; keys are also there for the others, and for the
+    neighbours of all.
     """
-    d = len(multiples) - 1
-    coordinates = multiples[:d].clone()
-    coordinates[1:] -= coordinates[0]
-    coordinates[0] *= d + 1
+    d = len(coordinates)
     lows, highs = torch.stack([coordinates.amin(1), coordinates.amax(1)]).long().tolist()
-    # How far the simplex, and each neighbour of its vertices, reaches beyond that vertex.
+    # How far c_0, and each e_i, goes over the simplex, and as much again to a neighbour.
     margins = [2 * d] + [2] * (d - 1)
     sizes = [high - low + 2 * margin + 1 for low, high, margin in zip(lows, highs, margins, strict=True)]
     if math.prod(sizes) >= 2**63:
-        raise ValueError("a kernel of the CRF is too narrow for this image; widen sxy_gaussian, sxy_bilateral or srgb")
+        raise ValueError(TOO_NARROW)
     strides = [math.prod(sizes[i + 1 :]) for i in range(d)]
-    origin = sum((low - margin) * stride for low, margin, stride in zip(lows, margins, strides, strict=True))
-    return strides, origin, math.prod(sizes)
+    return [low - margin for low, margin in zip(lows, margins, strict=True)], strides, math.prod(sizes)
 
 
 def _blur(vertices: Tensor, step: int) -> Tensor:

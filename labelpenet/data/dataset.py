@@ -1,8 +1,8 @@
 """What a data set is to the rest of the project: tagged images for training, and truth only for measuring.
 
-The two never meet in one type. `TaggedImages` is all that a weakly supervised run can be given; it holds file names and
-tags and has no field, method or back-reference that leads to a box or a mask. `Truth` is what evaluation asks for, image
-by image, through `AnnotatedImages`.
+The two never meet in one type. `TaggedImages` is all that a weakly supervised run can be given; it holds file names
+and tags and has no field, method or back-reference that leads to a box or a mask. `Truth` is what evaluation asks for,
+image by image, through `AnnotatedImages`.
 """
 
 from __future__ import annotations

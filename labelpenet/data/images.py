@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -173,3 +174,29 @@ def read_index_map(path: Path | str) -> np.ndarray:
     if not (known[order][place] == codes).all():
         raise InputError(f"{path}: holds colours that are not in VOC's palette; save it as an 8-bit palette PNG")
     return order[place].astype(np.uint8)
+
+
+def find_images(paths: Iterable[Path]) -> list[tuple[str, Path]]:
+    """The image files among ``paths`` and, in order of name, in the folders among them (not in hidden ones).
+
+    Returns:
+        (id, file) pairs; the id is the path below the folder given, or the file's name.
+
+    Raises:
+        InputError: a path does not exist, or there is no image at all.
+    """
+    found: dict[str, Path] = {}
+    for path in paths:
+        if path.is_dir():
+            inside = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file())
+            pairs = [(file.relative_to(path).as_posix(), file) for file in inside]
+        elif path.is_file():
+            pairs = [(path.name, path)]
+        else:
+            raise InputError(f"{path}: no such image or folder; check the path")
+        for name, file in pairs:
+            if not any(part.startswith(".") for part in Path(name).parts):
+                found[name if found.get(name, file) == file else str(file)] = file
+    if not found:
+        raise InputError(f"no image in {', '.join(map(str, paths))}; known are {', '.join(sorted(SUFFIXES))}")
+    return list(found.items())

@@ -22,11 +22,12 @@ Shape letters: ``R`` proposals, ``H, W`` height and width of the image in pixels
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -367,14 +368,23 @@ def unpickle_arrays(path: Path) -> Any:
         InputError: the file cannot be read, is damaged or asks for anything else.
     """
     try:
-        with Path(path).open("rb") as file:
-            return _plain(_ArraysOnly(file, encoding="latin1").load())
+        content = Path(path).read_bytes()
+        # No honest value takes less than a byte; lists that hold one another many times over do.
+        return _plain(_ArraysOnly(io.BytesIO(content), encoding="latin1").load(), iter(range(len(content))))
     except Exception as error:  # a damaged pickle raises nearly anything
         reason = error.strerror if isinstance(error, OSError) else _line(error)
         raise InputError(f"{path}: not a pickle of plain arrays ({reason}); save the boxes as .npz instead") from error
 
 
-class _ArraysOnly(pickle.Unpickler):
+class _ArraysOnly(pickle._Unpickler):
+    # Python's own implementation: the one in C sets aside whatever memory a damaged file asks for.
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
+
+    def load_bytearray8(self: Any) -> None:
+        self.append(self.read(int.from_bytes(self.read(8), "little")))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
     def find_class(self, module: str, name: str) -> Any:
         # Functions made anew, never a class: attributes that a file may set on what it is given end with the file.
         if re.fullmatch(r"numpy(\._?core\.(multiarray|numeric))?", module):
@@ -450,15 +460,17 @@ def _bytes(raw: Any) -> bytes:
     return raw.encode("latin1") if isinstance(raw, str) else bytes(memoryview(raw))
 
 
-def _plain(value: Any) -> Any:
-    """Replaces the stand-ins inside a value."""
+def _plain(value: Any, budget: Iterator[int]) -> Any:
+    """Replaces the stand-ins inside a value; ``budget`` runs out after as many values as there may be."""
+    if next(budget, None) is None:
+        return _refuse("more values than it has bytes")
     if isinstance(value, _Array):
         value = value.values
-        return [_plain(item) for item in value.ravel()] if value.dtype == object else value
+        return [_plain(item, budget) for item in value.ravel()] if value.dtype == object else value
     if isinstance(value, dict):
-        return {_plain(key): _plain(item) for key, item in value.items()}
+        return {_plain(key, budget): _plain(item, budget) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item) for item in value)
+        return type(value)(_plain(item, budget) for item in value)
     if value is None or isinstance(value, (str, bytes, bytearray, int, float)):
         return value
     return _refuse(f"a {type(value).__name__}")

@@ -1,25 +1,114 @@
 """One door for every kind of data set: DATA is recognised by what it holds."""
+
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from labelpenet.data import voc
+from labelpenet.data import coco, folder, label_studio, voc
 from labelpenet.data.dataset import AnnotatedImages, TaggedImages
+from labelpenet.data.files import read_json
 from labelpenet.errors import InputError
 
-
-def open_tagged(data: Path | str, split: str | None = None, classes: Sequence[str] | None = None) -> TaggedImages:
-    """placeholder for the first minutes: VOC only"""
-    year = voc.year_folder(Path(data))
-    if year is None:
-        raise InputError(f"{data}: no data set recognised")
-    return voc.open_tagged(year, split, classes)
+KINDS = (
+    "a VOC year folder (Annotations, JPEGImages, ImageSets), a COCO instances.json, tags.csv (file,tags), tags.json, "
+    "one sub-folder of images per class, or a Label Studio choices export"
+)
 
 
-def open_annotated(data: Path | str, split: str | None = None, classes: Sequence[str] | None = None) -> AnnotatedImages:
-    """placeholder for the first minutes: VOC only"""
-    year = voc.year_folder(Path(data))
-    if year is None:
-        raise InputError(f"{data}: no data set recognised")
-    return voc.open_annotated(year, split, classes)
+@dataclass(frozen=True)
+class _Door:
+    """How a recognised data set is opened; ``annotated`` is None where it holds tags only."""
+
+    tagged: Callable[[], TaggedImages]
+    annotated: Callable[[], AnnotatedImages] | None
+
+
+def open_tagged(
+    data: Path | str, split: str | None = None, classes: Sequence[str] | None = None, images: Path | str | None = None
+) -> TaggedImages:
+    """The photographs and tags of a data set: all that a weakly supervised run may know.
+
+    Args:
+        data: a VOC year folder (or the VOCdevkit that holds one year), a COCO ``instances.json`` or a folder with
+            one, a folder with ``tags.csv`` or ``tags.json``, or with one sub-folder per class, or a Label Studio
+            choices export (``.json``).
+        split: a name (``train``, ``val``, ``Segmentation/val``) or a text file of image ids. None: everything but VOC's
+            ``test``. A data set without any splits is used whole, and the notes say so.
+        classes: names of the classes, in label order; None: those that occur, in alphabetical order.
+        images: the image folder of a COCO, Label Studio or tags file that lies elsewhere.
+
+    Raises:
+        InputError: the data set is not recognised or damaged, the split or a class is unknown (the known ones are
+            listed), or no image can be used.
+    """
+    return _door(Path(data), split, classes, _folder(images)).tagged()
+
+
+def open_annotated(
+    data: Path | str, split: str | None = None, classes: Sequence[str] | None = None, images: Path | str | None = None
+) -> AnnotatedImages:
+    """The same images with their truth, for measuring. Arguments and errors as `open_tagged`.
+
+    Raises:
+        InputError: also for a data set that holds tags only.
+    """
+    annotated = _door(Path(data), split, classes, _folder(images)).annotated
+    if annotated is None:
+        raise InputError(f"{data}: holds tags but no boxes or masks; measuring needs a VOC or COCO data set")
+    return annotated()
+
+
+def _door(data: Path, split: str | None, classes: Sequence[str] | None, images: Path | None) -> _Door:
+    if data.is_file():
+        return _file_door(data, split, classes, images)
+    if not data.is_dir():
+        raise InputError(f"{data}: no such file or folder; give {KINDS}")
+    year = voc.year_folder(data)
+    if year is not None:
+        return _Door(partial(voc.open_tagged, year, split, classes), partial(voc.open_annotated, year, split, classes))
+    files = coco.json_files(data)
+    if files:
+        return _file_door(coco.choose_file(files, split, data), split, classes, images)
+    for name in ("tags.csv", "tags.json"):
+        if (data / name).is_file():
+            return _file_door(data / name, split, classes, images)
+    below = sorted(path.name for path in data.iterdir() if path.is_dir() and path.name.lower() in folder.SPLIT_NAMES)
+    if below:
+        if split not in below:
+            wrong = "has sub-folders for splits; name one" if split is None else f"no split {split!r}"
+            raise InputError(f"{data}: {wrong}; available are {', '.join(below)}")
+        return _door(data / split, None, classes, images)
+    if folder.class_folders(data):
+        return _Door(partial(folder.open_class_folders, data, split, classes), None)
+    raise InputError(f"{data}: no data set recognised; looked for {KINDS}")
+
+
+def _file_door(path: Path, split: str | None, classes: Sequence[str] | None, images: Path | None) -> _Door:
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        return _Door(partial(folder.open_tags_file, path, split, classes, images), None)
+    if suffix == ".json":
+        content = read_json(path)
+        if coco.is_coco(content):
+            return _Door(
+                partial(coco.open_tagged, path, split, classes, images, content),
+                partial(coco.open_annotated, path, split, classes, images, content),
+            )
+        if label_studio.is_label_studio(content):
+            return _Door(partial(label_studio.open_tagged, path, split, classes, images), None)
+        if path.name == "tags.json" or _is_tags(content):
+            return _Door(partial(folder.open_tags_file, path, split, classes, images), None)
+    raise InputError(f"{path}: no data set recognised; give {KINDS}")
+
+
+def _is_tags(content: object) -> bool:
+    return isinstance(content, dict) and bool(content) and all(isinstance(tags, list) for tags in content.values())
+
+
+def _folder(images: Path | str | None) -> Path | None:
+    if images is None or Path(images).is_dir():
+        return None if images is None else Path(images)
+    raise InputError(f"{images}: no such image folder; check the path")

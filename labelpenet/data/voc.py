@@ -118,7 +118,11 @@ def open_tagged(year: Path, split: str | None = None, classes: Sequence[str] | N
     occurring = {name for one in found for name in one.names}
     if classes is not None and not set(classes) <= occurring:
         occurring |= _all_names(year)  # a class may be missing from a small split and yet be known
-    return tag_images(found, choose_classes(classes, occurring, year) if found else (), problems, year)
+    tagged = tag_images(found, choose_classes(classes, occurring, year) if found else (), problems, year)
+    if split is None and splits(year):
+        note = f"no split is named: the images of all lists but test are used; available are {listing(splits(year))}"
+        return TaggedImages(tagged.classes, tagged.images, (note, *tagged.notes))
+    return tagged
 
 
 def open_annotated(year: Path, split: str | None = None, classes: Sequence[str] | None = None) -> AnnotatedImages:
@@ -170,9 +174,7 @@ def read_objects(path: Path) -> list[VocObject]:
     return objects
 
 
-def read_truth(
-    year: Path, image: TaggedImage, classes: Sequence[str], order: Callable[[], tuple[str, ...]]
-) -> Truth:
+def read_truth(year: Path, image: TaggedImage, classes: Sequence[str], order: Callable[[], tuple[str, ...]]) -> Truth:
     """The annotation of one image, restricted to ``classes``.
 
     Args:
@@ -228,8 +230,8 @@ def read_truth(
 def map_classes(year: Path) -> tuple[str, ...]:
     """The class names in the order of the indices 1, 2, ... of SegmentationClass.
 
-    From ``classes.txt`` (a name a line) or ``labelmap.txt`` (as CVAT writes it) in the year folder; without these, VOC's
-    twenty where all annotations use only those, else the names of all annotations in alphabetical order.
+    From ``classes.txt`` (a name a line) or ``labelmap.txt`` (as CVAT writes it) in the year folder; without these,
+    VOC's twenty where all annotations use only those, else the names of all annotations in alphabetical order.
 
     Raises:
         InputError: the file is damaged or holds more than 254 classes.
@@ -244,7 +246,9 @@ def map_classes(year: Path) -> tuple[str, ...]:
         found = _all_names(year)
         names = VOC_CLASSES if found <= set(VOC_CLASSES) else tuple(sorted(found))
     if len(names) >= IGNORE:
-        raise InputError(f"{year}: {len(names)} classes, but a class map can hold 254; remove the SegmentationClass maps")
+        raise InputError(
+            f"{year}: {len(names)} classes, but a class map can hold 254; remove the SegmentationClass maps"
+        )
     return names
 
 
@@ -319,7 +323,9 @@ def _check_instance_map(indices: np.ndarray, objects: Sequence[VocObject], name:
         x1, y1, x2, y2 = (max(0, round(corner)) for corner in one.box)
         within = int((indices[y1:y2, x1:x2] == number).sum())
         if 2 * within < counts[number]:
-            raise InputError(f"{name}: object {number} lies outside its box in the XML; number the objects as the XML does")
+            raise InputError(
+                f"{name}: object {number} lies outside its box in the XML; number the objects as the XML does"
+            )
 
 
 def _check_class_map(

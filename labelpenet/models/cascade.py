@@ -35,7 +35,7 @@ from labelpenet.data.proposals import ProposalSettings, propose
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances, masks_to_boxes
 from labelpenet.models.attention import roi_attention
-from labelpenet.models.backbones import Backbone, build_backbone, freeze_batch_norm
+from labelpenet.models.backbones import Backbone, build_backbone
 from labelpenet.models.classification import Classification, frame_boxes
 from labelpenet.models.detection import Candidates, Detector, DetectorSettings
 from labelpenet.models.segmentation import Segmenter
@@ -93,6 +93,9 @@ class LabelPEnet(nn.Module):
         recipe: every choice.
     """
 
+    _mean: Tensor
+    _std: Tensor
+
     def __init__(self, backbone: Backbone, classes: Sequence[str], recipe: Recipe):
         super().__init__()
         self.classes, self.recipe, self.backbone_name = tuple(classes), recipe, backbone.name
@@ -106,7 +109,7 @@ class LabelPEnet(nn.Module):
         self.segmentation = Segmenter(
             backbone, c, _settings(choice, weighted=False), choice.mask_width, choice.mask_depth
         )
-        freeze_batch_norm(self)
+        self.to(memory_format=torch.channels_last)
         self.register_buffer("_mean", torch.tensor(backbone.mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("_std", torch.tensor(backbone.std).view(1, 3, 1, 1) * 255, persistent=False)
         self.normalisation = {"mean": list(backbone.mean), "std": list(backbone.std)}
@@ -116,12 +119,6 @@ class LabelPEnet(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.parameters()).device
-
-    def train(self, mode: bool = True) -> LabelPEnet:
-        """As `nn.Module.train`, but batch norms stay in evaluation mode."""
-        super().train(mode)
-        freeze_batch_norm(self)
-        return self
 
     def module(self, number: int) -> nn.Module:
         """Module 1 to 4."""
@@ -223,33 +220,28 @@ class LabelPEnet(nn.Module):
             found = replace(found, weights=found.weights * probabilities[found.labels])
         return found, trace, probabilities
 
+    @torch.no_grad()
     def rank_proposals(
         self, image: np.ndarray, proposals: Tensor, tags: tuple[int, ...] | None, features: Tensor | None = None
-    ) -> Instances:
-        """Module 1 by itself, uncalibrated: proposals ranked by ``x^c w``, after NMS; boxes without masks.
+    ) -> tuple[Instances, Tensor]:
+        """Module 1 by itself, uncalibrated: proposals (R, 4) ranked by ``x^c w``, after NMS; boxes without masks.
 
-        The weight is the share of the class's best: scores in [0, 1] times the image's class probability.
+        A proposal's weight is its share of the class's positive score, times the image's probability of the class.
+
+        Returns:
+            At most 20 boxes a class, and the image's class probabilities (C,).
         """
-        view = self.view(image)
-        x_c, x_p = self.class_scores(view, proposals, features)
-        scores = self.classification.scores(x_c, x_p).clamp(min=0)
+        x_c, x_p = self.class_scores(self.view(image), proposals, features)
         probabilities = self.classification.image_probabilities(x_c, x_p)
-        share = scores / scores.sum(0).clamp(min=1e-6) * probabilities
-        keep_classes = range(len(self.classes)) if tags is None else tags
-        parts = []
-        size = (image.shape[0], image.shape[1])
-        for label in keep_classes:
-            order = torch.argsort(share[:, label], descending=True, stable=True)[:100]
-            kept = order[nms(proposals[order.cpu()].float().to(share.device), share[order, label], 0.3)][:20]
-            parts.append(
-                Instances(
-                    proposals[kept.cpu()].float(),
-                    torch.full((len(kept),), label),
-                    share[kept, label].cpu().clamp(0, 1),
-                    size,
-                )
-            )
-        return Instances.cat(parts) if parts else Instances.empty(size)
+        scores = self.classification.scores(x_c, x_p)
+        scores = scores - scores.amin(0).clamp(max=0)
+        share = (scores / scores.sum(0).clamp(min=1e-6) * probabilities).clamp(0, 1).cpu()
+        parts = [Instances.empty((image.shape[0], image.shape[1]))]
+        for label in range(len(self.classes)) if tags is None else tags:
+            kept = nms(proposals, share[:, label], 0.3)[:20]
+            labels = torch.full((len(kept),), label)
+            parts.append(Instances(proposals[kept], labels, share[kept, label], parts[0].image_size))
+        return Instances.cat(parts), probabilities
 
     def _candidates(
         self,

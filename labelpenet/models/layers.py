@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, box_iou, roi_align, roi_pool
+from torchvision.ops import box_iou, nms, roi_align, roi_pool
 
 
 class RoIPooling(nn.Module):
@@ -19,14 +19,18 @@ class RoIPooling(nn.Module):
 
     def __init__(self, size: int, stride: int, kind: str = "max"):
         super().__init__()
+        if kind not in ("max", "align"):
+            raise ValueError(f"pooling must be 'max' or 'align', but got {kind!r}")
         self.size, self.stride, self.kind = size, stride, kind
 
     def forward(self, features: Tensor, boxes: Tensor) -> Tensor:
         """(1, D, h, w) and (R, 4) boxes in pixels of the network's input to (R, D, size, size)."""
         rois = [boxes.to(features.dtype)]
         if self.kind == "max":
-            return roi_pool(features, rois, self.size, 1 / self.stride)
-        return roi_align(features, rois, self.size, 1 / self.stride, sampling_ratio=1, aligned=True)
+            pooled = roi_pool(features, rois, self.size, 1 / self.stride)
+        else:
+            pooled = roi_align(features, rois, self.size, 1 / self.stride, sampling_ratio=1, aligned=True)
+        return pooled.contiguous(memory_format=torch.channels_last)
 
     def extra_repr(self) -> str:
         return f"size={self.size}, stride={self.stride}, kind={self.kind}"
@@ -44,9 +48,14 @@ def nms_groups(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) 
     """
     if not len(boxes):
         return labels.new_zeros(0), labels.new_zeros(0)
-    keep = batched_nms(boxes.float(), scores.float(), labels, threshold)
-    overlap = box_iou(boxes, boxes[keep])
-    suppresses = (overlap > threshold) & (labels[:, None] == labels[keep][None])
+    boxes, scores = boxes.float(), scores.float()
+    # Class by class: batched_nms shifts the classes apart, which rounds the corners and so moves overlaps across the
+    # threshold; in double precision, as NMS itself compares, for the same reason.
+    ours = [torch.where(labels == label)[0] for label in labels.unique()]
+    keep = torch.cat([own[nms(boxes[own], scores[own], threshold)] for own in ours])
+    keep = keep[scores[keep].argsort(descending=True, stable=True)]
+    suppresses = box_iou(boxes, boxes[keep]).double() > threshold
+    suppresses &= labels[:, None] == labels[keep][None]
     group = suppresses.float().argmax(1)  # the first that holds is the best scored: the one greedy NMS meets first
     group[keep] = torch.arange(len(keep), device=keep.device)
     return keep, group

@@ -1,20 +1,24 @@
 """What a module inferred for every training image: kept in the run folder, one row of COCO results an instance.
 
 ``RUN/instances/MODULE.json`` is a predictions file that `evaluate`, `export` and other tools read. While a module is
-still inferring, ``RUN/instances/MODULE.part0.jsonl`` grows by one line an image, so that an interruption costs one image.
+still inferring, ``RUN/instances/MODULE.part0.jsonl`` grows by a line an image: an interruption costs a few images.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.training.checkpoint import write_atomically
+from labelpenet.training.machine import map_images
 
 Rows = list[dict[str, Any]]
 
@@ -68,6 +72,7 @@ def infer_all(
     name: str,
     images: TaggedImages,
     infer: Callable[[TaggedImage], Instances],
+    device: torch.device,
     rank: int = 0,
     world: int = 1,
     barrier: Callable[[], None] = lambda: None,
@@ -77,6 +82,7 @@ def infer_all(
 
     Args:
         infer: from an image to its instances; an `InputError` skips the image (it then has no instances).
+        device: where it infers: several images at a time on a CPU (`map_images`).
         rank, world, barrier: this process among those that share the work.
         advance: called after each image, with a note about it or an empty string.
     """
@@ -89,20 +95,18 @@ def infer_all(
     categories = list(range(1, len(images.classes) + 1))
     mine = [image for image in images.images[rank::world] if image.id not in done]
     part = target.with_suffix(f".part{rank}.jsonl")
+
+    def attempt(image: TaggedImage) -> tuple[dict[str, Any], str]:
+        try:
+            found = infer(image)
+        except InputError as error:
+            return {"id": image.id, "size": [1, 1], "rows": []}, f"skipped: {error}"
+        rows = found.to("cpu").to_coco(image.id, categories)
+        return {"id": image.id, "size": list(found.image_size), "rows": rows}, ""
+
     try:
-        with part.open("a", encoding="utf-8") as file:
-            for image in mine:
-                note = ""
-                try:
-                    found = infer(image)
-                    line: dict[str, Any] = {
-                        "id": image.id,
-                        "size": list(found.image_size),
-                        "rows": found.to("cpu").to_coco(image.id, categories),
-                    }
-                except InputError as error:
-                    note = f"skipped: {error}"
-                    line = {"id": image.id, "size": [1, 1], "rows": []}
+        with part.open("a", encoding="utf-8") as file, contextlib.closing(map_images(attempt, mine, device)) as lines:
+            for line, note in lines:
                 file.write("\n" + json.dumps(line))
                 file.flush()
                 advance(note)
@@ -110,15 +114,15 @@ def infer_all(
         raise InputError(f"{part}: cannot be written ({error.strerror}); free some space and use --resume") from error
     barrier()
     if rank == 0:
-        lines = {line["id"]: line for line in _read_parts(target)}
-        ordered = [lines[image.id] for image in images.images]
+        by_id = {line["id"]: line for line in _read_parts(target)}
+        ordered = [by_id[image.id] for image in images.images]
         content = {
             "images": [
                 {
                     "id": image.id,
                     "file_name": str(image.path.name),
-                    "height": lines[image.id]["size"][0],
-                    "width": lines[image.id]["size"][1],
+                    "height": by_id[image.id]["size"][0],
+                    "width": by_id[image.id]["size"][1],
                 }
                 for image in images.images
             ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from labelpenet.training.checkpoint import write_atomically
 from labelpenet.training.inferred import infer_all, read_inferred
 from labelpenet.training.logging import Progress
 from labelpenet.training.loop import Optimiser, Stage, train_stage
+from labelpenet.training.machine import map_images
 
 Boxes = Mapping[str, np.ndarray]
 
@@ -146,6 +148,7 @@ def label_images(training: Training, number: int) -> None:
             f"module{number}",
             images,
             infer,
+            fabric.device,
             fabric.global_rank,
             fabric.world_size,
             fabric.barrier,
@@ -199,27 +202,35 @@ def cache_features(training: Training) -> Path:
     network, folder = training.network, training.run / "cache" / "features"
     folder.mkdir(parents=True, exist_ok=True)
     fabric = training.fabric
-    mine = range(fabric.global_rank, len(training.images.images), fabric.world_size)
-    with Progress("RoI features", len(mine), 0) as progress:
-        for done, index in enumerate(mine):
-            path = folder / f"{index}.npy"
-            if path.is_file():
-                continue
-            image = training.images.images[index]
-            try:
-                pixels = read_image(image.path)
-                with torch.no_grad(), training.autocast():
-                    view = network.view(pixels)
-                    boxes = view.boxes(training.boxes(image, pixels.shape))
-                    features = network.classification.features(network.stem_map(view), boxes).float().cpu().numpy()
-            except InputError as error:
-                progress.say(f"skipped: {error}")
-                features = np.zeros((1, network.classification.classifier.in_features), np.float32)
-            temporary = path.with_suffix(f".tmp{fabric.global_rank}")
+    # Each process looks only for its own share: what the others have written meanwhile must not shift it.
+    share = range(fabric.global_rank, len(training.images.images), fabric.world_size)
+    missing = [index for index in share if not (folder / f"{index}.npy").is_file()]
+    width = network.classification.classifier.in_features
+
+    def compute(index: int) -> tuple[int, np.ndarray, str]:
+        image = training.images.images[index]
+        try:
+            pixels = read_image(image.path)
+        except InputError as error:
+            return index, np.zeros((1, width), np.float16), f"skipped: {error}"
+        with torch.no_grad(), training.autocast():
+            view = network.view(pixels)
+            boxes = view.boxes(training.boxes(image, pixels.shape))
+            features = network.classification.features(network.stem_map(view), boxes)
+        return index, features.to(torch.float16).cpu().numpy(), ""
+
+    with (
+        Progress("RoI features", len(missing), 0) as progress,
+        contextlib.closing(map_images(compute, missing, fabric.device)) as results,
+    ):
+        for done, (index, features, note) in enumerate(results):
+            temporary = folder / f"{index}.tmp{fabric.global_rank}"
             with temporary.open("wb") as file:
-                np.save(file, features.astype(np.float16))
-            temporary.replace(path)
+                np.save(file, features)
+            temporary.replace(folder / f"{index}.npy")
             progress.show(done + 1, {})
+            if note:
+                progress.say(note)
     fabric.barrier()
     return folder
 

@@ -392,9 +392,19 @@ def test_wrong_widths(name: str, value: float) -> None:
         DenseCRF(example()[0], **{name: value})
 
 
-def test_a_kernel_too_narrow_for_its_keys() -> None:
-    with pytest.raises(ValueError, match="too narrow"):
-        DenseCRF(example()[0], srgb=1e-4)
+@pytest.mark.parametrize("widths", [{"srgb": 1e-4}, {"sxy_bilateral": 1e-6}, {"sxy_gaussian": 1e-9}, {"srgb": 1e-44}])
+def test_kernels_too_narrow_for_float32(widths: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="too narrow for this image; widen"):
+        DenseCRF(example()[0], **widths)
+
+
+def test_bright_colours_in_a_narrow_kernel() -> None:
+    """Keys count from the lowest coordinate, so that a narrow range far from 0 does not overflow them."""
+    _, p = example(2, 6, 6)
+    dark, bright = (np.full((6, 6, 3), colour, np.uint8) for colour in (0, 255))
+    dark[2:4], bright[2:4] = 1, 254
+    expected = dense_crf(dark, p, srgb=0.005)
+    np.testing.assert_allclose(dense_crf(bright, p, srgb=0.005), expected, atol=0.1)
 
 
 @pytest.mark.parametrize("costs", [np.zeros(2), np.zeros((2, 3)), np.zeros((3, 3)), np.full((2, 2), np.nan), np.nan])

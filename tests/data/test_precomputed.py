@@ -302,6 +302,25 @@ def hostile(target: Path) -> dict[str, bytes]:
     }
 
 
+def nested() -> list:
+    value: list = [0.0]
+    for _ in range(60):
+        value = [value, value]
+    return value
+
+
+def test_no_pickle_asks_for_much_memory_or_time(tmp_path: Path) -> None:
+    path = tmp_path / "large.pkl"
+    for blob in (
+        pickle.dumps({"000005": nested()}),  # 2 ** 60 values in a few hundred bytes
+        b"\x80\x05K\x01r\xff\xff\xff\x7f\x96" + (2**40).to_bytes(8, "little") + b"x.",  # far memo, long buffer
+        b"\x80\x04\x8e" + (2**40).to_bytes(8, "little") + b"x.",
+    ):
+        path.write_bytes(blob)
+        with pytest.raises(InputError, match="not a pickle of plain arrays"):
+            unpickle_arrays(path)
+
+
 @pytest.mark.parametrize("how", list(hostile(Path("x"))))
 def test_no_pickle_runs_code(tmp_path: Path, how: str) -> None:
     target, path = tmp_path / "boom", tmp_path / "evil.pkl"

@@ -1,0 +1,5 @@
+"""``python -m labelpenet``."""
+
+from labelpenet.cli import main
+
+main()

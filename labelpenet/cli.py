@@ -1,0 +1,456 @@
+"""The command line: parses, calls, prints. Everything else lives in the rooms below.
+
+Exit status: 0 done; 2 the input cannot be used (one line on standard error says why and what to do); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional, arg, subcommand
+
+from labelpenet.errors import InputError
+
+Comma = Annotated[str | None, arg(metavar="A,B,...")]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+@dataclass
+class Train:
+    """Train the cascade on photographs and tags.
+
+    DATA is a VOCdevkit year folder, a COCO instances.json, a folder with tags.csv or one sub-folder per class. Only the
+    tags are read. What is finished stays in RUN: after Ctrl-C, a crash or a power cut, the same command with --resume
+    continues and ends as if nothing had happened.
+
+    Try:
+      labelpenet train VOCdevkit/VOC2012 --out runs/voc --backbone mobilenet_v2 --classes cat,dog
+      labelpenet train photos/ --out runs/mine --weights mobilenet_v2.safetensors --until 2
+      labelpenet train photos/ --out runs/mine --resume
+      labelpenet train photos/ --out runs/quick --shorten 0.1 --set images.sides=320 images.test_side=320
+    """
+
+    data: Positional[Path]
+    """Photographs with tags."""
+    out: Path
+    """Run folder to write."""
+    recipe: str = "best"
+    """paper (the literal reading), best (what measures best) or demo (tiny)."""
+    backbone: str = "mobilenet_v2"
+    """mobilenet_v2 or vgg16."""
+    weights: Path | None = None
+    """ImageNet weights of the backbone (.safetensors or .pth); without it torchvision downloads its own."""
+    split: str | None = None
+    """VOC: train, val, trainval or a file of image names. Default: train."""
+    classes: Comma = None
+    """Only these classes, in this order."""
+    until: Literal[1, 2, 3, 4] = 4
+    """Last module to train."""
+    resume: bool = False
+    """Continue what RUN holds."""
+    seed: int = 0
+    """Of everything random."""
+    shorten: float = 1.0
+    """Multiply every stage's number of steps."""
+    set: tuple[str, ...] = ()
+    """Change single choices of the recipe: part.field=value ..."""
+    device: Device = "auto"
+    """Where to train."""
+    devices: int = 1
+    """Processes on this machine (one per GPU)."""
+    nodes: int = 1
+    """Machines."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    """auto: bf16-mixed where the hardware has it, else 32-true."""
+    cache: Path | None = None
+    """Folder of the proposals' cache. Default: the user's cache folder."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between checkpoints."""
+
+
+@dataclass
+class Predict:
+    """Find the instances in photographs.
+
+    Try:
+      labelpenet predict runs/voc photo.jpg --out predictions.json --overlays overlays/
+      labelpenet predict runs/voc photos/ --out predictions.json --module 2
+      labelpenet predict runs/voc --data VOCdevkit/VOC2012 --split val --out predictions.json
+    """
+
+    run: Positional[Path]
+    """Run folder of `labelpenet train`."""
+    images: Positional[tuple[Path, ...]] = ()
+    """Photographs, or folders of photographs."""
+    out: Path = Path("predictions.json")
+    """Predictions file to write."""
+    module: Literal[1, 2, 3, 4] = 4
+    """Which module answers."""
+    overlays: Path | None = None
+    """Folder for pictures with the instances drawn in."""
+    min_score: float = 0.0
+    """Instances below are left out of file and pictures."""
+    data: Path | None = None
+    """Instead of images: a data set."""
+    split: str | None = None
+    """Which split of --data."""
+    device: Device = "auto"
+    """Where to compute."""
+
+
+@dataclass
+class Evaluate:
+    """Measure predictions against annotation, as VOC or COCO define it.
+
+    Try:
+      labelpenet evaluate predictions.json VOCdevkit/VOC2012 --split val --protocol voc12
+      labelpenet evaluate predictions.json VOCdevkit/VOC2007 --split test --protocol voc07 --json result.json --table
+    """
+
+    predictions: Positional[Path]
+    """predictions.json, or another tool's COCO results list."""
+    data: Positional[Path]
+    """The annotated data set."""
+    split: str | None = None
+    """VOC: val, test, ... or a file of image names."""
+    protocol: Literal["voc07", "voc12", "coco"] = "voc12"
+    """voc07: 11 points; voc12: area under the curve; coco: also AP over IoU .5 to .95."""
+    classes: Comma = None
+    """Only these classes."""
+    json: Path | None = None
+    """File for the result."""
+    table: Literal["text", "markdown", "latex"] | None = None
+    """Print ours beside the paper's tables in this form."""
+
+
+@dataclass
+class Proposals:
+    """Compute (and cache) the proposals of a data set; with --recall measure them.
+
+    Try:
+      labelpenet proposals photos/
+      labelpenet proposals VOCdevkit/VOC2012 --split val --recall --method selective-search-quality
+    """
+
+    data: Positional[Path]
+    """Photographs."""
+    split: str | None = None
+    """VOC: train, val, ..."""
+    classes: Comma = None
+    """Only these classes (for --recall)."""
+    method: Literal["selective-search-fast", "selective-search-quality", "edge-boxes"] = "selective-search-fast"
+    """How."""
+    side: int | None = 250
+    """Longer side of the image that they are computed on."""
+    model: Path | None = None
+    """OpenCV's structured-edge model, for edge-boxes."""
+    workers: int | None = None
+    """Processes. Default: one per core."""
+    cache: Path | None = None
+    """Folder of the cache. Default: the user's cache folder."""
+    recall: bool = False
+    """Measure recall and average best overlap against the annotation."""
+
+
+@dataclass
+class Export:
+    """Write predictions (or a run's pseudo-labels, RUN/instances/module4.json) for other tools.
+
+    Try:
+      labelpenet export predictions.json photos/ --to coco --out labels/
+      labelpenet export runs/voc/instances/module4.json VOCdevkit/VOC2012 --split train --to yolo --out labels/
+    """
+
+    predictions: Positional[Path]
+    """predictions.json."""
+    data: Positional[Path]
+    """The data set that the predictions belong to."""
+    out: Path
+    """Folder to write."""
+    to: Literal["coco", "coco-polygons", "voc", "yolo", "label-studio", "voc-submission"] = "coco"
+    """Format; coco-polygons is also for CVAT."""
+    split: str | None = None
+    """VOC: train, val, ..."""
+    classes: Comma = None
+    """Only these classes."""
+    min_score: float = 0.0
+    """Instances below are left out."""
+    copy_images: bool = False
+    """Copy the photographs beside the labels (voc, yolo)."""
+
+
+@dataclass
+class Measure:
+    """Measure every module of a run: predictions on a held-out split, CorLoc of the training images.
+
+    Writes RUN/results.json and RUN/predictions/SPLIT-moduleK.json, prints a table. Only here is annotation read.
+
+    Try:
+      labelpenet measure runs/voc VOCdevkit/VOC2012 --split val
+    """
+
+    run: Positional[Path]
+    """Run folder of `labelpenet train`."""
+    data: Positional[Path]
+    """The annotated data set."""
+    split: str = "val"
+    """Held-out split."""
+    train_split: str = "train"
+    """The split that the run was trained on."""
+    modules: tuple[int, ...] = (1, 2, 3, 4)
+    """Which modules."""
+    protocol: Literal["voc07", "voc12", "coco"] = "voc12"
+    """As for `evaluate`."""
+    device: Device = "auto"
+    """Where to compute."""
+    cache: Path | None = None
+    """Folder of the proposals' cache."""
+
+
+@dataclass
+class Report:
+    """Write RUN/report.html: one self-contained page with table, loss curves and picture strips.
+
+    Try:
+      labelpenet report runs/voc --data VOCdevkit/VOC2012
+    """
+
+    run: Positional[Path]
+    """Run folder of `labelpenet train`."""
+    data: Path | None = None
+    """The data set. Default: the one that the run was trained on."""
+    split: str = "val"
+    """Held-out split."""
+    out: Path | None = None
+    """The page. Default: RUN/report.html."""
+    images: int = 6
+    """Strips of each kind."""
+
+
+@dataclass
+class Demo:
+    """Train all four modules on generated scenes, print the table, write a report. Minutes on two cores.
+
+    Try:
+      labelpenet demo --out demo
+    """
+
+    out: Path = Path("demo")
+    """Folder to write."""
+    seed: int = 0
+    """Of scenes and training."""
+
+
+Command = (
+    Annotated[Train, subcommand("train")]
+    | Annotated[Predict, subcommand("predict")]
+    | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Proposals, subcommand("proposals")]
+    | Annotated[Export, subcommand("export")]
+    | Annotated[Measure, subcommand("measure")]
+    | Annotated[Report, subcommand("report")]
+    | Annotated[Demo, subcommand("demo")]
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``labelpenet``."""
+    command = tyro.cli(
+        Command,  # type: ignore[arg-type]
+        prog="labelpenet",
+        description="Instance segmentation from image tags alone.",
+        args=arguments,
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+    )
+    try:
+        RUN[type(command)](command)  # type: ignore[operator]
+    except InputError as error:
+        print(f"labelpenet: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        print(f"labelpenet: {interrupt or 'interrupted'}", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+
+
+def train(one: Train) -> None:
+    """``labelpenet train``."""
+    from labelpenet import config
+    from labelpenet.data import open_tagged
+
+    recipe = config.override(config.shorten(config.recipe(one.recipe), one.shorten), one.set)
+    images = open_tagged(one.data, one.split, _names(one.classes))
+    for note in images.notes:
+        print(f"note: {note}", file=sys.stderr)
+    from labelpenet.training.run import train_run
+
+    train_run(
+        images,
+        one.out,
+        recipe,
+        backbone=one.backbone,
+        weights=one.weights,
+        until=one.until,
+        resume=one.resume,
+        seed=one.seed,
+        device=one.device,
+        devices=one.devices,
+        nodes=one.nodes,
+        precision=one.precision,
+        cache=one.cache,
+        checkpoint_minutes=one.checkpoint_minutes,
+        source={"data": str(one.data), "split": one.split},
+    )
+    print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
+
+
+def predict(one: Predict) -> None:
+    """``labelpenet predict``."""
+    from labelpenet.data import TaggedImage, open_tagged
+    from labelpenet.data.images import find_images
+    from labelpenet.export import write_predictions
+    from labelpenet.training.predict import Predictor
+
+    if bool(one.images) == bool(one.data):
+        raise InputError("give either photographs (or folders of them) or --data DATA")
+    predictor = Predictor(one.run, one.device)
+    if one.data:
+        images: Sequence[TaggedImage] = open_tagged(one.data, one.split, predictor.network.classes).images
+    else:
+        images = [TaggedImage(name, path, ()) for name, path in find_images(one.images)]
+    skipped: list[str] = []
+
+    def found() -> Iterator:
+        from labelpenet.data import read_image
+        from labelpenet.report.overlays import write_overlay
+
+        for image, instances in predictor.run(images, one.module, skipped):
+            instances = instances[instances.weights >= one.min_score]
+            if one.overlays:
+                write_overlay(one.overlays, image.id, read_image(image.path), instances, predictor.network.classes)
+            yield image.id, instances
+
+    write_predictions(one.out, found(), images, predictor.network.classes)
+    done = len(images) - len(skipped)
+    print(f"{one.out}: {done} images" + (f", {len(skipped)} skipped" if skipped else ""))
+    if skipped and not done:
+        raise InputError("no image could be read; see the lines above")
+
+
+def evaluate(one: Evaluate) -> None:
+    """``labelpenet evaluate``."""
+    from labelpenet.data import open_annotated
+    from labelpenet.evaluation import evaluate as measure
+    from labelpenet.evaluation import paper_tables, summary_table
+    from labelpenet.export import read_predictions
+    from labelpenet.training.checkpoint import write_atomically
+
+    annotated = open_annotated(one.data, one.split, _names(one.classes))
+    tagged = annotated.tagged
+    predictions = read_predictions(one.predictions, tagged, tagged.classes, annotated.categories)
+    truths, notes = annotated.readable_truths()
+    result = measure(predictions, truths, tagged.classes, one.protocol)
+    for note in (*predictions.notes, *notes):
+        print(f"note: {note}", file=sys.stderr)
+    if one.json:
+        write_atomically(one.json, json.dumps(result, indent=1))
+    print(summary_table(result).render("text"))
+    if one.table:
+        for table in paper_tables(result, one.protocol):
+            print("\n" + table.render(one.table))
+
+
+def proposals(one: Proposals) -> None:
+    """``labelpenet proposals``."""
+    from labelpenet.data import open_annotated, open_tagged
+    from labelpenet.data.proposals import ProposalSettings, compute_proposals, default_cache, recall, recall_table
+
+    images = open_tagged(one.data, one.split, _names(one.classes))
+    settings = ProposalSettings(method=one.method, side=one.side, model=one.model)
+    cache = one.cache or default_cache()
+    boxes = compute_proposals(images.images, settings, cache, one.workers, progress=True)
+    for note in (*images.notes, *boxes.notes):
+        print(f"note: {note}", file=sys.stderr)
+    counts = [len(boxes[name]) for name in boxes]
+    mean = sum(counts) / max(len(counts), 1)
+    print(f"{len(counts)} images, {mean:.0f} proposals each on average, cached in {cache}")
+    if one.recall:
+        annotated = open_annotated(one.data, one.split, _names(one.classes))
+        print(recall_table(recall(boxes, annotated.readable_truths()[0], annotated.tagged.classes)))
+
+
+def export(one: Export) -> None:
+    """``labelpenet export``."""
+    from labelpenet.data import open_tagged
+    from labelpenet.export import export as write
+    from labelpenet.export import read_predictions
+
+    images = open_tagged(one.data, one.split, _names(one.classes))
+    predictions = read_predictions(one.predictions, images, images.classes, list(range(1, len(images.classes) + 1)))
+    written = write(
+        predictions, images, images.classes, one.out, one.to, min_score=one.min_score, copy_images=one.copy_images
+    )
+    for note in (*predictions.notes, *written.notes):
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{one.out}: {len(written.paths)} files")
+
+
+def measure(one: Measure) -> None:
+    """``labelpenet measure``."""
+    from labelpenet.training.measure import measure_run
+
+    print(measure_run(one.run, one.data, one.split, one.train_split, one.modules, one.protocol, one.device, one.cache))
+
+
+def report(one: Report) -> None:
+    """``labelpenet report``."""
+    from labelpenet.data import open_annotated
+    from labelpenet.models.cascade import read_run
+    from labelpenet.report import write_report
+
+    facts = read_run(one.run)
+    source = facts.get("source") or {}
+    data = one.data or (Path(source["data"]) if source.get("data") else None)
+    train_set = held_out = None
+    if data is not None and data.exists():
+        train_set = open_annotated(data, source.get("split"), facts["classes"])
+        try:
+            held_out = open_annotated(data, one.split, facts["classes"])
+        except InputError as error:
+            print(f"note: no held-out strips ({error})", file=sys.stderr)
+    print(write_report(one.run, one.out, train_set, held_out, images=one.images))
+
+
+def demo(one: Demo) -> None:
+    """``labelpenet demo``."""
+    from labelpenet.training.demo import run_demo
+
+    print(run_demo(one.out, one.seed))
+
+
+def _names(text: str | None) -> list[str] | None:
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise InputError("--classes names no class; give them separated by commas, such as --classes cat,dog")
+    return names
+
+
+RUN = {
+    Train: train,
+    Predict: predict,
+    Evaluate: evaluate,
+    Proposals: proposals,
+    Export: export,
+    Measure: measure,
+    Report: report,
+    Demo: demo,
+}

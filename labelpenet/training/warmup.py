@@ -1,0 +1,82 @@
+"""Stage 0, for a backbone that nobody has pretrained: it learns the tags of whole images before the cascade starts.
+
+Not in the paper, whose networks start from ImageNet weights. The supervision is the same: tags, nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from labelpenet.models.backbones import Backbone
+from labelpenet.training.loop import Stage, seed_step, train_stage
+from labelpenet.training.pretrain import Training, load_tagged, optimiser
+
+NAME = "warmup"
+
+
+class ImageClassifier(nn.Module):
+    """A network, the average of its map over the image, and a linear layer.
+
+    Args:
+        network: (N, 3, H, W) to (N, channels, h, w), with an attribute ``channels``.
+        num_classes: C.
+    """
+
+    def __init__(self, network: nn.Module, num_classes: int):
+        super().__init__()
+        self.network = network
+        self.classifier = nn.Linear(int(network.channels), num_classes)  # type: ignore[arg-type]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) to logits (N, C)."""
+        return self.classifier(self.network(images).mean((2, 3)))
+
+
+def warm_up(training: Training, backbone: Backbone) -> Backbone:
+    """The backbone with its whole network trained to tell the tags of the training images; finished once, only loaded.
+
+    Raises:
+        InputError, KeyboardInterrupt: see `train_stage`.
+    """
+    assert backbone.untrained is not None
+    seed_step(training.seed, NAME, 0)
+    module = ImageClassifier(backbone.untrained, len(training.images.classes))
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    schedule = training.recipe.schedule0
+    stage = Stage(
+        name=NAME,
+        module=module,
+        steps=schedule.steps,
+        images=[image.id for image in training.images.images],
+        loss=tag_loss(module, training.fabric.device),
+        load=load_tagged(training),
+        batch_size=schedule.batch_size,
+        images_per_pass=schedule.batch_size // training.fabric.world_size,
+        optimiser=optimiser(schedule),
+    )
+    train_stage(
+        stage,
+        training.run,
+        seed=training.seed,
+        config=training.facts,
+        fabric=training.fabric,
+        resume=training.resume,
+        checkpoint_minutes=training.checkpoint_minutes,
+    )
+    return type(backbone)(module.network.cpu())  # type: ignore[call-arg]
+
+
+def tag_loss(module: ImageClassifier, device: torch.device) -> Callable[[Any, int], dict[str, Tensor]]:
+    """Binary cross-entropy of each class, meaned over classes and images."""
+
+    def loss(samples: list[Any], step: int) -> dict[str, Tensor]:
+        logits = torch.cat([module(sample.view.pixels).float() for sample in samples])
+        present = torch.stack([sample.present for sample in samples]).to(device)
+        return {"tags": F.binary_cross_entropy_with_logits(logits, present)}
+
+    return loss
