@@ -13,7 +13,6 @@ from typing import Any
 
 from labelpenet.errors import InputError
 
-
 Pool = typing.Literal["max", "align"]
 Attention = typing.Literal["excitation", "gradient"]
 

@@ -137,7 +137,7 @@ def calibrate(
     tight = masks_to_boxes(masks)
     found = Instances(tight if settings.box == "mask" else proposals, labels, kept.clamp(0, 1), size, masks)
     alive = distinct(found, settings.duplicate)
-    trace = Trace(attention[alive], heat[alive], confidence[alive], marginals[alive])
+    trace = Trace(normalise(attention)[alive], heat[alive], confidence[alive], marginals[alive])
     return found[alive], trace
 
 
@@ -266,8 +266,12 @@ def segment(canvas: np.ndarray, confidence: Tensor, settings: CalibrationSetting
             p = crf(p, settings.iterations)
     if not settings.joint:
         return p[:, 1]
-    best = p[0].amax(0, keepdim=True)  # the winning label owns the pixel, whatever its absolute probability
-    return torch.where(p[0, 1:] == best, torch.maximum(p[0, 1:], best.new_tensor(0.5 + 1e-3)), p[0, 1:].clamp(max=0.5))
+    # The winning label owns the pixel, whatever its absolute probability; of equals the first instance. The margin on
+    # both sides keeps two instances from sharing a pixel once their maps are enlarged.
+    own, margin = p[0, 1:], 1e-3
+    best, winner = own.max(0)
+    wins = F.one_hot(winner, len(own)).permute(2, 0, 1).bool() & (best >= p[0, 0])
+    return torch.where(wins, own.clamp(min=0.5 + margin), own.clamp(max=0.5 - margin))
 
 
 def grow_masks(probabilities: Tensor, size: tuple[int, int]) -> Tensor:

@@ -3,5 +3,15 @@
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, Truth
 from labelpenet.data.images import read_image
 from labelpenet.data.recognise import open_annotated, open_tagged
+from labelpenet.data.scenes import write_scenes
 
-__all__ = ["AnnotatedImages", "TaggedImage", "TaggedImages", "Truth", "open_annotated", "open_tagged", "read_image"]
+__all__ = [
+    "AnnotatedImages",
+    "TaggedImage",
+    "TaggedImages",
+    "Truth",
+    "open_annotated",
+    "open_tagged",
+    "read_image",
+    "write_scenes",
+]

@@ -7,15 +7,18 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, MpoImagePlugin, TiffImagePlugin, WebPImagePlugin
+from PIL import Image, TiffImagePlugin, WebPImagePlugin
 
 from labelpenet.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
-# Only decoders that run in this process: Pillow would hand PostScript to an external interpreter. Three of them are
-# not among those that Pillow registers by itself; naming them here is what loads them.
-_LATE = (MpoImagePlugin.MpoImageFile, TiffImagePlugin.TiffImageFile, WebPImagePlugin.WebPImageFile)
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", *(late.format for late in _LATE))
+# Only decoders that run in this process: Pillow would hand PostScript to an external interpreter. The last two
+# are not among those that Pillow registers by itself; naming their classes is what loads them. MPO goes with JPEG.
+FORMATS = (
+    *("JPEG", "PNG", "BMP", "GIF", "PPM"),
+    TiffImagePlugin.TiffImageFile.format,
+    WebPImagePlugin.WebPImageFile.format,
+)
 PIXEL_LIMIT = 100_000_000
 _ORIENTATION = 0x0112
 

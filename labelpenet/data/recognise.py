@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,8 @@ def open_tagged(
         InputError: the data set is not recognised or damaged, the split or a class is unknown (the known ones are
             listed), or no image can be used.
     """
-    return _door(Path(data), split, classes, _folder(images)).tagged()
+    with _readable(data):
+        return _door(Path(data), split, classes, _folder(images)).tagged()
 
 
 def open_annotated(
@@ -55,10 +57,22 @@ def open_annotated(
     Raises:
         InputError: also for a data set that holds tags only.
     """
-    annotated = _door(Path(data), split, classes, _folder(images)).annotated
-    if annotated is None:
-        raise InputError(f"{data}: holds tags but no boxes or masks; measuring needs a VOC or COCO data set")
-    return annotated()
+    with _readable(data):
+        annotated = _door(Path(data), split, classes, _folder(images)).annotated
+        if annotated is None:
+            raise InputError(f"{data}: holds tags but no boxes or masks; measuring needs a VOC or COCO data set")
+        return annotated()
+
+
+@contextmanager
+def _readable(data: Path | str) -> Iterator[None]:
+    """Says of a folder that may not be read, or a disk that fails, what the user can do."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"{error.filename or data}: cannot be read ({error.strerror}); check its permissions"
+        ) from error
 
 
 def _door(data: Path, split: str | None, classes: Sequence[str] | None, images: Path | None) -> _Door:

@@ -112,6 +112,7 @@ class LabelPEnet(nn.Module):
         self.to(memory_format=torch.channels_last)
         self.register_buffer("_mean", torch.tensor(backbone.mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("_std", torch.tensor(backbone.std).view(1, 3, 1, 1) * 255, persistent=False)
+        self.untrained: tuple[str, ...] = ()  # modules that a run's folder has no weights for
         self.normalisation = {"mean": list(backbone.mean), "std": list(backbone.std)}
         self.eval()
 
@@ -331,7 +332,10 @@ class LabelPEnet(nn.Module):
             own = torch.zeros_like(group, dtype=torch.bool)
             own[found.keep] = True
             group = torch.where(own, group, -1)
-        members = torch.where(group >= 0)[0][: choice.attended]
+        kept_itself = torch.zeros_like(group, dtype=torch.bool)
+        kept_itself[found.keep[chosen]] = True
+        belongs = group >= 0  # the best so many, and each kept detection in any case
+        members = torch.where(belongs & ((belongs.cumsum(0) <= choice.attended) | kept_itself))[0]
         masks = module.masks(module.mask_features(stem), found.boxes[members], found.labels[members])
         boxes = view.back(found.boxes)
         scaled = boxes[members] * boxes.new_tensor([*scale, *scale])
@@ -356,12 +360,23 @@ class LabelPEnet(nn.Module):
 
     @torch.no_grad()
     def infer(
-        self, number: int, image: np.ndarray, proposals: Tensor | None, tags: tuple[int, ...] | None
+        self,
+        number: int,
+        image: np.ndarray,
+        proposals: Tensor | None,
+        tags: tuple[int, ...] | None,
+        features: Tensor | None = None,
     ) -> tuple[Instances, Trace]:
-        """What module ``number`` passes on for a training image: instances of its tags only, and the maps behind."""
+        """What module ``number`` passes on for a training image: instances of its tags only, and the maps behind.
+
+        Args:
+            image: (H, W, 3) uint8 RGB; proposals: (R, 4) in its pixels; tags: the image's classes.
+            features: (R, D) RoI features of module 1, where they are known.
+        """
         if number == 1:
-            assert proposals is not None
-            found, trace, _ = self.infer_classification(image, proposals, tags)
+            if proposals is None:
+                proposals = self.proposals(image)
+            found, trace, _ = self.infer_classification(image, proposals, tags, features)
             return found, trace
         if number == 2:
             return self.infer_detection(image, proposals, tags)
@@ -384,6 +399,8 @@ class LabelPEnet(nn.Module):
         """
         if module not in (1, 2, 3, 4):
             raise InputError(f"no module {module}; choose 1, 2, 3 or 4")
+        if MODULES[module - 1] in self.untrained:
+            raise InputError(f"module {module} is not trained in this run yet; train on with --resume or ask another")
         pixels = image if isinstance(image, np.ndarray) else read_image(image)
         if proposals is None and self.needs_proposals(module):
             proposals = self.proposals(pixels)
@@ -420,6 +437,7 @@ class LabelPEnet(nn.Module):
         loaded = [part for part in ("stem", *MODULES) if network.load_part(run, part)]
         if "stem" not in loaded or len(loaded) < 2:
             raise InputError(f"{run}: holds no trained module yet; finish it with labelpenet train ... --resume")
+        network.untrained = tuple(name for name in MODULES if name not in loaded)
         return network.to(device)
 
     def load_part(self, run: Path, part: str) -> bool:
@@ -434,7 +452,7 @@ class LabelPEnet(nn.Module):
         try:
             getattr(self, part).load_state_dict(load_file(path))
         except Exception as error:
-            line = str(error).splitlines()[0]
+            line = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(f"{path}: does not fit this run ({line}); delete it and train with --resume") from error
         return True
 

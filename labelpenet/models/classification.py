@@ -40,6 +40,8 @@ class Classification(nn.Module):
         freeze_head: bool = False,
     ):
         super().__init__()
+        if form not in ("paper", "wsddn"):
+            raise ValueError(f"form must be 'paper' or 'wsddn', but got {form!r}")
         self.num_classes, self.form, self.contrast = num_classes, form, contrast
         tail = backbone.region_tail()
         self.tail = tail.module

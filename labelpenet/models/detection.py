@@ -121,7 +121,7 @@ def rcnn_loss(
     count = max(len(labels), 1)
     classification = (F.cross_entropy(logits.float(), labels, reduction="none") * weights).sum() / count
     positive = torch.where(labels > 0)[0]
-    own = deltas.float().reshape(len(labels), -1, 4)[positive, labels[positive]]
+    own = deltas.float().reshape(len(labels), deltas.shape[1] // 4, 4)[positive, labels[positive]]
     distance = F.smooth_l1_loss(own, targets[positive], beta=1 / 9, reduction="none").sum(1)
     return classification, (distance * weights[positive]).sum() / count
 

@@ -1,1 +1,6 @@
-"""Pictures and the report of a run."""
+"""What a run found, to look at: overlays on photographs, loss curves, and the report as one HTML file."""
+
+from labelpenet.report.html import write_report
+from labelpenet.report.overlays import draw_boxes, draw_instances, draw_map, draw_mask, write_overlay
+
+__all__ = ["draw_boxes", "draw_instances", "draw_map", "draw_mask", "write_overlay", "write_report"]

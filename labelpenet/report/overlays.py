@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import io
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import cv2
 import matplotlib
@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from labelpenet.errors import InputError
 from labelpenet.export.files import write_bytes
 from labelpenet.instances import Instances
 
@@ -89,6 +88,25 @@ def draw_instances(
     return _write_labels(picture, boxes, texts, colours)
 
 
+def draw_mask(image: np.ndarray, mask: np.ndarray | Tensor, colour: Sequence[int] = PALETTE[0]) -> np.ndarray:
+    """One mask on its photograph, translucent with a contour; outside the mask pixels stay as they are.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        mask: (H, W) bool.
+        colour: RGB in [0, 255].
+
+    Returns:
+        (H, W, 3) uint8.
+    """
+    picture = _checked(image)
+    array = mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+    if array.shape != picture.shape[:2]:
+        raise ValueError(f"mask must be {picture.shape[:2]} as its image is, but is {array.shape}")
+    _fill(picture, array.astype(bool), np.array(colour, np.uint8), _line_width(picture))
+    return picture
+
+
 def draw_boxes(
     image: np.ndarray, boxes: np.ndarray | Tensor, limit: int = 60, colours: np.ndarray | None = None
 ) -> np.ndarray:
@@ -139,23 +157,34 @@ def draw_map(image: np.ndarray, values: np.ndarray | Tensor, opacity: float = 0.
     return np.round((1 - opacity) * grey + opacity * heat).clip(0, 255).astype(np.uint8)
 
 
-def overlay_name(image: Path | str) -> str:
-    """The name of an image's overlay: the image's own where that is a JPEG or PNG, else with ``.png`` appended."""
-    name = Path(image).name
-    return name if Path(name).suffix.lower() in _FORMATS else f"{name}.png"
+def write_overlay(
+    folder: Path | str, image_id: str, image: np.ndarray, instances: Instances, classes: Sequence[str]
+) -> Path:
+    """Draws the instances on their photograph and writes it as ``FOLDER/IMAGE_ID``, whole or not at all.
 
+    An id with folders in it keeps them. One that names no JPEG or PNG file gets ``.jpg`` appended.
 
-def write_overlay(path: Path | str, picture: np.ndarray) -> Path:
-    """Writes a picture (H, W, 3) uint8 as JPEG or PNG, as the suffix says; whole or not at all.
+    Args:
+        folder: made where it is missing; nothing is ever written outside of it.
+        image_id, image, instances, classes: as `draw_instances` takes them.
+
+    Returns:
+        The path of the file.
 
     Raises:
-        InputError: another suffix than ``.jpg``, ``.jpeg`` or ``.png``; the file cannot be written.
+        InputError: the file cannot be written.
     """
-    path = Path(path)
-    kind = _FORMATS.get(path.suffix.lower())
-    if kind is None:
-        raise InputError(f"{path}: pictures are written as {', '.join(_FORMATS)}; choose one of these suffixes")
-    return write_bytes(path, encode_picture(picture, kind))
+    path = overlay_path(Path(folder), image_id)
+    kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
+    return write_bytes(path, encode_picture(draw_instances(image, instances, classes), kind))
+
+
+def overlay_path(folder: Path, image_id: str) -> Path:
+    """Where the overlay of an image goes."""
+    given = PureWindowsPath(image_id.replace("\0", ""))  # knows both kinds of slash, and drives
+    parts = [part for part in given.parts if part not in (given.anchor, "..", ".")] or ["unnamed"]
+    path = folder.joinpath(*parts)
+    return path if path.suffix.lower() in (".jpg", ".jpeg", ".png") else path.with_name(path.name + ".jpg")
 
 
 def encode_picture(picture: np.ndarray, kind: str = "JPEG", quality: int = 88) -> bytes:
@@ -164,9 +193,6 @@ def encode_picture(picture: np.ndarray, kind: str = "JPEG", quality: int = 88) -
     options = {"quality": quality, "optimize": True} if kind == "JPEG" else {}
     Image.fromarray(np.ascontiguousarray(picture)).save(buffer, kind, **options)
     return buffer.getvalue()
-
-
-_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG"}
 
 
 def _checked(image: np.ndarray) -> np.ndarray:
@@ -211,7 +237,7 @@ def _frame(picture: np.ndarray, box: Box, colour: np.ndarray, width: int) -> Non
 def _write_labels(picture: np.ndarray, boxes: Sequence[Box], texts: Sequence[str], colours: np.ndarray) -> np.ndarray:
     """Plates with text at the corners of the boxes, the best instance's first: later ones give way where they can."""
     height, width = picture.shape[:2]
-    size = int(np.clip(min(height, width) / 26, 9, 28))
+    size = int(np.clip(min(height, width) / 21, 10, 28))
     if height < 2 * size or width < 2 * size:  # a stamp: nothing could be read
         return picture
     font = _font(size)

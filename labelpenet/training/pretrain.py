@@ -81,7 +81,8 @@ def pretrain(training: Training, until: int = 4, say: Callable[[str], None] = pr
     network = training.network
     for parameter in network.stem.parameters():
         parameter.requires_grad_(False)
-    if training.fabric.global_rank == 0:
+    # A resumed run goes on with the stem that it began with, whatever weights this process was started with.
+    if not network.load_part(training.run, "stem") and training.fabric.global_rank == 0:
         save_part(network, training.run, "stem")
     for number in range(1, until + 1):
         name = MODULES[number - 1]
@@ -124,13 +125,19 @@ def label_images(training: Training, number: int) -> None:
     images = training.images
     share = len(images.images[fabric.global_rank :: fabric.world_size])
 
+    position = {image.id: index for index, image in enumerate(images.images)}
+
     def infer(image: TaggedImage) -> Instances:
+        known = feature_file(training.run, position[image.id])
+        features = None
+        if number == 1 and known.is_file():
+            features = torch.from_numpy(np.load(known)).float().to(fabric.device)
         pixels = read_image(image.path)
         proposals = None
         if network.needs_proposals(number):
             proposals = training.boxes(image, pixels.shape)
         with training.autocast():
-            found, _ = network.infer(number, pixels, proposals, image.tags)
+            found, _ = network.infer(number, pixels, proposals, image.tags, features)
         return found
 
     done = 0
@@ -171,8 +178,8 @@ def stage(training: Training, number: int) -> Stage:
     if number == 1:
         choice = training.recipe.classification
         if choice.freeze_head and not choice.contrast:
-            cache = cache_features(training)
-            return Stage(**common, loss=cached_loss(training, cache), images_per_pass=schedule.batch_size)
+            cache_features(training)
+            return Stage(**common, loss=cached_loss(training), images_per_pass=schedule.batch_size)
         return Stage(**common, load=load_tagged(training), loss=classification_loss(training))
     targets = read_inferred(training.run, f"module{number - 1}", len(training.images.classes))
     return Stage(**common, load=load_targets(training, targets, number), loss=detector_loss(training, number))
@@ -194,17 +201,21 @@ def optimiser(schedule: Schedule) -> Optimiser:
 # -- module 1 --------------------------------------------------------------------------------------------------------
 
 
-def cache_features(training: Training) -> Path:
+def feature_file(run: Path, index: int) -> Path:
+    """Where the frozen RoI features of a training image are kept."""
+    return run / "cache" / "features" / f"{index}.npy"
+
+
+def cache_features(training: Training) -> None:
     """RoI features of every image, once, where stem and RoI head are frozen: ``RUN/cache/features/INDEX.npy``, float16.
 
     An image that cannot be read gets a single row of zeros.
     """
-    network, folder = training.network, training.run / "cache" / "features"
-    folder.mkdir(parents=True, exist_ok=True)
-    fabric = training.fabric
+    network, fabric, run = training.network, training.fabric, training.run
+    feature_file(run, 0).parent.mkdir(parents=True, exist_ok=True)
     # Each process looks only for its own share: what the others have written meanwhile must not shift it.
     share = range(fabric.global_rank, len(training.images.images), fabric.world_size)
-    missing = [index for index in share if not (folder / f"{index}.npy").is_file()]
+    missing = [index for index in share if not feature_file(training.run, index).is_file()]
     width = network.classification.classifier.in_features
 
     def compute(index: int) -> tuple[int, np.ndarray, str]:
@@ -224,15 +235,14 @@ def cache_features(training: Training) -> Path:
         contextlib.closing(map_images(compute, missing, fabric.device)) as results,
     ):
         for done, (index, features, note) in enumerate(results):
-            temporary = folder / f"{index}.tmp{fabric.global_rank}"
+            temporary = feature_file(run, index).with_suffix(f".tmp{fabric.global_rank}")
             with temporary.open("wb") as file:
                 np.save(file, features)
-            temporary.replace(folder / f"{index}.npy")
+            temporary.replace(feature_file(run, index))
             progress.show(done + 1, {})
             if note:
                 progress.say(note)
     fabric.barrier()
-    return folder
 
 
 def present_classes(image: TaggedImage, num_classes: int) -> Tensor:
@@ -242,14 +252,14 @@ def present_classes(image: TaggedImage, num_classes: int) -> Tensor:
     return present
 
 
-def cached_loss(training: Training, cache: Path) -> Callable[[Any, int], dict[str, Tensor]]:
+def cached_loss(training: Training) -> Callable[[Any, int], dict[str, Tensor]]:
     """Equation 2 on cached RoI features, meaned over the images of the pass."""
     module, images = training.network.classification, training.images
 
     def loss(indices: list[int], step: int) -> dict[str, Tensor]:
         total = []
         for index in indices:
-            features = torch.from_numpy(np.load(cache / f"{index}.npy")).float().to(training.fabric.device)
+            features = torch.from_numpy(np.load(feature_file(training.run, index))).float().to(training.fabric.device)
             x_c, x_p = module(features)
             present = present_classes(images.images[index], len(images.classes)).to(x_c.device)
             total.append(module.loss(x_c, x_p, present))
@@ -367,9 +377,12 @@ def start_run(run: Path, facts: dict[str, Any], resume: bool) -> None:
     """
     path = run / "run.json"
     if path.is_file():
-        saved = json.loads(path.read_text(encoding="utf-8"))
         if not resume:
             raise InputError(f"{run}: holds a run already; continue it with --resume or choose another --out")
+        try:
+            saved = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path}: damaged ({error}); train again into a new folder") from error
         differing = [key for key in facts if json.dumps(saved.get(key)) != json.dumps(facts[key])]
         if differing:
             raise InputError(

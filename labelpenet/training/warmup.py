@@ -75,8 +75,15 @@ def tag_loss(module: ImageClassifier, device: torch.device) -> Callable[[Any, in
     """Binary cross-entropy of each class, meaned over classes and images."""
 
     def loss(samples: list[Any], step: int) -> dict[str, Tensor]:
-        logits = torch.cat([module(sample.view.pixels).float() for sample in samples])
+        views = [sample.view.pixels for sample in samples]
+        if len({view.shape for view in views}) == 1:  # together where they fit, which is twice as fast
+            views = [torch.cat(views)]
+        logits = torch.cat([module(_channels_last(view)).float() for view in views])
         present = torch.stack([sample.present for sample in samples]).to(device)
         return {"tags": F.binary_cross_entropy_with_logits(logits, present)}
 
     return loss
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    return images.contiguous(memory_format=torch.channels_last)

@@ -49,7 +49,9 @@ box = st.tuples(st.integers(0, 40), st.integers(0, 40), st.integers(1, 30), st.i
 @given(st.lists(st.tuples(box, st.integers(0, 2)), min_size=1, max_size=25), st.sampled_from([0.3001, 0.4999, 0.07]))
 def test_nms_groups_is_greedy_nms(found, threshold):
     boxes, labels = [b for b, _ in found], [c for _, c in found]
-    scores = torch.linspace(0.9, 0.1, len(found))[torch.randperm(len(found), generator=torch.Generator().manual_seed(3))]
+    scores = torch.linspace(0.9, 0.1, len(found))[
+        torch.randperm(len(found), generator=torch.Generator().manual_seed(3))
+    ]
     keep, group = nms_groups(torch.tensor(boxes), scores, torch.tensor(labels), threshold)
     expected = slow_nms(boxes, scores.tolist(), labels, threshold)
     assert keep.tolist() == expected[0]

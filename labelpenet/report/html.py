@@ -1,0 +1,456 @@
+"""The report of a run: one HTML file that needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
+from labelpenet.data.files import read_json
+from labelpenet.errors import InputError
+from labelpenet.evaluation import Table, cascade_table, summary_table
+from labelpenet.export import read_predictions
+from labelpenet.export.files import write_text
+from labelpenet.instances import Instances
+from labelpenet.models.cascade import MODULES, LabelPEnet, read_run
+from labelpenet.report.overlays import encode_picture
+from labelpenet.report.plots import Curves, curves, loss_plot
+from labelpenet.report.strips import (
+    MIN_SCORE,
+    Panel,
+    ReadTruth,
+    Source,
+    Strip,
+    choose_images,
+    make_short_strip,
+    make_strip,
+    worst_images,
+)
+from labelpenet.training.inferred import path_of, read_inferred
+from labelpenet.training.logging import Progress, read_metrics
+
+_PURPOSES = (
+    "multi-label classification, calibrated",
+    "object detection, calibrated",
+    "instance refinement",
+    "instance segmentation",
+)
+_MEANINGS = {
+    "train CorLoc": "training images whose top box of a tagged class overlaps an object of it by IoU 0.5 or more",
+    "box mAP": "average precision of boxes at IoU 0.5, mean over classes, held-out images",
+    "mask mAP .25": "average precision of masks at IoU 0.25: roughly the right place",
+    "mask mAP .5": "average precision of masks at IoU 0.5: most of the object",
+    "mask mAP .75": "average precision of masks at IoU 0.75: close outlines",
+    "ABO": "each true object's best IoU with a mask of its class, whatever its score; mean over objects, then classes",
+    "mIoU": "IoU of the painted class map, mean over background and classes",
+}
+_BYTES = 13_000_000  # of pictures; with the rest the file stays below 15 MB
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """A table as the page shows it: headings with their meaning, rows of cells as text, and which are a column's best.
+
+    Attributes:
+        headings: of the K columns of numbers; meanings: a line for each, or empty.
+        rows: name, K cells, and for each cell whether it is the best of its column.
+    """
+
+    title: str
+    headings: tuple[str, ...]
+    meanings: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[tuple[str, bool], ...]], ...]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run folder holds, and what it does not hold yet.
+
+    Attributes:
+        run: the content of ``run.json``; environment: of ``environment.json``, or empty.
+        results: of ``results.json``, or empty.
+        trained: numbers of the modules with weights; labelled: of those whose training labels are kept.
+        missing: one line for each thing that is not there.
+    """
+
+    run: dict[str, Any]
+    environment: dict[str, Any]
+    results: dict[str, Any]
+    trained: tuple[int, ...]
+    labelled: tuple[int, ...]
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Section:
+    """Strips under a heading.
+
+    Attributes:
+        key: its anchor; title: its heading; lead: what is shown and how it was chosen.
+    """
+
+    key: str
+    title: str
+    lead: str
+    strips: tuple[Strip, ...]
+
+
+def write_report(
+    run: Path | str,
+    out: Path | str | None = None,
+    data: TaggedImages | AnnotatedImages | None = None,
+    held_out: TaggedImages | AnnotatedImages | None = None,
+    truth: ReadTruth | None = None,
+    held_out_truth: ReadTruth | None = None,
+    images: int = 6,
+    device: str = "cpu",
+) -> Path:
+    """Writes the report of a run, finished or not: what is missing is named in it.
+
+    Numbers, losses and labels are those of the run folder; so are predictions of held-out images, where
+    ``RUN/predictions`` has them. Everything else is inferred now, a few seconds a photograph on a CPU.
+
+    Args:
+        run: the run folder.
+        out: the file to write; ``RUN/report.html`` if None.
+        data: the training photographs with their tags, held_out: others; each part is left out if None.
+        truth: reads the annotation of a training image, held_out_truth: of a held-out one, where `data` or `held_out`
+            is without annotation of its own. Only drawn and measured.
+        images: how many strips of each split, and how many worst images.
+        device: where the network infers.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        InputError: no run folder, or the file cannot be written.
+    """
+    run = Path(run)
+    facts = gather(run)
+    network, problems = _network(run, facts, device)
+    classes = tuple(facts.run["classes"])
+    sources = []
+    for name, (given, read) in (
+        ("training", _split(data, truth)),
+        ("held-out", _split(held_out, held_out_truth)),
+    ):
+        if given is None:
+            problems.append(f"{name} images: the data was not given, so no photograph of them is shown")
+        elif given.classes != classes:
+            problems.append(f"{name} images: their classes are not those of the run, so none of them is shown")
+        else:
+            training = name == "training"
+            found = _labels(run, facts, given, problems) if training else _predictions(run, facts, given, problems)
+            sources.append(Source(given, network, facts.trained, found, read, training))
+            if read is None:
+                problems.append(f"{name} images: no annotation was given, so their true objects are not shown")
+    sources = [replace(source, side=_panel_side(images * len(sources))) for source in sources]
+    chosen = [choose_images(source.images, images) for source in sources]
+    with Progress("report", sum(map(len, chosen)), 0) as progress:
+        sections = [
+            _strips(source, some, problems, progress, sum(map(len, chosen[:place])))
+            for place, (source, some) in enumerate(zip(sources, chosen, strict=True))
+        ]
+    measurable = [source for source in sources if source.found and source.truth is not None]
+    if measurable:  # held-out images come last, and are the better measure
+        sections.append(_worst(measurable[-1], images, problems))
+    return write_text(Path(out) if out is not None else run / "report.html", _render(run, facts, sections, problems))
+
+
+def gather(run: Path) -> Facts:
+    """Reads what the run folder holds.
+
+    Raises:
+        InputError: not a run folder (no readable ``run.json``).
+    """
+    facts = read_run(run)
+    missing = []
+    trained = tuple(k for k, name in enumerate(MODULES, 1) if (run / "weights" / f"{name}.safetensors").is_file())
+    labelled = tuple(k for k in range(1, len(MODULES) + 1) if path_of(run, f"module{k}").is_file())
+    for number, name in enumerate(MODULES, 1):
+        if number not in trained:
+            missing.append(f"module {number} ({name}) is not trained yet; go on with labelpenet train ... --resume")
+        elif number not in labelled:
+            missing.append(f"module {number} ({name}) is trained but has not labelled all training images yet")
+    environment = _optional(run / "environment.json", "the environment of the run is not known", missing)
+    results = _optional(run / "results.json", "the run is not measured yet", missing)
+    return Facts(facts, environment, results, trained, labelled, tuple(missing))
+
+
+def result_table(table: Table, names: Mapping[str, str] | None = None) -> ResultTable:
+    """A table of numbers as the page shows it, with the best number of each column marked where there are several."""
+    columns = list(zip(*(values for _, values in table.rows), strict=True)) or [() for _ in table.columns]
+    best = [max((one for one in column if one is not None), default=None) for column in columns]
+    several = len(table.rows) > 1
+    rows = []
+    for name, values in table.rows:
+        cells = tuple(
+            ("–" if value is None else f"{value:.1f}", several and value is not None and value == top)
+            for value, top in zip(values, best, strict=True)
+        )
+        rows.append(((names or {}).get(name, name), cells))
+    meanings = tuple(_MEANINGS.get(heading, "") for heading in table.columns)
+    return ResultTable(table.title, table.columns, meanings, tuple(rows))
+
+
+def module_table(results: Mapping[str, Any]) -> ResultTable | None:
+    """The table per module from ``results.json``, with a row for each module that is missing; None if nothing is there.
+
+    Module 1 before calibration, where it was measured, is the first row.
+    """
+    train, val = _by_module(results.get("train")), _by_module(results.get("val"))
+    if not train and not val:
+        return None
+    names = {str(k): f"{k}  {purpose}" for k, purpose in enumerate(_PURPOSES, 1)}
+    before = results.get("uncalibrated")
+    if isinstance(before, dict) and before:
+        train, val = ({"0": _one(before.get(split))} | of for split, of in (("train", train), ("val", val)))
+        names["0"] = "1  multi-label classification, before calibration"
+    order = [number for number in ("0", "1", "2", "3", "4") if number in names]
+    table = cascade_table({k: train.get(k, {}) for k in order}, {k: val.get(k, {}) for k in order})
+    return result_table(table, names)
+
+
+def class_table(results: Mapping[str, Any]) -> ResultTable | None:
+    """Class by class, what the last measured module reaches on held-out images; None if nothing is measured."""
+    val = {number: result for number, result in _by_module(results.get("val")).items() if result}
+    if not val:
+        return None
+    number = max(val)
+    table = summary_table(val[number], f"module {number} class by class on held-out images, in %")
+    rows = result_table(table)
+    plain = tuple((name, tuple((cell, False) for cell, _ in cells)) for name, cells in rows.rows)
+    return ResultTable(rows.title, rows.headings, rows.meanings, plain)
+
+
+def _by_module(part: Any) -> dict[str, Any]:
+    return {str(key): value for key, value in part.items() if isinstance(value, dict)} if isinstance(part, dict) else {}
+
+
+def _one(part: Any) -> dict[str, Any]:
+    """The result of module 1, given as it is or under its number."""
+    if not isinstance(part, dict):
+        return {}
+    return part["1"] if isinstance(part.get("1"), dict) else part
+
+
+def _optional(path: Path, what: str, missing: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        missing.append(f"{path.name} is not there: {what}")
+        return {}
+    try:
+        content = read_json(path)
+    except InputError as error:
+        missing.append(str(error))
+        return {}
+    if not isinstance(content, dict):
+        missing.append(f"{path.name} holds no object: {what}")
+        return {}
+    return content
+
+
+def _network(run: Path, facts: Facts, device: str) -> tuple[LabelPEnet | None, list[str]]:
+    if not facts.trained:
+        return None, []
+    try:
+        return LabelPEnet.from_run(run, device), []
+    except InputError as error:
+        return None, [str(error)]
+
+
+def _split(
+    given: TaggedImages | AnnotatedImages | None, read: ReadTruth | None
+) -> tuple[TaggedImages | None, ReadTruth | None]:
+    """The photographs and what reads their annotation."""
+    return (given.tagged, given.read) if isinstance(given, AnnotatedImages) else (given, read)
+
+
+def _labels(run: Path, facts: Facts, images: TaggedImages, problems: list[str]) -> dict[int, Mapping[str, Instances]]:
+    """What each module passed on for the training images."""
+    found: dict[int, Mapping[str, Instances]] = {}
+    for number in facts.labelled:
+        try:
+            found[number] = read_inferred(run, f"module{number}", len(images.classes))
+        except InputError as error:
+            problems.append(str(error))
+    return found
+
+
+def _predictions(
+    run: Path, facts: Facts, images: TaggedImages, problems: list[str]
+) -> dict[int, Mapping[str, Instances]]:
+    """What each module was found to predict for the held-out split when the run was measured."""
+    split = facts.results.get("split")
+    found: dict[int, Mapping[str, Instances]] = {}
+    for number in facts.trained:
+        path = run / "predictions" / f"{split}-module{number}.json"
+        if path.is_file():
+            try:
+                found[number] = read_predictions(path, images, images.classes, list(range(1, len(images.classes) + 1)))
+            except InputError as error:
+                problems.append(str(error))
+    return found
+
+
+def _strips(
+    source: Source, chosen: Sequence[TaggedImage], problems: list[str], progress: Progress, done: int
+) -> Section:
+    strips = []
+    for place, image in enumerate(chosen, 1):
+        try:
+            strips.append(make_strip(source, image))
+        except InputError as error:
+            problems.append(str(error))
+        progress.show(done + place, {})
+    if source.training:
+        lead = "What the modules passed on: instances of the image's tags alone, all of them drawn."
+    else:
+        lead = (
+            f"The network sees the photograph alone, no tags. Instances with a score of {MIN_SCORE} or more are drawn."
+        )
+    lead += " The images are the first of each class in the data set, then the second, and so on: none was picked."
+    name = "training" if source.training else "held-out"
+    return Section(name, f"{name.capitalize()} images", lead, tuple(strips))
+
+
+def _worst(source: Source, count: int, problems: list[str]) -> Section:
+    assert source.truth is not None
+    number = max(source.found)
+    strips = []
+    for image, overlap in worst_images(source.images.images, source.found[number], source.truth, count):
+        try:
+            strips.append(make_short_strip(source, image, number, overlap))
+        except InputError as error:
+            problems.append(str(error))
+    lead = (
+        f"The {'training' if source.training else 'held-out'} images in which module {number} does worst: those with "
+        "the lowest mean, over their true objects, of the best IoU with an instance of the object's class."
+    )
+    return Section("worst", "Worst images", lead, tuple(strips))
+
+
+def _panel_side(strips: int) -> int:
+    """Longer side of the panels in pixels: at most 420, and less where many would make the file too large."""
+    area = _BYTES * 3 / 4 / (20 * max(1, strips)) / 0.23  # base64 adds a third; 20 panels a strip, 0.23 bytes a pixel
+    return max(120, min(420, round(area**0.5)))
+
+
+def _render(run: Path, facts: Facts, sections: Sequence[Section], problems: Sequence[str]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["picture"] = _picture
+    recipe = facts.run["recipe"]
+    stages = curves(read_metrics(run))
+    return environment.get_template("report.html").render(
+        title=run.resolve().name,
+        missing=[*facts.missing, *problems],
+        table=module_table(facts.results),
+        by_class=class_table(facts.results),
+        split=facts.results.get("split"),
+        protocol=facts.results.get("protocol"),
+        key_figures=_key_figures(facts),
+        minutes=_minutes(facts.results.get("minutes")),
+        stages=[(one, Markup(loss_plot(one)), _stage_line(one)) for one in stages],
+        labels=_label_counts(run, facts),
+        sections=sections,
+        facts=flatten({key: value for key, value in facts.run.items() if key != "recipe"}),
+        environment=flatten(facts.environment),
+        recipe_name=recipe.get("name", "") if isinstance(recipe, dict) else "",
+        recipe=_recipe_parts(recipe),
+        written=time.strftime("%Y-%m-%d %H:%M"),
+        zip=zip,
+    )
+
+
+def _picture(panel: Panel) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(encode_picture(panel.picture, quality=78)).decode("ascii")
+
+
+def _key_figures(facts: Facts) -> list[tuple[str, str]]:
+    run, results = facts.run, facts.results
+    figures = [
+        ("modules trained", f"{len(facts.trained)} of {len(MODULES)}"),
+        ("training images", str(run.get("images", "?"))),
+        ("classes", str(len(run["classes"]))),
+        ("backbone", str(run["backbone"])),
+        ("seed", str(run.get("seed", "?"))),
+    ]
+    accuracy = results.get("classification_mAP")
+    if isinstance(accuracy, (int, float)):
+        figures.insert(1, ("classification mAP", f"{100 * accuracy:.1f}"))
+    return figures
+
+
+def _minutes(part: Any) -> list[tuple[str, str]]:
+    """Minutes by what they were spent on, and their sum."""
+    if isinstance(part, (int, float)):
+        return [("all", f"{part:.1f}")]
+    known = {str(k): float(v) for k, v in part.items() if isinstance(v, (int, float))} if isinstance(part, dict) else {}
+    total = known.pop("total", sum(known.values()))
+    rows = [(name, f"{value:.1f}") for name, value in known.items()]
+    return [*rows, ("in all", f"{total:.1f}")] if rows or total else []
+
+
+def _stage_line(one: Curves) -> str:
+    parts = [f"{int(one.steps[-1])} steps"]
+    if one.last is not None:
+        parts.append(f"loss {one.last:.3g} over the last tenth")
+    if one.images_per_s:
+        parts.append(f"{one.images_per_s:.3g} images/s")
+    return ", ".join(parts)
+
+
+def _label_counts(run: Path, facts: Facts) -> list[tuple[str, str, str, str]]:
+    """For each module that labelled the training images: its number, images covered, instances, mean weight."""
+    rows = []
+    for number in facts.labelled:
+        try:
+            content = read_json(path_of(run, f"module{number}"))
+            scores = [float(row["score"]) for row in content["annotations"]]
+            covered = len({row["image_id"] for row in content["annotations"]})
+        except (InputError, KeyError, TypeError, ValueError):  # a damaged file is named where it is read for the strips
+            continue
+        mean = f"{sum(scores) / len(scores):.2f}" if scores else "–"
+        rows.append((f"module {number}", str(covered), str(len(scores)), mean))
+    return rows
+
+
+def flatten(content: Any, prefix: str = "") -> list[tuple[str, str]]:
+    """A nested dictionary as (dotted name, value as text) pairs, in order."""
+    if isinstance(content, Mapping):
+        return [
+            pair for key, value in content.items() for pair in flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        ]
+    return [(prefix, _value(content))]
+
+
+def _recipe_parts(recipe: Any) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The parts of a recipe that are tables of their own, and what is left as the first one."""
+    if not isinstance(recipe, Mapping):
+        return []
+    single = [(str(key), _value(value)) for key, value in recipe.items() if not isinstance(value, Mapping)]
+    parts = [(str(key), flatten(value)) for key, value in recipe.items() if isinstance(value, Mapping)]
+    return [("general", single), *parts] if single else parts
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Iterable):
+        return ", ".join(_value(one) if not isinstance(one, (list, tuple)) else json.dumps(one) for one in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)

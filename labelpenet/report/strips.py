@@ -1,0 +1,294 @@
+"""A photograph's way through the cascade as a strip of small pictures.
+
+Nothing here trains or chooses anything: the truth, where the caller can read it, is only drawn and measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from labelpenet.calibration import Trace
+from labelpenet.calibration.calibrate import grow_masks, segment
+from labelpenet.data.dataset import TaggedImage, TaggedImages, Truth
+from labelpenet.data.images import read_image
+from labelpenet.errors import InputError
+from labelpenet.evaluation import box_iou, mask_iou, record
+from labelpenet.instances import Instances
+from labelpenet.models.cascade import LabelPEnet, calibration_settings
+from labelpenet.report.overlays import draw_boxes, draw_instances, draw_map, draw_mask
+
+ReadTruth = Callable[[str], Truth]
+MIN_SCORE = 0.3  # of a prediction for it to be drawn; all of a training image's instances are
+_MAPPED = 2  # instances whose maps are shown, at most
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small picture.
+
+    Attributes:
+        title: what it is; caption: what it shows, in one line.
+        picture: (h, w, 3) uint8.
+    """
+
+    title: str
+    caption: str
+    picture: np.ndarray
+
+
+@dataclass(frozen=True)
+class PanelRow:
+    """Panels side by side under a title."""
+
+    title: str
+    panels: tuple[Panel, ...]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """All pictures of one photograph.
+
+    Attributes:
+        name: the image's id; tags: names of what it is tagged with; rows: the pictures.
+        remark: a line below the name, or empty.
+    """
+
+    name: str
+    tags: tuple[str, ...]
+    rows: tuple[PanelRow, ...]
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What strips of one split are made from.
+
+    Attributes:
+        images: photographs and tags.
+        network: the trained cascade, or None where no module is trained.
+        trained: numbers of the modules that are trained.
+        found: for each number of a module what it is known to have found, by image id; a module that is not there
+            predicts now.
+        truth: reads the annotation of an image, or None.
+        training: whether the photographs are those of the training.
+        side: longer side of a panel in pixels.
+    """
+
+    images: TaggedImages
+    network: LabelPEnet | None = None
+    trained: tuple[int, ...] = ()
+    found: Mapping[int, Mapping[str, Instances]] = field(default_factory=dict)
+    truth: ReadTruth | None = None
+    training: bool = True
+    side: int = 400
+
+
+def choose_images(images: TaggedImages, count: int) -> list[TaggedImage]:
+    """A few images: the first of each class, then the second of each class, and so on; in the order of the data set."""
+    queues = [[image for image in images.images if label in image.tags] for label in range(len(images.classes))]
+    chosen: dict[str, TaggedImage] = {}
+    while len(chosen) < count and any(queues):
+        for queue in queues:
+            while queue and queue[0].id in chosen:
+                queue.pop(0)
+            if queue and len(chosen) < count:
+                chosen[queue[0].id] = queue.pop(0)
+    return [image for image in images.images if image.id in chosen]
+
+
+def mean_best_overlap(found: Instances, truth: Truth) -> float | None:
+    """Mean over the true objects of their best IoU with what was found of their class; None if there is no object.
+
+    IoU of masks where the image has true masks, else of boxes; crowd regions are left out.
+    """
+    item = record(found.to("cpu"), truth, every_mask=False)
+    objects = np.flatnonzero(~item.crowd)
+    if not len(objects):
+        return None
+    if not len(item.labels):
+        return 0.0
+    if item.truth_masks is not None and item.masks is not None:
+        iou = mask_iou(item.masks, [item.truth_masks[index] for index in objects])
+    else:
+        iou = box_iou(item.boxes, item.truth_boxes[objects])
+    same = item.labels[:, None] == item.truth_labels[objects][None]
+    return float(np.where(same, iou, 0.0).max(0).mean())
+
+
+def worst_images(
+    images: Sequence[TaggedImage], found: Mapping[str, Instances], read: ReadTruth, count: int
+) -> list[tuple[TaggedImage, float]]:
+    """The images with the lowest `mean_best_overlap`, worst first; those that cannot be measured are passed over."""
+    measured = []
+    for image in images:
+        if image.id not in found:
+            continue
+        try:
+            value = mean_best_overlap(found[image.id], read(image.id))
+        except InputError:  # a damaged annotation costs its image only
+            continue
+        if value is not None:
+            measured.append((image, value))
+    return sorted(measured, key=lambda pair: pair[1])[:count]
+
+
+def make_strip(source: Source, image: TaggedImage) -> Strip:
+    """The strip of one photograph.
+
+    Raises:
+        InputError: the photograph cannot be read.
+    """
+    photograph = read_image(image.path)
+    canvas = _canvas(photograph, source.side)
+    names = tuple(source.images.classes[label] for label in image.tags)
+    caption = f"tagged {', '.join(names)}" if names else "no tag"
+    first = [Panel("photograph", caption if source.training else f"{caption} (not shown to the network)", canvas)]
+    rows: list[PanelRow] = []
+    results = {number: of[image.id] for number, of in source.found.items() if image.id in of}
+    if source.network is not None:
+        proposals = source.network.proposals(photograph)
+        first.append(_proposals_panel(canvas, photograph, proposals))
+        if 1 in source.trained:
+            found, trace = _first_module(source.network, photograph, proposals, image, source.training)
+            results.setdefault(1, found)
+            rows += _map_rows(source, canvas, found, trace)
+        for number in source.trained:
+            if number not in results and not source.training:
+                results[number] = source.network.predict(photograph, number, proposals)
+    merged = [PanelRow(rows[0].title, (*first, *rows[0].panels)), *rows[1:]] if rows else [PanelRow("", tuple(first))]
+    last = _module_panels(source, canvas, image, results)
+    if last:
+        merged.append(PanelRow("What each module found", tuple(last)))
+    return Strip(image.id, names, tuple(merged))
+
+
+def make_short_strip(source: Source, image: TaggedImage, number: int, overlap: float) -> Strip:
+    """Photograph, what module ``number`` found and the truth, for an image with a mean best IoU of ``overlap``.
+
+    Raises:
+        InputError: the photograph cannot be read.
+    """
+    canvas = _canvas(read_image(image.path), source.side)
+    names = tuple(source.images.classes[label] for label in image.tags)
+    panels = [Panel("photograph", f"tagged {', '.join(names)}" if names else "no tag", canvas)]
+    panels += _module_panels(source, canvas, image, {number: source.found[number][image.id]})
+    return Strip(image.id, names, (PanelRow("", tuple(panels)),), f"mean best IoU {overlap:.2f}")
+
+
+def resize_instances(instances: Instances, size: tuple[int, int]) -> Instances:
+    """The same instances, on the CPU, on an image of ``size`` (H, W)."""
+    height, width = instances.image_size
+    factor = torch.tensor([size[1] / width, size[0] / height] * 2)
+    one = instances.to("cpu")
+    masks = None if one.masks is None else resize_masks(one.masks, size)
+    return Instances(one.boxes * factor, one.labels, one.weights.float(), size, masks)
+
+
+def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, H, W) bool masks resized to the nearest pixel: (N, *size) bool on the CPU."""
+    resized = torch.zeros(len(masks), *size, dtype=torch.bool)
+    for index, mask in enumerate(masks.cpu().numpy().astype(np.uint8)):
+        small = cv2.resize(mask, (size[1], size[0]), interpolation=cv2.INTER_NEAREST)
+        resized[index] = torch.from_numpy(small.astype(bool))
+    return resized
+
+
+def _canvas(photograph: np.ndarray, side: int) -> np.ndarray:
+    height, width = photograph.shape[:2]
+    factor = side / max(height, width)
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    return cv2.resize(photograph, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
+
+
+def _proposals_panel(canvas: np.ndarray, photograph: np.ndarray, proposals: Tensor) -> Panel:
+    shown = min(60, len(proposals))
+    factor = np.array([canvas.shape[1] / photograph.shape[1], canvas.shape[0] / photograph.shape[0]] * 2)
+    picture = draw_boxes(canvas, proposals.numpy() * factor, limit=shown)
+    return Panel("proposals", f"the first {shown} of {len(proposals)}, yellow to purple by rank", picture)
+
+
+@torch.no_grad()
+def _first_module(
+    network: LabelPEnet, photograph: np.ndarray, proposals: Tensor, image: TaggedImage, training: bool
+) -> tuple[Instances, Trace]:
+    """Module 1's instances, those of the tags alone for a training image, and their maps; the best one first."""
+    found, trace, _ = network.infer_classification(photograph, proposals, image.tags if training else None)
+    order = found.weights.argsort(descending=True, stable=True)
+    maps = (one[order].cpu() for one in (trace.attention, trace.heat, trace.confidence, trace.marginals))
+    return found[order].to("cpu"), Trace(*maps)
+
+
+def _map_rows(source: Source, canvas: np.ndarray, found: Instances, trace: Trace) -> list[PanelRow]:
+    """Attention map, heat-map, confidence and masks of module 1's best instances: a row each."""
+    if not len(found) or source.network is None or found.masks is None:
+        return []
+    settings = replace(calibration_settings(source.network.recipe.infer1), iterations=0)
+    blank = np.zeros((*trace.confidence.shape[-2:], 3), np.uint8)  # without iterations the CRF's image is not looked at
+    size = (canvas.shape[0], canvas.shape[1])
+    before = resize_masks(grow_masks(segment(blank, trace.confidence, settings), found.image_size), size)
+    after = resize_masks(found.masks, size)
+    shown = [
+        index
+        for index in range(min(len(found), _MAPPED))
+        if not index or source.training or found.weights[index] >= MIN_SCORE
+    ]
+    rows = []
+    for index in shown:
+        panels = (
+            Panel("attention map", "what the class rests on", draw_map(canvas, trace.attention[index])),
+            Panel("heat-map", "class scores of the proposals, summed", draw_map(canvas, trace.heat[index])),
+            Panel("confidence", "attention and heat combined", draw_map(canvas, trace.confidence[index])),
+            Panel("mask before the CRF", "where confidence beats background", draw_mask(canvas, before[index])),
+            Panel("mask after the CRF", "aligned with the picture's edges", draw_mask(canvas, after[index])),
+        )
+        name = source.images.classes[int(found.labels[index])]
+        rows.append(PanelRow(f"How module 1 finds “{name}”, confidence {found.weights[index]:.2f}", panels))
+    return rows
+
+
+def _module_panels(
+    source: Source, canvas: np.ndarray, image: TaggedImage, results: Mapping[int, Instances]
+) -> list[Panel]:
+    size = (canvas.shape[0], canvas.shape[1])
+    truth = _truth(source, image)
+    classes = source.images.classes
+    panels = []
+    for number, found in sorted(results.items()):
+        caption = _count(found, source.training)
+        overlap = None if truth is None else _overlap(found, truth)
+        if overlap is not None:
+            caption += f"; mean best IoU {overlap:.2f}"
+        least = 0.0 if source.training else MIN_SCORE
+        picture = draw_instances(canvas, resize_instances(found, size), classes, least)
+        panels.append(Panel(f"module {number}", caption, picture))
+    if truth is not None:
+        picture = draw_instances(canvas, resize_instances(truth.instances, size))
+        names = ", ".join(classes[label] for label in truth.instances.labels.tolist()) or "none"
+        panels.append(Panel("true objects, never used in training", names, picture))
+    return panels
+
+
+def _count(found: Instances, training: bool) -> str:
+    if training:
+        return f"{len(found)} instance{'' if len(found) == 1 else 's'}"
+    return f"{int((found.weights >= MIN_SCORE).sum())} of {len(found)} with score ≥ {MIN_SCORE}"
+
+
+def _truth(source: Source, image: TaggedImage) -> Truth | None:
+    if source.truth is None:
+        return None
+    try:
+        return source.truth(image.id)
+    except InputError:  # a damaged annotation costs one panel
+        return None
+
+
+def _overlap(found: Instances, truth: Truth) -> float | None:
+    same = tuple(found.image_size) == tuple(truth.instances.image_size)
+    return mean_best_overlap(found, truth) if same else None

@@ -1,0 +1,358 @@
+"""The chain of proposal calibration on scenes whose answer is known, and what must hold of any answer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from labelpenet.calibration.calibrate import (
+    CalibrationSettings,
+    box_mask,
+    calibrate,
+    choose_instances,
+    distinct,
+    grow_masks,
+    instance_attention,
+    instance_heat,
+    largest_parts,
+    segment,
+    working_canvas,
+)
+from labelpenet.instances import Instances, masks_to_boxes
+
+SIZE = (48, 64)
+PLAIN = CalibrationSettings(iterations=0, background=0.4)
+SQUARE = (10, 8, 30, 32)  # x1, y1, x2, y2
+
+
+def scene(*boxes: tuple[int, int, int, int]) -> tuple[np.ndarray, Tensor]:
+    """A noisy grey image with evenly coloured rectangles, and their masks."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(90, 110, (*SIZE, 3)).astype(np.uint8)
+    masks = torch.zeros(len(boxes), *SIZE, dtype=torch.bool)
+    for i, (x1, y1, x2, y2) in enumerate(boxes):
+        image[y1:y2, x1:x2] = (220, 30 + 60 * i, 40)
+        masks[i, y1:y2, x1:x2] = True
+    return image, masks
+
+
+def around(box: tuple[int, int, int, int], n: int = 8, seed: int = 0) -> Tensor:
+    """The box and jittered versions of it."""
+    jitter = torch.randint(-3, 4, (n, 4), generator=torch.Generator().manual_seed(seed)).float()
+    jitter[0] = 0
+    return torch.tensor(box).float() + jitter
+
+
+def full(index: Tensor, labels: Tensor) -> Tensor:
+    return torch.ones(len(index), 7, 7)
+
+
+def iou(a: Tensor, b: Tensor) -> float:
+    return float((a & b).sum() / (a | b).sum())
+
+
+def falling(n: int, top: float = 0.95) -> Tensor:
+    return torch.linspace(top, top - 0.3, n)
+
+
+# ------------------------------------------------------------------------------------------------- known answers
+
+
+@pytest.mark.parametrize("combine", ["product", "mean", "heat"])
+@pytest.mark.parametrize("joint", [True, False])
+def test_an_object_is_recovered_from_proposals_around_it(combine, joint):
+    image, (truth,) = scene(SQUARE)
+    boxes = around(SQUARE)
+    scores = torch.stack([torch.zeros(8), falling(8)], 1)
+    choice = CalibrationSettings(combine=combine, joint=joint, iterations=5, background=0.3, sxy_bilateral=30)
+    found, trace = calibrate(image, boxes, scores, (1,), full, choice)
+    assert found.labels.tolist() == [1] and found.weights.tolist() == pytest.approx([0.95])
+    assert iou(found.masks[0], truth) > 0.9
+    assert (found.boxes[0] - torch.tensor(SQUARE)).abs().max() <= 2
+    assert torch.equal(found.boxes, masks_to_boxes(found.masks))
+    for maps in (trace.attention, trace.heat, trace.confidence, trace.marginals):
+        assert maps.shape == (1, *SIZE) and maps.dtype == torch.float32
+        assert (combine == "heat" and maps is trace.attention) or float(maps.max()) > 0
+
+
+def test_the_attention_decides_where_the_heat_cannot():
+    """Every proposal covers the whole image; only the attention maps know the object."""
+    image, (truth,) = scene((32, 0, 64, 48))
+    boxes = torch.tensor([[0.0, 0, 64, 48]]).repeat(3, 1)
+
+    def attend(index: Tensor, labels: Tensor) -> Tensor:
+        maps = torch.zeros(len(index), 6, 8)
+        maps[:, :, 4:] = 1
+        return maps
+
+    for combine in ("product", "mean"):
+        choice = replace(PLAIN, combine=combine, background=0.6)
+        found, _ = calibrate(image, boxes, falling(3)[:, None], (0,), attend, choice)
+        assert iou(found.masks[0], truth) > 0.9
+    heat, _ = calibrate(image, boxes, falling(3)[:, None], (0,), attend, replace(PLAIN, combine="heat"))
+    assert heat.masks.all()
+
+
+def test_each_tag_gets_one_instance_whatever_the_scores():
+    image, masks = scene(SQUARE, (40, 20, 60, 44))
+    boxes = torch.cat([around(SQUARE), around((40, 20, 60, 44))])
+    scores = torch.zeros(16, 3)
+    scores[:8, 2] = falling(8)
+    scores[8:, 0] = falling(8, 0.31)  # under min_score
+    found, _ = calibrate(image, boxes, scores, (0, 2), full, PLAIN)
+    assert found.labels.tolist() == [0, 2]
+    assert iou(found.masks[0], masks[1]) > 0.8 and iou(found.masks[1], masks[0]) > 0.8
+    assert found.weights.tolist() == pytest.approx([0.31, 0.95])
+
+
+def test_a_tag_that_no_proposal_prefers_is_still_found():
+    image, _ = scene(SQUARE)
+    scores = torch.stack([falling(8), falling(8) / 2], 1)
+    found, _ = calibrate(image, around(SQUARE), scores, (0, 1), full, PLAIN)
+    assert found.labels.tolist() == [0, 1] and found.weights.tolist() == pytest.approx([0.95, 0.475])
+
+
+def test_classes_that_are_no_tags_do_not_take_proposals_away():
+    """A proposal's class is the best one among the tags, not among all classes."""
+    image, (truth,) = scene(SQUARE)
+    scores = torch.stack([torch.full((8,), 0.99), falling(8, 0.5)], 1)
+    found, _ = calibrate(image, around(SQUARE), scores, (1,), full, PLAIN)
+    assert found.labels.tolist() == [1] and iou(found.masks[0], truth) > 0.8
+
+
+def test_module_two_keeps_several_of_a_class():
+    places = (SQUARE, (40, 4, 60, 20), (36, 28, 56, 46))
+    image, masks = scene(*places)
+    boxes = torch.cat([around(place) for place in places])
+    scores = torch.cat([falling(8, 0.9), falling(8, 0.8), falling(8, 0.4)])[:, None]
+    choice = replace(PLAIN, per_class=5, min_score=0.5)
+    found, _ = calibrate(image, boxes, scores, (0,), full, choice)
+    assert found.weights.tolist() == pytest.approx([0.9, 0.8])  # the third is too weak
+    assert all(iou(own, mask) > 0.8 for own, mask in zip(found.masks, masks, strict=False))
+    for more, count in ((replace(choice, min_score=0.2), 3), (replace(choice, per_class=1), 1)):
+        assert len(calibrate(image, boxes, scores, (0,), full, more)[0]) == count
+    several, _ = calibrate(image, boxes, scores, (0,), full, replace(choice, joint=False))
+    assert len(several) == 2
+
+
+def test_unknown_tags_are_answered_by_strong_instances_only():
+    image, _ = scene(SQUARE)
+    scores = torch.stack([falling(8), torch.full((8,), 0.01)], 1)
+    found, _ = calibrate(image, around(SQUARE), scores, None, full, replace(PLAIN, per_class=3))
+    assert found.labels.tolist() == [0]
+    assert len(calibrate(image, around(SQUARE), scores / 9, None, full, PLAIN)[0]) == 0
+
+
+def test_members_of_the_class_or_only_of_those_suppressed():
+    """Two far objects of one class: the class's attention map holds both, the kept proposal's only its own."""
+    second = (40, 24, 60, 44)
+    boxes = torch.cat([around(SQUARE), around(second)])
+    scores = torch.cat([falling(8, 0.9), falling(8, 0.6)])[:, None]
+    for members, both in (("suppressed", False), ("class", True)):
+        choice = replace(PLAIN, members=members)
+        seeds, labels, member = choose_instances(boxes, scores, (0,), choice)
+        assert seeds.tolist() == [0] and labels.tolist() == [0]
+        assert member[0].tolist() == [True] * 8 + [both] * 8
+        attention = instance_attention(boxes, labels, member, full, SIZE)[0]
+        assert attention[20, 20] > 0 and bool(attention[34, 50] > 0) == both
+
+
+def test_a_proposal_whose_overlap_is_the_threshold_belongs_to_whom_suppressed_it():
+    """3 / 10 as a float32 is more than 0.3: NMS suppresses it, and so it must count as suppressed by that box."""
+    boxes = torch.tensor([[40.0, 0, 60, 10], [0, 0, 10, 10], [0, 0, 10, 3]])
+    scores = torch.tensor([[0.9], [0.8], [0.7]])
+    seeds, _, member = choose_instances(boxes, scores, (0,), replace(PLAIN, per_class=3, nms=0.3))
+    assert seeds.tolist() == [0, 1]
+    assert member.tolist() == [[True, False, False], [False, True, True]]
+
+
+def test_only_the_best_are_attended_and_always_the_kept_one():
+    boxes = torch.cat([around(SQUARE), around((40, 24, 60, 44))])
+    scores = torch.cat([falling(8, 0.9), falling(8, 0.55)])[:, None]
+    choice = replace(PLAIN, per_class=2, min_score=0.1, attended=3)
+    asked: list[int] = []
+
+    def attend(index: Tensor, labels: Tensor) -> Tensor:
+        asked.extend(index.tolist())
+        return full(index, labels)
+
+    image, _ = scene(SQUARE)
+    found, _ = calibrate(image, boxes, scores, (0,), attend, choice)
+    assert len(found) == 2 and sorted(asked) == [0, 1, 2, 8]
+
+
+def test_an_instances_heat_is_its_own_where_there_are_several():
+    boxes = torch.cat([around(SQUARE), around((40, 24, 60, 44))])
+    scores = torch.cat([falling(8, 0.9), falling(8, 0.8)])[:, None]
+    several = replace(PLAIN, per_class=2)
+    seeds, labels, member = choose_instances(boxes, scores, (0,), several)
+    heat = instance_heat(boxes, scores, labels, member, SIZE, several)
+    assert len(seeds) == 2 and heat[0, 34, 50] == 0 and heat[1, 20, 20] == 0
+    assert heat.amax((1, 2)).tolist() == pytest.approx([1, 1])
+    _, labels, member = choose_instances(boxes, scores, (0,), PLAIN)
+    single = instance_heat(boxes, scores, labels, member, SIZE, PLAIN)
+    assert single[0, 34, 50] > 0.5 and single[0, 20, 20] > 0.5
+
+
+def test_regions_are_where_the_attention_lies():
+    image, _ = scene(SQUARE)
+    boxes = torch.tensor([[0.0, 0, 64, 48]])
+    region = torch.tensor([[32.0, 24, 64, 48]])
+    found, trace = calibrate(image, boxes, torch.tensor([[0.9]]), (0,), full, PLAIN, regions=region)
+    assert found.boxes[0].tolist() == region[0].tolist()
+    assert not trace.attention[0, :24].any() and trace.heat[0].all()
+
+
+def test_duplicates_of_a_class_are_one():
+    masks = torch.zeros(4, 10, 10, dtype=torch.bool)
+    masks[0, :6] = masks[1, :5] = masks[2, :6] = masks[3, 5:] = True
+    found = Instances(
+        masks_to_boxes(masks), torch.tensor([0, 0, 1, 0]), torch.tensor([0.5, 0.9, 0.4, 0.3]), (10, 10), masks
+    )
+    assert distinct(found, 0.5).tolist() == [1, 2, 3]  # the better of two alike; another class may lie there too
+    assert distinct(found, 0.9).tolist() == distinct(found, None).tolist() == [0, 1, 2, 3]
+
+
+def test_small_parts_of_a_mask_are_dropped():
+    mask = torch.zeros(20, 20, dtype=torch.bool)
+    mask[0:10, 0:10] = mask[12:16, 12:16] = mask[19, 19] = True
+    big = torch.zeros_like(mask)
+    big[0:10, 0:10] = True
+    assert torch.equal(largest_parts(mask, 0.2), big)
+    middle = mask.clone()
+    middle[19, 19] = False
+    assert torch.equal(largest_parts(mask, 0.1), middle)
+    assert torch.equal(largest_parts(mask, None), mask)
+    assert not largest_parts(torch.zeros_like(mask), 0.5).any()
+
+
+def test_the_box_may_be_the_proposals():
+    image, _ = scene(SQUARE)
+    boxes = around(SQUARE) + 0.25
+    scores = falling(8)[:, None]
+    found, _ = calibrate(image, boxes, scores, (0,), full, replace(PLAIN, box="proposal"))
+    assert torch.equal(found.boxes[0], boxes[0])
+
+
+def test_a_smaller_canvas_gives_nearly_the_same():
+    image, (truth,) = scene(SQUARE)
+    scores = falling(8)[:, None]
+    found, trace = calibrate(image, around(SQUARE), scores, (0,), full, replace(PLAIN, side=32))
+    assert trace.confidence.shape == (1, 24, 32)
+    assert found.masks.shape == (1, *SIZE) and iou(found.masks[0], truth) > 0.8
+    canvas, scale = working_canvas(image, 33)
+    assert canvas.shape[:2] == (25, 33) and scale == (33 / 64, 25 / 48)
+    assert working_canvas(image, 1000)[1] == (1.0, 1.0)
+    assert working_canvas(np.zeros((1, 300, 3), np.uint8), 30)[0].shape == (1, 30, 3)
+
+
+# --------------------------------------------------------------------------------------------- what must always hold
+
+
+def test_nothing_comes_of_nothing():
+    image, _ = scene(SQUARE)
+    for boxes, scores, tags in (
+        (torch.zeros(0, 4), torch.zeros(0, 2), (0, 1)),
+        (around(SQUARE), torch.rand(8, 2), ()),
+        (torch.zeros(0, 4), torch.zeros(0, 2), None),
+    ):
+        found, trace = calibrate(image, boxes, scores, tags, full, PLAIN)
+        assert len(found) == 0 and found.masks.shape == (0, *SIZE) and found.image_size == SIZE
+        assert trace.marginals.shape == (0, *SIZE)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_refused(bad):
+    image, _ = scene(SQUARE)
+    scores, boxes = torch.rand(8, 2), around(SQUARE)
+    worse = scores.clone()
+    worse[3, 1] = bad
+    with pytest.raises(ValueError, match="finite"):
+        calibrate(image, boxes, worse, (0,), full, PLAIN)
+    boxes[2, 0] = bad
+    with pytest.raises(ValueError, match="finite"):
+        calibrate(image, boxes, scores, (0,), full, PLAIN)
+
+
+def test_attention_of_zero_falls_back_to_the_proposal():
+    image, _ = scene(SQUARE)
+    found, _ = calibrate(
+        image, around(SQUARE), falling(8)[:, None], (0,), lambda i, c: torch.zeros(len(i), 7, 7), PLAIN
+    )
+    assert found.boxes[0].tolist() == list(SQUARE) and found.masks[0].sum() == 20 * 24
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([(0,), (0, 2), (1, 2), (0, 1, 2), None]),
+    st.sampled_from(["product", "mean", "heat"]),
+    st.sampled_from(["suppressed", "class"]),
+    st.booleans(),
+    st.sampled_from([None, 20]),
+    st.sampled_from([None, 0.3]),
+)
+def test_whatever_comes_out_can_be_used(seed, tags, combine, members, joint, side, background):
+    generator = torch.Generator().manual_seed(seed)
+    n = 15
+    corner = torch.rand(n, 2, generator=generator) * 50 - 3
+    boxes = torch.cat([corner, corner + 0.5 + torch.rand(n, 2, generator=generator) * 40], 1)
+    scores = torch.rand(n, 3, generator=generator).softmax(1)
+
+    def attend(index: Tensor, labels: Tensor) -> Tensor:
+        return torch.rand(len(index), 4, 4, generator=generator) * scores[index, labels][:, None, None]
+
+    choice = CalibrationSettings(
+        combine=combine, members=members, joint=joint, side=side, background=background, per_class=3, min_score=0.34,
+        iterations=1, part=0.2, duplicate=0.7,
+    )  # fmt: skip
+    image = np.random.default_rng(seed).integers(0, 256, (37, 45, 3)).astype(np.uint8)
+    found, trace = calibrate(image, boxes, scores, tags, attend, choice)
+    found.validate(3)
+    allowed = {0, 1, 2} if tags is None else set(tags)
+    assert set(found.labels.tolist()) <= allowed
+    assert tags is None or set(found.labels.tolist()) == allowed
+    assert found.labels.bincount(minlength=3).max() <= 3
+    assert torch.equal(found.boxes, masks_to_boxes(found.masks)) and found.masks.flatten(1).any(1).all()
+    assert all(bool(((maps >= 0) & (maps <= 1)).all()) for maps in vars(trace).values())
+    assert len(trace.marginals) == len(found)
+    for label in allowed:
+        assert (found.weights[found.labels == label].diff() <= 0).all()  # best first
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 4), st.sampled_from([(6, 7), (13, 17), (23, 9)]), st.booleans())
+def test_competing_instances_never_share_a_pixel(seed, k, size, coarse):
+    generator = torch.Generator().manual_seed(seed)
+    confidence = torch.rand(k, 6, 7, generator=generator)
+    if coarse:  # many ties
+        confidence = (confidence * 3).round() / 3
+    canvas = np.random.default_rng(seed).integers(0, 256, (6, 7, 3)).astype(np.uint8)
+    for background in (None, 0.3):
+        choice = CalibrationSettings(background=background, iterations=seed % 2)
+        marginals = segment(canvas, confidence, choice)
+        assert (grow_masks(marginals, size).sum(0) <= 1).all()
+
+
+def test_without_a_crf_a_lone_instance_is_its_confidence_against_the_background():
+    confidence = torch.rand(1, 6, 7, generator=torch.Generator().manual_seed(0))
+    canvas = np.zeros((6, 7, 3), np.uint8)
+    for joint in (True, False):
+        choice = CalibrationSettings(background=0.3, iterations=0, joint=joint)
+        assert torch.equal(segment(canvas, confidence, choice)[0] > 0.5, confidence[0] > 0.3)
+    literal = CalibrationSettings(iterations=0)
+    assert torch.equal(segment(canvas, confidence, literal)[0] > 0.5, confidence[0] > 0.5)
+
+
+@pytest.mark.parametrize("box", [[-9.0, -9, -2, -2], [70, 60, 80, 90], [3.2, 4.7, 3.4, 4.9], [0, 0, 64, 48]])
+def test_a_boxs_mask_is_never_empty(box):
+    mask = box_mask(torch.tensor(box), SIZE)
+    assert mask.any()
+    if box[2] - box[0] == 64:
+        assert mask.all()

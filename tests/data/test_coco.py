@@ -1,0 +1,170 @@
+"""The COCO reader."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as rle
+
+from labelpenet import InputError
+from labelpenet.data import open_annotated, open_tagged
+from tests.data.kits import coco_content, coco_set, photograph
+
+MINI = Path(__file__).parents[2] / "../shared/data/coco-mini"
+
+
+def test_tags_numbers_and_notes(tmp_path: Path) -> None:
+    path = coco_set(tmp_path)
+    images = open_tagged(path)
+    assert images == open_tagged(tmp_path)
+    assert images.classes == ("cat",)
+    assert [(image.id, image.number, image.tags) for image in images.images] == [("7", 7, (0,)), ("9", 9, ())]
+    assert any("only as a crowd" in note for note in images.notes)
+    assert open_tagged(path, classes=["person", "cat"]).images[0].tags == (1,)
+    with pytest.raises(InputError, match="unknown class 'cow'; known are cat, dog, person"):
+        open_tagged(path, classes=["cow"])
+
+
+def test_truth_polygons_run_lengths_and_crowd(tmp_path: Path) -> None:
+    annotated = open_annotated(coco_set(tmp_path), classes=["person", "cat"])
+    assert annotated.categories == (8, 5)
+    truth = annotated.read("7")
+    assert truth.instances.labels.tolist() == [1, 0]
+    assert truth.instances.boxes.tolist() == [[2, 3, 12, 11], [0, 0, 2, 24]]
+    assert truth.crowd.tolist() == [False, True]
+    assert truth.difficult.tolist() == [False, False]
+    assert truth.instances.masks is not None
+    polygon = rle.decode(rle.merge(rle.frPyObjects(coco_content()["annotations"][0]["segmentation"], 24, 32)))
+    assert np.array_equal(truth.instances.masks[0].numpy(), polygon.astype(bool))
+    assert truth.instances.masks[1].sum() == 48
+    assert truth.instances.masks[1][:, :2].all()
+    assert len(annotated.read("9").instances) == 0
+    assert open_annotated(tmp_path, classes=["cat"]).read("7").instances.labels.tolist() == [0]
+
+
+def test_the_official_layout_and_its_splits(tmp_path: Path) -> None:
+    for split in ("train2017", "val2017"):
+        for name in ("x.jpg", "sub/y.jpg"):
+            photograph(tmp_path / split / name)
+        path = tmp_path / "annotations" / f"instances_{split}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(coco_content()))
+    for split in ("val", "val2017"):
+        assert open_tagged(tmp_path, split).images[0].path == tmp_path / "val2017" / "x.jpg"
+    with pytest.raises(InputError, match="train2017, val2017"):
+        open_tagged(tmp_path)
+
+
+def test_a_split_of_a_single_file(tmp_path: Path) -> None:
+    path = coco_set(tmp_path)
+    assert "instances.json has no splits: all its images are used as 'val'" in open_tagged(path, "val").notes
+    (tmp_path / "some.txt").write_text("9\n")
+    assert [image.id for image in open_tagged(path, str(tmp_path / "some.txt"), ["cat"]).images] == ["9"]
+    assert [image.id for image in open_tagged(path, "some", ["cat"]).images] == ["9"]
+
+
+def test_an_image_folder_elsewhere(tmp_path: Path) -> None:
+    path = coco_set(tmp_path / "here")
+    (tmp_path / "here/images").rename(tmp_path / "there")
+    with pytest.raises(InputError, match="give their folder"):
+        open_tagged(path)
+    assert len(open_tagged(path, images=tmp_path / "there").images) == 2
+    with pytest.raises(InputError, match="no such image folder"):
+        open_tagged(path, images=tmp_path / "nowhere")
+
+
+def test_damaged_rows_cost_themselves(tmp_path: Path) -> None:
+    content = coco_content()
+    content["images"] += [
+        {"id": 11, "file_name": "gone.jpg"},
+        {"file_name": "x.jpg"},
+        {"id": 7, "file_name": "again.jpg"},
+        {"id": 12, "file_name": "../../x.jpg"},
+        None,
+    ]
+    content["annotations"] += [{"image_id": 99, "category_id": 3}, {"image_id": 7, "category_id": 77}, 5, {}]
+    images = open_tagged(coco_set(tmp_path, content))
+    assert [image.id for image in images.images] == ["7", "9"]
+    assert "7 rows are passed over" in images.notes
+    assert "2 of 4 images are skipped" in images.notes
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"bbox": [0, 0, 99, 5]}, "leaves the image"),
+        ({"bbox": [0, 0, 0, 5]}, "no area"),
+        ({"bbox": [0, 0, float("nan"), 5]}, "bbox of four numbers"),
+        ({"bbox": "box"}, "bbox of four numbers"),
+        ({"segmentation": {"size": [24, 32], "counts": [5]}}, "runs of a mask"),
+        ({"segmentation": [[0, 0, 1]]}, "polygon"),
+        ({"segmentation": {"size": [10**6, 10**6], "counts": [10**12]}}, "mask of size"),
+    ],
+)
+def test_damaged_truth_is_named_and_costs_one_image(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    content = coco_content()
+    content["annotations"][0].update(change)
+    annotated = open_annotated(coco_set(tmp_path, content))
+    with pytest.raises(InputError, match=f"instances.json: image 7: .*{words}"):
+        annotated.read("7")
+    truths, notes = annotated.readable_truths()
+    assert list(truths) == ["9"]
+    assert len(notes) == 2
+
+
+def test_an_image_of_another_size_than_annotated(tmp_path: Path) -> None:
+    path = coco_set(tmp_path)
+    Image.new("RGB", (24, 32)).save(tmp_path / "images/x.jpg")
+    with pytest.raises(InputError, match=r"annotated at 32 x 24 pixels, but x\.jpg has 24 x 32"):
+        open_annotated(path).read("7")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"images": [], "annotations": [], "categories": []},
+        {**coco_content(), "categories": [{"id": 1}]},
+        {**coco_content(), "categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]},
+        {**coco_content(), "images": [{"id": 1, "file_name": "none.jpg"}]},
+        {**coco_content(), "images": {}},
+        [],
+        [1, 2],
+        {},
+        None,
+        "text",
+    ],
+)
+def test_what_is_no_instances_file(tmp_path: Path, content: Any) -> None:
+    path = coco_set(tmp_path)
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError):
+        open_tagged(path)
+
+
+@pytest.mark.skipif(not MINI.is_dir(), reason="needs the real photographs")
+@pytest.mark.photographs
+def test_coco_mini_as_pycocotools_reads_it() -> None:
+    annotated = open_annotated(MINI)
+    content = json.loads((MINI / "instances.json").read_text())
+    assert len(annotated.tagged.images) == 80
+    seen = 0
+    for image in annotated.tagged.images[:25]:
+        truth = annotated.read(image.id)
+        rows = [row for row in content["annotations"] if row["image_id"] == image.number]
+        rows = [row for row in rows if row["category_id"] in annotated.categories]
+        assert len(truth.instances) == len(rows)
+        for i, row in enumerate(rows):
+            height, width = truth.instances.image_size
+            encoded = rle.frPyObjects(row["segmentation"], height, width)
+            mask = rle.decode(rle.merge(encoded) if isinstance(encoded, list) else encoded)
+            assert truth.instances.masks is not None
+            assert torch.equal(truth.instances.masks[i], torch.from_numpy(mask.astype(bool)))
+            assert annotated.categories[int(truth.instances.labels[i])] == row["category_id"]
+            seen += 1
+    assert seen > 100

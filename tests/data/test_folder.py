@@ -1,0 +1,190 @@
+"""Folders with a tags file or sub-folders, Label Studio exports, and how a data set is recognised."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labelpenet import InputError
+from labelpenet.data import open_annotated, open_tagged
+from tests.data.kits import photograph
+
+
+def pets(root: Path) -> Path:
+    for name in ("one.jpg", "two.PNG", "sub/three.webp", "four.jpg"):
+        photograph(root / name)
+    return root
+
+
+def tags_of(root: Path, *args: Any) -> dict[str, tuple[str, ...]]:
+    images = open_tagged(root, *args)
+    return {image.id: tuple(images.classes[tag] for tag in image.tags) for image in images.images}
+
+
+def test_tags_csv(tmp_path: Path) -> None:
+    pets(tmp_path)
+    (tmp_path / "tags.csv").write_text('\ufefffile,tags\none.jpg,cat; dog\ntwo.PNG,\n"sub/three.webp",dog;;dog\n\n')
+    expected = {"one.jpg": ("cat", "dog"), "two.PNG": (), "sub/three.webp": ("dog",)}
+    assert tags_of(tmp_path) == tags_of(tmp_path / "tags.csv") == expected
+    notes = open_tagged(tmp_path).notes
+    assert "1 of 3 images show none of the classes; they serve as negatives" in notes
+    assert any("1 images of" in note and "do not stand in tags.csv" in note for note in notes)
+    assert open_tagged(tmp_path, None, ["dog"]).images[0].tags == (0,)
+
+
+def test_columns_in_any_order_and_doubled_rows(tmp_path: Path) -> None:
+    pets(tmp_path)
+    (tmp_path / "tags.csv").write_text("Tags,who,File\ncat,me,one.jpg\ndog,me,one.jpg\nx\n")
+    assert tags_of(tmp_path) == {"one.jpg": ("cat", "dog")}
+    assert any("row 3 names one.jpg again" in note for note in open_tagged(tmp_path).notes)
+
+
+def test_tags_json(tmp_path: Path) -> None:
+    pets(tmp_path)
+    (tmp_path / "tags.json").write_text(json.dumps({"one.jpg": ["cat"], "sub\\three.webp": "dog;cat", "four.jpg": []}))
+    assert tags_of(tmp_path) == {"one.jpg": ("cat",), "sub/three.webp": ("cat", "dog"), "four.jpg": ()}
+    (tmp_path / "tags.json").write_text(json.dumps({"one.jpg": ["cat"], "four.jpg": 7}))
+    assert "1 files have no list of tags" in open_tagged(tmp_path).notes
+
+
+def test_one_sub_folder_per_class(tmp_path: Path) -> None:
+    for name in ("cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/.hidden.jpg", "loose.jpg", "cat/deep/x.jpg"):
+        photograph(tmp_path / name)
+    assert tags_of(tmp_path) == {"cat/1.jpg": ("cat",), "cat/2.jpg": ("cat",), "dog/1.jpg": ("dog",)}
+    assert tags_of(tmp_path, None, ["dog"])["cat/1.jpg"] == ()
+    assert any("1 images lie in no class" in note for note in open_tagged(tmp_path).notes)
+
+
+def test_sub_folders_for_splits(tmp_path: Path) -> None:
+    photograph(tmp_path / "train/cat/1.jpg")
+    photograph(tmp_path / "val/dog/1.jpg")
+    assert tags_of(tmp_path, "val") == {"dog/1.jpg": ("dog",)}
+    for split in (None, "test"):
+        with pytest.raises(InputError, match="available are train, val"):
+            open_tagged(tmp_path, split)
+
+
+def test_lists_for_splits(tmp_path: Path) -> None:
+    pets(tmp_path)
+    (tmp_path / "tags.csv").write_text("file,tags\none.jpg,cat\ntwo.PNG,dog\n")
+    assert "has no splits" in open_tagged(tmp_path, "train").notes[-1]
+    (tmp_path / "train.txt").write_text("two.PNG\nother.jpg\n")
+    assert list(tags_of(tmp_path, "train")) == ["two.PNG"]
+    with pytest.raises(InputError, match="no split 'val'; available are train"):
+        open_tagged(tmp_path, "val")
+
+
+def test_supervision_of_another_layout_is_never_taken_for_images(tmp_path: Path) -> None:
+    # A VOC folder without its annotations, and a folder that holds data sets: neither has one class a sub-folder.
+    photograph(tmp_path / "kit/JPEGImages/a.jpg")
+    photograph(tmp_path / "kit/SegmentationClass/a.png")
+    photograph(tmp_path / "coco/images/a.jpg")
+    for folder in (tmp_path, tmp_path / "kit", tmp_path / "coco"):
+        with pytest.raises(InputError, match="no data set recognised; looked for a VOC year folder"):
+            open_tagged(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("tags.csv", "", "first line must be file,tags"),
+        ("tags.csv", "one.jpg,cat\n", "first line must be file,tags"),
+        ("tags.csv", "file,tags\n", "no image can be used"),
+        ("tags.csv", "file,tags\ngone.jpg,cat\n", "gone.jpg: no such image"),
+        ("tags.csv", "file,tags\none.jpg,\n", "no image has a tag"),
+        ("tags.csv", "file,tags\n../one.jpg,cat\n", "no path inside"),
+        ("tags.csv", "file,tags\n/etc/passwd,cat\n", "no path inside"),
+        ("tags.csv", f"file,tags\none.jpg,{'x' * 200_000}\n", "no valid CSV"),
+        ("tags.csv", "file,tags\n" + "n" * 5000 + ".jpg,cat\n", "no such image"),
+        ("tags.json", "{", "not valid JSON"),
+        ("tags.json", "[" * 100_000, "not valid JSON"),
+        ("tags.json", "[]", "recognised|expected"),
+        ("tags.json", '{"one.jpg": 5}', "no image can be used"),
+        ("tags.json", '{"C:\\\\one.jpg": ["cat"]}', "no path inside"),
+    ],
+)
+def test_bad_tags_files(tmp_path: Path, name: str, text: str, words: str) -> None:
+    pets(tmp_path)
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=words) as caught:
+        open_tagged(tmp_path)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+    pets(tmp_path)
+    (tmp_path / "tags.csv").write_bytes("file,tags\none.jpg,Kätzchen\n".encode("latin-1"))
+    with pytest.raises(InputError, match="save it as UTF-8"):
+        open_tagged(tmp_path)
+
+
+def test_a_linked_image_outside(tmp_path: Path) -> None:
+    photograph(tmp_path / "secret.jpg")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/one.jpg").symlink_to(tmp_path / "secret.jpg")
+    (tmp_path / "set/tags.csv").write_text("file,tags\none.jpg,cat\n")
+    with pytest.raises(InputError, match="leaves"):
+        open_tagged(tmp_path / "set")
+
+
+def test_tags_alone_cannot_be_measured_against(tmp_path: Path) -> None:
+    pets(tmp_path)
+    (tmp_path / "tags.csv").write_text("file,tags\none.jpg,cat\n")
+    with pytest.raises(InputError, match="no boxes or masks"):
+        open_annotated(tmp_path)
+
+
+def test_empty_folder_and_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no data set recognised"):
+        open_tagged(tmp_path)
+    with pytest.raises(InputError, match="no such file or folder"):
+        open_tagged(tmp_path / "none")
+
+
+def task(number: int, image: str, choices: list[str] | None, **more: Any) -> dict[str, Any]:
+    result = [] if choices is None else [{"type": "choices", "value": {"choices": choices}, "from_name": "c"}]
+    return {"id": number, "data": {"image": image}, "annotations": [{"result": result, **more}]}
+
+
+def studio(root: Path, tasks: Any) -> Path:
+    pets(root / "images")
+    (root / "export.json").write_text(json.dumps(tasks))
+    return root / "export.json"
+
+
+def test_label_studio_export(tmp_path: Path) -> None:
+    tasks = [
+        task(1, "/data/upload/3/0a1b2c3d-one.jpg", ["cat", "dog"]),
+        task(2, "/data/local-files/?d=pets/sub/three.webp", ["dog"]),
+        task(3, "https://host.example/a/four.jpg?x=1", None),
+        {"id": 4, "data": {"image": "two.PNG"}, "annotations": []},
+        task(5, "two.PNG", ["cat"], was_cancelled=True),
+        task(6, "/data/upload/3/gone.jpg", ["cat"]),
+    ]
+    path = studio(tmp_path, tasks)
+    assert tags_of(path) == {"one.jpg": ("cat", "dog"), "sub/three.webp": ("dog",), "four.jpg": ()}
+    notes = open_tagged(path).notes
+    assert "2 tasks have no annotation yet; they are not used" in notes
+    assert "1 tasks are skipped" in notes
+
+
+def test_label_studio_short_export(tmp_path: Path) -> None:
+    rows = [
+        {"image": "/data/upload/1/0a1b2c3d-one.jpg", "id": 1, "choice": "cat", "annotator": 1, "updated_at": "now"},
+        {"image": "/data/upload/1/four.jpg", "id": 2, "choice": {"choices": ["cat", "dog"]}},
+        {"image": "/data/upload/1/two.PNG", "id": 3},
+    ]
+    assert tags_of(studio(tmp_path, rows)) == {"one.jpg": ("cat",), "four.jpg": ("cat", "dog"), "two.PNG": ()}
+
+
+def test_label_studio_addresses_stay_inside(tmp_path: Path) -> None:
+    photograph(tmp_path / "secret.jpg")
+    path = studio(
+        tmp_path / "set", [task(1, "../../secret.jpg", ["cat"]), task(2, "/data/local-files/?d=/etc/x.jpg", ["a"])]
+    )
+    with pytest.raises(InputError, match="is not in"):
+        open_tagged(path)

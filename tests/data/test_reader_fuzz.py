@@ -1,0 +1,358 @@
+"""Damaged and hostile files against every reader.
+
+A good data set is written, one of its files is damaged at random, and the data set is read whole: tags, truth and
+pictures. The only exception that may come out is an `InputError` of one line; nothing may take long, nothing may be
+written, and no image may lie outside the data set. A few hundred cases run by default, several thousand as ``slow``.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from labelpenet import InputError
+from labelpenet.data import AnnotatedImages, TaggedImages, open_annotated, open_tagged, read_image
+from labelpenet.data.images import image_size, read_index_map
+from labelpenet.instances import decode_mask
+from tests.data.kits import coco_set, photograph, voc_kit
+
+SECONDS_A_CASE = 20
+PROFILES = [
+    pytest.param(settings(max_examples=20, derandomize=True), id="quick"),
+    pytest.param(settings(max_examples=500), id="thorough", marks=pytest.mark.slow),
+]
+
+# ------------------------------------------------------------------------------------------------------ what damages
+
+TOKENS = [
+    *(b"", b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\n", b'"', b"<", b">", b"&", b"]]>", b"<![CDATA[", b"<!--", b"&#0;"),
+    *(
+        b"../",
+        b"..\\",
+        b"/etc/passwd",
+        b"C:\\",
+        b"file:///etc/passwd",
+        b"nan",
+        b"-inf",
+        b"1e999",
+        b"-1",
+        b"99999999999",
+    ),
+    *(
+        b"<object>",
+        b"</object>",
+        b"<bndbox/>",
+        b"<name></name>",
+        b"{",
+        b"}",
+        b"[" * 500,
+        b"null",
+        b"true",
+        b"NaN",
+        b"{}",
+    ),
+    *(b";", b",", b'\\u0000"', b"\\ud800", b"#", b"%00", b" " * 300, b"9" * 5000),
+    b'<!DOCTYPE a [<!ENTITY x "y"><!ENTITY z "&x;&x;">]>',
+]
+
+
+@st.composite
+def damaged(draw: st.DrawFn, good: bytes) -> bytes:
+    """The good bytes after one to four of: cut off, piece removed, piece doubled, bytes replaced, a nasty token."""
+    data = good
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(data)))
+        stop = min(len(data), start + draw(st.integers(0, 60)))
+        kind = draw(st.sampled_from(["cut", "remove", "double", "replace", "token", "token", "bytes"]))
+        if kind == "cut":
+            data = data[:start]
+        elif kind == "remove":
+            data = data[:start] + data[stop:]
+        elif kind == "double":
+            data = data[:stop] + data[start:stop] * draw(st.integers(1, 3)) + data[stop:]
+        elif kind == "token":
+            data = data[:start] + draw(st.sampled_from(TOKENS)) + data[stop if draw(st.booleans()) else start :]
+        else:
+            piece = draw(st.binary(max_size=8))
+            data = data[:start] + piece + data[start + (len(piece) if kind == "replace" else 0) :]
+    return data
+
+
+ODD_VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=12),
+    st.sampled_from(["../x.jpg", "/etc/passwd", "\0", "..", ".", "", "x" * 5000, "\ud800", "C:\\x.jpg"]),
+    st.lists(st.one_of(st.floats(), st.integers(-5, 40)), max_size=8),
+    st.just({}),
+    st.just([[]]),
+)
+
+
+def paths_of(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where the parts of a JSON value are."""
+    yield here
+    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in keys:
+        yield from paths_of(value[key], (*here, key))
+
+
+@st.composite
+def rebuilt(draw: st.DrawFn, good: bytes) -> bytes:
+    """The good JSON with one to three of its parts replaced by something odd, or removed."""
+    value = json.loads(good)
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(list(paths_of(value))[1:] or [()]))
+        if not path:
+            return json.dumps(draw(ODD_VALUES)).encode()
+        parent = value
+        for key in path[:-1]:
+            parent = parent[key]
+        if draw(st.integers(0, 4)) == 0:
+            del parent[path[-1]]
+        else:
+            parent[path[-1]] = draw(ODD_VALUES)
+    return json.dumps(value).encode()
+
+
+# ------------------------------------------------------------------------------------------------------ what must hold
+
+
+@contextmanager
+def deadline() -> Iterator[None]:
+    """Ends a case that hangs."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"a case took more than {SECONDS_A_CASE} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS_A_CASE)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def refused(function: Callable[..., Any], *args: Any) -> Any:
+    """What the function returns, or None where it says in one line why not."""
+    try:
+        return function(*args)
+    except InputError as error:
+        assert str(error)
+        assert "\n" not in str(error)
+        return None
+
+
+def read_whole(data: Path, split: str | None) -> None:
+    """Reads everything of a data set, as training, prediction and evaluation together would."""
+    tagged: TaggedImages | None = refused(open_tagged, data, split)
+    if tagged is not None:
+        assert tagged.images
+        assert all("\n" not in note for note in tagged.notes)
+        root = (data if data.is_dir() else data.parent).resolve()
+        for image in tagged.images:
+            assert image.path.resolve().is_relative_to(root)
+            assert list(image.tags) == sorted(set(image.tags))
+            assert all(0 <= tag < len(tagged.classes) for tag in image.tags)
+            pixels = refused(read_image, image.path)
+            assert pixels is None or (pixels.dtype == np.uint8 and pixels.ndim == 3)
+    annotated: AnnotatedImages | None = refused(open_annotated, data, split)
+    if annotated is not None:
+        truths, _ = refused(annotated.readable_truths) or ({}, ())
+        for truth in truths.values():
+            truth.instances.validate(len(annotated.tagged.classes))
+            assert len(truth.difficult) == len(truth.crowd) == len(truth.instances)
+
+
+def listing(root: Path) -> list[tuple[str, int]]:
+    return sorted((str(path), path.lstat().st_size) for path in root.rglob("*"))
+
+
+def fuzz(
+    root: Path,
+    target: Path,
+    cases: Callable[[bytes], st.SearchStrategy[bytes]],
+    read: Callable[[], object],
+    profile: settings,
+) -> int:
+    """Damages ``target`` again and again; returns how many cases ran."""
+    good = target.read_bytes()
+    ran = 0
+
+    @settings(profile, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(cases(good))
+    def case(data: bytes) -> None:
+        nonlocal ran
+        ran += 1
+        target.write_bytes(data)
+        before = listing(root)
+        with deadline():
+            read()
+        assert listing(root) == before
+
+    try:
+        case()
+    finally:
+        target.write_bytes(good)
+    return ran
+
+
+# ------------------------------------------------------------------------------------------------------------ the cases
+
+STUDIO = [
+    {"id": 1, "data": {"image": "/data/upload/3/0a1b2c3d-x.jpg"}, "annotations": [
+        {"result": [{"type": "choices", "value": {"choices": ["cat", "dog"]}}], "was_cancelled": False}]},
+    {"id": 2, "data": {"image": "/data/local-files/?d=sub/y.jpg"}, "annotations": [{"result": []}]},
+]  # fmt: skip
+
+
+def tagged_folder(root: Path, name: str, text: str) -> Path:
+    for seed, file in enumerate(("x.jpg", "sub/y.jpg")):
+        photograph(root / file, seed=seed)
+    (root / name).write_text(text)
+    return root / name
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize(
+    "target",
+    [
+        "Annotations/a.xml",
+        "ImageSets/Main/train.txt",
+        "JPEGImages/a.jpg",
+        "SegmentationObject/a.png",
+        "SegmentationClass/a.png",
+        "classes.txt",
+    ],
+)
+def test_a_damaged_voc_kit(tmp_path: Path, target: str, profile: settings) -> None:
+    year = voc_kit(tmp_path)
+    names = ["c1", "c2", "c3", "c4", "c5", "c6", "c7", "cat", "c9", "c10", "c11", "dog"]
+    (year / "classes.txt").write_text("\n".join(names))
+    assert fuzz(tmp_path, year / target, damaged, lambda: read_whole(year, "train"), profile) >= 15
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("cases", [damaged, rebuilt])
+def test_a_damaged_coco_file(tmp_path: Path, cases: Any, profile: settings) -> None:
+    path = coco_set(tmp_path)
+    assert fuzz(tmp_path, path, cases, lambda: read_whole(path, None), profile) >= 15
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize(
+    ("name", "text", "cases"),
+    [
+        ("tags.csv", 'file,tags\nx.jpg,cat;dog\n"sub/y.jpg",\n', damaged),
+        ("tags.json", '{"x.jpg": ["cat", "dog"], "sub/y.jpg": []}', damaged),
+        ("tags.json", '{"x.jpg": ["cat", "dog"], "sub/y.jpg": []}', rebuilt),
+        ("export.json", json.dumps(STUDIO), damaged),
+        ("export.json", json.dumps(STUDIO), rebuilt),
+    ],
+)
+def test_a_damaged_tags_file(tmp_path: Path, name: str, text: str, cases: Any, profile: settings) -> None:
+    path = tagged_folder(tmp_path, name, text)
+    read_whole(path, None)
+    assert fuzz(tmp_path, path, cases, lambda: read_whole(path, None), profile) >= 15
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize(
+    "kind", ["jpg", "exif.jpg", "png", "palette.png", "deep.png", "gif", "webp", "tif", "bmp", "ppm"]
+)
+def test_a_damaged_picture(tmp_path: Path, kind: str, profile: settings) -> None:
+    y, x = np.mgrid[:24, :32]
+    image: Image.Image = Image.fromarray(np.stack([x * 8, y * 9, x + y], -1).astype(np.uint8))
+    more: dict[str, Any] = {}
+    if kind == "exif.jpg":
+        more["exif"] = Image.Exif()
+        more["exif"][0x0112], more["exif"][0x010E] = 6, "text"
+    elif kind == "palette.png":
+        image = image.convert("P")
+    elif kind == "deep.png":
+        image = Image.fromarray((x * 2000).astype(np.uint16))
+    elif kind in ("gif", "webp", "tif"):
+        more = {"save_all": True, "append_images": [image.rotate(90)]}
+    stream = BytesIO()
+    suffix = kind.split(".")[-1]
+    image.save(stream, format={"jpg": "JPEG", "tif": "TIFF"}.get(suffix, suffix.upper()), **more)
+    path = tmp_path / f"x.{suffix}"
+    path.write_bytes(stream.getvalue())
+
+    def read() -> None:
+        size, pixels = refused(image_size, path), refused(read_image, path)
+        assert pixels is None or (pixels.shape == (*size, 3) and pixels.dtype == np.uint8)
+        refused(read_index_map, path)
+
+    assert fuzz(tmp_path, path, damaged, read, profile) >= 15
+
+
+SEGMENTATIONS = st.one_of(
+    st.lists(
+        st.lists(st.one_of(st.floats(), st.floats(-50, 100), st.integers(-(2**40), 2**40)), max_size=12), max_size=3
+    ),
+    st.fixed_dictionaries(
+        {
+            "size": st.one_of(st.just([24, 32]), st.lists(st.integers(-2, 2**40), max_size=3), st.none()),
+            "counts": st.one_of(
+                st.lists(st.integers(-10, 800), max_size=8),
+                st.lists(st.integers(), max_size=4),
+                st.text(st.characters(min_codepoint=40, max_codepoint=120), max_size=30),
+                st.text(max_size=8),
+                st.binary(max_size=8),
+                st.none(),
+            ),
+        }
+    ),
+    ODD_VALUES,
+)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_damaged_segmentations(profile: settings) -> None:
+    @settings(profile, deadline=None, database=None)
+    @given(SEGMENTATIONS)
+    def case(segmentation: Any) -> None:
+        with deadline():
+            mask = refused(decode_mask, segmentation, (24, 32))
+        assert mask is None or mask.shape == (24, 32)
+
+    case()
+
+
+def test_a_billion_laughs_are_not_laughed(tmp_path: Path) -> None:
+    year = voc_kit(tmp_path)
+    entities = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 10))
+    bomb = f'<!DOCTYPE b [<!ENTITY l0 "lol">{entities}]><annotation><object><name>&l9;</name></object></annotation>'
+    (year / "Annotations/c.xml").write_text(bomb)
+    tracemalloc.start()
+    try:
+        with deadline(), pytest.raises(InputError, match="document type or entity"):
+            open_tagged(year, "val")
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_files_that_are_too_large_or_too_deep(tmp_path: Path) -> None:
+    year = voc_kit(tmp_path)
+    path = year / "Annotations/c.xml"
+    for text in ("<a>" * 1_000_000, "<annotation>" + " " * 9_000_000 + "</annotation>"):
+        path.write_text(text)
+        with deadline(), pytest.raises(InputError):
+            open_tagged(year, "val")

@@ -1,0 +1,227 @@
+"""The VOC reader: splits, tags, truth, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from labelpenet import InputError
+from labelpenet.data import open_annotated, open_tagged
+from labelpenet.data.images import voc_palette
+from labelpenet.instances import masks_to_boxes
+from tests.data.kits import SIZE, voc_kit, voc_xml
+
+ANIMALS = Path(__file__).parents[2] / "../shared/data/voc-animals"
+SIX = ["cat", "cow", "dog", "horse", "person", "sheep"]
+
+
+def test_tags_come_from_all_objects_in_the_order_of_the_classes(tmp_path: Path) -> None:
+    year = voc_kit(tmp_path)
+    images = open_tagged(year, "train")
+    assert images.classes == ("cat", "dog")
+    assert [(image.id, image.tags) for image in images.images] == [("a", (0, 1)), ("b", (1,)), ("d", ())]
+    assert all(image.path.is_file() for image in images.images)
+    assert any("1 of 3 images show none of the classes" in note for note in images.notes)
+    swapped = open_tagged(year, "train", ["dog", "cat"])
+    assert [image.tags for image in swapped.images] == [(0, 1), (0,), ()]
+
+
+@pytest.mark.parametrize("below", [".", "VOCdevkit", "VOCdevkit/VOC2012"])
+def test_any_folder_on_the_way_will_do(tmp_path: Path, below: str) -> None:
+    year = voc_kit(tmp_path)
+    assert open_tagged(tmp_path / below, "val") == open_tagged(year, "val")
+
+
+def test_two_years_in_one_kit_are_named(tmp_path: Path) -> None:
+    year = voc_kit(tmp_path)
+    for folder in ("Annotations", "JPEGImages"):
+        (year.parent / "VOC2007" / folder).mkdir(parents=True)
+    with pytest.raises(InputError, match="VOC2007, VOC2012"):
+        open_tagged(year.parent)
+
+
+def test_splits(tmp_path: Path) -> None:
+    year = voc_kit(tmp_path)
+    (year / "ImageSets/Segmentation").mkdir()
+    (year / "ImageSets/Segmentation/val.txt").write_text("c\n")
+    (year / "ImageSets/Main/test.txt").write_text("b\n")
+    own = tmp_path / "own.txt"
+    own.write_text("# mine\nc\n\na\na\n")
+
+    def ids(split: str | None) -> list[str]:
+        return [image.id for image in open_tagged(year, split).images]
+
+    assert ids("trainval") == ["a", "b", "d", "c"]
+    assert ids("Segmentation/val") == ["c"]
+    assert ids("cat_train") == ["a", "b", "d"]
+    assert ids(str(own)) == ["c", "a"]
+    assert ids(None) == ["a", "b", "d", "c"]
+    with pytest.raises(InputError, match="no split 'nope'; available are test, train, val, Segmentation/val"):
+        open_tagged(year, "nope")
+
+
+def test_unknown_and_doubled_classes(tmp_path: Path) -> None:
+    year = voc_kit(tmp_path)
+    with pytest.raises(InputError, match="unknown class 'catt'; known are bird, cat, dog"):
+        open_tagged(year, "train", ["catt"])
+    with pytest.raises(InputError, match="twice"):
+        open_tagged(year, "train", ["cat", "cat"])
+    # Known to the data set, only not to this split.
+    images = open_tagged(year, "train", ["bird", "cat"])
+    assert "no image shows bird" in images.notes
+
+
+def test_truth_boxes_flags_masks_and_classes(tmp_path: Path) -> None:
+    year = voc_kit(tmp_path)
+    annotated = open_annotated(year, "train", ["dog", "cat"])
+    assert annotated.tagged == open_tagged(year, "train", ["dog", "cat"])
+    truths = annotated.truths()
+    a = truths["a"]
+    assert a.instances.image_size == SIZE
+    assert a.instances.boxes.tolist() == [[0, 0, 10, 8], [10, 4, 30, 20]]
+    assert a.instances.labels.tolist() == [1, 0]
+    assert a.instances.weights.tolist() == [1, 1]
+    assert a.difficult.tolist() == [False, False]
+    assert a.crowd.tolist() == [False, False]
+    assert a.instances.masks is not None
+    assert torch.equal(masks_to_boxes(a.instances.masks), a.instances.boxes)
+    assert a.semantic is not None
+    expected = np.zeros(SIZE, np.uint8)
+    expected[0:8, 0:10], expected[4:20, 10:30], expected[8, 0:10] = 2, 1, 255
+    assert np.array_equal(a.semantic, expected)
+    assert truths["b"].difficult.tolist() == [True]
+    assert truths["b"].instances.masks is None
+    assert truths["b"].semantic is None
+    assert len(truths["d"].instances) == 0
+
+
+def test_a_class_left_out_becomes_background(tmp_path: Path) -> None:
+    truth = open_annotated(voc_kit(tmp_path), "train", ["dog"]).read("a")
+    assert truth.instances.labels.tolist() == [0]
+    assert truth.instances.boxes.tolist() == [[10, 4, 30, 20]]
+    assert truth.instances.masks is not None
+    assert truth.instances.masks[0].sum() == 320
+    assert truth.semantic is not None
+    assert sorted(np.unique(truth.semantic)) == [0, 1, 255]
+    assert (truth.semantic == 1).sum() == 320
+
+
+def test_maps_in_colour_and_class_names_of_its_own(tmp_path: Path) -> None:
+    year = voc_kit(tmp_path)
+    truth = open_annotated(year, "train").read("a")
+    for folder in ("SegmentationObject", "SegmentationClass"):
+        path = year / folder / "a.png"
+        Image.fromarray(voc_palette()[np.asarray(Image.open(path))]).save(path)
+    coloured = open_annotated(year, "train").read("a")
+    assert np.array_equal(coloured.semantic, truth.semantic)  # type: ignore[arg-type]
+    # A kit with its own class order says so in classes.txt or in CVAT's labelmap.txt.
+    (year / "classes.txt").write_text("dog\ncat\n")
+    with pytest.raises(InputError, match=r"classes\.txt"):
+        open_annotated(year, "train").read("a")
+    (year / "classes.txt").unlink()
+    seven = "".join(f"c{i}:{i},0,0::\n" for i in range(7))
+    (year / "labelmap.txt").write_text(
+        f"# label:color_rgb:parts:actions\nbackground:0,0,0::\n{seven}cat:1,2,3::\nx:::\ny:::\nz:::\ndog:4,5,6::\n"
+    )
+    assert np.array_equal(open_annotated(year, "train").read("a").semantic, truth.semantic)  # type: ignore[arg-type]
+
+
+def test_one_damaged_annotation_among_many_costs_one_image(tmp_path: Path) -> None:
+    year = voc_kit(tmp_path)
+    (year / "Annotations/b.xml").write_text("<annotation><object><name>dog</name>")
+    images = open_tagged(year, "train")
+    assert [image.id for image in images.images] == ["a", "d"]
+    assert any("b.xml" in note for note in images.notes)
+    assert "1 of 3 images are skipped" in images.notes
+    for name in "ad":
+        (year / f"Annotations/{name}.xml").unlink()
+    with pytest.raises(InputError, match="no image can be used"):
+        open_tagged(year, "train")
+
+
+def test_damaged_truth_costs_the_truth_not_the_tags(tmp_path: Path) -> None:
+    year = voc_kit(tmp_path)
+    (year / "Annotations/b.xml").write_text(voc_xml([("dog", (3, 4, 99, 18), 0)]))
+    annotated = open_annotated(year, "train")
+    assert len(annotated.tagged.images) == 3
+    with pytest.raises(InputError, match=r"b\.xml: box 0 .* leaves the image of 32 x 24"):
+        annotated.truths()
+    truths, notes = annotated.readable_truths()
+    assert list(truths) == ["a", "d"]
+    assert "1 images are left out because their annotation is damaged" in notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("third", "holds object 3, but the XML names 2"),
+        ("swapped", "outside its box"),
+        ("size", "10 x 10 pixels, but its image has 32 x 24"),
+        ("text", "cannot be read"),
+    ],
+)
+def test_a_map_that_cannot_belong_to_the_xml(tmp_path: Path, change: str, words: str) -> None:
+    year = voc_kit(tmp_path)
+    path = year / "SegmentationObject/a.png"
+    indices = np.array(Image.open(path))
+    if change == "third":
+        indices[0, 0] = 3
+    elif change == "swapped":
+        indices = np.array([0, 2, 1], np.uint8)[np.where(indices == 255, 0, indices)]
+    elif change == "size":
+        indices = indices[:10, :10]
+    Image.fromarray(indices).save(path)
+    if change == "text":
+        path.write_text("no image")
+    with pytest.raises(InputError, match=words):
+        open_annotated(year, "train").read("a")
+
+
+@pytest.mark.parametrize(
+    ("xml", "words"),
+    [
+        ('<!DOCTYPE a [<!ENTITY b "c">]><annotation>&b;</annotation>', "document type or entity"),
+        ('<!DOCTYPE a SYSTEM "file:///etc/passwd"><annotation/>', "document type or entity"),
+        ("<annotation><object><name> </name></object></annotation>", "without a name"),
+        ("", "no valid XML"),
+    ],
+)
+def test_hostile_or_empty_xml(tmp_path: Path, xml: str, words: str) -> None:
+    year = voc_kit(tmp_path)
+    (year / "Annotations/c.xml").write_text(xml)
+    with pytest.raises(InputError, match=words):
+        open_tagged(year, "val")
+
+
+def test_no_name_leads_out_of_the_data_set(tmp_path: Path) -> None:
+    year = voc_kit(tmp_path)
+    outside = tmp_path / "secret"
+    (outside).mkdir()
+    (year / "JPEGImages/c.jpg").rename(outside / "c.jpg")
+    for name in ("../../../secret/c", str(outside / "c"), "..\\..\\c"):
+        (year / "ImageSets/Main/val.txt").write_text(f"{name}\n")
+        with pytest.raises(InputError, match="no image can be used"):
+            open_tagged(year, "val")
+    (year / "ImageSets/Main/val.txt").write_text("c\n")
+    (year / "JPEGImages/c.jpg").symlink_to(outside / "c.jpg")
+    with pytest.raises(InputError, match="leaves"):
+        open_tagged(year, "val")
+
+
+@pytest.mark.skipif(not ANIMALS.is_dir(), reason="needs the real photographs")
+@pytest.mark.photographs
+def test_voc_animals() -> None:
+    images = open_tagged(ANIMALS, "val", SIX)
+    assert len(images.images) == 437
+    assert images.classes == tuple(SIX)
+    assert images.notes == ()
+    annotated = open_annotated(ANIMALS, "val", SIX)
+    some = [annotated.read(image.id) for image in annotated.tagged.images[:60]]
+    assert any(truth.instances.masks is not None for truth in some)
+    for image, truth in zip(annotated.tagged.images, some, strict=False):
+        truth.instances.validate(6)
+        assert set(truth.instances.labels.tolist()) <= set(image.tags)

@@ -1,0 +1,277 @@
+"""The cascade: views, what each module answers for odd images, and run folders."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+
+from labelpenet.calibration import CalibrationSettings
+from labelpenet.config import InferenceChoice, Recipe, override, recipe, to_dict
+from labelpenet.errors import InputError
+from labelpenet.instances import Instances, masks_to_boxes
+from labelpenet.models.backbones import build_backbone
+from labelpenet.models.cascade import LabelPEnet, View, calibration_settings
+from labelpenet.training.pretrain import run_facts, save_part
+
+CLASSES = ("ball", "box", "star")
+
+
+def tiny_recipe(*changes: str) -> Recipe:
+    assignments = [
+        "images.sides=64", "images.test_side=64", "images.longest=128", "proposals.limit=12", "proposals.side=64",
+    ]  # fmt: skip
+    for part in ("detection", "segmentation"):
+        assignments += [f"{part}.anchor_sides=16,32,64", f"{part}.rois=8", f"{part}.rpn_proposals=6"]
+        assignments += [f"{part}.mask_width=8", f"{part}.mask_depth=1", f"{part}.cells=1"]
+    for part in ("infer1", "infer2", "infer3", "predict2", "predict4"):
+        assignments += [f"{part}.side=40", f"{part}.iterations=1", f"{part}.per_class=2"]
+    return override(recipe("best"), [*assignments, *changes])
+
+
+def build(*changes: str, seed: int = 0) -> LabelPEnet:
+    torch.manual_seed(seed)
+    return LabelPEnet(build_backbone("mobilenet_v2", pretrained=False), CLASSES, tiny_recipe(*changes))
+
+
+@pytest.fixture(scope="module")
+def network() -> LabelPEnet:
+    return build()
+
+
+def photograph(height: int, width: int, seed: int = 0) -> np.ndarray:
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3)).astype(np.uint8)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def some_boxes(height: int, width: int, n: int = 10) -> Tensor:
+    corner = torch.rand(n, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([width, height]) * 0.6
+    return torch.cat([corner, corner + torch.tensor([width, height]) * 0.4], 1)
+
+
+# -------------------------------------------------------------------------------------------------------------- views
+
+
+def test_a_view_is_the_photograph_scaled_and_normalised(network):
+    image = photograph(48, 100)
+    view = network.view(image, 64)
+    assert view.pixels.shape == (1, 3, 61, 128)  # the longer side is capped at 128
+    assert view.scale == (128 / 100, 61 / 48)
+    view = network.view(image, 48)
+    mean, std = (torch.tensor(network.normalisation[key]).view(3, 1, 1) for key in ("mean", "std"))
+    expected = (torch.from_numpy(image).permute(2, 0, 1) / 255 - mean) / std
+    torch.testing.assert_close(view.pixels[0], expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(network.view(image, 48, flip=True).pixels, view.pixels.flip(-1))
+    assert network.view(image).pixels.shape == network.view(image, 64).pixels.shape
+
+
+def test_without_a_side_the_photograph_keeps_its_size():
+    one = build("images.test_side=none")
+    assert one.view(photograph(70, 45)).pixels.shape == (1, 3, 70, 45)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(33, 90), st.integers(33, 90), st.integers(33, 90), st.integers(33, 90), st.booleans())
+def test_boxes_go_to_the_view_and_back(h, w, height, width, flipped):
+    view = View(torch.zeros(1, 3, h, w), (w / width, h / height), flipped)
+    boxes = some_boxes(height, width)
+    there = view.boxes(boxes)
+    assert (there >= -1e-3).all() and (there[:, 2] <= w + 1e-3).all() and (there[:, 3] <= h + 1e-3).all()
+    assert (there[:, 2:] > there[:, :2]).all()
+    plain = replace(view, flipped=False)
+    unflipped = there[:, [2, 1, 0, 3]].mul(torch.tensor([-1, 1, -1, 1])).add(torch.tensor([w, 0, w, 0]))
+    torch.testing.assert_close(plain.back(unflipped if flipped else there), boxes, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("factor", [1, 2, 0.5])
+def test_an_instances_mask_and_box_stay_together_in_a_view(flipped, factor):
+    masks = torch.zeros(2, 40, 60, dtype=torch.bool)
+    masks[0, 4:20, 6:30] = masks[1, 10:40, 50:60] = True
+    one = Instances(masks_to_boxes(masks), torch.tensor([0, 2]), torch.tensor([0.4, 1.0]), (40, 60), masks)
+    h, w = int(40 * factor), int(60 * factor)
+    view = View(torch.zeros(1, 3, h, w), (factor, factor), flipped)
+    seen = view.instances(one)
+    assert seen.image_size == (h, w)
+    assert torch.equal(seen.boxes, masks_to_boxes(seen.masks)) and torch.equal(seen.boxes, view.boxes(one.boxes))
+    assert torch.equal(seen.labels, one.labels) and torch.equal(seen.weights, one.weights)
+    if factor == 1:
+        assert torch.equal(seen.masks, masks.flip(-1) if flipped else masks)
+    assert view.instances(Instances(one.boxes, one.labels, one.weights, (40, 60))).masks is None
+    assert len(view.instances(one[[]])) == 0
+
+
+def test_the_whole_image_is_the_first_proposal_and_the_rest_are_the_recipes(network):
+    boxes = torch.tensor([[0.0, 0, 2, 2], [0, 0, 100, 50], [10, 10, 60, 40], [5, 5, 95, 45]])
+    chosen = network.select(boxes, (50, 100))
+    assert chosen.tolist() == [[0, 0, 100, 50], [10, 10, 60, 40], [5, 5, 95, 45]]
+    many = torch.tensor([[1.0, 1, 60, 40]]) + torch.arange(50)[:, None] * 0.1
+    assert len(network.select(many, (50, 100))) == 13
+    assert network.select(boxes[:0], (50, 100)).tolist() == [[0, 0, 100, 50]]
+
+
+# ------------------------------------------------------------------------------------------------- what modules infer
+
+
+@pytest.mark.parametrize("module", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [(1, 1), (3, 97), (61, 2), (50, 77)])
+def test_predict_answers_for_images_of_any_size(network, module, size):
+    found = network.predict(photograph(*size), module)
+    assert found.image_size == size and found.masks is not None and found.masks.shape[1:] == size
+    found.validate(len(CLASSES))
+    assert (found.weights.diff() <= 0).all() and not found.boxes.requires_grad
+    assert found.boxes.device.type == "cpu"
+
+
+def test_predict_reads_files_of_any_kind(network, tmp_path):
+    grey = photograph(40, 56)[..., 0]
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    from_file = network.predict(tmp_path / "grey.png", 4)
+    from_array = network.predict(np.repeat(grey[..., None], 3, 2), 4)
+    assert torch.equal(from_file.boxes, from_array.boxes) and torch.equal(from_file.masks, from_array.masks)
+    (tmp_path / "no.png").write_bytes(b"nothing")
+    for path in (tmp_path / "no.png", str(tmp_path / "missing.jpg")):
+        with pytest.raises(InputError, match=str(path)):
+            network.predict(path)
+
+
+def test_there_are_four_modules(network):
+    for number in (0, 5):
+        with pytest.raises(InputError, match="1, 2, 3 or 4"):
+            network.predict(photograph(40, 40), number)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+@pytest.mark.parametrize("tags", [(), (1,), (0, 2)])
+def test_only_tags_are_passed_on(network, number, tags):
+    for seed in range(2):
+        image = photograph(48, 70, seed)
+        found, trace = network.infer(number, image, some_boxes(48, 70), tags)
+        found.validate(len(CLASSES))
+        assert set(found.labels.tolist()) <= set(tags)
+        if number == 1:
+            assert found.labels.tolist() == list(tags)
+        assert found.masks is not None and len(trace.marginals) == len(found)
+        assert not found.weights.requires_grad
+
+
+def test_the_attention_may_be_either_kind():
+    for kind in ("excitation", "gradient"):
+        one = build(f"classification.attention={kind}", f"detection.attention={kind}")
+        for number in (1, 2):
+            found, _ = one.infer(number, photograph(48, 70), some_boxes(48, 70), (0, 1))
+            found.validate(len(CLASSES))
+
+
+def test_inference_repeats_itself(network):
+    image, boxes = photograph(48, 70), some_boxes(48, 70)
+    for number in (1, 2, 3):
+        first, second = (network.infer(number, image, boxes, (0, 1))[0] for _ in range(2))
+        assert torch.equal(first.boxes, second.boxes) and torch.equal(first.masks, second.masks)
+        assert torch.equal(first.weights, second.weights)
+
+
+def test_every_kept_detection_has_a_mask_of_its_own():
+    """However few masks are asked for: one that many better detections precede must not fall back to its box."""
+    one = build("predict4.attended=1", "predict4.per_class=50", "predict4.min_score=0.01", "predict4.iterations=0",
+                "predict4.score_threshold=0.01", "predict4.background=0.01", "predict4.part=none",
+                "predict4.duplicate=none")  # fmt: skip
+    with torch.no_grad():  # masks of the left half of each box
+        one.segmentation.masks = lambda features, boxes, labels: (  # type: ignore[method-assign]
+            torch.cat([torch.ones(len(boxes), 28, 14), torch.zeros(len(boxes), 28, 14)], 2)
+        )
+    found = one.predict(photograph(60, 60), proposals=some_boxes(60, 60, 30))
+    assert len(found) > 2
+    area = (found.boxes[:, 2] - found.boxes[:, 0]) * (found.boxes[:, 3] - found.boxes[:, 1])
+    assert (found.masks.sum((1, 2)) < 0.75 * area).all()
+
+
+def test_calibration_gets_the_recipes_choices():
+    choice = InferenceChoice(combine="mean", per_class=7, srgb=4.0, part=0.1)
+    expected = CalibrationSettings(combine="mean", per_class=7, srgb=4.0, part=0.1)
+    assert calibration_settings(choice) == expected
+    assert calibration_settings(InferenceChoice(per_class=1)) == CalibrationSettings()
+
+
+# -------------------------------------------------------------------------------------------------------- run folders
+
+
+def write_run(run: Path, network: LabelPEnet, parts=("stem", "classification", "segmentation")) -> None:
+    from labelpenet.data.dataset import TaggedImages
+
+    run.mkdir()
+    facts = run_facts(network, TaggedImages(CLASSES, ()), 0, "32-true")
+    (run / "run.json").write_text(json.dumps(facts))
+    for part in parts:
+        save_part(network, run, part)
+
+
+def test_a_run_predicts_what_it_predicted_before_it_was_saved(tmp_path, network):
+    write_run(tmp_path / "run", network, ("stem", "classification", "detection", "refinement", "segmentation"))
+    loaded = LabelPEnet.from_run(tmp_path / "run")
+    assert loaded.classes == CLASSES and to_dict(loaded.recipe) == to_dict(network.recipe)
+    image, boxes = photograph(50, 66), some_boxes(50, 66)
+    for module in (1, 2, 3, 4):
+        before, after = (one.predict(image, module, boxes) for one in (network, loaded))
+        assert len(before) and torch.equal(before.labels, after.labels)
+        assert torch.equal(before.boxes, after.boxes) and torch.equal(before.weights, after.weights)
+        assert torch.equal(before.masks, after.masks)
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+
+
+def damage(run: Path, how: str) -> None:
+    weights, facts = run / "weights", run / "run.json"
+    if how == "no folder":
+        facts.unlink()
+    elif how == "torn facts":
+        facts.write_text(facts.read_text()[:-30])
+    elif how == "other facts":
+        facts.write_text("[1, 2]")
+    elif how == "old facts":
+        facts.write_text(json.dumps({"classes": ["a"]}))
+    elif how == "other recipe":
+        facts.write_text(json.dumps(json.loads(facts.read_text()) | {"recipe": {"name": "x"}}))
+    elif how == "other classes":
+        facts.write_text(json.dumps(json.loads(facts.read_text()) | {"classes": ["a", "b"]}))
+    elif how == "no stem":
+        (weights / "stem.safetensors").unlink()
+    elif how == "no module":
+        (weights / "classification.safetensors").unlink()
+    elif how == "torn weights":
+        path = weights / "classification.safetensors"
+        path.write_bytes(path.read_bytes()[:1000])
+    elif how == "empty weights":
+        (weights / "classification.safetensors").write_bytes(b"")
+    elif how == "garbage":
+        facts.write_bytes(b"\xff\xfe\x00")
+
+
+@pytest.mark.parametrize("how", ["no folder", "torn facts", "other facts", "old facts", "other recipe", "other classes",
+                                 "no stem", "no module", "torn weights", "empty weights", "garbage"])  # fmt: skip
+def test_a_damaged_run_is_named_in_one_line(tmp_path, network, how):
+    run = tmp_path / "run"
+    write_run(run, network, ("stem", "classification"))
+    damage(run, how)
+    with pytest.raises(InputError) as caught:
+        LabelPEnet.from_run(run)
+    assert "\n" not in str(caught.value)
+    if how != "other recipe":
+        assert str(run) in str(caught.value)
+
+
+def test_a_run_that_is_not_finished_answers_with_what_it_has(tmp_path, network):
+    write_run(tmp_path / "run", network, ("stem", "classification"))
+    loaded = LabelPEnet.from_run(tmp_path / "run")
+    image, boxes = photograph(40, 40), some_boxes(40, 40)
+    assert torch.equal(loaded.predict(image, 1, boxes).boxes, network.predict(image, 1, boxes).boxes)
+    with pytest.raises(InputError, match=r"segmentation|module 4"):
+        loaded.predict(image, 4)

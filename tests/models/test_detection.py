@@ -1,0 +1,271 @@
+"""Module 2: equations 3 and 4 written out, torchvision's own losses where all weights are 1, and the candidates."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import fastrcnn_loss
+from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.ops import box_iou
+
+from labelpenet.instances import Instances
+from labelpenet.models.detection import Detector, DetectorSettings, rcnn_loss
+from tests.models.tiny import CHANNELS, TinyBackbone
+
+C, H, W = 3, 96, 128
+
+
+def detector(**options) -> Detector:
+    backbone = TinyBackbone()
+    values = {"anchor_sides": (16, 32, 64), "rois": 16, "rpn_proposals": 20} | options
+    torch.manual_seed(1)
+    return Detector(backbone, C, backbone.region_tail(), DetectorSettings(**values))
+
+
+def target(weights=(1.0, 1.0)) -> Instances:
+    boxes = torch.tensor([[10.0, 12, 60, 70], [70, 20, 120, 60]])
+    return Instances(boxes, torch.tensor([0, 2]), torch.tensor(weights), (H, W))
+
+
+def stem_map() -> torch.Tensor:
+    return torch.rand(1, CHANNELS, H // 16, W // 16, generator=torch.Generator().manual_seed(2))
+
+
+IMAGE = torch.zeros(1, 3, H, W)
+
+
+def smooth_l1(difference: float) -> float:
+    """Faster R-CNN's, with its bend at 1/9."""
+    size, beta = abs(difference), 1 / 9
+    return 0.5 * size**2 / beta if size < beta else size - 0.5 * beta
+
+
+# -------------------------------------------------------------------------------------------------------- equation 3
+
+
+def test_rpn_loss_by_hand():
+    """Few enough anchors that the sampler takes all: the sums are those of equation 3."""
+    rpn = detector().rpn
+    objectness = torch.tensor([0.3, -1.2, 2.0, 0.1, -0.4, 5.0])
+    labels = torch.tensor([0.7, 0.0, 1.0, -1.0, 0.25, 0.0])  # weights of positives, 0 background, -1 left out
+    deltas = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    targets = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    found_objectness, found_box = rpn.compute_loss(objectness[:, None], deltas, [labels], [targets])
+    sampled = [i for i in range(6) if labels[i] >= 0]
+    cross_entropy = distance = 0.0
+    for i in sampled:
+        p, w = 1 / (1 + math.exp(-float(objectness[i]))), float(labels[i])
+        cross_entropy -= w * math.log(p) + (1 - w) * math.log(1 - p)
+        distance += w * sum(smooth_l1(float(deltas[i, k] - targets[i, k])) for k in range(4))
+    assert float(found_objectness) == pytest.approx(cross_entropy / len(sampled), rel=1e-5)
+    assert float(found_box) == pytest.approx(distance / len(sampled), rel=1e-5)
+
+
+def test_with_weights_of_one_the_rpn_is_torchvisions():
+    own = detector()
+    one = own.rpn
+    plain = RegionProposalNetwork(
+        one.anchor_generator, one.head, 0.7, 0.3, 256, 0.5,
+        {"training": 2000, "testing": 1000}, {"training": 20, "testing": 20}, 0.7,
+    ).train()  # fmt: skip
+    features = own.features(stem_map())
+    torch.manual_seed(3)
+    proposals, losses = own.propose(features, IMAGE, target())
+    torch.manual_seed(3)
+    expected_boxes, expected = plain(ImageList(IMAGE, [(H, W)]), {"0": features}, [{"boxes": target().boxes}])
+    torch.testing.assert_close(proposals, expected_boxes[0])
+    torch.testing.assert_close(losses["rpn_objectness"], expected["loss_objectness"])
+    torch.testing.assert_close(losses["rpn_box"], expected["loss_rpn_box_reg"])
+
+
+def test_an_anchors_label_is_the_weight_of_the_instance_that_it_fits_best():
+    one = detector()
+    anchors = one.rpn.anchor_generator(ImageList(IMAGE, [(H, W)]), [stem_map()])
+    weights = torch.tensor([0.3, 0.8])
+    labels, boxes = one.rpn.assign_targets_to_anchors(anchors, [{"boxes": target().boxes, "weights": weights}])
+    plain, plain_boxes = RegionProposalNetwork.assign_targets_to_anchors(one.rpn, anchors, [{"boxes": target().boxes}])
+    assert torch.equal(boxes[0], plain_boxes[0])
+    positive = plain[0] > 0
+    assert positive.sum() >= 2 and torch.equal(labels[0][~positive], plain[0][~positive])
+    matched = box_iou(target().boxes, anchors[0][positive]).argmax(0)
+    assert torch.equal(labels[0][positive], weights[matched])
+    assert set(labels[0][positive].tolist()) == set(weights.tolist())
+
+
+def test_the_rpn_learns_from_an_image_without_instances():
+    one = detector()
+    empty = Instances.empty((H, W))
+    _, losses = one.propose(one.features(stem_map()), IMAGE, empty)
+    assert float(losses["rpn_objectness"]) > 0 and float(losses["rpn_box"]) == 0
+
+
+# -------------------------------------------------------------------------------------------------------- equation 4
+
+
+def rois(seed: int = 0, n: int = 8):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n, C + 1, generator=generator)
+    deltas = torch.randn(n, 4 * (C + 1), generator=generator) * 0.2
+    labels = torch.randint(0, C + 1, (n,), generator=generator)
+    targets = torch.randn(n, 4, generator=generator) * 0.2
+    return logits, deltas, labels, targets, torch.rand(n, generator=generator)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rcnn_loss_by_hand(seed):
+    logits, deltas, labels, targets, weights = rois(seed)
+    classification = regression = 0.0
+    for i, label in enumerate(labels.tolist()):
+        p = logits[i].double().softmax(0)[label]
+        classification -= float(weights[i]) * math.log(float(p))
+        if label:
+            own = deltas[i, 4 * label : 4 * label + 4]
+            regression += float(weights[i]) * sum(smooth_l1(float(own[k] - targets[i, k])) for k in range(4))
+    found = rcnn_loss(logits, deltas, labels, targets, weights)
+    assert float(found[0]) == pytest.approx(classification / 8, rel=1e-5)
+    assert float(found[1]) == pytest.approx(regression / 8, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_weights_of_one_the_rcnn_loss_is_torchvisions(seed):
+    logits, deltas, labels, targets, _ = rois(seed)
+    found = rcnn_loss(logits, deltas, labels, targets, torch.ones(8))
+    expected = fastrcnn_loss(logits, deltas, [labels], [targets])
+    torch.testing.assert_close(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1])
+
+
+def test_an_instance_of_weight_zero_teaches_nothing():
+    logits, deltas, labels, targets, weights = rois()
+    labels[:4] = torch.tensor([1, 2, 3, 0])
+    weights[:4] = 0
+    logits.requires_grad_()
+    deltas.requires_grad_()
+    sum(rcnn_loss(logits, deltas, labels, targets, weights)).backward()
+    assert not logits.grad[:4].any() and not deltas.grad[:4].any()
+    assert logits.grad[4:].any(1).all()
+
+
+def test_no_roi_gives_a_loss_of_zero():
+    logits, deltas, labels, targets, weights = (x[:0] for x in rois())
+    assert [float(x) for x in rcnn_loss(logits, deltas, labels, targets, weights)] == [0, 0]
+
+
+# ---------------------------------------------------------------------------------------------------- samples, losses
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10_000))
+def test_a_sample_carries_the_weight_of_the_instance_that_it_overlaps_most(seed):
+    one = detector(rois=200)  # more than there are: all negatives are taken
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(25, 2, generator=generator) * 90
+    proposals = torch.cat([corner, corner + 5 + torch.rand(25, 2, generator=generator) * 60], 1)
+    given = target(weights=(0.25, 0.75))
+    boxes, labels, encoded, weights, matched = one.sample(proposals, given)
+    assert len(boxes) == 27  # the instances themselves join the proposals
+    for box, label, code, weight, match in zip(boxes, labels, encoded, weights, matched, strict=True):
+        overlap = box_iou(box[None], given.boxes)[0]
+        best = int(overlap.argmax())
+        assert float(weight) == (float(given.weights[best]) if overlap[best] > 0 else 1.0)
+        assert int(label) == (int(given.labels[best]) + 1 if overlap[best] >= 0.5 else 0)
+        if label:
+            assert int(match) == best
+            torch.testing.assert_close(one.coder.decode_single(code[None], box[None])[0], given.boxes[best])
+    assert (labels > 0).sum() >= 2
+
+
+def test_a_sample_is_at_most_a_quarter_positive():
+    one = detector(rois=16)
+    proposals = torch.cat([target().boxes.repeat(20, 1), torch.tensor([[0.0, 75, 9, 90]]).repeat(30, 1)])
+    _, labels, _, _, _ = one.sample(proposals, target())
+    assert len(labels) == 16 and (labels > 0).sum() == 4
+
+
+def test_without_weights_every_sample_counts_alike():
+    one = detector(weighted=False)
+    _, _, _, weights, _ = one.sample(torch.rand(30, 4).cumsum(1) * 30, target(weights=(0.1, 0.2)))
+    assert (weights == 1).all()
+
+
+def test_a_sample_of_an_image_without_instances_is_background():
+    one = detector(rois=8)
+    proposals = torch.rand(30, 4).cumsum(1) * 30
+    boxes, labels, encoded, weights, _ = one.sample(proposals, Instances.empty((H, W)))
+    assert boxes.shape == encoded.shape == (8, 4)
+    assert not labels.any() and (weights == 1).all()
+    assert len(boxes.unique(dim=0)) == 8
+    assert len(one.sample(proposals[:3], Instances.empty((H, W)))[0]) == 3
+
+
+@pytest.mark.parametrize("which", ["two", "none", "weightless"])
+def test_losses_are_finite_and_reach_every_layer_that_is_trained(which):
+    one = detector(freeze_head=True)
+    given = {"two": target((0.5, 0.9)), "none": Instances.empty((H, W)), "weightless": target((0.0, 0.0))}[which]
+    losses = one.losses(stem_map(), IMAGE, given)
+    assert set(losses) == {"rpn_objectness", "rpn_box", "class", "box"}
+    assert all(torch.isfinite(value) and value >= 0 for value in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad is None for p in one.head.parameters())
+    assert one.rpn.head.objectness.weight.grad.any()
+    if which == "two":
+        layers = (one.classifier, one.regressor, one.rpn.head.regression, one.rpn.head.shared, one.tail[0])
+        assert all(layer.weight.grad.any() for layer in layers)
+
+
+def test_extra_proposals_join_only_where_asked():
+    extra = torch.tensor([[1.0, 2, 30, 40]])
+    for wanted in (True, False):
+        one = detector(extra_proposals=wanted).eval()
+        found, losses = one.propose(one.features(stem_map()), IMAGE, extra=extra)
+        assert losses == {} and bool((found == extra).all(1).any()) == wanted
+
+
+# --------------------------------------------------------------------------------------------------------- candidates
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([None, (), (1,), (0, 2)]), st.sampled_from([0.05, 0.3]))
+def test_candidates(seed, tags, threshold):
+    one = detector()
+    generator = torch.Generator().manual_seed(seed)
+    corner = torch.rand(30, 2, generator=generator) * 90
+    boxes = torch.cat([corner, corner + 1 + torch.rand(30, 2, generator=generator) * 60], 1)
+    logits = torch.randn(30, C + 1, generator=generator) * 3
+    deltas = torch.randn(30, 4 * (C + 1), generator=generator) * 8
+    found = one.candidates(boxes, logits, deltas, (H, W), tags, threshold, 0.4, limit=20)
+    assert len(found.boxes) <= 20
+    if tags is not None:
+        assert set(found.labels.tolist()) <= set(tags)
+    assert (found.boxes >= 0).all()
+    assert (found.boxes[:, 2] <= W).all() and (found.boxes[:, 3] <= H).all()
+    assert ((found.boxes[:, 2:] - found.boxes[:, :2]) >= 1).all()
+    p = logits.softmax(1)
+    torch.testing.assert_close(found.scores, p[found.rois, found.labels + 1])
+    assert (found.scores > threshold).all() and (found.scores.diff() <= 0).all()
+    kept = found.keep[found.group]
+    assert torch.equal(found.labels[kept], found.labels) and (found.scores[kept] >= found.scores).all()
+
+
+def test_candidates_take_the_box_of_their_class():
+    one = detector()
+    boxes = torch.tensor([[20.0, 20, 60, 60]])
+    logits = torch.tensor([[0.0, 0, 9, 0]])
+    deltas = torch.zeros(1, C + 1, 4)
+    deltas[0, 2] = torch.tensor([1.0, 0, 0, 0])  # a tenth of the width to the right, the coder's weights being 10 and 5
+    found = one.candidates(boxes, logits, deltas.flatten(1), (H, W))
+    torch.testing.assert_close(found.boxes, torch.tensor([[24.0, 20, 64, 60]]))
+    assert found.labels.tolist() == [1] and found.rois.tolist() == [0]
+
+
+def test_training_and_inference_leave_the_layers_alone():
+    one = detector()
+    before = {name: value.clone() for name, value in one.state_dict().items()}
+    one.train()
+    one.losses(stem_map(), IMAGE, target())
+    assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())

@@ -1,0 +1,156 @@
+"""Modules 3 and 4: what the mask branch is trained on and what it answers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from labelpenet.instances import Instances
+from labelpenet.models.detection import DetectorSettings
+from labelpenet.models.segmentation import MASK_SIDE, PYRAMID_DILATIONS, Segmenter, SpatialPyramid, mask_loss
+from tests.models.tiny import CHANNELS, TinyBackbone
+
+C, H, W = 3, 96, 128
+IMAGE = torch.zeros(1, 3, H, W)
+
+
+def segmenter(**options) -> Segmenter:
+    values = {"anchor_sides": (16, 32, 64), "rois": 16, "rpn_proposals": 20} | options
+    torch.manual_seed(1)
+    return Segmenter(TinyBackbone(), C, DetectorSettings(**values), mask_width=5, mask_depth=1)
+
+
+def target(weights=(0.5, 1.0), masks: bool = True) -> Instances:
+    boxes = torch.tensor([[10.0, 12, 60, 70], [70, 20, 120, 60]])
+    drawn = torch.zeros(2, H, W, dtype=torch.bool)
+    drawn[0, 12:70, 10:60] = drawn[1, 20:60, 70:120] = True
+    return Instances(boxes, torch.tensor([0, 2]), torch.tensor(weights), (H, W), drawn if masks else None)
+
+
+def stem_map() -> torch.Tensor:
+    return torch.rand(1, CHANNELS, H // 16, W // 16, generator=torch.Generator().manual_seed(2))
+
+
+def random_masks() -> torch.Tensor:
+    return torch.rand(2, H, W, generator=torch.Generator().manual_seed(0)) > 0.5
+
+
+def test_the_mask_target_is_the_mask_inside_the_box():
+    """On boxes of as many pixels as the prediction has cells, pixel for pixel, however ragged the mask."""
+    side = 28
+    masks, boxes = random_masks(), torch.tensor([[10.0, 12, 38, 40], [70, 20, 98, 48], [0, 0, 28, 28]])
+    matched, weights = torch.tensor([0, 1, 1]), torch.tensor([0.3, 0.9, 0.0])
+    logits = torch.randn(3, side, side, generator=torch.Generator().manual_seed(1))
+    expected = 0.0
+    for r, (x1, y1, x2, y2) in enumerate(boxes.long().tolist()):
+        inside = masks[matched[r], y1:y2, x1:x2].double()
+        p = logits[r].double().sigmoid()
+        entropy = -(inside * p.log() + (1 - inside) * (1 - p).log()).mean()
+        expected += float(weights[r] * entropy) / 3
+    assert float(mask_loss(logits, boxes, masks, matched, weights)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_mask_target_follows_the_boxs_scale():
+    """A box twice and half as large as the prediction, around a mask that keeps to the cells."""
+    masks = torch.zeros(1, H, W, dtype=torch.bool)
+    masks[0, 16:48, 8:36] = True
+    for box, cells in (([8.0, 16, 64, 72], (16, 14)), ([22.0, 34, 36, 48], (28, 28))):
+        inside = torch.zeros(28, 28)
+        inside[: cells[0], : cells[1]] = 1
+        logits = torch.where(inside > 0, 40.0, -40.0)[None]
+        loss = mask_loss(logits, torch.tensor([box]), masks, torch.tensor([0]), torch.ones(1))
+        assert float(loss) < 1e-6
+
+
+def test_a_roi_of_weight_zero_teaches_no_mask():
+    logits = torch.zeros(2, 28, 28, requires_grad=True)
+    boxes = torch.tensor([[10.0, 12, 38, 40], [70, 20, 98, 48]])
+    mask_loss(logits, boxes, random_masks(), torch.tensor([0, 1]), torch.tensor([0.0, 1.0])).backward()
+    assert not logits.grad[0].any() and logits.grad[1].any()
+
+
+def test_the_pyramid_looks_as_far_as_its_dilations_say():
+    assert PYRAMID_DILATIONS == (1, 2, 4, 6)
+    pyramid = SpatialPyramid(1, 1)
+    impulse = torch.zeros(1, 1, 15, 15)
+    impulse[0, 0, 7, 7] = 1
+    for number, dilation in enumerate(PYRAMID_DILATIONS):
+        with torch.no_grad():
+            for i, branch in enumerate(pyramid.branches):
+                branch.weight.fill_(float(i == number))
+                branch.bias.zero_()
+            pyramid.mix.weight.fill_(1)
+            pyramid.mix.bias.zero_()
+            answer = pyramid(impulse)[0, 0]
+        expected = torch.zeros(15, 15)
+        expected[7 - dilation : 8 + dilation : dilation, 7 - dilation : 8 + dilation : dilation] = 1
+        assert torch.equal(answer, expected)
+
+
+def test_each_box_gets_the_mask_of_its_class():
+    one = segmenter()
+    with torch.no_grad():
+        one.mask_head.logits.weight.zero_()
+        one.mask_head.logits.bias.copy_(torch.tensor([-2.0, 0.0, 2.0]))
+    boxes = torch.tensor([[0.0, 0, 60, 60], [20, 20, 90, 90], [5, 5, 50, 50], [0, 0, 128, 96]])
+    labels = torch.tensor([2, 0, 1, 2])
+    found = one.masks(one.mask_features(stem_map()), boxes, labels)
+    expected = torch.tensor([-2.0, 0.0, 2.0]).sigmoid()[labels]
+    torch.testing.assert_close(found, expected[:, None, None].expand(4, MASK_SIDE, MASK_SIDE))
+    assert one.masks(one.mask_features(stem_map()), boxes[:0], labels[:0]).shape == (0, MASK_SIDE, MASK_SIDE)
+
+
+def test_detection_and_mask_branch_have_tails_of_their_own():
+    one = segmenter()
+    one.masks(one.mask_features(stem_map()), target().boxes, target().labels).sum().backward()
+    assert one.mask_tail[0].weight.grad.any() and one.tail[0].weight.grad is None
+    assert one.head[0][0].weight.grad is None
+
+
+@pytest.mark.parametrize("which", ["masks", "boxes", "nothing", "weightless"])
+def test_losses(which):
+    one = segmenter()
+    given = {
+        "masks": target(), "boxes": target(masks=False), "nothing": Instances.empty((H, W), with_masks=True),
+        "weightless": target(weights=(0.0, 0.0)),
+    }[which]  # fmt: skip
+    losses = one.losses(stem_map(), IMAGE, given)
+    assert set(losses) == {"rpn_objectness", "rpn_box", "class", "box", "mask"}
+    assert all(torch.isfinite(value) and value >= 0 for value in losses.values())
+    sum(losses.values()).backward()
+    learns = which == "masks"
+    assert (float(losses["mask"]) > 0) == learns
+    assert bool(one.pyramid.mix.weight.grad.any()) == learns
+    if learns:
+        assert all(layer.weight.grad.any() for layer in (one.mask_head.logits, one.mask_head.up, one.mask_tail[0]))
+
+
+def test_module_four_is_trained_without_weights():
+    """Full supervision on the output of module 3: the weights may be anything."""
+    losses = []
+    for weights in ((0.1, 0.2), (1.0, 1.0)):
+        one = segmenter(weighted=False)
+        torch.manual_seed(4)
+        losses.append(one.losses(stem_map(), IMAGE, target(weights)))
+    for name in losses[0]:
+        torch.testing.assert_close(losses[0][name], losses[1][name])
+
+
+def test_the_mask_learns_an_object():
+    """A few steps on one image bring the mask of a box close to the box's filling."""
+    one = segmenter()
+    optimiser = torch.optim.Adam([*one.pyramid.parameters(), *one.mask_head.parameters()], 0.02)
+    masks = torch.zeros(1, H, W, dtype=torch.bool)
+    masks[0, 20:48, 20:34] = True
+    box, stem = torch.tensor([[20.0, 20, 48, 48]]), stem_map()
+    features = one.mask_tail(stem).detach()
+    for _ in range(60):
+        optimiser.zero_grad()
+        logits = one.mask_head(one.mask_pool(one.pyramid(features), box))[:, 1]
+        loss = mask_loss(logits, box, masks, torch.tensor([0]), torch.ones(1))
+        loss.backward()
+        optimiser.step()
+    found = one.masks(one.mask_features(stem), box, torch.tensor([1]))[0] > 0.5
+    expected = F.interpolate(masks[:, None, 20:48, 20:48].float(), (28, 28))[0, 0] > 0.5
+    assert (found == expected).float().mean() > 0.9

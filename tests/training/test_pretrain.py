@@ -1,0 +1,278 @@
+"""Cascaded pre-training on a few small generated scenes: the chain, its interruption, and what it may look at."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.fabric import Fabric
+from PIL import Image
+from torch import Tensor
+
+from labelpenet.config import Recipe, override, recipe
+from labelpenet.data.dataset import TaggedImages
+from labelpenet.data.images import read_image
+from labelpenet.data.scenes import write_scenes
+from labelpenet.data.voc import open_tagged
+from labelpenet.errors import InputError
+from labelpenet.models.backbones import build_backbone
+from labelpenet.models.cascade import MODULES, LabelPEnet
+from labelpenet.training.inferred import read_inferred
+from labelpenet.training.pretrain import Training, pretrain, run_facts, start_run
+
+N = 6
+
+
+def tiny_recipe(*changes: str) -> Recipe:
+    assignments = ["images.sides=64,80", "images.test_side=64", "images.longest=128", "proposals.limit=6"]
+    for number in range(1, 5):
+        assignments += [f"schedule{number}.{one}" for one in ("steps=2", "warmup=0", "batch_size=2")]
+    for part in ("detection", "segmentation"):
+        assignments += [f"{part}.anchor_sides=16,32,64", f"{part}.rois=8", f"{part}.rpn_proposals=4"]
+        assignments += [f"{part}.mask_width=8", f"{part}.mask_depth=1", f"{part}.cells=1"]
+    for number in range(1, 4):
+        assignments += [f"infer{number}.side=40", f"infer{number}.iterations=1", f"infer{number}.attended=4"]
+    return override(recipe("best"), [*assignments, *changes])
+
+
+def boxes_of(images: TaggedImages) -> dict[str, np.ndarray]:
+    """Some boxes an image that depend on its size and place in the list alone."""
+    found = {}
+    for number, image in enumerate(images.images):
+        rng = np.random.default_rng(number)
+        corner = rng.uniform(0, 40, (6, 2))
+        found[image.id] = np.concatenate([corner, corner + rng.uniform(20, 50, (6, 2))], 1).astype(np.float32)
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", train=N, val=0, size=(96, 96), seed=3)
+
+
+def train(year: Path, run: Path, *changes: str, until: int = 4, resume: bool = False, seed: int = 0) -> LabelPEnet:
+    images = open_tagged(year, "train")
+    torch.manual_seed(7)
+    network = LabelPEnet(build_backbone("mobilenet_v2", pretrained=False), images.classes, tiny_recipe(*changes))
+    fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
+    fabric.launch()
+    facts = run_facts(network, images, seed, "32-true")
+    start_run(run, facts, resume)
+    training = Training(network, images, boxes_of(images), run, seed, fabric, resume, 0.0, facts)
+    pretrain(training, until, say=lambda message: None)
+    return network
+
+
+@pytest.fixture(scope="module")
+def straight(scenes, tmp_path_factory) -> Path:
+    """A run from beginning to end without interruption."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    train(scenes, run)
+    return run
+
+
+def results(run: Path) -> dict[str, bytes]:
+    """What a run leaves: weights and instances of every module."""
+    return {str(path.relative_to(run)): path.read_bytes() for part in ("weights", "instances")
+            for path in sorted((run / part).iterdir())}  # fmt: skip
+
+
+def test_the_chain_trains_every_module_on_what_the_one_before_inferred(straight, scenes):
+    assert set(results(straight)) == {
+        *(f"weights/{part}.safetensors" for part in ("stem", *MODULES)),
+        *(f"instances/module{number}.json" for number in range(1, 5)),
+    }
+    images = open_tagged(scenes, "train")
+    for number in range(1, 5):
+        found = read_inferred(straight, f"module{number}", len(images.classes))
+        for image in images.images:
+            own = found[image.id].validate(len(images.classes))
+            assert own.image_size == read_image(image.path).shape[:2]
+            assert set(own.labels.tolist()) <= set(image.tags)
+            if number == 1:
+                assert own.labels.tolist() == list(image.tags)
+
+
+def test_the_trained_run_can_be_loaded_and_used(straight, scenes):
+    network = LabelPEnet.from_run(straight)
+    image = open_tagged(scenes, "train").images[0]
+    for module in (2, 4):
+        network.predict(image.path, module, torch.tensor([[0.0, 0, 50, 50]])).validate(len(network.classes))
+
+
+def test_training_moves_each_module_and_never_the_stem(straight, scenes):
+    torch.manual_seed(7)
+    images = open_tagged(scenes, "train")
+    start = LabelPEnet(build_backbone("mobilenet_v2", pretrained=False), images.classes, tiny_recipe())
+    trained = LabelPEnet.from_run(straight)
+
+    def moved(part: str) -> list[str]:
+        before, after = getattr(start, part).state_dict(), getattr(trained, part).state_dict()
+        return [name for name in before if not torch.equal(before[name], after[name])]
+
+    assert not moved("stem")
+    assert set(moved("classification")) == {f"{layer}.{kind}" for layer in ("classifier", "weigher")
+                                            for kind in ("weight", "bias")}  # fmt: skip
+    for part in MODULES[1:]:
+        names = moved(part)
+        assert any(name.startswith("head.") for name in names) and "classifier.weight" in names
+    assert any(name.startswith("mask_head.") for name in moved("segmentation"))
+
+
+class Interrupter:
+    """Ctrl-C at the n-th image that passes through the stem, wherever in the chain that may be."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.left = 10**9
+        real = LabelPEnet.stem_map
+
+        def stem_map(network: LabelPEnet, view: object) -> Tensor:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+            return real(network, view)
+
+        monkeypatch.setattr(LabelPEnet, "stem_map", stem_map)
+
+
+def test_a_run_that_is_interrupted_again_and_again_ends_as_if_it_had_not_been(straight, scenes, tmp_path, monkeypatch):
+    interrupter, run, interruptions = Interrupter(monkeypatch), tmp_path / "run", 0
+    while True:
+        # Too few for any phase to pass at once, so that each of them is torn somewhere.
+        interrupter.left = 4 + interruptions % 4
+        try:
+            train(scenes, run, resume=interruptions > 0)
+            break
+        except KeyboardInterrupt:
+            interruptions += 1
+            assert interruptions < 40, "no progress"
+    assert interruptions >= 5
+    assert results(run) == results(straight)
+
+
+def test_resuming_a_finished_run_changes_nothing(straight, scenes, monkeypatch):
+    before = results(straight)
+    Interrupter(monkeypatch).left = 0  # not an image is looked at again
+    train(scenes, straight, resume=True)
+    assert results(straight) == before
+
+
+def test_a_resumed_run_keeps_the_stem_that_it_began_with(scenes, tmp_path):
+    """Even if it is resumed with other weights by mistake."""
+    run = tmp_path / "run"
+    train(scenes, run, until=0)
+    stem = (run / "weights/stem.safetensors").read_bytes()
+    images = open_tagged(scenes, "train")
+    torch.manual_seed(1234)
+    other = LabelPEnet(build_backbone("mobilenet_v2", pretrained=False), images.classes, tiny_recipe())
+    fabric = Fabric(accelerator="cpu", devices=1)
+    pretrain(Training(other, images, boxes_of(images), run, 0, fabric, True), 0)
+    assert (run / "weights/stem.safetensors").read_bytes() == stem
+    expected = LabelPEnet(build_backbone("mobilenet_v2", pretrained=False), images.classes, tiny_recipe())
+    expected.load_part(run, "stem")
+    assert all(torch.equal(a, b) for a, b in zip(other.stem.parameters(), expected.stem.parameters(), strict=True))
+
+
+def garble(year: Path) -> None:
+    """Wrong boxes, wrong flags and wrong masks; the names of the objects stay."""
+    for number, path in enumerate(sorted((year / "Annotations").glob("*.xml"))):
+        text = re.sub(r"<(xmin|ymin|xmax|ymax)>\d+<", rf"<\g<1>>{number + 1}<", path.read_text())
+        path.write_text(text.replace("<difficult>0<", "<difficult>1<"))
+    for folder in ("SegmentationObject", "SegmentationClass"):
+        for path in (year / folder).glob("*.png"):
+            Image.fromarray(np.full((5, 5), 255, np.uint8)).save(path)
+
+
+def test_only_tags_supervise(straight, tmp_path):
+    """Bit for bit the same run on annotation of which nothing but the class names is right."""
+    year = write_scenes(tmp_path / "scenes", train=N, val=0, size=(96, 96), seed=3)
+    garble(year)
+    train(year, tmp_path / "run")
+    assert results(tmp_path / "run") == results(straight)
+
+
+def test_the_seed_matters(straight, scenes, tmp_path):
+    train(scenes, tmp_path / "run", until=1, seed=1)
+    key = "weights/classification.safetensors"
+    assert results(tmp_path / "run")[key] != results(straight)[key]
+
+
+@pytest.mark.parametrize("changes", [
+    ("classification.freeze_head=false",),
+    ("classification.contrast=true", "classification.form=wsddn", "classification.pool=max"),
+])  # fmt: skip
+def test_module_one_is_also_trained_through_its_head(scenes, tmp_path, changes):
+    train(scenes, tmp_path / "run", *changes, "schedule1.steps=1", until=1)
+    assert not (tmp_path / "run/cache").exists()
+    assert (tmp_path / "run/instances/module1.json").is_file()
+
+
+def test_a_damaged_image_costs_only_itself(tmp_path):
+    year = write_scenes(tmp_path / "scenes", train=N, val=0, size=(96, 96), seed=3)
+    images = open_tagged(year, "train")
+    damaged = images.images[2]
+    damaged.path.write_bytes(damaged.path.read_bytes()[:900])
+    train(year, tmp_path / "run", until=2)
+    for name in ("module1", "module2"):
+        found = read_inferred(tmp_path / "run", name, len(images.classes))
+        assert len(found) >= N - 1 and (damaged.id not in found or len(found[damaged.id]) == 0)
+        assert sum(len(found[image.id]) for image in images.images if image != damaged) > 0
+
+
+# -------------------------------------------------------------------------------------------------------- run folders
+
+
+FACTS = {"classes": ["a", "b"], "seed": 0, "recipe": {"images": {"sides": (480, 576)}}}
+
+
+def test_a_run_folder_is_made_and_taken_up_again(tmp_path):
+    run = tmp_path / "some" / "run"
+    start_run(run, FACTS, False)
+    assert json.loads((run / "run.json").read_text()) == json.loads(json.dumps(FACTS))
+    start_run(run, FACTS, True)
+    start_run(tmp_path / "other", FACTS, True)  # --resume where nothing was begun is a start
+    (tmp_path / "empty").mkdir()
+    start_run(tmp_path / "empty", FACTS, False)
+
+
+def test_a_run_folder_in_use_is_left_alone(tmp_path):
+    start_run(tmp_path / "run", FACTS, False)
+    before = (tmp_path / "run/run.json").read_bytes()
+    with pytest.raises(InputError, match="--resume"):
+        start_run(tmp_path / "run", FACTS, False)
+    with pytest.raises(InputError, match="another seed, recipe"):
+        start_run(tmp_path / "run", FACTS | {"seed": 1, "recipe": {}}, True)
+    assert (tmp_path / "run/run.json").read_bytes() == before
+    foreign = tmp_path / "photos"
+    foreign.mkdir()
+    (foreign / "cat.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match="choose another --out"):
+        start_run(foreign, FACTS, False)
+    assert [path.name for path in foreign.iterdir()] == ["cat.jpg"]
+
+
+@pytest.mark.parametrize("content", [b'{"classes": [', b"[1]", b"3", b"", b"\xff\xfe"])
+def test_a_damaged_run_file_is_named(tmp_path, content):
+    start_run(tmp_path, FACTS, False)
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"run\.json: damaged"):
+        start_run(tmp_path, FACTS, True)
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for run in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(InputError, match="choose another --out"):
+            start_run(run, FACTS, False)
