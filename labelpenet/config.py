@@ -174,10 +174,10 @@ class Recipe:
 def best() -> Recipe:
     """What measured best on real photographs (`docs/paper-notes.md`)."""
     crf: dict[str, Any] = {
-        "side": 250, "sxy_bilateral": 40.0, "srgb": 5.0, "compat_bilateral": 5.0, "background": 0.3, "part": 0.2,
+        "side": 250, "sxy_bilateral": 40.0, "srgb": 5.0, "compat_bilateral": 5.0, "part": 0.2,
     }  # fmt: skip
     detector = DetectorChoice(
-        anchor_sides=(64, 128, 256), rois=64, rpn_proposals=150, extra_proposals=True, pool="align", cells=3,
+        anchor_sides=(64, 128, 256), rois=64, rpn_proposals=200, extra_proposals=False, pool="align", cells=3,
         mask_width=128, mask_depth=2, attention="gradient",
     )  # fmt: skip
     schedule = Schedule(
@@ -191,11 +191,13 @@ def best() -> Recipe:
         classification=ClassificationChoice(pool="align", freeze_head=True, attention="gradient"),
         detection=detector,
         segmentation=detector,
-        infer1=InferenceChoice(combine="mean", members="class", per_class=1, attended=120, **crf),
-        infer2=InferenceChoice(combine="product", per_class=5, attended=80, duplicate=0.5, **crf),
-        infer3=InferenceChoice(per_class=5, duplicate=0.5, attended=80, **crf),
-        predict2=InferenceChoice(min_score=0.05, box="proposal", joint=False, attended=80, **crf),
-        predict4=InferenceChoice(min_score=0.05, box="proposal", joint=False, attended=80, **crf),
+        infer1=InferenceChoice(combine="mean", members="class", per_class=1, attended=120, background=0.3, **crf),
+        infer2=InferenceChoice(combine="mean", per_class=5, attended=80, background=0.4, duplicate=0.5, **crf),
+        infer3=InferenceChoice(per_class=5, duplicate=0.5, attended=100, background=0.5, **crf),
+        predict2=InferenceChoice(
+            combine="mean", min_score=0.05, box="proposal", joint=False, attended=80, background=0.4, **crf
+        ),
+        predict4=InferenceChoice(min_score=0.05, box="proposal", joint=False, attended=100, background=0.5, **crf),
         schedule1=Schedule(steps=1200, lr=1e-3, kind="adam", weight_decay=0.0, batch_size=8),
         schedule2=schedule,
         schedule3=schedule,
@@ -218,7 +220,7 @@ def recipe(name: str) -> Recipe:
 def demo() -> Recipe:
     """A tiny schedule for generated scenes of about 160 pixels and the backbone `tiny`: minutes on two cores."""
     crf: dict[str, Any] = {
-        "sxy_bilateral": 30.0, "srgb": 8.0, "compat_bilateral": 5.0, "iterations": 5, "background": 0.3, "part": 0.3,
+        "sxy_bilateral": 30.0, "srgb": 8.0, "compat_bilateral": 5.0, "iterations": 5, "background": 0.4, "part": 1.0,
         "attended": 40, "duplicate": 0.5,
     }  # fmt: skip
     detector = DetectorChoice(

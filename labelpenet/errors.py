@@ -8,3 +8,16 @@ class InputError(ValueError):
 
     The command line prints the message alone, without a traceback, and exits with status 2.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(str(message)))
+
+
+def one_line(text: str) -> str:
+    """The text with line breaks, terminal codes and other unprintable characters written as escapes.
+
+    Names that stand in a user's files reach messages; a file must not be able to draw on the user's terminal.
+    """
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)

@@ -129,6 +129,9 @@ def choose_classes(classes: Sequence[str] | None, known: Iterable[str], source: 
         InputError: a class that ``source`` does not know (the known ones are listed), one named twice, or none.
     """
     names = sorted(set(known))
+    for name in names:
+        if not name.isprintable():  # it would break every table, file and terminal that it reaches
+            raise InputError(f"{source}: the class name {name!r} holds unprintable characters; rename it")
     if classes is None:
         if not names:
             raise InputError(f"{source}: no image has a tag; nothing can be learnt from it")
@@ -158,6 +161,8 @@ def tag_images(
     Raises:
         InputError: no image can be used.
     """
+    problems = [*problems, *(f"{source}: unprintable image id {one.id!r}" for one in found if not one.id.isprintable())]
+    found = [one for one in found if one.id.isprintable()]
     if not found:
         reason = f" ({problems[0]})" if problems else ""
         raise InputError(f"{source}: no image can be used{reason}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from defusedxml import ElementTree
 
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, one_line
 
 TEXT_LIMIT = 64 * 2**20  # bytes of a list, a tags file: ten million lines
 XML_LIMIT = 8 * 2**20  # bytes of one annotation: VOC's largest has 30 kB
@@ -111,12 +111,12 @@ def brief(problems: Sequence[str], what: str) -> list[str]:
     """The problems as notes: the first twenty, and a last line that counts all of them as ``what``."""
     if not problems:
         return []
-    notes = list(problems[:NOTES_OF_A_KIND])
+    notes = [one_line(problem) for problem in problems[:NOTES_OF_A_KIND]]
     more = len(problems) - len(notes)
     return [*notes, f"{len(problems)} {what}" + (f" (the first {len(notes)} are named above)" if more else "")]
 
 
 def listing(names: Iterable[str], limit: int = 30) -> str:
     """Names for an error message: comma-separated, in order, at most ``limit`` of them."""
-    names = list(names)
+    names = [one_line(name) for name in names]
     return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "") or "none"

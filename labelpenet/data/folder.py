@@ -103,8 +103,8 @@ def tag_names(
 
 
 def tag_set(values: Iterable[Any]) -> frozenset[str]:
-    """Tags without the space around them; empty ones are left out."""
-    return frozenset(str(value).strip() for value in values) - {""}
+    """Tags without the space around them, and with one blank for any space within; empty ones are left out."""
+    return frozenset(" ".join(str(value).split()) for value in values) - {""}
 
 
 def _restrict(

@@ -91,7 +91,8 @@ def _choices(task: dict[str, Any]) -> frozenset[str] | None:
     """The choices of a task, or None where nobody has annotated it."""
     if "annotations" in task or "data" in task:
         rows = task.get("annotations")
-        done = [row for row in rows if isinstance(row, dict) and not row.get("was_cancelled")] if rows else []
+        rows = rows if isinstance(rows, list) else []
+        done = [row for row in rows if isinstance(row, dict) and not row.get("was_cancelled")]
         if not done:
             return None
         return frozenset().union(*(tag_set(_results(row.get("result"))) for row in done))

@@ -283,7 +283,7 @@ def _image(year: Path, name: str) -> Path:
 
 
 def _name(one: object, path: Path) -> str:
-    name = (one.findtext("name") or "").strip()  # type: ignore[attr-defined]
+    name = " ".join((one.findtext("name") or "").split())  # type: ignore[attr-defined]
     if not name:
         raise InputError(f"{path}: an object without a name; name it or remove it")
     return name

@@ -134,7 +134,7 @@ def test_module_two_keeps_several_of_a_class():
     choice = replace(PLAIN, per_class=5, min_score=0.5)
     found, _ = calibrate(image, boxes, scores, (0,), full, choice)
     assert found.weights.tolist() == pytest.approx([0.9, 0.8])  # the third is too weak
-    assert all(iou(own, mask) > 0.8 for own, mask in zip(found.masks, masks, strict=False))
+    assert all(iou(own, mask) > 0.7 for own, mask in zip(found.masks, masks, strict=False))
     for more, count in ((replace(choice, min_score=0.2), 3), (replace(choice, per_class=1), 1)):
         assert len(calibrate(image, boxes, scores, (0,), full, more)[0]) == count
     several, _ = calibrate(image, boxes, scores, (0,), full, replace(choice, joint=False))

@@ -188,3 +188,16 @@ def test_label_studio_addresses_stay_inside(tmp_path: Path) -> None:
     )
     with pytest.raises(InputError, match="is not in"):
         open_tagged(path)
+
+
+def test_names_cannot_break_the_line_or_draw_on_the_terminal(tmp_path: Path) -> None:
+    pets(tmp_path)
+    names = {"one.jpg": ["cat"], "go\nne.jpg": ["cat"], "\x1b[2Jgone.jpg": ["cat"], "\ud800.jpg": ["cat"]}
+    (tmp_path / "tags.json").write_text(json.dumps(names))
+    notes = open_tagged(tmp_path).notes
+    assert "3 of 4 images are skipped" in notes
+    assert all(note.isprintable() for note in notes)
+    (tmp_path / "tags.json").write_text(json.dumps({"one.jpg": ["c\x1b[2Jat"]}))
+    with pytest.raises(InputError, match="unprintable characters; rename it") as caught:
+        open_tagged(tmp_path)
+    assert str(caught.value).isprintable()

@@ -98,8 +98,8 @@ ODD_VALUES = st.one_of(
     st.text(max_size=12),
     st.sampled_from(["../x.jpg", "/etc/passwd", "\0", "..", ".", "", "x" * 5000, "\ud800", "C:\\x.jpg"]),
     st.lists(st.one_of(st.floats(), st.integers(-5, 40)), max_size=8),
-    st.just({}),
-    st.just([[]]),
+    st.builds(dict),
+    st.builds(lambda: [[]]),
 )
 
 
@@ -154,7 +154,7 @@ def refused(function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
     except InputError as error:
         assert str(error)
-        assert "\n" not in str(error)
+        assert str(error).isprintable()
         return None
 
 
@@ -163,7 +163,8 @@ def read_whole(data: Path, split: str | None) -> None:
     tagged: TaggedImages | None = refused(open_tagged, data, split)
     if tagged is not None:
         assert tagged.images
-        assert all("\n" not in note for note in tagged.notes)
+        assert all(note.isprintable() for note in tagged.notes)
+        assert all(name.isprintable() for name in (*tagged.classes, *(image.id for image in tagged.images)))
         root = (data if data.is_dir() else data.parent).resolve()
         for image in tagged.images:
             assert image.path.resolve().is_relative_to(root)

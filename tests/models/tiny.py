@@ -1,13 +1,24 @@
-"""A backbone of a few channels, for tests of what is built on top of one."""
+"""Backbones without pretrained weights, for tests of what is built on top of one."""
 
 from __future__ import annotations
 
 import torch
+import torchvision
 from torch import nn
 
-from labelpenet.models.backbones import Backbone, Part
+from labelpenet.models.backbones import Backbone, MobileNetV2, Part
 
 CHANNELS, FEATURES, POOL = 6, 10, 4
+
+
+def lively_mobilenet(seed: int) -> MobileNetV2:
+    """MobileNetV2 with random weights that keep the signal's size; with torchvision's it all but vanishes."""
+    torch.manual_seed(seed)
+    network = torchvision.models.mobilenet_v2(weights=None)
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=(2 / layer.weight[0].numel()) ** 0.5)
+    return MobileNetV2(network)
 
 
 class TinyBackbone(Backbone):

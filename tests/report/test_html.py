@@ -1,0 +1,385 @@
+"""The report of a run folder: what it shows, what it names as missing, and that it needs nothing but itself."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from labelpenet import config
+from labelpenet.calibration import Trace
+from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, Truth
+from labelpenet.errors import InputError
+from labelpenet.evaluation import Table, evaluate
+from labelpenet.export import write_predictions
+from labelpenet.instances import Instances
+from labelpenet.report import html, write_report
+from labelpenet.report.html import class_table, flatten, module_table, result_table
+from labelpenet.report.plots import curves, loss_plot, smoothed
+from labelpenet.report.strips import choose_images, mean_best_overlap, worst_images
+from labelpenet.training.inferred import infer_all
+
+CLASSES = ("cat", "<dog> & 'co\"")
+VOID = {"meta", "img", "br", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Parses strictly: every element is closed in order. Keeps references, pictures, text and ids."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+        for name, value in attributes:
+            if name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster"):
+                self.references.append(value or "")
+            if name == "id" and value:
+                self.ids.append(value)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] != "style":
+            self.text += data + "\n"
+
+
+def square(x1: int, y1: int, x2: int, y2: int, label: int, weight: float, size: tuple[int, int]) -> Instances:
+    mask = torch.zeros(1, *size, dtype=torch.bool)
+    mask[0, y1:y2, x1:x2] = True
+    box = torch.tensor([[x1, y1, x2, y2]], dtype=torch.float)
+    return Instances(box, torch.tensor([label]), torch.tensor([weight]), size, mask)
+
+
+def photographs(folder: Path, count: int) -> AnnotatedImages:
+    """Photographs of 48 x 64 pixels, each with one true square of its class."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    images = []
+    for index in range(count):
+        path = folder / f"{index} <b>&.png"
+        Image.fromarray(generator.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(path)
+        images.append(TaggedImage(f"{index} <b>&", path, (index % 2,)))
+
+    def read(name: str) -> Truth:
+        label = int(name.split()[0]) % 2
+        none = torch.zeros(1, dtype=torch.bool)
+        return Truth(square(10, 10, 40, 40, label, 1.0, (48, 64)), none, none)
+
+    return AnnotatedImages(TaggedImages(CLASSES, tuple(images)), read, (1, 2))
+
+
+def found_in(image: TaggedImage, number: int = 1) -> Instances:
+    """The later the image, the worse; the later the module, the better."""
+    index = int(image.id.split()[0])
+    return square(10, 10, max(12, 36 - 6 * index + 2 * number), 40, image.tags[0], 0.25 * number, (48, 64))
+
+
+class Network:
+    """Stands for a trained cascade: answers like one, at once."""
+
+    recipe = config.recipe("best")
+
+    def __init__(self) -> None:
+        self.predicted: list[int] = []
+
+    def proposals(self, image: np.ndarray) -> Tensor:
+        return torch.tensor([[0.0, 0, image.shape[1], image.shape[0]], [5, 5, 30, 30]])
+
+    def infer_classification(
+        self, image: np.ndarray, proposals: Tensor, tags: tuple[int, ...] | None
+    ) -> tuple[Instances, Trace, Tensor]:
+        labels = (0, 1) if tags is None else tags
+        size = (image.shape[0], image.shape[1])
+        found = Instances.cat([square(8, 8, 32, 32, label, 0.9 - 0.1 * label, size) for label in labels])
+        maps = torch.rand(len(labels), 24, 32, generator=torch.Generator().manual_seed(0))
+        return found, Trace(maps, maps, maps, maps), torch.tensor([0.9, 0.8])
+
+    def predict(self, image: np.ndarray, module: int, proposals: Tensor) -> Instances:
+        self.predicted.append(module)
+        return square(12, 12, 40, 40, 0, 0.8, (image.shape[0], image.shape[1]))
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> Network:
+    one = Network()
+    monkeypatch.setattr(html.LabelPEnet, "from_run", lambda run, device: one)
+    return one
+
+
+def make_run(run: Path, trained: int = 0, data: AnnotatedImages | None = None, results: Any = None) -> Path:
+    """A run folder with ``trained`` modules, their labels and losses."""
+    (run / "weights").mkdir(parents=True)
+    facts = {
+        "classes": list(CLASSES), "backbone": "mobilenet_v2", "normalisation": {"mean": [0, 0, 0], "std": [1, 1, 1]},
+        "seed": 7, "precision": "32-true", "images": 4, "recipe": config.to_dict(config.recipe("best")),
+        "source": {"data": "<i>folder</i>", "split": "train"},
+    }  # fmt: skip
+    (run / "run.json").write_text(json.dumps(facts))
+    (run / "environment.json").write_text(json.dumps({"versions": {"torch": "2.9.9"}, "command": "train --a <b>"}))
+    rows = []
+    for number, name in enumerate(("classification", "detection", "refinement", "segmentation")[:trained], 1):
+        (run / "weights" / f"{name}.safetensors").write_bytes(b"")
+        rows += [
+            {"stage": name, "step": step, "loss/total": 2 / step, "loss/a<b": 1 / step, "loss/c": 1 / step}
+            for step in (10, 20, 30)
+        ]
+        if data is not None:
+            infer_all(run, f"module{number}", data.tagged, lambda image, number=number: found_in(image, number))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"torn')
+    if results is not None:
+        (run / "results.json").write_text(json.dumps(results))
+    return run
+
+
+def part(box: float, mask: float) -> dict[str, Any]:
+    classes = dict.fromkeys(CLASSES, box)
+    return {
+        "box": {"mAP": box, "per_class": classes, "CorLoc": box / 2, "CorLoc_per_class": classes},
+        "mask": {
+            "mAP@0.25": mask, "mAP@0.5": mask / 2, "mAP@0.75": mask / 4, "ABO": mask / 3, "per_class": classes,
+            "per_class@0.25": classes, "per_class@0.75": classes, "ABO_per_class": classes,
+        },
+    }  # fmt: skip
+
+
+def measured(**more: Any) -> dict[str, Any]:
+    modules = {str(number): part(0.1 * number, 0.12 * number) for number in (1, 2, 3, 4)}
+    return {"split": "val", "protocol": "voc12", "train": modules, "val": modules, **more}
+
+
+def test_a_finished_run_has_its_numbers_pictures_curves_and_set_up(tmp_path: Path, network: Network) -> None:
+    data, held_out = photographs(tmp_path / "train", 4), photographs(tmp_path / "val", 4)
+    results = measured(classification_mAP=0.876, minutes={"module 1": 12.25, "module 2": 30.5})
+    run = make_run(tmp_path / "my <run>", 4, data, results)
+    path = write_report(run, None, data, held_out, images=2)
+    assert path == run / "report.html"
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert "my <run>" in page.text and "<run>" not in text and "<b>" not in re.sub(r"<b>[^<]*</b>", "", text)
+    assert not any(one in text for one in ("<dog>", "<i>folder", "NaN", "Undefined"))
+    assert "<i>folder</i>" in page.text and "--a <b>" in page.text and "2.9.9" in page.text
+    for number in ("87.6", "40.0", "48.0", "24.0", "12.0", "16.0", "20.0", "42.8", "12.2", "adamw"):
+        assert number in page.text, number
+    assert page.tags.count("svg") == 4
+    for stage in ("classification", "detection", "refinement", "segmentation"):
+        assert f"loss curves of {stage}" in text
+    assert len(page.ids) == len(set(page.ids))
+    # of each split 2 strips: photograph, proposals, maps and masks of the instances, modules 1 to 4, true objects
+    assert page.tags.count("img") == 2 * (2 + 5 + 5) + 2 * (2 + 10 + 5) + 2 * 3
+    assert page.text.count("true objects, never used in training") == 2 + 2 + 2
+    assert sorted(set(network.predicted)) == [1, 2, 3, 4]
+    assert "Not in this report" not in page.text
+
+
+def test_nothing_outside_the_file_is_referred_to(tmp_path: Path, network: Network) -> None:
+    data = photographs(tmp_path / "train", 3)
+    text = write_report(make_run(tmp_path / "run", 2, data), tmp_path / "out" / "page.html", data).read_text("utf-8")
+    page = Page(text)
+    assert page.references
+    for reference in page.references:
+        assert reference.startswith(("data:image/jpeg;base64,", "#")), reference[:60]
+        if reference.startswith("#"):
+            assert reference[1:] in page.ids
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert not re.search(r"https?:|@import|//cdn", text)
+    assert all(one.startswith("url(#") for one in re.findall(r"url\([^)]*", text))
+    assert (tmp_path / "out" / "page.html").is_file() and not (tmp_path / "run" / "report.html").exists()
+
+
+def test_an_empty_run_says_what_is_missing(tmp_path: Path) -> None:
+    page = Page(write_report(make_run(tmp_path / "run")).read_text("utf-8"))
+    for number, name in enumerate(("classification", "detection", "refinement", "segmentation"), 1):
+        assert f"module {number} ({name}) is not trained yet" in page.text
+    assert "results.json is not there" in page.text and "the data was not given" in page.text
+    assert "img" not in page.tags and "svg" not in page.tags
+
+
+def test_an_unfinished_run_shows_what_it_has(tmp_path: Path, network: Network) -> None:
+    data = photographs(tmp_path / "train", 4)
+    run = make_run(tmp_path / "run", 2, data)
+    (run / "instances" / "module2.json").unlink()
+    (run / "environment.json").unlink()
+    page = Page(write_report(run, None, data.tagged, data.tagged, images=1).read_text("utf-8"))
+    assert "module 2 (detection) is trained but has not labelled" in page.text
+    assert "module 3 (refinement) is not trained" in page.text and "module 1 (" not in page.text
+    assert "environment.json is not there" in page.text
+    assert page.text.count("no annotation was given") == 2 and "true objects, never" not in page.text
+    assert network.predicted == [1, 2]  # held out; of the training image what module 1 passed on is known
+
+
+def test_damaged_parts_are_named_and_cost_only_themselves(tmp_path: Path, network: Network) -> None:
+    data = photographs(tmp_path / "train", 4)
+    run = make_run(tmp_path / "run", 1, data)
+    (run / "results.json").write_text("{")
+    (run / "instances" / "module1.json").write_text("[]")
+    data.tagged.images[0].path.write_bytes(b"no image")
+    page = Page(write_report(run, None, data, images=2).read_text("utf-8"))
+    assert "results.json: not valid JSON" in page.text and "module1.json: damaged" in page.text
+    assert "0 <b>&.png" in page.text and "1 <b>&" in page.text
+    assert page.tags.count("img") == 2 + 5 + 2
+
+
+def test_the_worst_images_are_those_with_the_least_overlap(tmp_path: Path, network: Network) -> None:
+    data, held_out = photographs(tmp_path / "train", 4), photographs(tmp_path / "val", 5)
+    run = make_run(tmp_path / "run", 1, data, {"split": "val"})
+    page = Page(write_report(run, None, data, held_out, images=2).read_text("utf-8"))
+    assert "The training images in which module 1 does worst" in page.text
+    images = held_out.tagged.images
+    found = {image.id: found_in(image) for image in images}
+    (run / "predictions").mkdir()
+    write_predictions(run / "predictions" / "val-module1.json", found, images, CLASSES)
+    page = Page(write_report(run, None, data, held_out, images=2).read_text("utf-8"))
+    assert "The held-out images in which module 1 does worst" in page.text
+    worst = page.text[page.text.index("does worst") :]
+    assert worst.index("4 <b>&") < worst.index("3 <b>&") and "2 <b>&" not in worst
+    ranked = worst_images(images, found, held_out.read, 5)
+    values = [value for _, value in ranked]
+    assert values == sorted(values) and [image.id[0] for image, _ in ranked] == ["4", "3", "2", "1", "0"]
+
+
+def test_other_classes_than_the_runs_are_refused(tmp_path: Path) -> None:
+    data = photographs(tmp_path / "train", 2)
+    other = TaggedImages(("horse", "cat"), data.tagged.images)
+    page = Page(write_report(make_run(tmp_path / "run"), None, other).read_text("utf-8"))
+    assert "their classes are not those of the run" in page.text and "img" not in page.tags
+
+
+def test_a_folder_that_is_no_run_is_refused_and_nothing_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"run\.json"):
+        write_report(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_table_has_a_row_for_each_module_and_marks_the_best() -> None:
+    table = module_table({"train": {"1": part(0.2, 0.3)}, "val": {"1": part(0.2, 0.3), "2": part(0.5, 0.1)}})
+    assert table is not None
+    assert [name[0] for name, _ in table.rows] == ["1", "2", "3", "4"]
+    cells = {name[0]: dict(zip(table.headings, row, strict=True)) for name, row in table.rows}
+    assert cells["1"]["train CorLoc"] == ("10.0", True) and cells["2"]["train CorLoc"] == ("–", False)
+    assert cells["1"]["box mAP"] == ("20.0", False) and cells["2"]["box mAP"] == ("50.0", True)
+    assert cells["1"]["mask mAP .25"] == ("30.0", True) and cells["4"]["ABO"] == ("–", False)
+    assert all(table.meanings)
+    before = module_table({"val": {"1": part(0.2, 0.3)}, "uncalibrated": {"val": part(0.15, 0.1)}})
+    assert before is not None and before.rows[0][0].endswith("before calibration")
+    assert before.rows[0][1][1][0] == "15.0"
+
+
+@pytest.mark.parametrize("results", [{}, {"train": {}, "val": {}}, {"val": None}, {"val": []}])
+def test_no_results_give_no_table(results: dict[str, Any]) -> None:
+    assert module_table(results) is None and class_table(results) is None
+
+
+def test_a_table_without_rows_or_with_one_has_no_best() -> None:
+    assert result_table(Table("empty", ("a", "b"), ())).rows == ()
+    assert result_table(Table("one", ("a",), (("x", (1.0,)),))).rows == (("x", (("1.0", False),)),)
+
+
+def test_what_evaluate_returns_can_be_shown(tmp_path: Path) -> None:
+    data = photographs(tmp_path / "train", 4)
+    result = evaluate({image.id: found_in(image) for image in data.tagged.images}, data.truths(), CLASSES)
+    results = {"train": {"1": result}, "val": {"1": result}}
+    table, by_class = module_table(results), class_table(results)
+    assert table is not None and by_class is not None
+    shown = dict(zip(table.headings, (cell for cell, _ in table.rows[0][1]), strict=True))
+    assert shown["ABO"] == f"{100 * result['mask']['ABO']:.1f}"
+    assert [name for name, _ in by_class.rows] == [*CLASSES, "mean"]
+
+
+def test_mean_best_overlap_is_the_mean_over_objects_of_masks_or_of_boxes() -> None:
+    size, none = (20, 40), torch.zeros(2, dtype=torch.bool)
+    objects = Instances.cat([square(0, 0, 10, 10, 0, 1, size), square(20, 0, 30, 10, 1, 1, size)])
+    found = Instances.cat([square(0, 0, 10, 5, 0, 0.1, size), square(0, 0, 10, 9, 1, 0.9, size)])
+    assert mean_best_overlap(found, Truth(objects, none, none)) == pytest.approx((0.5 + 0) / 2)
+    boxes = Instances(objects.boxes, objects.labels, objects.weights, size)
+    assert mean_best_overlap(found, Truth(boxes, none, none)) == pytest.approx((0.5 + 0) / 2)
+    crowd = torch.tensor([False, True])
+    assert mean_best_overlap(found, Truth(objects, none, crowd)) == pytest.approx(0.5)
+    assert mean_best_overlap(Instances.empty(size), Truth(objects, none, none)) == 0
+    assert mean_best_overlap(found, Truth(objects, none, ~none)) is None
+
+
+def test_chosen_images_go_round_the_classes_in_the_order_of_the_data_set() -> None:
+    tags = [(0,), (0,), (0, 1), (), (1,), (2,)]
+    images = TaggedImages(("a", "b", "c"), tuple(TaggedImage(str(i), Path("x"), t) for i, t in enumerate(tags)))
+    assert [image.id for image in choose_images(images, 3)] == ["0", "2", "5"]
+    assert [image.id for image in choose_images(images, 4)] == ["0", "1", "2", "5"]
+    assert [image.id for image in choose_images(images, 99)] == ["0", "1", "2", "4", "5"]
+    assert choose_images(images, 0) == []
+
+
+def test_curves_are_sorted_by_stage_and_step_and_pass_over_what_is_no_loss() -> None:
+    rows = [
+        {"stage": "b", "step": 2, "loss/total": 3.0, "loss/x": 1.0, "loss/y": 2.0, "images_per_s": 4.0},
+        {"stage": "b", "step": 1, "loss/total": None, "loss/x": 1.0, "loss/y": None},
+        {"stage": "a", "step": 1, "loss/x": 5.0},
+        {"stage": "a", "step": 2, "lr": 0.1},
+        {"step": 3, "loss/total": 1.0},
+        {"stage": "c"},
+    ]
+    b, a = curves(rows)
+    assert (b.stage, a.stage) == ("b", "a")
+    assert b.steps.tolist() == [1, 2] and np.isnan(b.total[0]) and b.total[1] == 3
+    assert set(b.terms) == {"x", "y"} and b.images_per_s == 4 and b.last == 3
+    assert a.total.tolist() == [5.0] and a.terms == {}
+
+
+def slow_running_mean(values: list[float], window: int) -> list[float]:
+    means = []
+    for index in range(len(values)):
+        known = [one for one in values[max(0, index - window + 1) : index + 1] if one == one]
+        means.append(sum(known) / len(known) if known else float("nan"))
+    return means
+
+
+def test_smoothing_is_a_running_mean_over_what_is_known() -> None:
+    values = [float("nan"), 1, 5, float("nan"), 2, 8, 3]
+    for window in (1, 2, 3, 20):
+        np.testing.assert_allclose(smoothed(np.array(values), window), slow_running_mean(values, window))
+
+
+@pytest.mark.parametrize("losses", [[1.0], [float("nan"), float("nan")], [3.0, 2.0, float("nan"), -1.0]])
+def test_a_plot_is_one_svg_in_the_colour_of_the_page(losses: list[float]) -> None:
+    rows = [{"stage": "a$<b>$", "step": step, "loss/total": value} for step, value in enumerate(losses, 1)]
+    svg = loss_plot(curves(rows)[0])
+    page = Page(svg)
+    assert svg.startswith("<svg viewBox=") and "currentColor" in svg and "http" not in svg and page.tags[0] == "svg"
+
+
+def test_flattening_keeps_order_and_names() -> None:
+    content = {"a": 1, "b": {"c": None, "d": [1, (2, 3)]}, "e": True, "f": []}
+    assert flatten(content) == [("a", "1"), ("b.c", "none"), ("b.d", "1, [2, 3]"), ("e", "yes"), ("f", "")]
+
+
+def test_the_training_strips_never_ask_for_more_than_the_tags(tmp_path: Path, network: Network) -> None:
+    data = photographs(tmp_path / "train", 4)
+    asked: list[Any] = []
+    infer: Callable[..., Any] = network.infer_classification
+    network.infer_classification = lambda image, proposals, tags: asked.append(tags) or infer(image, proposals, tags)  # type: ignore[method-assign,func-returns-value]
+    write_report(make_run(tmp_path / "run", 1, data), None, data, data, images=2)
+    assert asked == [(0,), (1,), None, None]
