@@ -181,8 +181,8 @@ def best() -> Recipe:
         mask_width=128, mask_depth=2, attention="gradient",
     )  # fmt: skip
     schedule = Schedule(
-        steps=1600, lr=2e-4, kind="adamw", weight_decay=1e-2, batch_size=2, warmup=50, clip=10.0,
-        decay=((0.7, 0.3), (0.9, 0.1)),
+        steps=1200, lr=2e-4, kind="adamw", weight_decay=1e-2, batch_size=2, warmup=50, clip=10.0,
+        decay=((0.6, 0.3), (0.85, 0.1)),
     )  # fmt: skip
     return Recipe(
         name="best",
@@ -200,8 +200,8 @@ def best() -> Recipe:
         predict4=InferenceChoice(min_score=0.05, box="proposal", joint=False, attended=100, background=0.5, **crf),
         schedule1=Schedule(steps=1200, lr=1e-3, kind="adam", weight_decay=0.0, batch_size=8),
         schedule2=schedule,
-        schedule3=schedule,
-        schedule4=schedule,
+        schedule3=replace(schedule, steps=800),
+        schedule4=replace(schedule, steps=800),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from labelpenet.report import html, write_report
 from labelpenet.report.html import class_table, flatten, module_table, result_table
 from labelpenet.report.plots import curves, loss_plot, smoothed
 from labelpenet.report.strips import choose_images, mean_best_overlap, worst_images
-from labelpenet.training.inferred import infer_all
+from labelpenet.training.inferred import path_of
 
 CLASSES = ("cat", "<dog> & 'co\"")
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -150,11 +150,23 @@ def make_run(run: Path, trained: int = 0, data: AnnotatedImages | None = None, r
             for step in (10, 20, 30)
         ]
         if data is not None:
-            infer_all(run, f"module{number}", data.tagged, lambda image, number=number: found_in(image, number))
+            label(run, number, data.tagged.images)
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"torn')
     if results is not None:
         (run / "results.json").write_text(json.dumps(results))
     return run
+
+
+def label(run: Path, number: int, images: Sequence[TaggedImage]) -> None:
+    """Writes what module ``number`` passed on for the training images."""
+    path = path_of(run, f"module{number}")
+    path.parent.mkdir(exist_ok=True)
+    content = {
+        "images": [{"id": image.id, "file_name": image.path.name, "height": 48, "width": 64} for image in images],
+        "categories": [{"id": index, "name": name} for index, name in enumerate(CLASSES, 1)],
+        "annotations": [row for image in images for row in found_in(image, number).to_coco(image.id, [1, 2])],
+    }
+    path.write_text(json.dumps(content))
 
 
 def part(box: float, mask: float) -> dict[str, Any]:
@@ -334,7 +346,7 @@ def test_chosen_images_go_round_the_classes_in_the_order_of_the_data_set() -> No
 
 
 def test_curves_are_sorted_by_stage_and_step_and_pass_over_what_is_no_loss() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"stage": "b", "step": 2, "loss/total": 3.0, "loss/x": 1.0, "loss/y": 2.0, "images_per_s": 4.0},
         {"stage": "b", "step": 1, "loss/total": None, "loss/x": 1.0, "loss/y": None},
         {"stage": "a", "step": 1, "loss/x": 5.0},
