@@ -5,6 +5,7 @@ Exit status: 0 done; 2 the input cannot be used (one line on standard error says
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -278,6 +279,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(1)
+    except OSError as error:
+        remedy = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
+        print(f"labelpenet: {error.filename or 'a file'}: {error.strerror or error}; {remedy}", file=sys.stderr)
+        sys.exit(2)
 
 
 def train(one: Train) -> None:

@@ -27,6 +27,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -66,6 +67,9 @@ class Backbone:
     std: tuple[float, float, float]
     stem: Part
     pool_size: int
+
+    def __init__(self, network: Any) -> None:
+        self._network = network
 
     def region_tail(self) -> Part:
         """From the stem to the map that modules 1 and 2 pool RoIs from; ``stride`` is relative to the image."""

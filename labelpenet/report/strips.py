@@ -98,7 +98,8 @@ def choose_images(images: TaggedImages, count: int) -> list[TaggedImage]:
             while queue and queue[0].id in chosen:
                 queue.pop(0)
             if queue and len(chosen) < count:
-                chosen[queue[0].id] = queue.pop(0)
+                image = queue.pop(0)
+                chosen[image.id] = image
     return [image for image in images.images if image.id in chosen]
 
 

@@ -47,7 +47,8 @@ def build_fabric(device: str = "auto", devices: int = 1, nodes: int = 1, precisi
 def _multiplies_bfloat16(device: str) -> bool:
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch that we run on
+    # newer than the oldest torch that we run on
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 

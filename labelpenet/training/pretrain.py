@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -383,7 +384,9 @@ def start_run(run: Path, facts: dict[str, Any], resume: bool) -> None:
             saved = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise InputError(f"{path}: damaged ({error}); train again into a new folder") from error
-        differing = [key for key in facts if json.dumps(saved.get(key)) != json.dumps(facts[key])]
+        # where the images were read from may be spelt differently; which images they are may not differ
+        compared = [key for key in facts if key != "source"]
+        differing = [key for key in compared if json.dumps(saved.get(key)) != json.dumps(facts[key])]
         if differing:
             raise InputError(
                 f"{run}: was started with another {', '.join(differing)}; resume with the same settings or choose "
@@ -408,5 +411,14 @@ def run_facts(network: LabelPEnet, images: TaggedImages, seed: int, precision: s
         "seed": seed,
         "precision": precision,
         "images": len(images.images),
+        "tags": _digest(f"{image.id}\0{image.tags}".encode() for image in images.images),
+        "weights": _digest(value.detach().cpu().numpy().tobytes() for value in network.stem.state_dict().values()),
         "recipe": config.to_dict(network.recipe),
     }
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part + b"\n")
+    return digest.hexdigest()
