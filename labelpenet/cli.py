@@ -48,7 +48,7 @@ class Train:
     weights: Path | None = None
     """ImageNet weights of the backbone (.safetensors or .pth); without it torchvision downloads its own."""
     split: str | None = None
-    """VOC: train, val, trainval or a file of image names. Default: train."""
+    """VOC: train, val, trainval or a file of image names. Default: train where there is one, else all."""
     classes: Comma = None
     """Only these classes, in this order."""
     until: Literal[1, 2, 3, 4] = 4
@@ -288,10 +288,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train(one: Train) -> None:
     """``labelpenet train``."""
     from labelpenet import config
-    from labelpenet.data import open_tagged
+    from labelpenet.data import open_tagged, training_split
 
     recipe = config.override(config.shorten(config.recipe(one.recipe), one.shorten), one.set)
-    images = open_tagged(one.data, one.split, _names(one.classes))
+    split = one.split or training_split(one.data)
+    images = open_tagged(one.data, split, _names(one.classes))
     for note in images.notes:
         print(f"note: {note}", file=sys.stderr)
     from labelpenet.training.run import train_run
@@ -311,7 +312,7 @@ def train(one: Train) -> None:
         precision=one.precision,
         cache=one.cache,
         checkpoint_minutes=one.checkpoint_minutes,
-        source={"data": str(one.data), "split": one.split},
+        source={"data": str(one.data), "split": split},
     )
     print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
 

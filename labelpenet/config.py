@@ -193,11 +193,11 @@ def best() -> Recipe:
         segmentation=detector,
         infer1=InferenceChoice(combine="mean", members="class", per_class=1, attended=120, background=0.3, **crf),
         infer2=InferenceChoice(combine="mean", per_class=5, attended=80, background=0.4, duplicate=0.5, **crf),
-        infer3=InferenceChoice(per_class=5, duplicate=0.5, attended=100, background=0.5, **crf),
+        infer3=InferenceChoice(per_class=5, duplicate=0.5, attended=100, background=0.4, **crf),
         predict2=InferenceChoice(
             combine="mean", min_score=0.05, box="proposal", joint=False, attended=80, background=0.4, **crf
         ),
-        predict4=InferenceChoice(min_score=0.05, box="proposal", joint=False, attended=100, background=0.5, **crf),
+        predict4=InferenceChoice(min_score=0.05, box="proposal", joint=False, attended=100, background=0.4, **crf),
         schedule1=Schedule(steps=1200, lr=1e-3, kind="adam", weight_decay=0.0, batch_size=8),
         schedule2=schedule,
         schedule3=replace(schedule, steps=800),
@@ -220,7 +220,7 @@ def recipe(name: str) -> Recipe:
 def demo() -> Recipe:
     """A tiny schedule for generated scenes of about 160 pixels and the backbone `tiny`: minutes on two cores."""
     crf: dict[str, Any] = {
-        "sxy_bilateral": 30.0, "srgb": 8.0, "compat_bilateral": 5.0, "iterations": 5, "background": 0.4, "part": 1.0,
+        "sxy_bilateral": 30.0, "srgb": 8.0, "compat_bilateral": 5.0, "iterations": 5, "background": 0.45, "part": 1.0,
         "attended": 40, "duplicate": 0.5,
     }  # fmt: skip
     detector = DetectorChoice(
@@ -239,9 +239,9 @@ def demo() -> Recipe:
         detection=detector,
         segmentation=detector,
         infer1=InferenceChoice(combine="mean", members="class", per_class=1, **crf),
-        infer2=InferenceChoice(combine="product", per_class=4, **crf),
+        infer2=InferenceChoice(combine="mean", per_class=4, **crf),
         infer3=InferenceChoice(per_class=4, **crf),
-        predict2=InferenceChoice(min_score=0.05, box="proposal", joint=False, **crf),
+        predict2=InferenceChoice(combine="mean", min_score=0.05, box="proposal", joint=False, **crf),
         predict4=InferenceChoice(min_score=0.05, box="proposal", joint=False, **crf),
         schedule0=Schedule(
             steps=400, lr=2e-3, kind="adam", weight_decay=0.0, batch_size=8, warmup=20, decay=((0.6, 0.3), (0.85, 0.1))

@@ -2,7 +2,7 @@
 
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, Truth
 from labelpenet.data.images import read_image
-from labelpenet.data.recognise import open_annotated, open_tagged
+from labelpenet.data.recognise import open_annotated, open_tagged, training_split
 from labelpenet.data.scenes import write_scenes
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "open_annotated",
     "open_tagged",
     "read_image",
+    "training_split",
     "write_scenes",
 ]

@@ -64,6 +64,13 @@ def open_annotated(
         return annotated()
 
 
+def training_split(data: Path | str) -> str | None:
+    """``train`` for a VOC data set that has such a list, so that nothing is trained on what is held out; else None."""
+    with _readable(data):
+        year = voc.year_folder(Path(data)) if Path(data).is_dir() else None
+        return "train" if year is not None and "train" in voc.splits(year) else None
+
+
 @contextmanager
 def _readable(data: Path | str) -> Iterator[None]:
     """Says of a folder that may not be read, or a disk that fails, what the user can do."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -39,6 +40,7 @@ def build_fabric(device: str = "auto", devices: int = 1, nodes: int = 1, precisi
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "auto":
         precision = "bf16-mixed" if _multiplies_bfloat16(device) else "32-true"
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # what it says there, run.json says
     fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes, precision=precision)  # type: ignore[arg-type]
     fabric.launch()
     return fabric

@@ -180,7 +180,7 @@ def stage(training: Training, number: int) -> Stage:
         choice = training.recipe.classification
         if choice.freeze_head and not choice.contrast:
             cache_features(training)
-            return Stage(**common, loss=cached_loss(training), images_per_pass=schedule.batch_size)
+            return Stage(**common, loss=cached_loss(training))
         return Stage(**common, load=load_tagged(training), loss=classification_loss(training))
     targets = read_inferred(training.run, f"module{number - 1}", len(training.images.classes))
     return Stage(**common, load=load_targets(training, targets, number), loss=detector_loss(training, number))
