@@ -1,7 +1,23 @@
 """Label-PEnet: instance segmentation from image tags alone."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 
+if TYPE_CHECKING:
+    from labelpenet.models.cascade import LabelPEnet
+
 __version__ = "0.1.0"
-__all__ = ["InputError", "Instances", "__version__"]
+__all__ = ["InputError", "Instances", "LabelPEnet", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """`LabelPEnet` on first use: its imports take seconds, which ``labelpenet --help`` need not wait for."""
+    if name == "LabelPEnet":
+        from labelpenet.models.cascade import LabelPEnet
+
+        return LabelPEnet
+    raise AttributeError(f"module 'labelpenet' has no attribute {name!r}")

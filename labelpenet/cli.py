@@ -417,21 +417,29 @@ def measure(one: Measure) -> None:
 
 def report(one: Report) -> None:
     """``labelpenet report``."""
-    from labelpenet.data import open_annotated
+    from labelpenet.data import AnnotatedImages, TaggedImages, open_annotated, open_tagged
     from labelpenet.models.cascade import read_run
     from labelpenet.report import write_report
 
     facts = read_run(one.run)
     source = facts.get("source") or {}
     data = one.data or (Path(source["data"]) if source.get("data") else None)
-    train_set = held_out = None
-    if data is not None and data.exists():
-        train_set = open_annotated(data, source.get("split"), facts["classes"])
+
+    def opened(split: str | None) -> AnnotatedImages | TaggedImages | None:
+        if data is None or not data.exists():
+            return None
         try:
-            held_out = open_annotated(data, one.split, facts["classes"])
+            return open_annotated(data, split, facts["classes"])
+        except InputError:
+            return open_tagged(data, split, facts["classes"])
+
+    held_out = None
+    if one.split != source.get("split"):
+        try:
+            held_out = opened(one.split)
         except InputError as error:
             print(f"note: no held-out strips ({error})", file=sys.stderr)
-    print(write_report(one.run, one.out, train_set, held_out, images=one.images))
+    print(write_report(one.run, one.out, opened(source.get("split")), held_out, images=one.images))
 
 
 def demo(one: Demo) -> None:

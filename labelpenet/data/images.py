@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ def read_image(path: Path | str) -> np.ndarray:
         InputError: the file is missing, truncated or no image, or has more than 100 million pixels; names the file.
     """
     path = Path(path)
-    with _open(path) as image:
+    with _quiet(), _open(path) as image:
         try:
             image.load()
             pixels = _rgb(image)
@@ -56,9 +57,17 @@ def image_size(path: Path | str) -> tuple[int, int]:
     Raises:
         InputError: as `read_image`, as far as the header shows it.
     """
-    with _open(Path(path)) as image:
+    with _quiet(), _open(Path(path)) as image:
         width, height = image.size
         return (width, height) if _orientation(image) >= 5 else (height, width)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Pillow's warnings from the user: our own limit answers a bomb, and damaged metadata costs no picture."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _open(path: Path) -> Image.Image:
@@ -68,10 +77,7 @@ def _open(path: Path) -> Image.Image:
     if not path.is_file():
         raise InputError(f"{path}: not a file; give an image file")
     try:
-        with warnings.catch_warnings():
-            # Pillow's own bomb warning: the limit below answers it. Its warnings about metadata: not our concern.
-            warnings.simplefilter("ignore")
-            image = Image.open(path, formats=FORMATS)
+        image = Image.open(path, formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: more than {PIXEL_LIMIT // 10**6} million pixels; make it smaller") from error
     except OSError as error:
@@ -114,9 +120,7 @@ def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation 1..8; 1 where there is none or it cannot be read."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            value = image.getexif().get(_ORIENTATION, 1)
+        value = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged metadata must not cost the picture
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
@@ -159,7 +163,7 @@ def read_index_map(path: Path | str) -> np.ndarray:
         InputError: the file cannot be read, has another mode, or a colour that is not in VOC's palette.
     """
     path = Path(path)
-    with _open(path) as image:
+    with _quiet(), _open(path) as image:
         try:
             image.load()
             mode, pixels = image.mode, np.array(image)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from markupsafe import escape
 
 Row = Mapping[str, Any]
 
@@ -117,20 +119,22 @@ def loss_plot(one: Curves, size: tuple[float, float] = (5.2, 2.9)) -> str:
             axes.legend(fontsize=8, ncols=2)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _embedded(buffer.getvalue(), f"loss curves of {one.stage}")
+    return _embedded(buffer.getvalue(), one.stage)
 
 
-def _embedded(svg: str, label: str) -> str:
-    """The ``<svg>`` element alone, scalable, without metadata (which names addresses), in the page's colour."""
-    from markupsafe import escape
+def _embedded(svg: str, stage: str) -> str:
+    """The ``<svg>`` element alone, scalable, without metadata (which names addresses), in the page's colour.
 
+    Its ids get a prefix of the stage's, because a page holds several plots and an id may be there once.
+    """
     body = svg[svg.index("<svg") :]
     body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    body = re.sub(
-        r'<svg[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img" aria-label="LABEL">', body, count=1
-    )
-    body = body.replace("xlink:href", "href").replace(_INK, "currentColor")
-    return body.replace("LABEL", str(escape(label)), 1)
+    viewed = re.search(r'viewBox="([^"]*)"', body)
+    assert viewed is not None
+    head = f'<svg viewBox="{viewed[1]}" role="img" aria-label="loss curves of {escape(stage)}">'
+    body = head + body[body.index(">") + 1 :].replace("xlink:href", "href").replace(_INK, "currentColor")
+    prefix = f"p{zlib.crc32(stage.encode()):08x}-"
+    return re.sub(r'(\bid="|\bhref="#|url\(#)', rf"\g<1>{prefix}", body)
 
 
 def _repeated(count: int) -> list[str]:
