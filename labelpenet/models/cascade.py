@@ -214,8 +214,10 @@ class LabelPEnet(nn.Module):
             )
 
         wanted = tuple(range(len(self.classes))) if tags is None else tags
+        # classes that the image may not show must not take pixels from those that it does
+        choice = self.recipe.infer1 if tags is not None else replace(self.recipe.infer1, joint=False)
         found, trace = calibrate(
-            image, proposals.to(scores.device), scores, wanted, attend, calibration_settings(self.recipe.infer1)
+            image, proposals.to(scores.device), scores, wanted, attend, calibration_settings(choice)
         )
         if tags is None:
             found = replace(found, weights=found.weights * probabilities[found.labels])

@@ -105,10 +105,10 @@ def loss_plot(one: Curves, size: tuple[float, float] = (5.2, 2.9)) -> str:
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         window = max(1, len(one.steps) // 20)
+        marker = "o" if len(one.steps) == 1 else None  # a line through one point is not to be seen
         for (name, values), colour in zip(one.terms.items(), _repeated(len(one.terms)), strict=True):
-            axes.plot(one.steps, smoothed(values, window), color=colour, linewidth=1.2, label=name)
+            axes.plot(one.steps, smoothed(values, window), color=colour, linewidth=1.2, label=name, marker=marker)
         axes.plot(one.steps, one.total, color=_INK, linewidth=0.7, alpha=0.25)
-        marker = "o" if len(one.steps) == 1 else None
         axes.plot(one.steps, smoothed(one.total, window), color=_INK, linewidth=1.6, label="total", marker=marker)
         axes.set_xlabel("step")
         axes.set_ylabel("loss")

@@ -44,10 +44,11 @@ class Panel:
 
 @dataclass(frozen=True)
 class PanelRow:
-    """Panels side by side under a title."""
+    """Panels side by side under a title, or without one; ``wide`` ones are shown larger."""
 
     title: str
     panels: tuple[Panel, ...]
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def make_strip(source: Source, image: TaggedImage) -> Strip:
     merged = [PanelRow(rows[0].title, (*first, *rows[0].panels)), *rows[1:]] if rows else [PanelRow("", tuple(first))]
     last = _module_panels(source, canvas, image, results)
     if last:
-        merged.append(PanelRow("What each module found", tuple(last)))
+        merged.append(PanelRow("What each module found", tuple(last), wide=True))
     return Strip(image.id, names, tuple(merged))
 
 
@@ -179,7 +180,7 @@ def make_short_strip(source: Source, image: TaggedImage, number: int, overlap: f
     names = tuple(source.images.classes[label] for label in image.tags)
     panels = [Panel("photograph", f"tagged {', '.join(names)}" if names else "no tag", canvas)]
     panels += _module_panels(source, canvas, image, {number: source.found[number][image.id]})
-    return Strip(image.id, names, (PanelRow("", tuple(panels)),), f"mean best IoU {overlap:.2f}")
+    return Strip(image.id, names, (PanelRow("", tuple(panels), wide=True),), f"mean best IoU {overlap:.2f}")
 
 
 def resize_instances(instances: Instances, size: tuple[int, int]) -> Instances:

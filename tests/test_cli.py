@@ -1,0 +1,137 @@
+"""The command line as a user meets it: one road from tags to a report, and one line for what cannot be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from labelpenet import LabelPEnet
+from labelpenet.cli import main
+from labelpenet.data import write_scenes
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_scenes(tmp_path_factory.mktemp("kit") / "scenes", train=8, val=4, size=(96, 96), seed=3)
+
+
+@pytest.fixture(scope="module")
+def run(kit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "run"
+    main(train_arguments(kit, out))
+    return out
+
+
+def train_arguments(kit: Path, out: Path, *more: str) -> list[str]:
+    options = ["--recipe", "demo", "--backbone", "tiny", "--shorten", "0.01", "--device", "cpu"]
+    return ["train", str(kit), "--out", str(out), *options, "--cache", str(out.parent / "cache"), *more]
+
+
+def one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a refused command prints: its last line on standard error; exit status 2, no traceback."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.strip().splitlines()[-1]
+
+
+def test_predict_evaluate_and_export(run: Path, kit: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    names = sorted(path.name for path in (kit / "JPEGImages").iterdir())[:3]
+    for name in names:
+        (photos / name).write_bytes((kit / "JPEGImages" / name).read_bytes())
+    (photos / "bad.jpg").write_text("no image")
+    out, overlays = tmp_path / "predictions.json", tmp_path / "overlays"
+    main(["predict", str(run), str(photos), "--out", str(out), "--overlays", str(overlays), "--device", "cpu"])
+    content = json.loads(out.read_text())
+    assert {row["image_id"] for row in content["annotations"]} <= {image["id"] for image in content["images"]}
+    assert sorted(path.name for path in overlays.iterdir()) == names  # the bad image is skipped, the others are done
+    network = LabelPEnet.from_run(run)
+    alone = network.predict(photos / names[0])
+    assert len(alone) == sum(image["file_name"] == names[0] for image in content["images"] for row in
+                             content["annotations"] if row["image_id"] == image["id"])  # fmt: skip
+
+    held_out, result = tmp_path / "val.json", tmp_path / "result.json"
+    main(["predict", str(run), "--data", str(kit), "--split", "val", "--out", str(held_out), "--device", "cpu"])
+    main(["evaluate", str(held_out), str(kit), "--split", "val", "--json", str(result), "--table", "markdown"])
+    measured = json.loads(result.read_text())
+    assert set(measured) == {"box", "mask", "semantic"}
+    assert 0 <= measured["box"]["mAP"] <= 1
+    main(["export", str(held_out), str(kit), "--split", "val", "--to", "yolo", "--out", str(tmp_path / "yolo")])
+    assert list((tmp_path / "yolo").rglob("*.txt"))
+
+
+def test_measure_and_report(run: Path, kit: Path) -> None:
+    main(["measure", str(run), str(kit), "--device", "cpu", "--cache", str(run.parent / "cache")])
+    results = json.loads((run / "results.json").read_text())
+    assert set(results["val"]) == set(results["train"]) == {"1", "2", "3", "4"}
+    assert 0 <= results["classification_mAP"] <= 1
+    main(["report", str(run), "--images", "1"])
+    page = (run / "report.html").read_text()
+    assert "<table" in page
+    assert 'src="http' not in page
+
+
+def test_the_pseudo_labels_hold_only_tags(run: Path, kit: Path) -> None:
+    from labelpenet.data import open_tagged
+
+    images = open_tagged(kit, "train")
+    tags = {image.id: {images.classes[tag] for tag in image.tags} for image in images.images}
+    for number in (1, 2, 3, 4):
+        content = json.loads((run / "instances" / f"module{number}.json").read_text())
+        names = {category["id"]: category["name"] for category in content["categories"]}
+        assert content["annotations"]
+        for row in content["annotations"]:
+            assert names[row["category_id"]] in tags[row["image_id"]]
+
+
+def test_train_refuses_a_folder_in_use_and_changed_settings(
+    run: Path, kit: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "--resume" in one_line(train_arguments(kit, run), capsys)
+    assert "recipe" in one_line(train_arguments(kit, run, "--resume", "--set", "detection.rois=7"), capsys)
+    main(train_arguments(kit, run, "--resume"))  # finished: nothing left to do
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--recipe", "nope"], "unknown recipe"),
+        (["--backbone", "nope"], "unknown backbone"),
+        (["--classes", "ball,unicorn"], "unicorn"),
+        (["--split", "nope"], "available are"),
+        (["--weights", "nope.pth"], "no such weights file"),
+        (["--set", "schedule2.stps=3"], "choose from"),
+        (["--shorten", "0"], "positive"),
+        (["--device", "cuda"], "--device cpu"),
+    ],
+)
+def test_train_names_file_and_remedy(
+    change: list[str], said: str, kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    if "cuda" in change and torch.cuda.is_available():
+        pytest.skip("a CUDA device is here")
+    assert said in one_line(train_arguments(kit, tmp_path / "run", *change), capsys)
+    assert not (tmp_path / "run").exists()  # nothing half written
+
+
+def test_other_commands_name_file_and_remedy(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "black.png")
+    assert "no run.json" in one_line(["predict", str(empty), str(tmp_path / "black.png")], capsys)
+    assert "no image" in one_line(["predict", str(run), str(empty), "--out", str(tmp_path / "p.json")], capsys)
+    assert "no such image" in one_line(["predict", str(run), str(tmp_path / "x.jpg")], capsys)
+    assert str(empty) in one_line(["evaluate", str(tmp_path / "x.json"), str(empty)], capsys)
+    assert str(empty) in one_line(["train", str(empty), "--out", str(tmp_path / "r")], capsys)
+    assert not (tmp_path / "p.json").exists()
