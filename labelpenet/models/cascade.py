@@ -125,6 +125,13 @@ class LabelPEnet(nn.Module):
         """Module 1 to 4."""
         return getattr(self, MODULES[number - 1])
 
+    def require(self, number: int) -> None:
+        """Raises InputError unless module ``number`` exists and has been trained."""
+        if number not in (1, 2, 3, 4):
+            raise InputError(f"no module {number}; choose 1, 2, 3 or 4")
+        if MODULES[number - 1] in self.untrained:
+            raise InputError(f"module {number} is not trained in this run yet; train on with --resume or ask another")
+
     # -- views and the stem ------------------------------------------------------------------------------------------
 
     def view(self, image: np.ndarray, side: int | None = None, flip: bool = False) -> View:
@@ -399,10 +406,7 @@ class LabelPEnet(nn.Module):
         Raises:
             InputError: the file cannot be read; no such module.
         """
-        if module not in (1, 2, 3, 4):
-            raise InputError(f"no module {module}; choose 1, 2, 3 or 4")
-        if MODULES[module - 1] in self.untrained:
-            raise InputError(f"module {module} is not trained in this run yet; train on with --resume or ask another")
+        self.require(module)
         pixels = image if isinstance(image, np.ndarray) else read_image(image)
         if proposals is None and self.needs_proposals(module):
             proposals = self.proposals(pixels)

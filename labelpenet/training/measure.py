@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from labelpenet.models.cascade import proposal_settings, read_run
 from labelpenet.training.checkpoint import write_atomically
 from labelpenet.training.inferred import path_of, read_inferred
 from labelpenet.training.logging import Progress
+from labelpenet.training.machine import map_images
 from labelpenet.training.predict import Predictor
 from labelpenet.training.pretrain import Boxes
 
@@ -94,19 +96,27 @@ def rank_images(
     """
     network = predictor.network
     cached = features is not None and features.is_dir() and len(list(features.glob("*.npy"))) == len(images)
+
+    def rank(index: int) -> tuple[Instances, np.ndarray]:
+        image = images[index]
+        pixels = read_image(image.path)
+        chosen = network.select(torch.from_numpy(boxes[image.id].copy()), pixels.shape)
+        known = None
+        if cached and features is not None:
+            known = torch.from_numpy(np.load(features / f"{index}.npy")).float().to(network.device)
+        with predictor.fabric.autocast():
+            found, share = network.rank_proposals(pixels, chosen, None, known)
+        return found, share.cpu().numpy()
+
     ranked, probabilities = {}, []
-    with Progress("module 1 ranks proposals", len(images), 0) as progress, torch.no_grad():
-        for index, image in enumerate(images):
-            pixels = read_image(image.path)
-            chosen = network.select(torch.from_numpy(boxes[image.id].copy()), pixels.shape)
-            known = None
-            if cached and features is not None:
-                known = torch.from_numpy(np.load(features / f"{index}.npy")).float().to(network.device)
-            with predictor.fabric.autocast():
-                found, share = network.rank_proposals(pixels, chosen, None, known)
-            ranked[image.id] = found
-            probabilities.append(share.cpu().numpy())
-            progress.show(index + 1, {})
+    with (
+        Progress("module 1 ranks proposals", len(images), 0) as progress,
+        contextlib.closing(map_images(rank, range(len(images)), network.device)) as results,
+    ):
+        for done, (found, share) in enumerate(results):
+            ranked[images[done].id] = found
+            probabilities.append(share)
+            progress.show(done + 1, {})
     return ranked, np.array(probabilities)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet, read_run
 from labelpenet.training.logging import Progress
-from labelpenet.training.machine import build_fabric
+from labelpenet.training.machine import build_fabric, map_images
 from labelpenet.training.pretrain import Boxes
 
 
@@ -42,12 +43,21 @@ class Predictor:
         self, images: Sequence[TaggedImage], module: int, skipped: list[str], boxes: Boxes | None = None
     ) -> Iterator[tuple[TaggedImage, Instances]]:
         """One photograph after the other; a bad one is reported, its id added to ``skipped``, and left out."""
-        with Progress(f"module {module} predicts", len(images), 0) as progress:
-            for done, image in enumerate(images):
-                try:
-                    found = self.one(image, module, boxes)
-                except InputError as error:
-                    progress.say(f"skipped: {error}")
+        self.network.require(module)
+
+        def attempt(image: TaggedImage) -> tuple[TaggedImage, Instances | None, str]:
+            try:
+                return image, self.one(image, module, boxes), ""
+            except InputError as error:
+                return image, None, f"skipped: {error}"
+
+        with (
+            Progress(f"module {module} predicts", len(images), 0) as progress,
+            contextlib.closing(map_images(attempt, images, self.fabric.device)) as results,
+        ):
+            for done, (image, found, note) in enumerate(results):
+                if found is None:
+                    progress.say(note)
                     skipped.append(image.id)
                     continue
                 yield image, found
