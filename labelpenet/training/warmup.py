@@ -17,6 +17,7 @@ from labelpenet.training.loop import Stage, seed_step, train_stage
 from labelpenet.training.pretrain import Training, load_tagged, optimiser
 
 NAME = "warmup"
+TOGETHER = 4  # images that go through the network at a time: twice as fast as one by one
 
 
 class ImageClassifier(nn.Module):
@@ -56,7 +57,7 @@ def warm_up(training: Training, backbone: Backbone) -> Backbone:
         loss=tag_loss(module, training.fabric.device),
         load=load_tagged(training),
         batch_size=schedule.batch_size,
-        images_per_pass=schedule.batch_size // training.fabric.world_size,
+        images_per_pass=TOGETHER,
         optimiser=optimiser(schedule),
     )
     train_stage(
@@ -76,7 +77,7 @@ def tag_loss(module: ImageClassifier, device: torch.device) -> Callable[[Any, in
 
     def loss(samples: list[Any], step: int) -> dict[str, Tensor]:
         views = [sample.view.pixels for sample in samples]
-        if len({view.shape for view in views}) == 1:  # together where they fit, which is twice as fast
+        if len({view.shape for view in views}) == 1:  # one call where they fit together
             views = [torch.cat(views)]
         logits = torch.cat([module(_channels_last(view)).float() for view in views])
         present = torch.stack([sample.present for sample in samples]).to(device)

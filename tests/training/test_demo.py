@@ -48,9 +48,8 @@ def small(tmp_path_factory):
                 run_demo(out, recipe=small_recipe(), train=TRAIN, held_out=HELD_OUT)
         weights = {path: path.stat().st_mtime_ns for path in (out / "run" / "weights").iterdir()}
         printed = run_demo(out, recipe=small_recipe(), train=TRAIN, held_out=HELD_OUT)
-        assert {path: path.stat().st_mtime_ns for path in weights if path.stem != "stem"} == {
-            path: time for path, time in weights.items() if path.stem != "stem"
-        }, "what was trained before the interruption is not trained again"
+        after = {path: path.stat().st_mtime_ns for path in weights}
+        assert after == weights, "what was trained before the interruption is not trained again"
     return out, printed
 
 
@@ -79,7 +78,7 @@ def test_it_says_what_there_is_to_see(small):
 def test_all_it_writes_lies_in_its_folder(small):
     out, _ = small
     assert {path.name for path in out.iterdir()} == {"scenes", "run", "cache", "report.html"}
-    assert len(list((out / "cache").rglob("*.npy"))) >= TRAIN + HELD_OUT or any((out / "cache").rglob("*"))
+    assert sum(path.is_file() for path in (out / "cache").rglob("*")) >= TRAIN + HELD_OUT
 
 
 def test_a_finished_demo_is_only_shown_again(small, monkeypatch):
