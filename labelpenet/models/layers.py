@@ -25,7 +25,8 @@ class RoIPooling(nn.Module):
 
     def forward(self, features: Tensor, boxes: Tensor) -> Tensor:
         """(1, D, h, w) and (R, 4) boxes in pixels of the network's input to (R, D, size, size)."""
-        rois = [boxes.to(features.dtype)]
+        # bfloat16 would round the boxes to several pixels, and RoI pooling does not know it on a CPU
+        features, rois = features.float(), [boxes.float()]
         if self.kind == "max":
             pooled = roi_pool(features, rois, self.size, 1 / self.stride)
         else:

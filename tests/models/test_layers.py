@@ -145,3 +145,11 @@ def test_initialise_is_normal_with_the_papers_deviation_and_zero_biases():
     initialise(layers[0], std=0.001)
     assert float(layers[0].weight.data.std()) < 0.0015
     assert F.relu(layers[0](torch.ones(1, 300))).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["max", "align"])
+def test_pooling_of_bfloat16_features_does_not_round_the_boxes(kind: str) -> None:
+    features = torch.randn(1, 3, 60, 80, generator=torch.Generator().manual_seed(0)).bfloat16()
+    boxes = torch.tensor([[0.0, 0.0, 100.0, 80.0], [517.3, 301.7, 611.1, 395.9]])
+    pool = RoIPooling(7, 8, kind)
+    assert torch.equal(pool(features, boxes), pool(features.float(), boxes))
