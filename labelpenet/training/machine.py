@@ -40,7 +40,8 @@ def build_fabric(device: str = "auto", devices: int = 1, nodes: int = 1, precisi
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "auto":
         precision = "bf16-mixed" if _multiplies_bfloat16(device) else "32-true"
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # what it says there, run.json says
+    for name in ("lightning.fabric", "lightning.pytorch"):  # what they would say, run.json and environment.json say
+        logging.getLogger(name).setLevel(logging.WARNING)
     fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes, precision=precision)  # type: ignore[arg-type]
     fabric.launch()
     return fabric

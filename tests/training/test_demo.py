@@ -65,8 +65,10 @@ def test_it_learns_from_tags_alone(small):
     results = results_of(small[0])
     assert results["classification_mAP"] > 0.7, "chance is about 0.4"
     train = results["train"]
-    assert train["1"]["box"]["CorLoc"] > 0.4 and train["1"]["mask"]["mAP@0.25"] > 0.3
-    assert results["val"]["4"]["mask"]["mAP@0.25"] > 0.2
+    assert train["1"]["box"]["CorLoc"] > 0.4 and train["1"]["mask"]["mAP@0.25"] > 0.35
+    assert results["val"]["2"]["mask"]["mAP@0.25"] > 0.25
+    for number in ("2", "3", "4"):  # few steps: modules 3 and 4 only begin to learn here (the slow test goes on)
+        assert train[number]["mask"]["mAP@0.25"] > 0.15, f"module {number}"
 
 
 def test_it_says_what_there_is_to_see(small):
