@@ -11,7 +11,8 @@ Shape letters: ``R`` proposals, ``C`` classes, ``G`` groups (instances), ``h, w`
 
 from __future__ import annotations
 
-from typing import Literal
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def project_maps(
         part = slice(start, start + CHUNK)
         rows = _interpolation(boxes[part, 1], boxes[part, 3], maps.shape[1], height)
         columns = _interpolation(boxes[part, 0], boxes[part, 2], maps.shape[2], width)
-        with torch.autocast(maps.device.type, enabled=False):
+        with full_precision(maps.device):
             stretched = maps[part] @ columns
         if groups is None:
             _add_product(canvas[0], rows, stretched)
@@ -63,6 +64,12 @@ def project_maps(
         for group in range(num_groups):
             _add_product(canvas[group], *_members(groups[part] == group, rows, stretched))
     return canvas
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Where a caller's autocast would compute in 16 bits, this keeps the type of the tensors."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def _members(member: Tensor, rows: Tensor, stretched: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +81,7 @@ def _members(member: Tensor, rows: Tensor, stretched: Tensor) -> tuple[Tensor, T
 
 def _add_product(canvas: Tensor, rows: Tensor, stretched: Tensor) -> None:
     """canvas (H, W) += sum over r of rows (r, h, H)^T stretched (r, h, W), in place."""
-    with torch.autocast(canvas.device.type, enabled=False):
+    with full_precision(canvas.device):
         canvas.addmm_(rows.flatten(0, 1).T, stretched.flatten(0, 1))
 
 

@@ -291,7 +291,7 @@ def _predictions(
     split = facts.results.get("split")
     found: dict[int, Mapping[str, Instances]] = {}
     for number in facts.trained:
-        path = run / "predictions" / f"{split}-module{number}.json"
+        path = run / "predictions" / f"{Path(str(split)).stem}-module{number}.json"
         if path.is_file():
             try:
                 found[number] = read_predictions(path, images, images.classes, list(range(1, len(images.classes) + 1)))

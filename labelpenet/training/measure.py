@@ -62,7 +62,7 @@ def measure_run(
         results["train"][str(number)] = evaluate(
             read_inferred(run, f"module{number}", len(classes)), train_truths, classes, "voc12"
         )
-        path = run / "predictions" / f"{split}-module{number}.json"
+        path = run / "predictions" / f"{Path(split).stem}-module{number}.json"
         if not path.is_file() or path.stat().st_mtime < inferred.stat().st_mtime:
             path.parent.mkdir(exist_ok=True)
             pairs = ((image.id, found) for image, found in predictor.run(images, number, [], boxes))
