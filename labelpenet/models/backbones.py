@@ -130,7 +130,7 @@ class VGG16(Backbone):
 
 
 class MobileNetV2(Backbone):
-    """MobileNetV2: 40 times fewer multiplications than VGG-16, hence the one for machines without a GPU."""
+    """MobileNetV2: far fewer multiplications than VGG-16, hence the one for machines without a GPU."""
 
     name = "mobilenet_v2"
     mean = (0.5, 0.5, 0.5)
