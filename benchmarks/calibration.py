@@ -1,9 +1,12 @@
 """Proposal calibration: excitation backprop, dense CRF, and the whole of one image, timed in one run.
 
-    python benchmarks/calibration.py ../shared/data/voc-animals/VOCdevkit/VOC2012 --run runs/voc-animals
+    pip install pydensecrf2
+    python benchmarks/calibration.py VOCdevkit/VOC2012 --run runs/voc-animals        about 12 minutes on two cores
+    python benchmarks/calibration.py VOCdevkit/VOC2012 --run runs/voc-animals --short    seconds a part
 
-Prints the tables of `benchmarks/excitation.py` and `benchmarks/crf.py` and, given a run, median seconds of each step
-from RoI features to instances (module 1, the photographs at their own size).
+Prints the tables of `benchmarks/excitation.py` and `benchmarks/crf.py` (medians and ratios; TorchRay and pydensecrf are
+compared with where they are installed) and, given a run, what module 1 takes from RoI features to instances, for the
+run's own calibration and for the paper's (excitation backprop, CRF at full size).
 """
 
 from __future__ import annotations
@@ -13,54 +16,111 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
+from labelpenet import config
+from labelpenet.calibration.calibrate import calibrate, segment, working_canvas
+from labelpenet.config import InferenceChoice
 from labelpenet.data import open_tagged, read_image
+from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.proposals import compute_proposals, default_cache
-from labelpenet.models.cascade import proposal_settings
+from labelpenet.models.attention import roi_attention
+from labelpenet.models.cascade import LabelPEnet, calibration_settings, proposal_settings
 from labelpenet.training.predict import Predictor
 
+T = TypeVar("T")
+STEPS = ("RoI features", "calibration", "of it attention maps", "of it dense CRF")
 
-def whole_image(run: Path, data: Path, images: int) -> str:
-    """Median seconds of RoI features and of calibration (attention, maps, CRF, masks) of module 1."""
+
+def timed(run: Callable[[], T]) -> tuple[T, float]:
+    """What the call returns, and its milliseconds by the wall clock."""
+    began = time.perf_counter()
+    result = run()
+    return result, 1e3 * (time.perf_counter() - began)
+
+
+def one_image(
+    network: LabelPEnet, image: TaggedImage, proposals: Tensor, choice: InferenceChoice, kind: str
+) -> tuple[float, ...]:
+    """Milliseconds of `STEPS` for module 1."""
+    one, pixels = network.classification, read_image(image.path)
+    view = network.view(pixels)
+    regions = view.boxes(proposals)
+
+    def roi_features() -> tuple[Tensor, Tensor]:
+        stem = one.tail(network.stem_map(view))
+        return stem, one.head(one.pool(stem, regions))
+
+    (tail, features), features_ms = timed(roi_features)
+    x_c, _ = network.class_scores(view, proposals, features.float())
+    scores, attention_ms = x_c[:, 1:].softmax(1), 0.0
+
+    def attend(index: Tensor, labels: Tensor) -> Tensor:
+        nonlocal attention_ms
+        maps, attention_ms = timed(
+            lambda: roi_attention(
+                one.head, one.classifier, one.pool(tail, regions[index]), labels + 1, scores[index, labels], kind
+            )
+        )
+        return maps
+
+    settings = calibration_settings(choice)
+    (_, trace), whole_ms = timed(lambda: calibrate(pixels, proposals, scores, image.tags, attend, settings))
+    canvas, _ = working_canvas(pixels, settings.side)
+    _, crf_ms = timed(lambda: segment(canvas, trace.confidence, settings))
+    return features_ms, whole_ms, attention_ms, crf_ms
+
+
+def whole_image(run: Path, data: Path, cache: Path, images: int) -> None:
+    """Prints medians over the first images of the training split, one row for each of the two calibrations."""
     predictor = Predictor(run, "cpu")
     network = predictor.network
-    chosen = open_tagged(data, "train", network.classes).images[:images]
-    boxes = compute_proposals(chosen, proposal_settings(network.recipe), default_cache())
-    features_s, calibration_s = [], []
-    for image in chosen:
-        pixels = read_image(image.path)
-        proposals = network.select(torch.from_numpy(boxes[image.id].copy()), pixels.shape)
-        with torch.no_grad(), predictor.fabric.autocast():
-            began = time.perf_counter()
-            view = network.view(pixels)
-            features = network.classification.features(network.stem_map(view), view.boxes(proposals)).float()
-            middle = time.perf_counter()
-            network.infer_classification(pixels, proposals, image.tags, features)
-            calibration_s.append(time.perf_counter() - middle)
-            features_s.append(middle - began)
-    return (
-        f"one image, module 1, median of {len(chosen)}: RoI features {statistics.median(features_s):.3f} s, "
-        f"calibration from them {statistics.median(calibration_s):.3f} s"
-    )
+    recipe = network.recipe
+    chosen = [image for image in open_tagged(data, "train", network.classes).images if image.tags][:images]
+    boxes = compute_proposals(chosen, proposal_settings(recipe), cache)
+    paper = config.Recipe()
+    kinds = {
+        f"the run's ({recipe.name})": (recipe.infer1, recipe.classification.attention),
+        "the paper's": (paper.infer1, paper.classification.attention),
+    }
+    print(f"milliseconds for one photograph, medians of {len(chosen)}, {recipe.proposals.limit} proposals at most")
+    print(f"{'':24}" + "".join(f"{step:>22}" for step in STEPS))
+    for name, (choice, kind) in kinds.items():
+        times = []
+        for image in chosen:
+            proposals = network.select(torch.from_numpy(boxes[image.id].copy()), read_image(image.path).shape)
+            with torch.no_grad(), predictor.fabric.autocast():
+                times.append(one_image(network, image, proposals, choice, kind))
+        print(
+            f"{name:24}" + "".join(f"{statistics.median(step):22.0f}" for step in zip(*times, strict=True)), flush=True
+        )
 
 
 def main() -> None:
     """Runs the parts one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
+    parser.add_argument("data", type=Path, help=".../VOCdevkit/VOC2012")
     parser.add_argument("--run", type=Path, help="a trained run, for the whole of one image")
-    parser.add_argument("--images", type=int, default=20)
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of computed proposals")
+    parser.add_argument("--images", type=int, default=20, help="photographs of the whole")
+    parser.add_argument("--short", action="store_true", help="200 proposals, one photograph, one round: does it run?")
     one = parser.parse_args()
-    here = Path(__file__).parent
-    for script in ("excitation.py", "crf.py"):
+    photographs = ["--photographs", str(one.data / "JPEGImages")]
+    parts = {
+        "excitation.py": ["--proposals", "200", "--rounds", "1", "--single", "2"] if one.short else [],
+        "crf.py": [*photographs, *(["--images", "1", "--rounds", "1"] if one.short else [])],
+    }
+    for script, arguments in parts.items():
         print(f"== {script}", flush=True)
-        subprocess.run([sys.executable, str(here / script)], check=True)
+        subprocess.run([sys.executable, str(Path(__file__).parent / script), *arguments], check=True)
     if one.run:
         print("== whole image", flush=True)
-        print(whole_image(one.run, one.data, one.images))
+        whole_image(one.run, one.data, one.cache, 2 if one.short else one.images)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ prints medians over real photographs of 500 x 375 pixels, interleaved so that a 
 
 - ours: `DenseCRF(image)(probabilities)`, from the image to the marginals of all instances, the lattices included;
 - pydensecrf with one lattice an image: its pairwise terms are added once, then each instance sets its unaries in turn;
-- pydensecrf as its examples use it: a new CRF for each instance;
+- pydensecrf as its examples use it: a new CRF for each instance (both are left out where it is not installed);
 
 by the wall clock and in CPU time (all threads; what the comparison would be on one core), then where our time goes and
 how far that is from the time that moving the same bytes takes.
@@ -16,6 +16,7 @@ how far that is from the time that moving the same bytes takes.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable
@@ -80,6 +81,11 @@ def peer(image: np.ndarray, probabilities: np.ndarray, reuse: bool) -> np.ndarra
     return np.stack(marginals)
 
 
+def peer_is_installed() -> bool:
+    """Whether there is anything to compare with."""
+    return importlib.util.find_spec("pydensecrf") is not None
+
+
 def clock(run: Callable[[], object], device: torch.device) -> tuple[float, float]:
     """Milliseconds by the wall clock and of CPU time (all threads) of one call, up to the end of its device work."""
     wall, cpu = time.perf_counter(), time.process_time()
@@ -100,7 +106,7 @@ def compare(images: list[np.ndarray], device: torch.device) -> None:
         "               ours, ms        pydensecrf, ms, lattice reused     pydensecrf, ms, new each time\n"
         "instances    wall     CPU       wall     CPU  ratio (CPU)          wall     CPU  ratio (CPU)"
     )
-    difference = 0.0
+    difference, installed = 0.0, peer_is_installed()
     for m in INSTANCES:
         times: dict[str, list[tuple[float, float]]] = {"ours": [], "reused": [], "new": []}
         for index, image in enumerate(images):
@@ -108,19 +114,21 @@ def compare(images: list[np.ndarray], device: torch.device) -> None:
             image_, p_ = torch.tensor(image, device=device), torch.tensor(p, device=device)
             got = ours(image_, p_).cpu().numpy()
             times["ours"].append(clock(partial(ours, image_, p_), device))
+            if not installed:
+                continue
             times["reused"].append(clock(partial(peer, image, p, reuse=True), device))
             times["new"].append(clock(partial(peer, image, p, reuse=False), device))
             difference = max(difference, float(abs(got - peer(image, p, reuse=True)).max()))
         wall, cpu = medians(times["ours"])
         row = f"{m:9} {wall:7.1f} {cpu:7.1f} "
-        for name in ("reused", "new"):
+        for name in ("reused", "new") if installed else ():
             other_wall, other_cpu = medians(times[name])
             row += f"   {other_wall:7.0f} {other_cpu:7.0f}  {other_wall / wall:5.1f} ({other_cpu / cpu:.1f})     "
         print(row, flush=True)
-    print(f"largest difference of a marginal: {difference:.1e}")
+    print(f"largest difference of a marginal: {difference:.1e}" if installed else "pydensecrf2 is not installed")
 
 
-def breakdown(image: np.ndarray, device: torch.device, rounds: int = 5) -> None:
+def breakdown(image: np.ndarray, device: torch.device, rounds: int) -> None:
     """Prints what the lattices and an iteration cost, and the time that moving an iteration's bytes takes."""
     pixels = torch.tensor(image, device=device)
     large, other = torch.zeros(2, 2**26, device=device)
@@ -155,6 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--photographs", type=Path, default=PHOTOGRAPHS, help="a folder of .jpg files")
     parser.add_argument("--images", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="of the breakdown")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -163,7 +172,7 @@ def main() -> None:
         parser.error(f"{args.photographs} holds no .jpg of 500 x 375 pixels; name a folder with --photographs")
     print(f"{len(images)} photographs of 500 x 375, {device}, {torch.get_num_threads()} threads")
     compare(images, device)
-    breakdown(images[0], device)
+    breakdown(images[0], device, args.rounds)
 
 
 if __name__ == "__main__":

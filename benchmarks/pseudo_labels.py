@@ -1,104 +1,600 @@
-"""Quality of what a trained module passes on, for several settings of its inference, against withheld annotation.
+"""What the paper leaves open in proposal calibration, measured on the training photographs of a run.
 
-    python benchmarks/pseudo_labels.py runs/voc-animals VOCdevkit/VOC2012 --module 1 --images 150 \
-        --variants infer1.background=0.2 infer1.background=0.3 infer1.combine=product,infer1.background=0.15
+    python benchmarks/pseudo_labels.py runs/voc-animals VOCdevkit/VOC2012 --module 1 --out study1.npz
 
-The annotation is used for analysis only. Prints, for each variant, CorLoc of the best instance of each tag, mean IoU of
-its mask with the best object of its class (both averaged over the classes), the fraction of further instances that are
-right, and how often the instances are right by quartile of their weight.
+Every variant of `classification_variants` or `detection_variants` labels the same photographs; what they have in common
+(stem, RoI features, attention maps, projections, lattices) is computed once an image. Printed as Markdown:
+
+- for each variant CorLoc (the best instance of each tag, on all images), mean IoU of its mask with the best object of
+  its class (on the images that have instance masks), both averaged over the classes, the difference of CorLoc to the
+  recipe on either half of the images, and how many further instances there are and how many of those are right;
+- for the recipe's own setting, how well candidates for the instance's weight tell right from wrong: area under the ROC
+  curve, expected calibration error, and the fraction that is right in ten bins of the value.
+
+The annotation is used for analysis only. ``--out`` keeps the rows behind the tables. On two cores about 20 minutes for
+module 1 and 25 for module 2 with all 1,600 photographs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import random
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from labelpenet import config
+from labelpenet.calibration import CalibrationSettings, DenseCRF, confidence_map, normalise, proposal_scores
+from labelpenet.calibration.calibrate import (
+    choose_instances,
+    distinct,
+    foreground,
+    instance_attention,
+    instance_heat,
+    settle,
+    unaries,
+    working_canvas,
+)
 from labelpenet.data import open_annotated, read_image
-from labelpenet.data.dataset import Truth
+from labelpenet.data.dataset import TaggedImage, Truth
 from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.evaluation import box_iou, mask_iou
 from labelpenet.instances import Instances, encode_masks
-from labelpenet.models.cascade import proposal_settings
+from labelpenet.models.attention import roi_attention
+from labelpenet.models.cascade import LabelPEnet, calibration_settings, proposal_settings
+from labelpenet.training.machine import map_images
 from labelpenet.training.predict import Predictor
 
+RECIPE = "recipe"
+"""The name of the variant that all others are compared with."""
 
-def judge(found: Instances, truth: Truth, tags: tuple[int, ...]) -> list[dict[str, float]]:
-    """For each tag and instance: class, whether it is the best of its class, box right, mask IoU, weight."""
+
+@dataclass(frozen=True)
+class Variant:
+    """One way from scores to instances.
+
+    Attributes:
+        name: as printed.
+        settings: of calibration; ``combine`` may also be ``attention``, the heat-map left out.
+        score: which of the scene's scores ranks the proposals, is summed to the heat-map and weighs the attention maps.
+        kind: of the attention maps, see `roi_attention`.
+        before, after: whether the maps are divided by their maximum before they are combined, and their combination is.
+        every: measured on every so many-th photograph only.
+    """
+
+    name: str
+    settings: CalibrationSettings
+    score: str = "softmax"
+    kind: str = "gradient"
+    before: bool = True
+    after: bool = True
+    every: int = 1
+
+
+@dataclass
+class Scene:
+    """What all variants of one photograph start from. R proposals, C classes.
+
+    Attributes:
+        image: (H, W, 3) uint8.
+        proposals: (R, 4) in pixels of the photograph.
+        areas: (R, 4) where the attention maps lie, likewise.
+        scores: by name, (R, C) in [0, 1].
+        tags: the classes that get instances.
+        attend: kind, (n,) proposals and (n,) classes to (n, a, a) attention maps, not weighted by any score.
+        share: (R, C) the proposals' shares in the image's score of each class, summing to one.
+        probabilities: (C,) of the image's classes, by module 1.
+    """
+
+    image: np.ndarray
+    proposals: Tensor
+    areas: Tensor
+    scores: dict[str, Tensor]
+    tags: tuple[int, ...]
+    attend: Callable[[str, Tensor, Tensor], Tensor]
+    share: Tensor
+    probabilities: Tensor
+
+
+@dataclass
+class Result:
+    """Instances of one variant, the proposals that they were kept for, and the maps behind them (K, h, w)."""
+
+    found: Instances
+    seeds: Tensor
+    attention: Tensor
+    heat: Tensor
+    confidence: Tensor
+    marginals: Tensor
+
+
+# -- the variants ----------------------------------------------------------------------------------------------------
+
+
+def vary(base: Variant, name: str, backgrounds: tuple[float, ...] = (), **changes: Any) -> list[Variant]:
+    """The variant with fields of its own or of its settings changed, one for each background if there are any."""
+    own = {key: value for key, value in changes.items() if key in ("score", "kind", "before", "after", "every")}
+    settings = replace(base.settings, **{key: value for key, value in changes.items() if key not in own})
+    one = replace(base, name=name, settings=settings, **own)
+    return [
+        replace(one, name=f"{name}, background {b:g}", settings=replace(settings, background=b)) for b in backgrounds
+    ] or [one]
+
+
+PYDENSECRF = {"sxy_bilateral": 80.0, "srgb": 13.0, "compat_bilateral": 10.0}
+
+
+def classification_variants(settings: CalibrationSettings, sample: int) -> list[Variant]:
+    """Module 1. The excitation variants are measured on every ``sample``-th photograph: each costs seconds."""
+    base = Variant(RECIPE, settings)
+    some = vary(base, f"{RECIPE}, every {sample}th", every=sample)
+    excited: dict[str, Any] = {"kind": "excitation", "every": sample}
+    return [
+        base,
+        *vary(base, "background", (0.25, 0.35, 0.4)),
+        *vary(base, "background 1 - sum", background=None),
+        *vary(base, "score: logit", (0.3, 0.4), score="logit"),
+        *vary(base, "score: softmax times w", (0.2, 0.3), score="softmax w"),
+        *vary(base, "score: logit times w", (0.3,), score="logit w"),
+        *vary(base, "score: w", (0.3,), score="w"),
+        *vary(base, "product", (0.05, 0.1, 0.15), combine="product"),
+        *vary(base, "product, 1 - sum", combine="product", background=None),
+        *vary(base, "product, not scaled after", (0.1,), combine="product", after=False),
+        *vary(base, "mean, not scaled after", (0.3, 0.4), after=False),
+        *vary(base, "mean of sums, scaled after", (0.3,), before=False),
+        *vary(base, "heat-map alone", (0.4, 0.5, 0.6), combine="heat"),
+        *vary(base, "attention alone", (0.1, 0.2), combine="attention"),
+        *vary(base, "members suppressed, NMS .3", (0.3, 0.4), members="suppressed", nms=0.3),
+        *vary(base, "members suppressed, NMS .5", (0.3, 0.4), members="suppressed", nms=0.5),
+        *vary(base, "best 40 attended", attended=40),
+        *vary(base, "no CRF", (0.3, 0.4), iterations=0),
+        *vary(base, "CRF of pydensecrf's widths", (0.3,), **PYDENSECRF),
+        *vary(base, "each instance alone", joint=False),
+        *vary(base, "box of the proposal", box="proposal"),
+        *vary(base, "all parts of the mask", part=None),
+        *some,
+        *vary(base, "excitation, mean", (0.3, 0.4), **excited),
+        *vary(base, "excitation, product", (0.05,), combine="product", **excited),
+        *vary(base, "excitation, alone", (0.1,), combine="attention", **excited),
+    ]
+
+
+def detection_variants(settings: CalibrationSettings, sample: int) -> list[Variant]:
+    """Module 2."""
+    base = Variant(RECIPE, settings)
+    some = vary(base, f"{RECIPE}, every {sample}th", every=sample)
+    excited: dict[str, Any] = {"kind": "excitation", "every": sample}
+    return [
+        base,
+        *vary(base, "background", (0.3, 0.35, 0.45, 0.5)),
+        *vary(base, "background 1 - sum", background=None),
+        *vary(base, "product", (0.05, 0.1, 0.15, 0.2), combine="product"),
+        *vary(base, "product, 1 - sum", combine="product", background=None),
+        *vary(base, "mean, not scaled after", (0.3,), after=False),
+        *vary(base, "mean of sums, scaled after", (0.4,), before=False),
+        *vary(base, "heat-map alone", (0.4, 0.5), combine="heat"),
+        *vary(base, "attention alone", (0.1, 0.2), combine="attention"),
+        *vary(base, "members class, one each", (0.4,), members="class", per_class=1),
+        *vary(base, "NMS .5", nms=0.5),
+        *vary(base, "candidates from .2", score="from .2"),
+        *vary(base, "further from .2", min_score=0.2),
+        *vary(base, "further from .3", min_score=0.3),
+        *vary(base, "further from .7", min_score=0.7),
+        *vary(base, "one each", per_class=1),
+        *vary(base, "best 20 attended", attended=20),
+        *vary(base, "no CRF", (0.4,), iterations=0),
+        *vary(base, "CRF of pydensecrf's widths", (0.4,), **PYDENSECRF),
+        *vary(base, "each instance alone", joint=False),
+        *vary(base, "box of the proposal", box="proposal"),
+        *vary(base, "all parts of the mask", part=None),
+        *some,
+        *vary(base, "excitation, mean", (0.4,), **excited),
+        *vary(base, "excitation, product", (0.05,), combine="product", **excited),
+    ]
+
+
+# -- what the variants start from ------------------------------------------------------------------------------------
+
+
+def classified(network: LabelPEnet, pixels: np.ndarray, proposals: Tensor, known: Tensor, image: TaggedImage) -> Scene:
+    """Module 1's scores of the proposals (R, 4) with RoI features (R, D)."""
+    one = network.classification
+    view = network.view(pixels)
+    stem = network.stem_map(view)
+    tail, regions = one.tail(stem), view.boxes(proposals)
+    x_c, x_p = network.class_scores(view, proposals, known)
+    own, w = x_c[:, 1:], x_p.softmax(0)
+    softmax, logit, weighted = (proposal_scores(own, w, how, image.tags) for how in ("softmax", "logit", "weighted"))
+    peak = w / w.amax(0)
+    positive = own.clamp(min=0) * w
+
+    def attend(kind: str, index: Tensor, labels: Tensor) -> Tensor:
+        ones = torch.ones(len(index))
+        return roi_attention(one.head, one.classifier, one.pool(tail, regions[index]), labels + 1, ones, kind)
+
+    return Scene(
+        image=pixels,
+        proposals=proposals,
+        areas=proposals,
+        scores={
+            "softmax": softmax,
+            "logit": logit,
+            "softmax w": weighted,
+            "logit w": logit * peak,
+            "w": peak,
+        },
+        tags=image.tags,
+        attend=attend,
+        share=positive / positive.sum(0).clamp(min=1e-9),
+        probabilities=one.image_probabilities(x_c, x_p),
+    )
+
+
+def detected(network: LabelPEnet, pixels: np.ndarray, proposals: Tensor, known: Tensor, image: TaggedImage) -> Scene:
+    """Module 2's detections; module 1 only says how sure it is of each tag."""
+    two, choice = network.detection, network.recipe.infer2
+    view = network.view(pixels)
+    features = two.features(network.stem_map(view))
+    rois, _ = two.propose(features, view.pixels, extra=view.boxes(proposals))
+    pooled = two.pool(features, rois)
+    logits, deltas = two.classify(two.head(pooled))
+    size = (int(view.pixels.shape[-2]), int(view.pixels.shape[-1]))
+    found = two.candidates(rois, logits, deltas, size, image.tags, choice.score_threshold, choice.nms)
+    scores = torch.zeros(len(found.scores), len(network.classes))
+    scores[torch.arange(len(scores)), found.labels] = found.scores
+
+    def attend(kind: str, index: Tensor, labels: Tensor) -> Tensor:
+        ones = torch.ones(len(index))
+        return roi_attention(two.head, two.classifier, pooled[found.rois[index]], labels + 1, ones, kind)
+
+    return Scene(
+        image=pixels,
+        proposals=view.back(found.boxes),
+        areas=view.back(rois[found.rois]),
+        scores={"softmax": scores, "from .2": scores * (scores >= 0.2)},
+        tags=tuple(sorted(set(found.labels.tolist()))),
+        attend=attend,
+        share=scores / scores.sum(0).clamp(min=1e-9),
+        probabilities=network.classification.image_probabilities(*network.class_scores(view, proposals, known)),
+    )
+
+
+# -- all variants of one photograph ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Shared:
+    """What variants of one scene have in common, computed when first asked for."""
+
+    scene: Scene
+    canvas: np.ndarray
+    scale: Tensor
+    choices: dict[Any, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    tables: dict[str, Tensor] = field(default_factory=dict)
+    maps: dict[Any, Tensor] = field(default_factory=dict)
+
+    def choice(self, variant: Variant) -> tuple[Tensor, Tensor, Tensor]:
+        """Seeds, labels and members (`choose_instances`)."""
+        key = self.key(variant)
+        if key not in self.choices:
+            scene = self.scene
+            self.choices[key] = choose_instances(
+                scene.proposals, scene.scores[variant.score], scene.tags, variant.settings
+            )
+        return self.choices[key]
+
+    def key(self, variant: Variant) -> Any:
+        s = variant.settings
+        return variant.score, s.members, s.nms, s.per_class, s.min_score, s.attended
+
+    def attend(self, variants: list[Variant]) -> None:
+        """The attention maps of every proposal that some variant sums, each once."""
+        for kind in sorted({v.kind for v in variants}):
+            wanted = torch.zeros_like(self.scene.share, dtype=torch.bool)
+            for variant in variants:
+                if variant.kind == kind and variant.settings.combine != "heat":
+                    _, labels, member = self.choice(variant)
+                    for label, row in zip(labels.tolist(), member, strict=True):
+                        wanted[:, label] |= row
+            index, labels = torch.where(wanted)
+            maps = self.scene.attend(kind, index, labels)
+            self.tables[kind] = maps.new_zeros(*wanted.shape, *maps.shape[1:])
+            self.tables[kind][index, labels] = maps
+
+    def attention(self, variant: Variant) -> Tensor:
+        """Instance attention maps, not normalised."""
+        key = ("attention", variant.kind, self.key(variant))
+        if key not in self.maps:
+            scores, table = self.scene.scores[variant.score], self.tables[variant.kind]
+            _, labels, member = self.choice(variant)
+            self.maps[key] = instance_attention(
+                self.scene.areas * self.scale,
+                labels,
+                member,
+                lambda index, own: table[index, own] * scores[index, own][:, None, None],
+                (self.canvas.shape[0], self.canvas.shape[1]),
+            )
+        return self.maps[key]
+
+    def heat(self, variant: Variant) -> Tensor:
+        """Object heat-maps; `instance_heat` normalises them."""
+        key = ("heat", self.key(variant))
+        if key not in self.maps:
+            _, labels, member = self.choice(variant)
+            scores, small = self.scene.scores[variant.score], (self.canvas.shape[0], self.canvas.shape[1])
+            boxes = self.scene.proposals * self.scale
+            self.maps[key] = instance_heat(boxes, scores, labels, member, small, variant.settings)
+        return self.maps[key]
+
+    def confidence(self, variant: Variant) -> Tensor:
+        """Instance confidence maps in [0, 1]."""
+        how = variant.settings.combine
+        if how == "heat":
+            return self.heat(variant)
+        if how == "attention":
+            return normalise(self.attention(variant))
+        attention, heat = self.attention(variant), self.heat(variant)
+        if variant.before or how == "product":  # a product does not see the scale of its factors
+            both = confidence_map(attention, heat, "product" if how == "product" else "mean")
+        else:
+            # the heat-map is the sum of scores, the attention map of those shared out over 7x7 cells
+            both = attention / attention.mean().clamp(min=1e-9) + heat / heat.mean().clamp(min=1e-9)
+        return normalise(both) if variant.after else both
+
+
+def label(scene: Scene, variants: list[Variant]) -> list[Result]:
+    """The instances of every variant."""
+    size = (scene.image.shape[0], scene.image.shape[1])
+    canvas, scale = working_canvas(scene.image, variants[0].settings.side)
+    shared = Shared(scene, canvas, torch.tensor([*scale, *scale]))
+    shared.attend(variants)
+    started = [unaries(shared.confidence(v), v.settings) for v in variants]
+    settled: dict[int, Tensor] = {}
+    widths = lambda s: (s.sxy_gaussian, s.compat_gaussian, s.sxy_bilateral, s.srgb, s.compat_bilateral)  # noqa: E731
+    for crf_of in {widths(v.settings) for v in variants if v.settings.iterations}:
+        crf = DenseCRF(torch.as_tensor(canvas), *crf_of)
+        ours = [i for i, v in enumerate(variants) if v.settings.iterations and widths(v.settings) == crf_of]
+        for labels in {started[i].shape[1] for i in ours}:
+            same = [i for i in ours if started[i].shape[1] == labels]
+            done = crf(torch.cat([started[i] for i in same]), variants[same[0]].settings.iterations)
+            settled |= dict(zip(same, done.split([len(started[i]) for i in same]), strict=True))
+    results = []
+    for i, variant in enumerate(variants):
+        marginals = foreground(settled.get(i, started[i]), variant.settings.joint)
+        seeds, labels_, _ = shared.choice(variant)
+        weights = scene.scores[variant.score][seeds, labels_]
+        found = settle(marginals, scene.proposals[seeds].float(), labels_, weights, size, variant.settings)
+        alive = distinct(found, variant.settings.duplicate)
+        attention = shared.heat(variant) if variant.settings.combine == "heat" else shared.attention(variant)
+        maps = (normalise(attention), shared.heat(variant), shared.confidence(variant), marginals)
+        results.append(Result(found[alive], seeds[alive], *(one[alive] for one in maps)))
+    return results
+
+
+# -- against the annotation ------------------------------------------------------------------------------------------
+
+ROW = [("variant", "i2"), ("image", "i4"), ("label", "i2"), ("first", "?"), ("right", "?"), ("iou", "f4")]
+"""An instance, or a tag without one: ``iou`` of the mask, NaN where the image has no masks."""
+
+
+def judge(found: Instances, truth: Truth, tags: tuple[int, ...]) -> list[tuple[int, bool, bool, float]]:
+    """Label, whether it is the best of its class, box right, mask IoU; for each tag, best first, none as wrong."""
     rows = []
-    for label in tags:
-        objects = truth.instances[truth.instances.labels == label]
-        mine = found[found.labels == label]
-        mine = mine[mine.weights.argsort(descending=True, stable=True)]
+    for tag in tags:
+        objects = truth.instances[truth.instances.labels == tag]
+        mine = found[found.labels == tag]
         if not len(mine):
-            rows.append({"label": label, "first": 1, "right": 0, "iou": 0.0, "weight": 0.0})
+            rows.append((tag, True, False, 0.0 if truth.instances.masks is not None else np.nan))
         if not len(mine) or not len(objects):
             continue
         right = box_iou(mine.boxes.numpy(), objects.boxes.numpy()).max(1) >= 0.5
-        assert mine.masks is not None and objects.masks is not None
-        overlap = mask_iou(encode_masks(mine.masks), encode_masks(objects.masks)).max(1)
-        rows += [
-            {"label": label, "first": int(i == 0), "right": int(right[i]), "iou": overlap[i], "weight": weight}
-            for i, weight in enumerate(mine.weights.tolist())
-        ]
+        overlap = np.full(len(mine), np.nan)
+        if objects.masks is not None and mine.masks is not None:
+            overlap = mask_iou(encode_masks(mine.masks), encode_masks(objects.masks)).max(1)
+        rows += [(tag, i == 0, bool(right[i]), float(overlap[i])) for i in range(len(mine))]
     return rows
 
 
-def summary(rows: list[dict[str, float]]) -> str:
-    """One line: CorLoc, mask IoU, further instances, right by quartile of the weight."""
-    classes = sorted({row["label"] for row in rows})
-    first = [row for row in rows if row["first"]]
-    corloc = np.mean([np.mean([row["right"] for row in first if row["label"] == c]) for c in classes])
-    iou = np.mean([np.mean([row["iou"] for row in first if row["label"] == c]) for c in classes])
-    further = [row["right"] for row in rows if not row["first"]]
-    ordered = sorted(rows, key=lambda row: row["weight"])
-    quarters = [np.mean([row["right"] for row in part]) for part in np.array_split(np.array(ordered), 4)]
-    more = f"{np.mean(further):.2f} of {len(further)}" if further else "none"
-    by_weight = " ".join(f"{quarter:.2f}" for quarter in quarters)
-    return f"CorLoc {corloc:.3f}  mask IoU {iou:.3f}  further right {more}  right by quartile of weight {by_weight}"
+def candidates_for_weight(result: Result, scene: Scene) -> dict[str, Tensor]:
+    """What might tell whether an instance is right: by name, (K,) in [0, 1]."""
+    found = result.found
+    labels, seeds = found.labels, result.seeds
+    inside = result.marginals > 0.5
+    confidence, eps = result.confidence, 1e-6
+
+    def mean(maps: Tensor, where: Tensor) -> Tensor:
+        return (maps * where).sum((1, 2)) / where.sum((1, 2)).clamp(min=eps)
+
+    kept = torch.from_numpy(box_iou(found.boxes.numpy(), scene.proposals[seeds].numpy())).float().diagonal()
+    overlap = torch.from_numpy(box_iou(found.boxes.numpy(), scene.proposals.numpy())).float()
+    agree = torch.minimum(result.attention, result.heat).sum((1, 2)) / torch.maximum(result.attention, result.heat).sum(
+        (1, 2)
+    ).clamp(min=eps)
+    score = scene.scores["softmax"][:, labels].T
+    masks = found.masks
+    assert masks is not None
+    return {
+        "score of the kept proposal": found.weights,
+        "image probability": scene.probabilities[labels],
+        "share of the kept proposal": scene.share[seeds, labels],
+        "share of the proposals that its box matches": (scene.share[:, labels].T * (overlap >= 0.5)).sum(1),
+        "mean score of the proposals that its box matches": (score * (overlap >= 0.5)).sum(1)
+        / (overlap >= 0.5).sum(1).clamp(min=1),
+        "best IoU of its box with a proposal": overlap.amax(1),
+        "IoU of its box with the kept proposal": kept,
+        "confidence inside less outside": (mean(confidence, inside) - mean(confidence, ~inside)).clamp(min=0),
+        "confidence inside": mean(confidence, inside),
+        "marginal inside": mean(result.marginals, inside),
+        "agreement of attention and heat-map": agree,
+        "mask's share of its box": masks.sum((1, 2))
+        / ((found.boxes[:, 2] - found.boxes[:, 0]) * (found.boxes[:, 3] - found.boxes[:, 1])).clamp(min=1),
+        "box's share of the image": (found.boxes[:, 2] - found.boxes[:, 0])
+        * (found.boxes[:, 3] - found.boxes[:, 1])
+        / (scene.image.shape[0] * scene.image.shape[1]),
+    }
+
+
+def corloc(rows: np.ndarray, what: str = "right") -> float:
+    """CorLoc, or with ``what="iou"`` mean mask IoU, of the best instances, averaged over the classes."""
+    rows = rows[rows["first"] & ~np.isnan(rows[what].astype(float))]
+    return float(np.mean([rows[what][rows["label"] == c].mean() for c in np.unique(rows["label"])]))
+
+
+def variants_table(rows: np.ndarray, variants: list[Variant]) -> str:
+    """A line a variant."""
+    lines = [
+        "| variant | CorLoc | mask IoU | CorLoc less the recipe's, halves | further, right |",
+        "|---|---|---|---|---|",
+    ]
+    base = rows[rows["variant"] == 0]
+    for number, variant in enumerate(variants):
+        own = rows[rows["variant"] == number]
+        same = base[np.isin(base["image"], own["image"])]
+        halves = [
+            corloc(own[own["image"] // variant.every % 2 == h]) - corloc(same[same["image"] // variant.every % 2 == h])
+            for h in (0, 1)
+        ]
+        more = own[~own["first"]]
+        further = f"{len(more)}, {more['right'].mean():.2f}" if len(more) else ""
+        lines.append(
+            f"| {variant.name} | {corloc(own):.3f} | {corloc(own, 'iou'):.3f} | {halves[0]:+.3f} {halves[1]:+.3f} "
+            f"| {further} |"
+        )
+    return "\n".join(lines)
+
+
+def roc_area(values: np.ndarray, right: np.ndarray) -> float:
+    """Probability that a right instance has the larger value, ties counting half."""
+    wrong = np.sort(values[~right])
+    below, upto = np.searchsorted(wrong, values[right]), np.searchsorted(wrong, values[right], side="right")
+    return float((below + upto).mean() / (2 * len(wrong)))
+
+
+def calibration_error(values: np.ndarray, right: np.ndarray) -> float:
+    """Expected calibration error over ten bins of equal width."""
+    place = np.minimum((values * 10).astype(int), 9)
+    gaps = [abs(values[place == b].mean() - right[place == b].mean()) * (place == b).sum() for b in np.unique(place)]
+    return float(sum(gaps) / len(values))
+
+
+def weights_table(values: dict[str, np.ndarray], right: np.ndarray) -> str:
+    """A line a candidate, then the ten best products of two; the curve is over tenths of the instances."""
+    values = {name: np.clip(v, 0, 1) for name, v in values.items()}
+    products = {f"{a} x {b}": values[a] * values[b] for a, b in itertools.combinations(values, 2)}
+    best = sorted(products, key=lambda name: -roc_area(products[name], right))[:10]
+    lines = ["| weight | AUC | ECE | mean value: fraction right, by tenths of the instances |", "|---|---|---|---|"]
+    for name, value in [*values.items(), *((name, products[name]) for name in best)]:
+        tenths = np.array_split(np.argsort(value, kind="stable"), 10)
+        curve = " ".join(f"{value[part].mean():.2f}:{right[part].mean():.2f}" for part in tenths)
+        lines.append(f"| {name} | {roc_area(value, right):.3f} | {calibration_error(value, right):.3f} | {curve} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Parses, runs every variant on the same images, prints a line each."""
+    """Parses, labels the photographs, prints both tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--module", type=int, default=1, choices=(1, 2, 3, 4))
-    parser.add_argument("--images", type=int, default=150, help="drawn from those that have instance masks; 0 for all")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--variants", nargs="*", default=[], help="settings separated by commas, as for train --set")
+    parser.add_argument("--split", default="train", help="the split that the run was trained on")
+    parser.add_argument("--module", type=int, default=1, choices=(1, 2))
+    parser.add_argument("--images", type=int, default=0, help="drawn at random; 0 for all")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing")
+    parser.add_argument("--minutes", type=float, help="stop after so long; the same command with --out goes on")
+    parser.add_argument("--sample", type=int, default=10, help="excitation backprop on every so many-th of them")
+    parser.add_argument("--cache", type=Path, help="folder of computed proposals")
+    parser.add_argument("--out", type=Path, help="keeps the rows behind the tables (.npz) and goes on from there")
     one = parser.parse_args()
     predictor = Predictor(one.run, "cpu")
     network = predictor.network
     annotated = open_annotated(one.data, one.split, network.classes)
-    images = list(annotated.tagged.images)
-    random.Random(one.seed).shuffle(images)
-    chosen = []
-    for image in images:
+    images = annotated.tagged.images
+    features = one.run / "cache" / "features"
+    if len(list(features.glob("*.npy"))) != len(images):
+        parser.error(f"{features} does not hold the RoI features of this split's {len(images)} images")
+    boxes = compute_proposals(images, proposal_settings(network.recipe), one.cache or default_cache())
+    chosen = [index for index, image in enumerate(images) if image.tags]
+    random.Random(one.seed).shuffle(chosen)  # what is there after any time is a fair sample
+    chosen = chosen[: one.images or None]
+    if one.module == 1:
+        variants = classification_variants(calibration_settings(network.recipe.infer1), one.sample)
+    else:
+        variants = detection_variants(calibration_settings(network.recipe.infer2), one.sample)
+
+    def measure(place: int) -> dict[str, np.ndarray]:
+        image = images[chosen[place]]
         truth = annotated.read(image.id)
-        if truth.instances.masks is not None and image.tags:
-            chosen.append((image, truth))
-        if one.images and len(chosen) == one.images:
-            break
-    boxes = compute_proposals([image for image, _ in chosen], proposal_settings(network.recipe), default_cache())
-    base = network.recipe
-    for variant in ["", *one.variants]:
-        network.recipe = config.override(base, [part for part in variant.split(",") if part])
-        began, rows = time.perf_counter(), []
-        for image, truth in chosen:
-            pixels = read_image(image.path)
-            proposals = network.select(torch.from_numpy(boxes[image.id].copy()), pixels.shape)
-            with predictor.fabric.autocast():
-                found, _ = network.infer(one.module, pixels, proposals, image.tags)
-            rows += judge(found, truth, image.tags)
-        seconds = (time.perf_counter() - began) / len(chosen)
-        print(f"{variant or 'as trained':50} {summary(rows)}  {seconds:.2f} s/image", flush=True)
+        pixels = read_image(image.path)
+        proposals = network.select(torch.from_numpy(boxes[image.id].copy()), pixels.shape).float()
+        known = torch.from_numpy(np.load(features / f"{chosen[place]}.npy")).float()
+        mine = [number for number, variant in enumerate(variants) if place % variant.every == 0]
+        with torch.no_grad(), predictor.fabric.autocast():
+            scene = (classified if one.module == 1 else detected)(network, pixels, proposals, known, image)
+            if not scene.tags:
+                return {"rows": np.array([(n, place, tag, 1, 0, np.nan) for n in mine for tag in image.tags], ROW)}
+            results = label(scene, [variants[number] for number in mine])
+        rows = []
+        for number, result in zip(mine, results, strict=True):
+            order = result.found.weights.argsort(descending=True, stable=True)
+            rows += [(number, place, *row) for row in judge(result.found[order], truth, image.tags)]
+        first = results[0]
+        judged = [judge(first.found[i], truth, (int(first.found.labels[i]),)) for i in range(len(first.found))]
+        keep = [i for i, row in enumerate(judged) if row]
+        return {
+            "rows": np.array(rows, ROW),
+            "judged": np.array([(0, place, *judged[i][0]) for i in keep], ROW),
+            **{name: value.numpy()[keep] for name, value in candidates_for_weight(first, scene).items()},
+        }
+
+    kept = read_rows(one.out, [v.name for v in variants])
+    missing = [place for place in range(len(chosen)) if place not in set(kept["rows"]["image"].tolist())]
+    began = saved = time.monotonic()
+    with contextlib.closing(map_images(measure, missing, network.device)) as results:
+        for done, part in enumerate(results, 1):
+            for name, more in part.items():
+                kept[name] = np.concatenate([kept[name], more]) if name in kept else more
+            now = time.monotonic()
+            over = done == len(missing) or (one.minutes is not None and now - began > 60 * one.minutes)
+            if over or now - saved > 30:
+                print(f"{done} of {len(missing)}, {now - began:.0f} s", flush=True)
+                saved = now
+                if one.out:
+                    write_rows(one.out, kept)
+            if over:
+                break
+    rows, judged = kept.pop("rows"), kept.pop("judged")
+    kept.pop("names")
+    count = len(np.unique(rows["image"]))
+    print(f"\nmodule {one.module}, {count} images of {one.split}\n\n{variants_table(rows, variants)}\n")
+    print(f"{len(judged)} instances, {judged['right'].mean():.3f} right\n\n{weights_table(kept, judged['right'])}")
+
+
+def read_rows(path: Path | None, names: list[str]) -> dict[str, np.ndarray]:
+    """What an earlier call kept in ``path``, or nothing: rows, instances, and their candidates for the weight by name.
+
+    Raises:
+        SystemExit: the file is of other variants.
+    """
+    kept = {"rows": np.zeros(0, ROW), "judged": np.zeros(0, ROW), "names": np.array(names)}
+    if path is not None and path.is_file():
+        with np.load(path) as file:
+            kept = {name: file[name] for name in file.files}
+        if kept["names"].tolist() != names:
+            raise SystemExit(f"{path}: was written for other variants; give another --out or delete it")
+    return kept
+
+
+def write_rows(path: Path, kept: dict[str, np.ndarray]) -> None:
+    """Writes what `read_rows` reads, whole or not at all."""
+    temporary = path.with_suffix(".tmp.npz")
+    np.savez(temporary, **kept)  # type: ignore[arg-type]
+    temporary.replace(path)
 
 
 if __name__ == "__main__":

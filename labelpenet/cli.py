@@ -8,15 +8,18 @@ from __future__ import annotations
 import errno
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from labelpenet.errors import InputError
+
+if TYPE_CHECKING:
+    from labelpenet.training.supervised import Supervision
 
 Comma = Annotated[str | None, arg(metavar="A,B,...")]
 Device = Literal["auto", "cpu", "cuda"]
@@ -27,14 +30,17 @@ class Train:
     """Train the cascade on photographs and tags.
 
     DATA is a VOCdevkit year folder, a COCO instances.json, a folder with tags.csv or one sub-folder per class. Only the
-    tags are read. What is finished stays in RUN: after Ctrl-C, a crash or a power cut, the same command with --resume
-    continues and ends as if nothing had happened.
+    tags are read, unless --supervision asks for more. What is finished stays in RUN: after Ctrl-C, a crash or a power
+    cut, the same command with --resume continues and ends as if nothing had happened.
 
     Try:
       labelpenet train VOCdevkit/VOC2012 --out runs/voc --backbone mobilenet_v2 --classes cat,dog
       labelpenet train photos/ --out runs/mine --weights mobilenet_v2.safetensors --until 2
       labelpenet train photos/ --out runs/mine --resume
+      labelpenet train VOCdevkit/VOC2012 --out runs/voc --evaluate val
       labelpenet train photos/ --out runs/quick --shorten 0.1 --set images.sides=320 images.test_side=320
+      labelpenet train VOCdevkit/VOC2012 --out runs/voc-full --supervision full
+      labelpenet train VOCdevkit/VOC2012 --out runs/voc-mixed --supervision mixed --supervised annotated.txt
     """
 
     data: Positional[Path]
@@ -49,10 +55,19 @@ class Train:
     """ImageNet weights of the backbone (.safetensors or .pth); without it torchvision downloads its own."""
     split: str | None = None
     """VOC: train, val, trainval or a file of image names. Default: train where there is one, else all."""
+    evaluate: str | None = None
+    """A split of DATA that is held out and annotated: measure the modules on it while they are trained."""
+    observe_minutes: float = 5.0
+    """Minutes between pictures (and measurements) of the module that is being trained, for TensorBoard."""
     classes: Comma = None
     """Only these classes, in this order."""
     until: Literal[1, 2, 3, 4] = 4
     """Last module to train."""
+    supervision: Literal["tags", "full", "mixed"] = "tags"
+    """tags: nothing else. full, a yardstick: module 4 alone, on true boxes and masks. mixed: each photograph by the
+    best that it has: masks, boxes or tags."""
+    supervised: Path | None = None
+    """mixed: a file of image names, one a line; the other photographs count as tagged only. Default: all."""
     resume: bool = False
     """Continue what RUN holds."""
     seed: int = 0
@@ -61,6 +76,49 @@ class Train:
     """Multiply every stage's number of steps."""
     set: tuple[str, ...] = ()
     """Change single choices of the recipe: part.field=value ..."""
+    device: Device = "auto"
+    """Where to train."""
+    devices: int = 1
+    """Processes on this machine (one per GPU)."""
+    nodes: int = 1
+    """Machines."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    """auto: bf16-mixed where the hardware has it, else 32-true."""
+    cache: Path | None = None
+    """Folder of the proposals' cache. Default: the user's cache folder."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between checkpoints."""
+
+
+@dataclass
+class ForwardBackward:
+    """Improve a trained cascade by forward-backward learning, the second stage of the paper.
+
+    Takes the run folder of `labelpenet train` and writes a new one, which every other command reads like the first: all
+    four modules and the stem, trained end to end, and the instances that they now infer for the photographs.
+
+    Try:
+      labelpenet forward-backward runs/voc VOCdevkit/VOC2012 --out runs/voc-fb
+      labelpenet forward-backward runs/voc VOCdevkit/VOC2012 --out runs/voc-fb --resume
+      labelpenet forward-backward runs/mine photos/ --out runs/mine-fb --set schedule5.steps=100 schedule5.lr=1e-5
+    """
+
+    run: Positional[Path]
+    """Run folder of the cascade."""
+    data: Positional[Path]
+    """The photographs with tags that it was trained on."""
+    out: Path
+    """Run folder to write."""
+    split: str | None = None
+    """As for `train`."""
+    resume: bool = False
+    """Continue what the new run folder holds."""
+    seed: int = 0
+    """Of everything random."""
+    shorten: float = 1.0
+    """Multiply the number of iterations."""
+    set: tuple[str, ...] = ()
+    """Change single choices of the run's recipe: part.field=value ..."""
     device: Device = "auto"
     """Where to train."""
     devices: int = 1
@@ -103,6 +161,12 @@ class Predict:
     """Which split of --data."""
     device: Device = "auto"
     """Where to compute."""
+    devices: int = 1
+    """Processes on this machine (one per GPU), which share the photographs."""
+    nodes: int = 1
+    """Machines."""
+    cache: Path | None = None
+    """Folder of the proposals' cache (module 1). Default: the user's cache folder."""
 
 
 @dataclass
@@ -250,6 +314,7 @@ class Demo:
 
 Command = (
     Annotated[Train, subcommand("train")]
+    | Annotated[ForwardBackward, subcommand("forward-backward")]
     | Annotated[Predict, subcommand("predict")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Proposals, subcommand("proposals")]
@@ -288,13 +353,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train(one: Train) -> None:
     """``labelpenet train``."""
     from labelpenet import config
-    from labelpenet.data import open_tagged, training_split
+    from labelpenet.data import open_annotated, open_tagged, training_split
 
     recipe = config.override(config.shorten(config.recipe(one.recipe), one.shorten), one.set)
     split = one.split or training_split(one.data)
     images = open_tagged(one.data, split, _names(one.classes))
     for note in images.notes:
         print(f"note: {note}", file=sys.stderr)
+    held_out = open_annotated(one.data, one.evaluate, images.classes) if one.evaluate else None
     from labelpenet.training.run import train_run
 
     train_run(
@@ -313,39 +379,88 @@ def train(one: Train) -> None:
         cache=one.cache,
         checkpoint_minutes=one.checkpoint_minutes,
         source={"data": str(one.data), "split": split},
+        supervision=_supervision(one, split, images.classes),
+        held_out=held_out,
+        observe_minutes=one.observe_minutes,
+    )
+    print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
+
+
+def _supervision(one: Train, split: str | None, classes: Sequence[str]) -> Supervision | None:
+    """What the run may know beyond tags; nothing of it is opened unless the user asks for it."""
+    if one.supervised and one.supervision != "mixed":
+        raise InputError("--supervised goes with --supervision mixed; to train on other photographs use --split")
+    if one.supervision == "tags":
+        return None
+    from labelpenet.data import open_annotated
+    from labelpenet.data.files import read_names
+    from labelpenet.training.supervised import read_supervision
+
+    listed = read_names(one.supervised) if one.supervised else None
+    found = read_supervision(one.supervision, open_annotated(one.data, split, classes), listed)
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return found
+
+
+def forward_backward(one: ForwardBackward) -> None:
+    """``labelpenet forward-backward``."""
+    from labelpenet import config
+    from labelpenet.data import open_tagged, training_split
+    from labelpenet.models.cascade import read_run
+    from labelpenet.training import curriculum
+
+    facts = read_run(one.run)
+    recipe = config.override(config.shorten(config.from_dict(facts["recipe"]), one.shorten), one.set)
+    split = one.split or training_split(one.data)
+    images = open_tagged(one.data, split, facts["classes"])
+    for note in images.notes:
+        print(f"note: {note}", file=sys.stderr)
+    curriculum.forward_backward(
+        images,
+        one.run,
+        one.out,
+        recipe,
+        resume=one.resume,
+        seed=one.seed,
+        device=one.device,
+        devices=one.devices,
+        nodes=one.nodes,
+        precision=one.precision,
+        cache=one.cache,
+        checkpoint_minutes=one.checkpoint_minutes,
+        source={"data": str(one.data), "split": split},
     )
     print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
 
 
 def predict(one: Predict) -> None:
     """``labelpenet predict``."""
-    from labelpenet.data import TaggedImage, open_tagged
+    from labelpenet.data import TaggedImage, open_tagged, read_image
     from labelpenet.data.images import find_images
-    from labelpenet.export import write_predictions
-    from labelpenet.training.predict import Predictor
+    from labelpenet.instances import Instances
+    from labelpenet.training.predict import Predictor, predict_images
 
     if bool(one.images) == bool(one.data):
         raise InputError("give either photographs (or folders of them) or --data DATA")
-    predictor = Predictor(one.run, one.device)
+    predictor = Predictor(one.run, one.device, one.devices, one.nodes)
     if one.data:
         images: Sequence[TaggedImage] = open_tagged(one.data, one.split, predictor.network.classes).images
     else:
         images = [TaggedImage(name, path, ()) for name, path in find_images(one.images)]
-    skipped: list[str] = []
 
-    def found() -> Iterator:
-        from labelpenet.data import read_image
-        from labelpenet.report.overlays import write_overlay
+    def keep(image: TaggedImage, instances: Instances) -> Instances:
+        instances = instances[instances.weights >= one.min_score]
+        if one.overlays:
+            from labelpenet.report.overlays import write_overlay
 
-        for image, instances in predictor.run(images, one.module, skipped):
-            instances = instances[instances.weights >= one.min_score]
-            if one.overlays:
-                write_overlay(one.overlays, image.id, read_image(image.path), instances, predictor.network.classes)
-            yield image.id, instances
+            write_overlay(one.overlays, image.id, read_image(image.path), instances, predictor.network.classes)
+        return instances
 
-    write_predictions(one.out, found(), images, predictor.network.classes)
+    skipped = predict_images(predictor, images, one.module, one.out, keep=keep, cache=one.cache)
     done = len(images) - len(skipped)
-    print(f"{one.out}: {done} images" + (f", {len(skipped)} skipped" if skipped else ""))
+    if predictor.first:
+        print(f"{one.out}: {done} images" + (f", {len(skipped)} skipped" if skipped else ""))
     if skipped and not done:
         raise InputError("no image could be read; see the lines above")
 
@@ -460,6 +575,7 @@ def _names(text: str | None) -> list[str] | None:
 
 RUN = {
     Train: train,
+    ForwardBackward: forward_backward,
     Predict: predict,
     Evaluate: evaluate,
     Proposals: proposals,

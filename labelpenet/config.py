@@ -15,6 +15,7 @@ from labelpenet.errors import InputError
 
 Pool = typing.Literal["max", "align"]
 Attention = typing.Literal["excitation", "gradient"]
+Score = typing.Literal["softmax", "logit", "weighted"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ class ClassificationChoice:
         form, contrast, pool, freeze_head: of `Classification`.
         attention: ``excitation`` (excitation backprop) or ``gradient`` (activation times gradient of the class logit at
             the last spatial layer of the RoI head).
+        score: what ranks the proposals, makes the heat-maps and weighs the attention maps, see
+            `calibration.proposal_scores`.
     """
 
     form: typing.Literal["paper", "wsddn"] = "paper"
@@ -66,6 +69,7 @@ class ClassificationChoice:
     pool: Pool = "max"
     freeze_head: bool = False
     attention: Attention = "excitation"
+    score: Score = "softmax"
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,23 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class ForwardBackward:
+    """Forward-backward learning (3.3).
+
+    Attributes:
+        phases: what an iteration does: ``both``, or ``forward`` or ``backward`` alone, to see what each is good for.
+        beta: IoU with a detection of module 2 above which a proposal of module 1 gets its class, else background.
+        train_stem: whether the stem, frozen in the cascade, is trained too.
+        ema: decay of a moving average of the weights, which are the result; None for the weights themselves.
+    """
+
+    phases: typing.Literal["both", "forward", "backward"] = "both"
+    beta: float = 0.5
+    train_stem: bool = True
+    ema: float | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides a run, but for data, seed and backbone.
 
@@ -145,6 +166,7 @@ class Recipe:
         predict2, predict4: how modules 2, and 3 and 4, answer `predict`.
         schedule0: of the warm-up on whole images, which only a backbone without pretrained weights needs.
         schedule1 to schedule4: of cascaded pre-training.
+        schedule5: of forward-backward learning; a step is an iteration, that is, one update a phase.
     """
 
     name: str = "paper"
@@ -169,6 +191,8 @@ class Recipe:
     schedule2: Schedule = field(default_factory=Schedule)
     schedule3: Schedule = field(default_factory=Schedule)
     schedule4: Schedule = field(default_factory=Schedule)
+    forward_backward: ForwardBackward = field(default_factory=ForwardBackward)
+    schedule5: Schedule = field(default_factory=lambda: Schedule(steps=80_000, lr=1e-4, decay=()))
 
 
 def best() -> Recipe:
@@ -193,7 +217,7 @@ def best() -> Recipe:
         segmentation=detector,
         infer1=InferenceChoice(combine="mean", members="class", per_class=1, attended=120, background=0.3, **crf),
         infer2=InferenceChoice(combine="mean", per_class=5, attended=80, background=0.4, duplicate=0.5, **crf),
-        infer3=InferenceChoice(per_class=5, duplicate=0.5, attended=100, background=0.4, **crf),
+        infer3=InferenceChoice(per_class=5, duplicate=0.5, attended=100, background=0.25, **crf),
         predict2=InferenceChoice(
             combine="mean", min_score=0.05, box="proposal", joint=False, attended=80, background=0.4, **crf
         ),
@@ -202,6 +226,8 @@ def best() -> Recipe:
         schedule2=schedule,
         schedule3=replace(schedule, steps=800),
         schedule4=replace(schedule, steps=800),
+        forward_backward=ForwardBackward(ema=0.99),
+        schedule5=replace(schedule, steps=300, lr=1e-4, warmup=20),
     )
 
 
@@ -250,6 +276,7 @@ def demo() -> Recipe:
         schedule2=schedule,
         schedule3=schedule,
         schedule4=schedule,
+        schedule5=replace(schedule, steps=60, lr=2e-4),
     )
 
 
@@ -259,7 +286,7 @@ def shorten(one: Recipe, factor: float) -> Recipe:
         raise InputError(f"--shorten must be positive, but got {factor}")
     changes = {
         name: replace(schedule, steps=max(1, round(schedule.steps * factor)), warmup=round(schedule.warmup * factor))
-        for name in ("schedule0", "schedule1", "schedule2", "schedule3", "schedule4")
+        for name in ("schedule0", "schedule1", "schedule2", "schedule3", "schedule4", "schedule5")
         for schedule in [getattr(one, name)]
     }
     return replace(one, **changes)
@@ -302,27 +329,23 @@ def to_dict(one: Recipe) -> dict[str, Any]:
 def from_dict(values: dict[str, Any]) -> Recipe:
     """The inverse of `to_dict`, also after a round trip through JSON.
 
+    A choice that did not exist yet when a run was made is that of the recipe of its name.
+
     Raises:
-        InputError: an entry is missing or unknown (the run was made by another version).
+        InputError: an entry is unknown, or the recipe's name (the run was made by another version).
     """
     try:
-        return _build(Recipe, values)
-    except (TypeError, KeyError, AttributeError) as error:
+        return _build(recipe(values["name"]), values)
+    except (TypeError, KeyError, AttributeError, InputError) as error:
         raise InputError(f"the run's recipe cannot be read ({error}); it was made by another version") from error
 
 
-def _build(kind: Any, values: dict[str, Any]) -> Any:
-    hints = typing.get_type_hints(kind)
-    missing = [key for key in hints if key not in values]
-    if missing:
-        raise KeyError(missing[0])
-    built = {}
+def _build(base: Any, values: dict[str, Any]) -> Any:
+    changes = {}
     for key, value in values.items():
-        if dataclasses.is_dataclass(hints[key]):
-            built[key] = _build(hints[key], value)
-        else:
-            built[key] = _tupled(value)
-    return kind(**built)
+        own = getattr(base, key)
+        changes[key] = _build(own, value) if dataclasses.is_dataclass(own) else _tupled(value)
+    return replace(base, **changes)
 
 
 def _tupled(value: Any) -> Any:

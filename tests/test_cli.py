@@ -108,6 +108,8 @@ def test_train_refuses_a_folder_in_use_and_changed_settings(
         (["--backbone", "nope"], "unknown backbone"),
         (["--classes", "ball,unicorn"], "unicorn"),
         (["--split", "nope"], "available are"),
+        (["--evaluate", "nope"], "available are"),
+        (["--evaluate", "train"], "choose a split that shares no image"),
         (["--weights", "nope.pth"], "no such weights file"),
         (["--set", "schedule2.stps=3"], "choose from"),
         (["--shorten", "0"], "positive"),

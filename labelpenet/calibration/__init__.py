@@ -1,6 +1,6 @@
 """Proposal calibration: excitation backprop, attention and heat-maps, dense CRF, and the chain of them."""
 
-from labelpenet.calibration.calibrate import CalibrationSettings, Trace, calibrate
+from labelpenet.calibration.calibrate import CalibrationSettings, Trace, calibrate, proposal_scores
 from labelpenet.calibration.crf import DenseCRF, dense_crf
 from labelpenet.calibration.excitation import excitation_backprop, excitation_roi, forward_with_activations
 from labelpenet.calibration.maps import background_map, confidence_map, heat_map, normalise, project_maps
@@ -19,4 +19,5 @@ __all__ = [
     "heat_map",
     "normalise",
     "project_maps",
+    "proposal_scores",
 ]

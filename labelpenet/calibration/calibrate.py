@@ -13,14 +13,25 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
 from labelpenet.calibration.crf import DenseCRF
-from labelpenet.calibration.maps import background_map, confidence_map, heat_map, normalise, project_maps
+from labelpenet.calibration.maps import (
+    background_map,
+    confidence_map,
+    full_precision,
+    heat_map,
+    normalise,
+    project_maps,
+)
 from labelpenet.instances import Instances, masks_to_boxes
 
 Attend = Callable[[Tensor, Tensor], Tensor]
 """(n,) indices of proposals and (n,) their class indices to (n, a, a) attention maps >= 0 of those proposals."""
+
+COMBINE = ("product", "mean", "heat")
+MEMBERS = ("suppressed", "class")
+BOX = ("mask", "proposal")
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,33 @@ class Trace:
     marginals: Tensor
 
 
+def proposal_scores(logits: Tensor, shares: Tensor, how: str, tags: tuple[int, ...] | None = None) -> Tensor:
+    """The scores of module 1's proposals for `calibrate`, (R, C) in [0, 1].
+
+    Args:
+        logits: (R, C) ``x^c``, without the background.
+        shares: (R, C) the proposal weights ``w``, the softmax of ``x^p`` over the proposals.
+        how: ``softmax`` of the logits over the classes, as the paper says; ``logit``, moved and scaled so that the
+            smallest of an image becomes 0 and the largest 1; ``weighted``, the softmax times the proposal's weight,
+            which is divided by its largest value for the class.
+        tags: the classes that the image shows, the only ones that the smallest and the largest logit are sought in.
+
+    Raises:
+        ValueError: another ``how``.
+    """
+    if how == "softmax":
+        return logits.softmax(1)
+    if how == "weighted":
+        return logits.softmax(1) * shares / shares.amax(0, keepdim=True).clamp(min=1e-30) if len(logits) else logits
+    if how != "logit":
+        raise ValueError(f"score must be 'softmax', 'logit' or 'weighted', but got {how!r}")
+    ours = logits if tags is None else logits[:, list(tags)]
+    if not ours.numel():
+        return torch.zeros_like(logits)
+    low, high = ours.min(), ours.max()
+    return ((logits - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+
+
 def calibrate(
     image: np.ndarray,
     boxes: Tensor,
@@ -103,10 +141,10 @@ def calibrate(
         proposal or no tag. And the maps behind them.
 
     Raises:
-        ValueError: scores or boxes hold NaN.
+        ValueError: shapes that do not fit, a tag that is no class, an unknown choice, or NaN or infinity in scores,
+            boxes, regions or attention maps.
     """
-    if not bool(torch.isfinite(scores).all() and torch.isfinite(boxes).all()):
-        raise ValueError("scores and boxes must be finite, but hold NaN or infinity")
+    _check(image, boxes, scores, tags, settings, regions)
     size = (image.shape[0], image.shape[1])
     canvas, scale = working_canvas(image, settings.side)
     small = canvas.shape[:2]
@@ -126,19 +164,36 @@ def calibrate(
     else:
         confidence = normalise(confidence_map(attention, heat, "product" if settings.combine == "product" else "mean"))
     marginals = segment(canvas, confidence, settings)
-    masks = grow_masks(marginals, size)
-    masks = torch.stack([largest_parts(mask, settings.part) for mask in masks])
-    kept = scores[seeds, labels]
-    proposals = boxes[seeds].float()
-    tight = masks_to_boxes(masks)
-    empty = (tight[:, 2] <= tight[:, 0]) | (tight[:, 3] <= tight[:, 1])
-    for index in torch.nonzero(empty).flatten().tolist():  # an instance without a pixel falls back to its proposal
-        masks[index] = box_mask(proposals[index], size)
-    tight = masks_to_boxes(masks)
-    found = Instances(tight if settings.box == "mask" else proposals, labels, kept.clamp(0, 1), size, masks)
+    found = settle(marginals, boxes[seeds].float(), labels, scores[seeds, labels], size, settings)
     alive = distinct(found, settings.duplicate)
     trace = Trace(normalise(attention)[alive], heat[alive], confidence[alive], marginals[alive])
     return found[alive], trace
+
+
+def _check(
+    image: np.ndarray,
+    boxes: Tensor,
+    scores: Tensor,
+    tags: tuple[int, ...] | None,
+    settings: CalibrationSettings,
+    regions: Tensor | None,
+) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+        raise ValueError(f"image must be (H, W, 3) uint8, but got {image.shape} {image.dtype}")
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"boxes must be (R, 4), but got {tuple(boxes.shape)}")
+    if scores.ndim != 2 or len(scores) != len(boxes):
+        raise ValueError(f"scores must be ({len(boxes)}, C), but got {tuple(scores.shape)}")
+    if regions is not None and regions.shape != boxes.shape:
+        raise ValueError(f"regions must be ({len(boxes)}, 4), but got {tuple(regions.shape)}")
+    if tags is not None and not all(0 <= tag < scores.shape[1] for tag in tags):
+        raise ValueError(f"tags must be in [0, {scores.shape[1]}), but got {tags}")
+    for name, known in (("combine", COMBINE), ("members", MEMBERS), ("box", BOX)):
+        if getattr(settings, name) not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, but got {getattr(settings, name)!r}")
+    for name, values in (("boxes", boxes), ("scores", scores), ("regions", regions)):
+        if values is not None and not bool(torch.isfinite(values).all()):
+            raise ValueError(f"{name} must be finite, but hold NaN or infinity")
 
 
 def working_canvas(image: np.ndarray, side: int | None) -> tuple[np.ndarray, tuple[float, float]]:
@@ -162,7 +217,7 @@ def choose_instances(
         seeds (K,) proposal indices; labels (K,) their classes; member (K, R) bool, the proposals whose attention maps
         make up each instance.
     """
-    present = list(range(scores.shape[1])) if tags is None else list(tags)
+    present = list(range(scores.shape[1]) if tags is None else dict.fromkeys(tags))
     if not len(boxes) or not present:
         none = torch.zeros(0, dtype=torch.long, device=boxes.device)
         return none, none, torch.zeros(0, len(boxes), dtype=torch.bool, device=boxes.device)
@@ -216,8 +271,12 @@ def instance_attention(
     instance, proposal = torch.where(member)
     # with members="class" instances of one class share their proposals: each pair is computed once
     pairs, inverse = torch.unique(torch.stack([proposal, labels[instance]], 1), dim=0, return_inverse=True)
-    maps = attend(pairs[:, 0], pairs[:, 1])[inverse]
-    return project_maps(maps, boxes[proposal], canvas, groups=instance, num_groups=len(labels))
+    maps = attend(pairs[:, 0], pairs[:, 1])
+    if maps.ndim != 3 or len(maps) != len(pairs):
+        raise ValueError(f"attend must return ({len(pairs)}, a, a), but got {tuple(maps.shape)}")
+    if not bool(torch.isfinite(maps).all()):
+        raise ValueError("attention maps must be finite, but hold NaN or infinity")
+    return project_maps(maps[inverse], boxes[proposal], canvas, groups=instance, num_groups=len(labels))
 
 
 def instance_heat(
@@ -244,15 +303,7 @@ def segment(canvas: np.ndarray, confidence: Tensor, settings: CalibrationSetting
     Args:
         canvas: (h, w, 3) uint8; confidence: (K, h, w) in [0, 1].
     """
-    if settings.background is None:
-        background = background_map(confidence)
-    else:
-        background = torch.full_like(confidence[0], settings.background)
-    if settings.joint:
-        p = torch.cat([background[None], confidence])[None]
-    else:
-        p = torch.stack([background.expand_as(confidence), confidence], 1)
-    p = (p / p.sum(1, keepdim=True).clamp(min=1e-8)).clamp(0, 1)
+    p = unaries(confidence, settings)
     if settings.iterations:
         crf = DenseCRF(
             torch.as_tensor(canvas).to(confidence.device),
@@ -264,7 +315,32 @@ def segment(canvas: np.ndarray, confidence: Tensor, settings: CalibrationSetting
         )
         with torch.autocast(p.device.type, enabled=False):
             p = crf(p, settings.iterations)
-    if not settings.joint:
+    return foreground(p, settings.joint)
+
+
+def unaries(confidence: Tensor, settings: CalibrationSettings) -> Tensor:
+    """What the CRF starts from: probabilities of the background, the first label, and the instances.
+
+    Args:
+        confidence: (K, h, w) in [0, 1].
+
+    Returns:
+        (1, K + 1, h, w) where the instances compete (``joint``), else (K, 2, h, w), each against the background alone.
+    """
+    if settings.background is None:
+        background = background_map(confidence)
+    else:
+        background = torch.full_like(confidence[0], settings.background)
+    if settings.joint:
+        p = torch.cat([background[None], confidence])[None]
+    else:
+        p = torch.stack([background.expand_as(confidence), confidence], 1)
+    return (p / p.sum(1, keepdim=True).clamp(min=1e-8)).clamp(0, 1)
+
+
+def foreground(p: Tensor, joint: bool) -> Tensor:
+    """The instances' probabilities (K, h, w) from those of `unaries`, before or after the CRF."""
+    if not joint:
         return p[:, 1]
     # The winning label owns the pixel, whatever its absolute probability; of equals the first instance. The margin on
     # both sides keeps two instances from sharing a pixel once their maps are enlarged.
@@ -272,6 +348,32 @@ def segment(canvas: np.ndarray, confidence: Tensor, settings: CalibrationSetting
     best, winner = own.max(0)
     wins = F.one_hot(winner, len(own)).permute(2, 0, 1).bool() & (best >= p[0, 0])
     return torch.where(wins, own.clamp(min=0.5 + margin), own.clamp(max=0.5 - margin))
+
+
+def settle(
+    marginals: Tensor,
+    proposals: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    size: tuple[int, int],
+    settings: CalibrationSettings,
+) -> Instances:
+    """Instances with masks and boxes at the image's size from their probabilities; none is left without a pixel.
+
+    Args:
+        marginals: (K, h, w) in [0, 1]; proposals: (K, 4) the kept proposals in pixels of the image; labels: (K,);
+        weights: (K,); size: (H, W).
+    """
+    masks = torch.stack([largest_parts(mask, settings.part) for mask in grow_masks(marginals, size)])
+    empty = ~masks.flatten(1).any(1)
+    for index in torch.nonzero(empty).flatten().tolist():  # an instance without a pixel falls back to its proposal
+        masks[index] = box_mask(proposals[index], size)
+    boxes = masks_to_boxes(masks)
+    if settings.box == "proposal":
+        clipped = clip_boxes_to_image(proposals, size)
+        inside = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
+        boxes = torch.where(inside[:, None], clipped, boxes)
+    return Instances(boxes, labels, weights.clamp(0, 1), size, masks)
 
 
 def grow_masks(probabilities: Tensor, size: tuple[int, int]) -> Tensor:
@@ -307,7 +409,8 @@ def distinct(found: Instances, duplicate: float | None) -> Tensor:
     if duplicate is None or len(found) < 2 or found.masks is None:
         return torch.arange(len(found), device=found.boxes.device)
     flat = found.masks.flatten(1).float()
-    inter = flat @ flat.T
+    with full_precision(flat.device):
+        inter = flat @ flat.T
     area = flat.sum(1)
     overlap = inter / (area[:, None] + area[None] - inter).clamp(min=1)
     alive: list[int] = []

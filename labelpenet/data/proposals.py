@@ -16,12 +16,13 @@ import json
 import os
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -422,6 +423,15 @@ def _start_worker() -> None:
     """Sets up a worker process: one thread, and a silent end on Ctrl-C, which the terminal sends to all processes."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     cv2.setNumThreads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that started it is gone: SIGTERM or SIGKILL leave that no time to do so."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _terminate(pool: ProcessPoolExecutor) -> None:

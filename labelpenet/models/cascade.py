@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 
 from labelpenet import config
-from labelpenet.calibration import CalibrationSettings, Trace, calibrate, project_maps
+from labelpenet.calibration import CalibrationSettings, Trace, calibrate, project_maps, proposal_scores
 from labelpenet.calibration.calibrate import (
     box_mask,
     distinct,
@@ -82,6 +82,10 @@ class View:
             masks = masks.to(self.pixels.device)
         device = self.pixels.device
         return Instances(self.boxes(one.boxes), one.labels.to(device), one.weights.to(device), (height, width), masks)
+
+
+Seen = tuple[View, Tensor]
+"""A view and the stem's map of it."""
 
 
 class LabelPEnet(nn.Module):
@@ -154,6 +158,11 @@ class LabelPEnet(nn.Module):
         with torch.no_grad() if frozen else contextlib.nullcontext():
             return self.stem(view.pixels.contiguous(memory_format=torch.channels_last))
 
+    def see(self, image: np.ndarray) -> Seen:
+        """The photograph's view for inference and the stem's map of it."""
+        view = self.view(image)
+        return view, self.stem_map(view)
+
     def proposals(self, image: np.ndarray) -> Tensor:
         """Selective-search proposals (R, 4) of a photograph, computed now, as the recipe wants them."""
         return self.select(torch.from_numpy(propose(image, proposal_settings(self.recipe))), image.shape[:2])
@@ -169,15 +178,19 @@ class LabelPEnet(nn.Module):
 
     # -- what each module infers -------------------------------------------------------------------------------------
 
-    def class_scores(self, view: View, proposals: Tensor, features: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def class_scores(
+        self, view: View, proposals: Tensor, features: Tensor | None = None, stem: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Module 1's ``x^c`` (R, C + 1) and ``x^p`` (R, C) for proposals (R, 4) of the photograph.
 
         Args:
             features: (R, D) RoI features computed before, where the RoI head is frozen.
+            stem: the stem's map of the view, where it is known.
         """
         one = self.classification
         boxes = view.boxes(proposals)
-        stem = None if features is not None and not one.contrast else self.stem_map(view)
+        if stem is None and (features is None or one.contrast):
+            stem = self.stem_map(view)
         if features is None:
             assert stem is not None
             features = one.features(stem, boxes)
@@ -193,6 +206,7 @@ class LabelPEnet(nn.Module):
         proposals: Tensor,
         tags: tuple[int, ...] | None,
         features: Tensor | None = None,
+        seen: Seen | None = None,
     ) -> tuple[Instances, Trace, Tensor]:
         """Module 1, calibrated: one instance for each tag.
 
@@ -201,11 +215,10 @@ class LabelPEnet(nn.Module):
         Returns:
             The instances, the maps behind them, and the image's class probabilities (C,).
         """
-        view = self.view(image)
-        x_c, x_p = self.class_scores(view, proposals, features)
+        view, stem = seen or self.see(image)
+        x_c, x_p = self.class_scores(view, proposals, features, stem)
         probabilities = self.classification.image_probabilities(x_c, x_p)
-        scores = x_c[:, 1:].softmax(1)
-        stem = self.stem_map(view)
+        scores = proposal_scores(x_c[:, 1:], x_p.softmax(0), self.recipe.classification.score, tags)
         one = self.classification
         regions = view.boxes(proposals)
 
@@ -260,10 +273,10 @@ class LabelPEnet(nn.Module):
         proposals: Tensor | None,
         tags: tuple[int, ...] | None,
         choice: InferenceChoice,
+        seen: Seen | None,
     ) -> tuple[View, Tensor, Tensor, Tensor, Candidates]:
         """View, stem map, RoIs (R, 4), pooled RoI features and candidates of a detector."""
-        view = self.view(image)
-        stem = self.stem_map(view)
+        view, stem = seen or self.see(image)
         features = module.features(stem)
         extra = None if proposals is None else view.boxes(proposals)
         rois, _ = module.propose(features, view.pixels, extra=extra)
@@ -279,11 +292,12 @@ class LabelPEnet(nn.Module):
         proposals: Tensor | None,
         tags: tuple[int, ...] | None,
         choice: InferenceChoice | None = None,
+        seen: Seen | None = None,
     ) -> tuple[Instances, Trace]:
         """Module 2, calibrated: several instances for each class."""
         choice = choice or self.recipe.infer2
         module = self.detection
-        view, _, rois, pooled, found = self._candidates(module, image, proposals, tags, choice)
+        view, _, rois, pooled, found = self._candidates(module, image, proposals, tags, choice, seen)
         scores = found.scores.new_zeros(len(found.scores), len(self.classes))
         scores[torch.arange(len(scores), device=scores.device), found.labels] = found.scores
 
@@ -319,11 +333,12 @@ class LabelPEnet(nn.Module):
         proposals: Tensor | None,
         tags: tuple[int, ...] | None,
         choice: InferenceChoice | None = None,
+        seen: Seen | None = None,
     ) -> tuple[Instances, Trace]:
         """Module 3 or 4: detections, their masks (and those of the detections that they suppressed), dense CRF."""
         choice = choice or self.recipe.infer3
         module = self.refinement if number == 3 else self.segmentation
-        view, stem, _, _, found = self._candidates(module, image, proposals, tags, choice)
+        view, stem, _, _, found = self._candidates(module, image, proposals, tags, choice, seen)
         size = (image.shape[0], image.shape[1])
         canvas, scale = working_canvas(image, choice.side)
         small = (canvas.shape[0], canvas.shape[1])
@@ -375,21 +390,23 @@ class LabelPEnet(nn.Module):
         proposals: Tensor | None,
         tags: tuple[int, ...] | None,
         features: Tensor | None = None,
+        seen: Seen | None = None,
     ) -> tuple[Instances, Trace]:
         """What module ``number`` passes on for a training image: instances of its tags only, and the maps behind.
 
         Args:
             image: (H, W, 3) uint8 RGB; proposals: (R, 4) in its pixels; tags: the image's classes.
             features: (R, D) RoI features of module 1, where they are known.
+            seen: the image's view, not flipped, and the stem's map of it, where they are known (`see`).
         """
         if number == 1:
             if proposals is None:
                 proposals = self.proposals(image)
-            found, trace, _ = self.infer_classification(image, proposals, tags, features)
+            found, trace, _ = self.infer_classification(image, proposals, tags, features, seen)
             return found, trace
         if number == 2:
-            return self.infer_detection(image, proposals, tags)
-        return self.infer_segmentation(number, image, proposals, tags)
+            return self.infer_detection(image, proposals, tags, seen=seen)
+        return self.infer_segmentation(number, image, proposals, tags, seen=seen)
 
     @torch.no_grad()
     def predict(self, image: np.ndarray | str | Path, module: int = 4, proposals: Tensor | None = None) -> Instances:
@@ -429,8 +446,11 @@ class LabelPEnet(nn.Module):
     # -- runs --------------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_run(cls, run: str | Path, device: str | torch.device = "cpu") -> LabelPEnet:
+    def from_run(cls, run: str | Path, device: str | torch.device = "cpu", recipe: Recipe | None = None) -> LabelPEnet:
         """The trained cascade of a run folder, ready to `predict`.
+
+        Args:
+            recipe: choices to use instead of those that the run was trained with.
 
         Raises:
             InputError: no run folder, an unfinished run without any trained module, or damaged weights.
@@ -439,7 +459,7 @@ class LabelPEnet(nn.Module):
         facts = read_run(run)
         backbone = build_backbone(facts["backbone"], pretrained=False)
         backbone.mean, backbone.std = tuple(facts["normalisation"]["mean"]), tuple(facts["normalisation"]["std"])
-        network = cls(backbone, facts["classes"], config.from_dict(facts["recipe"]))
+        network = cls(backbone, facts["classes"], recipe or config.from_dict(facts["recipe"]))
         loaded = [part for part in ("stem", *MODULES) if network.load_part(run, part)]
         if "stem" not in loaded or len(loaded) < 2:
             raise InputError(f"{run}: holds no trained module yet; finish it with labelpenet train ... --resume")

@@ -87,8 +87,9 @@ class Classification(nn.Module):
         """
         if self.form == "paper":
             return -(self.scores(x_c, x_p).sum(0).log_softmax(0) * present).sum()
-        log_score = torch.logsumexp(x_c[:, 1:].log_softmax(1) + x_p.log_softmax(0), 0)
-        log_absent = torch.log1p(-log_score.exp().clamp(max=1 - 1e-6))
+        log_weight = x_p.log_softmax(0)
+        log_score = torch.logsumexp(x_c[:, 1:].log_softmax(1) + log_weight, 0)
+        log_absent = torch.logsumexp(log_other_classes(x_c[:, 1:]) + log_weight, 0)
         return -(log_score * present + log_absent * (1 - present)).sum()
 
     def single_label_loss(self, x_c: Tensor, labels: Tensor) -> Tensor:
@@ -98,6 +99,16 @@ class Classification(nn.Module):
             x_c: (R, C + 1); labels: (R,) 0 for background, 1 + class index otherwise.
         """
         return F.cross_entropy(x_c, labels)
+
+
+def log_other_classes(logits: Tensor) -> Tensor:
+    """``log(1 - softmax(logits))``, (R, C) to (R, C) for C > 1; exact also where the softmax rounds to 1."""
+    best = logits.argmax(1, keepdim=True)
+    # The likeliest class has the others' share, summed as it stands; of any other one at least half is left.
+    rest = logits.scatter(1, best, -torch.inf)
+    rest_of_best = rest.logsumexp(1, keepdim=True) - logits.logsumexp(1, keepdim=True)
+    unlikely = logits.log_softmax(1).scatter(1, best, -torch.inf)
+    return torch.log1p(-unlikely.exp()).scatter(1, best, rest_of_best)
 
 
 def frame_boxes(boxes: Tensor, image_size: tuple[int, int]) -> Tensor:

@@ -52,6 +52,10 @@ _MEANINGS = {
     "ABO": "each true object's best IoU with a mask of its class, whatever its score; mean over objects, then classes",
     "mIoU": "IoU of the painted class map, mean over background and classes",
 }
+_LEARNT_FROM = {
+    "full": "true boxes and masks, as a yardstick for what tags can reach",
+    "mixed": "image tags and, where they are known, true boxes and masks",
+}
 _BYTES = 13_000_000  # of pictures; with the rest the file stays below 15 MB
 
 
@@ -149,7 +153,8 @@ def write_report(
         else:
             training = name == "training"
             found = _labels(run, facts, given, problems) if training else _predictions(run, facts, given, problems)
-            sources.append(Source(given, network, facts.trained, found, read, training))
+            used = training and "supervision" in facts.run
+            sources.append(Source(given, network, facts.trained, found, read, training, used))
             if read is None:
                 problems.append(f"{name} images: no annotation was given, so their true objects are not shown")
     sources = [replace(source, side=_panel_side(images * len(sources))) for source in sources]
@@ -176,6 +181,8 @@ def gather(run: Path) -> Facts:
     trained = tuple(k for k, name in enumerate(MODULES, 1) if (run / "weights" / f"{name}.safetensors").is_file())
     labelled = tuple(k for k in range(1, len(MODULES) + 1) if path_of(run, f"module{k}").is_file())
     for number, name in enumerate(MODULES, 1):
+        if facts.get("supervision") == "full" and number < len(MODULES):
+            continue  # which trains the last module alone
         if number not in trained:
             missing.append(f"module {number} ({name}) is not trained yet; go on with labelpenet train ... --resume")
         elif number not in labelled:
@@ -356,6 +363,7 @@ def _render(run: Path, facts: Facts, sections: Sequence[Section], problems: Sequ
     stages = curves(read_metrics(run))
     return environment.get_template("report.html").render(
         title=run.resolve().name,
+        learnt_from=_LEARNT_FROM.get(facts.run.get("supervision", "tags"), "image tags alone"),
         missing=[*facts.missing, *problems],
         table=module_table(facts.results),
         by_class=class_table(facts.results),

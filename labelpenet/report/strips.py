@@ -78,6 +78,7 @@ class Source:
             predicts now.
         truth: reads the annotation of an image, or None.
         training: whether the photographs are those of the training.
+        used: whether some of the annotation was used in training.
         side: longer side of a panel in pixels.
     """
 
@@ -87,6 +88,7 @@ class Source:
     found: Mapping[int, Mapping[str, Instances]] = field(default_factory=dict)
     truth: ReadTruth | None = None
     training: bool = True
+    used: bool = False
     side: int = 400
 
 
@@ -272,7 +274,8 @@ def _module_panels(
     if truth is not None:
         picture = draw_instances(canvas, resize_instances(truth.instances, size))
         names = ", ".join(classes[label] for label in truth.instances.labels.tolist()) or "none"
-        panels.append(Panel("true objects, never used in training", names, picture))
+        title = "true objects" if source.used else "true objects, never used in training"
+        panels.append(Panel(title, names, picture))
     return panels
 
 

@@ -120,6 +120,7 @@ class Stage:
             random numbers must come from ``generator``. An `InputError` skips the step.
         workers: threads that `load`.
         groups: for each image a group id (its aspect ratio, say); all images of a batch then belong to one group.
+        repeat: consecutive steps that see the same batch with the same augmentation (the phases of an iteration).
         ema: decay of a moving average of the trained parameters (0.999, say), which the module holds once the stage is
             done; None keeps the parameters themselves.
         observe: ``observe(step, metrics)`` is called every `observe_minutes` without gradients, on the first process
@@ -139,6 +140,7 @@ class Stage:
     load: Callable[[list[int], torch.Generator], Any] | None = None
     workers: int = 2
     groups: Sequence[int] | None = None
+    repeat: int = 1
     ema: float | None = None
     observe: Callable[[int, MetricsLog], None] | None = None
     observe_minutes: float = 5.0
@@ -516,7 +518,7 @@ class _Trainer:
             elif self.machine.scaler.is_enabled():
                 overflow = True  # the usual way in which the scaler finds its scale: not worth a report
             else:
-                names = self._names(batches(*self._draw(), self.step, groups=self.stage.groups))
+                names = self._names(batches(*self._draw(), self.step // self.stage.repeat, groups=self.stage.groups))
                 problems = [f"the gradient is not finite: {names}"]
         self.skipped += bool(problems)
         self.clock["steps"] += 1
@@ -595,7 +597,7 @@ class _Trainer:
 
     def _passes(self, step: int) -> list[_Pass]:
         rank, world, size = self.machine.rank, self.machine.world, self.stage.images_per_pass
-        indices = batches(*self._draw(), step, rank, world, self.stage.groups)
+        indices = batches(*self._draw(), step // self.stage.repeat, rank, world, self.stage.groups)
         offset = rank * len(indices)
         return [_Pass(offset + i, indices[i : i + size]) for i in range(0, len(indices), size)]
 
@@ -619,7 +621,8 @@ class _Trainer:
 
         def begin(step: int) -> tuple[list[_Pass], list[_Batch]]:
             passes = self._passes(step)
-            seeds = [stream_seed(self.seed, self.stage.name, step, part.position, "load") for part in passes]
+            draw = step // self.stage.repeat
+            seeds = [stream_seed(self.seed, self.stage.name, draw, part.position, "load") for part in passes]
             generators = [torch.Generator().manual_seed(seed) for seed in seeds]
             futures = [pool.submit(load, part.indices, g) for part, g in zip(passes, generators, strict=True)]
             return passes, [future.result for future in futures]
@@ -738,6 +741,7 @@ def _facts(stage: Stage, seed: int, precision: str) -> dict[str, Any]:
         "images": f"{len(stage.images)} ({_digest(stage.images)})",
         "batch_size": stage.batch_size,
         "images_per_pass": stage.images_per_pass,
+        "repeat": stage.repeat,
         "groups": None if stage.groups is None else _digest(stage.groups),
         "optimiser": asdict(stage.optimiser),
         "ema": stage.ema,

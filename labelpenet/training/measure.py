@@ -69,7 +69,7 @@ def measure_run(
             write_predictions(path, pairs, images, classes)
         found = read_predictions(path, images, classes, list(range(1, len(classes) + 1)))
         results["val"][str(number)] = evaluate(found, truths, classes, protocol)  # type: ignore[arg-type]
-    if 1 in modules:
+    if 1 in modules and path_of(run, "module1").is_file():
         ranked, probabilities = rank_images(predictor, images, boxes)
         tags = np.array([[label in image.tags for label in range(len(classes))] for image in images])
         results["classification_mAP"] = float(np.nanmean(classification_ap(probabilities, tags)))

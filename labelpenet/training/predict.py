@@ -1,30 +1,44 @@
-"""A trained run applied to many photographs."""
+"""A trained run applied to many photographs, by one process or shared by many."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.images import read_image
+from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.errors import InputError
+from labelpenet.export import read_predictions, write_predictions
 from labelpenet.instances import Instances
-from labelpenet.models.cascade import LabelPEnet, read_run
+from labelpenet.models.cascade import LabelPEnet, proposal_settings, read_run
 from labelpenet.training.logging import Progress
 from labelpenet.training.machine import build_fabric, map_images
 from labelpenet.training.pretrain import Boxes
 
 
 class Predictor:
-    """The cascade of a run folder on a device, in the precision that it was trained in where the device has it."""
+    """The cascade of a run folder on a device, in the precision that it was trained in where the device has it.
 
-    def __init__(self, run: Path, device: str = "auto"):
+    Args:
+        run: the run folder.
+        device, devices, nodes: as `build_fabric` takes them.
+    """
+
+    def __init__(self, run: Path, device: str = "auto", devices: int = 1, nodes: int = 1):
         read_run(run)
-        self.fabric = build_fabric(device)
+        self.fabric = build_fabric(device, devices, nodes)
         self.network = LabelPEnet.from_run(run, self.fabric.device)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the first process, the one that speaks for all."""
+        return self.fabric.global_rank == 0
 
     def one(self, image: TaggedImage, module: int, boxes: Boxes | None = None) -> Instances:
         """The instances of one photograph, best first.
@@ -52,13 +66,98 @@ class Predictor:
                 return image, None, f"skipped: {error}"
 
         with (
-            Progress(f"module {module} predicts", len(images), 0) as progress,
+            Progress(f"module {module} predicts", len(images), 0, None if self.first else _silent) as progress,
             contextlib.closing(map_images(attempt, images, self.fabric.device)) as results,
         ):
             for done, (image, found, note) in enumerate(results):
                 if found is None:
-                    progress.say(note)
+                    progress.say(note) if self.first else print(note, file=sys.stderr)
                     skipped.append(image.id)
                     continue
                 yield image, found
                 progress.show(done + 1, {})
+
+    def proposals(self, images: Sequence[TaggedImage], module: int, cache: Path | None = None) -> Boxes | None:
+        """The photographs' proposals, on all of this process's cores; None where the module needs none."""
+        if not self.network.needs_proposals(module):
+            return None
+        settings = proposal_settings(self.network.recipe)
+        # Of several processes on a machine each has its share of the cores, which Fabric or torchrun told torch.
+        workers = torch.get_num_threads() if self.fabric.world_size > 1 else None
+        return compute_proposals(images, settings, cache or default_cache(), workers, progress=self.first)
+
+
+def predict_images(
+    predictor: Predictor,
+    images: Sequence[TaggedImage],
+    module: int,
+    out: Path,
+    *,
+    keep: Callable[[TaggedImage, Instances], Instances] = lambda image, found: found,
+    cache: Path | None = None,
+) -> list[str]:
+    """Predicts the photographs and writes one predictions file, whole or not at all.
+
+    Every process predicts each ``world``-th photograph into a file of its own beside ``out``; the first one puts these
+    together in the order of the photographs. The file is the same for any number of processes.
+
+    Args:
+        predictor: the run; its processes must all see the folder of ``out``.
+        images: the photographs; module: which one answers; out: the file.
+        keep: what is written of the instances found in a photograph.
+        cache: folder of the proposals' cache; None for the user's.
+
+    Returns:
+        The ids of the photographs that could not be read, in every process.
+
+    Raises:
+        InputError: the module is not trained, or the file cannot be written; in every process.
+    """
+    predictor.network.require(module)
+    rank, world = predictor.fabric.global_rank, predictor.fabric.world_size
+    classes = predictor.network.classes
+    share = images[rank::world]
+    skipped: list[str] = []
+
+    def predict(path: Path) -> None:
+        boxes = predictor.proposals(share, module, cache)
+        found = ((image.id, keep(image, one)) for image, one in predictor.run(share, module, skipped, boxes))
+        write_predictions(path, found, images, classes)
+
+    if world == 1:
+        predict(out)
+        return skipped
+    parts = [out.with_name(f"{out.name}.part{other}") for other in range(world)]
+    _together(world, lambda: predict(parts[rank]))
+    _together(world, lambda: _join(parts, out, images, classes) if predictor.first else None)
+    everywhere: list[list[str]] = [[] for _ in range(world)]
+    dist.all_gather_object(everywhere, skipped)
+    return [name for one in everywhere for name in one]
+
+
+def _together(world: int, work: Callable[[], None]) -> None:
+    """Does this process's work and waits for that of the others; what one of them cannot do is raised in all."""
+    problem = None
+    try:
+        work()
+    except InputError as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * world
+    dist.all_gather_object(problems, problem)
+    for one in problems:
+        if one is not None:
+            raise InputError(one)
+
+
+def _join(parts: Sequence[Path], out: Path, images: Sequence[TaggedImage], classes: Sequence[str]) -> None:
+    """Puts the processes' files together in the order of the photographs, and removes them."""
+    categories = list(range(1, len(classes) + 1))
+    read = [read_predictions(part, images, classes, categories) for part in parts]
+    owners = ((image.id, read[index % len(parts)]) for index, image in enumerate(images))
+    write_predictions(out, ((name, one[name]) for name, one in owners if name in one), images, classes)
+    for part in parts:
+        part.unlink()
+
+
+def _silent(message: str) -> None:
+    """Takes the progress of the processes other than the first."""

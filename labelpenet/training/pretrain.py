@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,18 +17,22 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from labelpenet import config
-from labelpenet.config import Recipe, Schedule
+from labelpenet.config import InferenceChoice, Recipe, Schedule
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.images import read_image
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
-from labelpenet.models.cascade import MODULES, LabelPEnet, View
+from labelpenet.models.cascade import MODULES, LabelPEnet, View, calibration_settings
 from labelpenet.models.classification import frame_boxes
 from labelpenet.training.checkpoint import write_atomically
 from labelpenet.training.inferred import infer_all, read_inferred
 from labelpenet.training.logging import Progress
 from labelpenet.training.loop import Optimiser, Stage, train_stage
 from labelpenet.training.machine import map_images
+from labelpenet.training.supervised import with_masks
+
+if TYPE_CHECKING:
+    from labelpenet.training.observe import Observer
 
 Boxes = Mapping[str, np.ndarray]
 
@@ -39,7 +43,7 @@ class Training:
 
     Attributes:
         network: the cascade.
-        images: photographs and tags: the only supervision.
+        images: photographs and tags: the only supervision, but for ``truths``.
         proposals: (R, 4) boxes by image id.
         run: the run folder.
         seed: of everything random.
@@ -47,6 +51,8 @@ class Training:
         resume: whether to continue what the run folder holds.
         checkpoint_minutes: between checkpoints.
         facts: kept in checkpoints; a resumed run must have the same.
+        truths: mixed supervision: true objects by image id, which stand in for inferred ones; ``masks`` is None where
+            only the boxes are known. Empty in a run on tags.
     """
 
     network: LabelPEnet
@@ -58,6 +64,7 @@ class Training:
     resume: bool = False
     checkpoint_minutes: float = 5.0
     facts: dict[str, Any] = field(default_factory=dict)
+    truths: Mapping[str, Instances] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:
@@ -73,36 +80,65 @@ class Training:
         return self.fabric.autocast()
 
 
-def pretrain(training: Training, until: int = 4, say: Callable[[str], None] = print) -> None:
+def pretrain(
+    training: Training, until: int = 4, say: Callable[[str], None] = print, observer: Observer | None = None
+) -> None:
     """Trains modules 1 to ``until``; what is finished already in the run folder is only loaded.
 
     Raises:
         InputError: see `train_stage` and `infer_all`.
     """
+    freeze_stem(training)
+    for number in range(1, until + 1):
+        train_module(training, number, say=say, observer=observer)
+
+
+def freeze_stem(training: Training) -> None:
+    """Keeps the stem as it is and writes it to the run folder."""
     network = training.network
     for parameter in network.stem.parameters():
         parameter.requires_grad_(False)
     # A resumed run goes on with the stem that it began with, whatever weights this process was started with.
     if not network.load_part(training.run, "stem") and training.fabric.global_rank == 0:
         save_part(network, training.run, "stem")
-    for number in range(1, until + 1):
-        name = MODULES[number - 1]
-        if network.load_part(training.run, name):
-            say(f"module {number} ({name}): trained before, loaded")
-        else:
-            train_stage(
-                stage(training, number),
-                training.run,
-                seed=training.seed,
-                config=training.facts,
-                fabric=training.fabric,
-                resume=training.resume,
-                checkpoint_minutes=training.checkpoint_minutes,
-            )
-            if training.fabric.global_rank == 0:
-                save_part(network, training.run, name)
-        training.fabric.barrier()
-        label_images(training, number)
+
+
+def train_module(
+    training: Training,
+    number: int,
+    targets: Mapping[str, Instances] | None = None,
+    say: Callable[[str], None] = print,
+    observer: Observer | None = None,
+) -> None:
+    """Trains one module and lets it label the training images; loads what is finished already in the run folder.
+
+    Args:
+        targets: what modules 2 to 4 learn, by image id; None for what the module before has inferred.
+        observer: looks at the module while it is trained, and once it is.
+
+    Raises:
+        InputError: see `train_stage` and `infer_all`.
+    """
+    network, name = training.network, MODULES[number - 1]
+    if network.load_part(training.run, name):
+        say(f"module {number} ({name}): trained before, loaded")
+    else:
+        one = stage(training, number, targets)
+        train_stage(
+            one if observer is None else observer.watch(one, [number]),
+            training.run,
+            seed=training.seed,
+            config=training.facts,
+            fabric=training.fabric,
+            resume=training.resume,
+            checkpoint_minutes=training.checkpoint_minutes,
+        )
+        if observer is not None:  # before the part is saved, so that an interruption does not pass it over
+            observer.conclude(one, [number])
+        if training.fabric.global_rank == 0:
+            save_part(network, training.run, name)
+    training.fabric.barrier()
+    label_images(training, number)
 
 
 def save_part(network: LabelPEnet, run: Path, part: str) -> None:
@@ -120,26 +156,28 @@ def save_part(network: LabelPEnet, run: Path, part: str) -> None:
 
 
 def label_images(training: Training, number: int) -> None:
-    """Lets module ``number`` infer the instances of every training image."""
+    """Lets module ``number`` infer the instances of every training image whose true objects are not known."""
     network, fabric = training.network, training.fabric
     network.eval()
     images = training.images
     share = len(images.images[fabric.global_rank :: fabric.world_size])
 
     position = {image.id: index for index, image in enumerate(images.images)}
+    choice: InferenceChoice = getattr(network.recipe, f"infer{min(number, 3)}")
+    crf = calibration_settings(choice)
 
     def infer(image: TaggedImage) -> Instances:
-        known = feature_file(training.run, position[image.id])
-        features = None
-        if number == 1 and known.is_file():
-            features = torch.from_numpy(np.load(known)).float().to(fabric.device)
+        truth = training.truths.get(image.id)
+        if truth is not None and truth.masks is not None:
+            return truth
+        features = known_features(training, position[image.id]) if number == 1 else None
         pixels = read_image(image.path)
         proposals = None
         if network.needs_proposals(number):
             proposals = training.boxes(image, pixels.shape)
         with training.autocast():
             found, _ = network.infer(number, pixels, proposals, image.tags, features)
-        return found
+        return found if truth is None else with_masks(truth, found, pixels, crf)
 
     done = 0
     with Progress(f"module {number} labels the images", share, 0) as progress:
@@ -164,8 +202,8 @@ def label_images(training: Training, number: int) -> None:
         )
 
 
-def stage(training: Training, number: int) -> Stage:
-    """The training stage of one module."""
+def stage(training: Training, number: int, targets: Mapping[str, Instances] | None = None) -> Stage:
+    """The training stage of one module; ``targets`` as in `train_module`."""
     schedule: Schedule = getattr(training.recipe, f"schedule{number}")
     images = [image.id for image in training.images.images]
     common: dict[str, Any] = {
@@ -182,7 +220,8 @@ def stage(training: Training, number: int) -> Stage:
             cache_features(training)
             return Stage(**common, loss=cached_loss(training))
         return Stage(**common, load=load_tagged(training), loss=classification_loss(training))
-    targets = read_inferred(training.run, f"module{number - 1}", len(training.images.classes))
+    if targets is None:
+        targets = read_inferred(training.run, f"module{number - 1}", len(training.images.classes))
     return Stage(**common, load=load_targets(training, targets, number), loss=detector_loss(training, number))
 
 
@@ -210,7 +249,7 @@ def feature_file(run: Path, index: int) -> Path:
 def cache_features(training: Training) -> None:
     """RoI features of every image, once, where stem and RoI head are frozen: ``RUN/cache/features/INDEX.npy``, float16.
 
-    An image that cannot be read gets a single row of zeros.
+    An image that cannot be read gets no rows, and nothing is learnt from it.
     """
     network, fabric, run = training.network, training.fabric, training.run
     feature_file(run, 0).parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +263,7 @@ def cache_features(training: Training) -> None:
         try:
             pixels = read_image(image.path)
         except InputError as error:
-            return index, np.zeros((1, width), np.float16), f"skipped: {error}"
+            return index, np.zeros((0, width), np.float16), f"skipped: {error}"
         with torch.no_grad(), training.autocast():
             view = network.view(pixels)
             boxes = view.boxes(training.boxes(image, pixels.shape))
@@ -246,6 +285,13 @@ def cache_features(training: Training) -> None:
     fabric.barrier()
 
 
+def known_features(training: Training, index: int) -> Tensor | None:
+    """The cached RoI features (R, D) of a training image; None where there are none."""
+    path = feature_file(training.run, index)
+    features = np.load(path) if path.is_file() else np.zeros((0, 0), np.float16)
+    return torch.from_numpy(features).float().to(training.fabric.device) if len(features) else None
+
+
 def present_classes(image: TaggedImage, num_classes: int) -> Tensor:
     """(C,) float, 1 for the classes among the image's tags."""
     present = torch.zeros(num_classes)
@@ -260,11 +306,13 @@ def cached_loss(training: Training) -> Callable[[Any, int], dict[str, Tensor]]:
     def loss(indices: list[int], step: int) -> dict[str, Tensor]:
         total = []
         for index in indices:
-            features = torch.from_numpy(np.load(feature_file(training.run, index))).float().to(training.fabric.device)
+            features = known_features(training, index)
+            if features is None:  # the image could not be read
+                continue
             x_c, x_p = module(features)
             present = present_classes(images.images[index], len(images.classes)).to(x_c.device)
             total.append(module.loss(x_c, x_p, present))
-        return {"multi_label": torch.stack(total).mean()}
+        return {"multi_label": torch.stack(total).mean()} if total else {}
 
     return loss
 
@@ -385,8 +433,9 @@ def start_run(run: Path, facts: dict[str, Any], resume: bool) -> None:
         except (ValueError, TypeError) as error:
             raise InputError(f"{path}: damaged ({error}); train again into a new folder") from error
         # where the images were read from may be spelt differently; which images they are may not differ
-        compared = [key for key in facts if key != "source"]
-        differing = [key for key in compared if json.dumps(saved.get(key)) != json.dumps(facts[key])]
+        # and a run on tags says nothing of its supervision
+        compared = [key for key in dict.fromkeys([*facts, "supervision"]) if key != "source"]
+        differing = [key for key in compared if json.dumps(saved.get(key)) != json.dumps(facts.get(key))]
         if differing:
             raise InputError(
                 f"{run}: was started with another {', '.join(differing)}; resume with the same settings or choose "
@@ -411,14 +460,15 @@ def run_facts(network: LabelPEnet, images: TaggedImages, seed: int, precision: s
         "seed": seed,
         "precision": precision,
         "images": len(images.images),
-        "tags": _digest(f"{image.id}\0{image.tags}".encode() for image in images.images),
-        "weights": _digest(value.detach().cpu().numpy().tobytes() for value in network.stem.state_dict().values()),
+        "tags": digest(f"{image.id}\0{image.tags}".encode() for image in images.images),
+        "weights": digest(value.detach().cpu().numpy().tobytes() for value in network.stem.state_dict().values()),
         "recipe": config.to_dict(network.recipe),
     }
 
 
-def _digest(parts: Iterable[bytes]) -> str:
-    digest = hashlib.blake2b(digest_size=8)
+def digest(parts: Iterable[bytes]) -> str:
+    """A short fingerprint of values that two processes or runs must share."""
+    found = hashlib.blake2b(digest_size=8)
     for part in parts:
-        digest.update(part + b"\n")
-    return digest.hexdigest()
+        found.update(part + b"\n")
+    return found.hexdigest()

@@ -6,16 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric import Fabric
 
 from labelpenet.config import Recipe
-from labelpenet.data.dataset import TaggedImages
+from labelpenet.data.dataset import AnnotatedImages, TaggedImages
 from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.errors import InputError
 from labelpenet.models.backbones import build_backbone
 from labelpenet.models.cascade import LabelPEnet, proposal_settings
 from labelpenet.training.loop import seed_step
 from labelpenet.training.machine import build_fabric
-from labelpenet.training.pretrain import Training, pretrain, run_facts, start_run
+from labelpenet.training.observe import HeldOut, Observer, check_held_out
+from labelpenet.training.pretrain import Boxes, Training, freeze_stem, pretrain, run_facts, start_run, train_module
+from labelpenet.training.supervised import Supervision, fully_supervised
 from labelpenet.training.warmup import warm_up
 
 
@@ -36,8 +39,15 @@ def train_run(
     cache: Path | None = None,
     checkpoint_minutes: float = 5.0,
     source: dict[str, Any] | None = None,
+    supervision: Supervision | None = None,
+    held_out: AnnotatedImages | None = None,
+    observe_minutes: float = 5.0,
 ) -> LabelPEnet:
     """Trains the cascade on photographs and tags, and nothing else: `TaggedImages` hold no box and no mask.
+
+    With full ``supervision``, the yardstick: module 4 alone, on true objects, with as many image presentations as
+    modules 2 to 4 have together. With mixed supervision the cascade, in which true objects stand in for inferred ones
+    where they are known.
 
     Args:
         images: the photographs; run: the run folder; recipe: every choice.
@@ -46,25 +56,76 @@ def train_run(
         device, devices, nodes, precision: as `build_fabric` takes them.
         cache: folder of the proposals' cache; None for the user's.
         source: where the images came from, kept in ``run.json`` for reports.
+        supervision: what is known beyond tags; None for nothing.
+        held_out: images that are not trained on, to measure the modules on while they are trained; None for none.
+        observe_minutes: between two looks at the module that is being trained (`training.observe`).
 
     Raises:
         InputError: something the user gave cannot be used; KeyboardInterrupt: the state is saved.
     """
-    if len(images.classes) < 2:
+    full = supervision is not None and supervision.kind == "full"
+    if full and until != 4:
+        raise InputError("full supervision trains module 4 alone; leave --until out")
+    if len(images.classes) < 2 and not full:
         raise InputError(
             f"training needs at least two classes, but the data set has {len(images.classes)}: tags tell classes apart"
         )
     if not any(image.tags for image in images.images):
         raise InputError("no image has a tag of the chosen classes; check the tags and --classes")
+    if held_out is not None:
+        check_held_out(images, held_out)
     fabric = build_fabric(device, devices, nodes, precision)
+    if supervision is not None and full:
+        images, recipe = supervision.images(images), fully_supervised(recipe)
     seed_step(seed, "initialisation", 0)
     plug = build_backbone(backbone, weights)
     network = LabelPEnet(plug, images.classes, recipe)
     facts = run_facts(network, images, seed, str(fabric._precision.precision))
+    if supervision is not None:
+        facts |= supervision.facts()
     if fabric.global_rank == 0:
         start_run(run, {**facts, "source": source or {}}, resume)
     fabric.barrier()
     network.to(fabric.device)
+    images, boxes = read_proposals(images, recipe, cache, fabric)
+    training = Training(network, images, boxes, run, seed, fabric, resume, checkpoint_minutes, facts)
+    torch.backends.cudnn.benchmark = False
+    if plug.untrained is not None:
+        plug = warm_up(training, plug)
+        seed_step(seed, "initialisation", 1)
+        training.network = LabelPEnet(plug, images.classes, recipe).to(fabric.device)
+    observer = build_observer(training, cache, held_out, observe_minutes)
+    if supervision is not None and full:
+        if fabric.global_rank == 0:
+            steps, size = recipe.schedule4.steps, recipe.schedule4.batch_size
+            print(f"module 4 alone: {steps * size} image presentations ({steps} steps of {size}), as modules 2 to 4")
+        freeze_stem(training)
+        train_module(training, 4, supervision.truths, observer=observer)
+        return training.network
+    if supervision is not None:
+        training.truths = supervision.truths
+    pretrain(training, until, observer=observer)
+    return training.network
+
+
+def build_observer(
+    training: Training, cache: Path | None, held_out: AnnotatedImages | None, minutes: float
+) -> Observer:
+    """What looks at the modules while they are trained; computes the held-out images' proposals if they are missing."""
+    if held_out is None:
+        return Observer(training, minutes)
+    boxes = read_proposals(held_out.tagged, training.recipe, cache, training.fabric)[1]
+    return Observer(training, minutes, HeldOut(held_out, boxes))
+
+
+def read_proposals(
+    images: TaggedImages, recipe: Recipe, cache: Path | None, fabric: Fabric
+) -> tuple[TaggedImages, Boxes]:
+    """The proposals of the images, computed where the cache does not hold them, and the images that can be read.
+
+    Raises:
+        InputError: none of them can.
+    """
     boxes = compute_proposals(
         images.images, proposal_settings(recipe), cache or default_cache(), progress=fabric.global_rank == 0
     )
@@ -73,12 +134,4 @@ def train_run(
     readable = tuple(image for image in images.images if image.id in boxes)
     if not readable:
         raise InputError("no image can be read; see the notes above")
-    images = TaggedImages(images.classes, readable, images.notes)
-    training = Training(network, images, boxes, run, seed, fabric, resume, checkpoint_minutes, facts)
-    torch.backends.cudnn.benchmark = False
-    if plug.untrained is not None:
-        plug = warm_up(training, plug)
-        seed_step(seed, "initialisation", 1)
-        training.network = LabelPEnet(plug, images.classes, recipe).to(fabric.device)
-    pretrain(training, until)
-    return training.network
+    return TaggedImages(images.classes, readable, images.notes), boxes

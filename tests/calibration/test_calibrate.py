@@ -21,6 +21,7 @@ from labelpenet.calibration.calibrate import (
     instance_attention,
     instance_heat,
     largest_parts,
+    proposal_scores,
     segment,
     working_canvas,
 )
@@ -250,6 +251,23 @@ def test_a_smaller_canvas_gives_nearly_the_same():
     assert canvas.shape[:2] == (25, 33) and scale == (33 / 64, 25 / 48)
     assert working_canvas(image, 1000)[1] == (1.0, 1.0)
     assert working_canvas(np.zeros((1, 300, 3), np.uint8), 30)[0].shape == (1, 30, 3)
+
+
+def test_scores_of_proposals() -> None:
+    logits, shares = torch.tensor([[2.0, -1, 9], [0.0, 1, 3]]), torch.tensor([[0.75, 0.1, 0.5], [0.25, 0.9, 0.5]])
+    softmax = proposal_scores(logits, shares, "softmax")
+    assert torch.allclose(softmax, logits.softmax(1))
+    weighted = proposal_scores(logits, shares, "weighted")
+    assert torch.allclose(weighted, softmax * torch.tensor([[1.0, 1 / 9, 1], [1 / 3, 1, 1]]))
+    ours = proposal_scores(logits, shares, "logit", (0, 1))
+    assert torch.allclose(ours[:, :2], torch.tensor([[1.0, 0], [1 / 3, 2 / 3]])) and float(ours.max()) == 1
+    assert torch.allclose(proposal_scores(logits, shares, "logit"), (logits + 1) / 10)
+    for how in ("softmax", "logit", "weighted"):
+        for size in ((0, 3), (1, 3), (4, 1)):
+            scores = proposal_scores(torch.zeros(size), torch.zeros(size), how, (0,))
+            assert scores.shape == size and bool(((scores >= 0) & (scores <= 1)).all())
+    with pytest.raises(ValueError, match="score must be"):
+        proposal_scores(logits, shares, "sigmoid")
 
 
 # --------------------------------------------------------------------------------------------- what must always hold

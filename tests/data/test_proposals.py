@@ -385,6 +385,18 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, name: str, work
     assert same(resumed, compute_proposals(images, QUICK, tmp_path / "fresh", workers=1))
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
+def test_workers_do_not_outlive_a_main_process_that_is_killed(tmp_path: Path, name: str) -> None:
+    cache = tmp_path / "cache"
+    photographs(tmp_path / "images", 60)
+    process = start(tmp_path / "images", cache, "2")
+    wait_for_files(process, cache, 1)
+    process.send_signal(getattr(signal, name))
+    process.communicate(timeout=60)
+    assert ends(process.pid)
+    assert all(module._load(path) is not None for path in files(cache))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["a signal to the main process alone", "a worker that is killed"])
 def test_workers_end_with_the_run(tmp_path: Path, how: str) -> None:

@@ -290,6 +290,25 @@ def test_loaded_images_and_their_draws_are_those_of_the_step(tmp_path, workers):
     assert len(draws) == 18
 
 
+def test_repeated_steps_see_the_same_batch_and_draws(tmp_path):
+    seen = []
+
+    def load(indices: list[int], generator: torch.Generator) -> tuple[tuple[int, ...], float]:
+        return tuple(indices), float(torch.rand((), generator=generator))
+
+    net = Net()
+
+    def loss(batch, step: int) -> dict[str, torch.Tensor]:
+        seen.append((step, batch))
+        return {"body": net.body.weight.square().mean()}
+
+    train_stage(make_stage(6, net, load=load, loss=loss, repeat=2, images_per_pass=4), tmp_path, **QUIET)
+    assert [step for step, _ in seen] == list(range(6))
+    batches_seen = [batch for _, batch in seen]
+    assert batches_seen[0::2] == batches_seen[1::2] and len(set(batches_seen)) == 3
+    assert [indices for indices, _ in batches_seen[::2]] == [tuple(batches(N, 4, 0, "module1", k)) for k in range(3)]
+
+
 def test_an_image_that_cannot_be_read_is_skipped_and_named(tmp_path):
     said = []
 

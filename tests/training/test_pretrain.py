@@ -21,7 +21,7 @@ from labelpenet.data.voc import open_tagged
 from labelpenet.errors import InputError
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.training.inferred import read_inferred
-from labelpenet.training.pretrain import Training, pretrain, run_facts, start_run
+from labelpenet.training.pretrain import Training, cache_features, cached_loss, pretrain, run_facts, start_run
 from tests.models.tiny import lively_mobilenet
 
 N = 6
@@ -226,6 +226,20 @@ def test_a_damaged_image_costs_only_itself(tmp_path):
         found = read_inferred(tmp_path / "run", name, len(images.classes))
         assert len(found) >= N - 1 and (damaged.id not in found or len(found[damaged.id]) == 0)
         assert sum(len(found[image.id]) for image in images.images if image != damaged) > 0
+
+
+def test_nothing_is_learnt_from_an_image_that_could_not_be_read(tmp_path):
+    year = write_scenes(tmp_path / "scenes", train=N, val=0, size=(96, 96), seed=3)
+    images = open_tagged(year, "train")
+    images.images[2].path.write_bytes(b"no image")
+    network = LabelPEnet(lively_mobilenet(7), images.classes, tiny_recipe())
+    fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
+    training = Training(network, images, boxes_of(images), tmp_path / "run", 0, fabric)
+    cache_features(training)
+    loss = cached_loss(training)
+    assert loss([2], 0) == {}
+    for others in ([1], [1, 4]):
+        assert torch.equal(loss([*others, 2], 0)["multi_label"], loss(others, 0)["multi_label"])
 
 
 # -------------------------------------------------------------------------------------------------------- run folders

@@ -1,0 +1,262 @@
+"""Forward-backward learning with curriculum (sections 3.3 and 4.2): all modules and the stem, end to end.
+
+An iteration shows the same photographs to two phases, each an update of all weights. In the *forward* phase modules 1
+to 4 are trained in order, each on the instances that the one before has just inferred. In the *backward* phase module 4
+only infers; its instances train module 3 with full supervision, module 3's boxes train module 2, and module 2's
+detections label the proposals of module 1 for a single-label loss beside its multi-label one. The stem's map is
+computed once a phase and shared; what a phase infers, it infers with the weights that it began with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from labelpenet import config
+from labelpenet.config import Recipe
+from labelpenet.data.dataset import TaggedImage, TaggedImages
+from labelpenet.data.images import read_image
+from labelpenet.errors import InputError
+from labelpenet.instances import Instances
+from labelpenet.models.cascade import MODULES, LabelPEnet, View, read_run
+from labelpenet.models.classification import frame_boxes
+from labelpenet.training.loop import Stage, train_stage
+from labelpenet.training.machine import build_fabric
+from labelpenet.training.pretrain import (
+    Training,
+    digest,
+    label_images,
+    optimiser,
+    present_classes,
+    run_facts,
+    save_part,
+    start_run,
+)
+from labelpenet.training.run import read_proposals
+
+STAGE = "forward-backward"
+
+
+def forward_backward(
+    images: TaggedImages,
+    start: Path,
+    run: Path,
+    recipe: Recipe | None = None,
+    *,
+    resume: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    devices: int = 1,
+    nodes: int = 1,
+    precision: str = "auto",
+    cache: Path | None = None,
+    checkpoint_minutes: float = 5.0,
+    source: dict[str, Any] | None = None,
+) -> LabelPEnet:
+    """Improves a trained cascade by forward-backward learning and writes it, with new instances, as a run of its own.
+
+    Args:
+        images: the photographs and tags; start: run folder of the cascade; run: the run folder to write.
+        recipe: every choice; that of ``start`` if None.
+        resume, seed, device, devices, nodes, precision, cache, checkpoint_minutes, source: as for `train_run`.
+
+    Raises:
+        InputError: ``start`` is not a run of these classes with all four modules, or something else that was given
+            cannot be used; KeyboardInterrupt: the state is saved.
+    """
+    facts = read_run(start)
+    if list(images.classes) != list(facts["classes"]):
+        raise InputError(
+            f"{start}: was trained on {', '.join(facts['classes'])}, but the photographs are tagged with "
+            f"{', '.join(images.classes)}; forward-backward learning needs the same classes"
+        )
+    recipe = recipe or config.from_dict(facts["recipe"])
+    fabric = build_fabric(device, devices, nodes, precision)
+    network = LabelPEnet.from_run(start, recipe=recipe)
+    for number in range(1, len(MODULES) + 1):
+        network.require(number)
+    weights = digest(value.numpy().tobytes() for value in network.state_dict().values())
+    own = {**run_facts(network, images, seed, str(fabric._precision.precision)), "start": weights}
+    if fabric.global_rank == 0:
+        start_run(run, {**own, "source": source or {}}, resume)
+    fabric.barrier()
+    network.to(fabric.device)
+    images, boxes = read_proposals(images, recipe, cache, fabric)
+    training = Training(network, images, boxes, run, seed, fabric, resume, checkpoint_minutes, own)
+    parts = ("stem", *MODULES)
+    if not all(network.load_part(run, part) for part in parts):
+        train_stage(
+            stage(training),
+            run,
+            seed=seed,
+            config=own,
+            fabric=fabric,
+            resume=resume,
+            checkpoint_minutes=checkpoint_minutes,
+        )
+        if fabric.global_rank == 0:
+            for part in parts:
+                save_part(network, run, part)
+    fabric.barrier()
+    for number in range(1, len(MODULES) + 1):
+        label_images(training, number)
+    return network
+
+
+def stage(training: Training) -> Stage:
+    """Forward-backward learning as the loop sees it: each phase of an iteration is a step on the same photographs."""
+    choice, schedule = training.recipe.forward_backward, training.recipe.schedule5
+    network = training.network
+    network.stem.requires_grad_(choice.train_stem)
+    phases = {"both": (forward, backward), "forward": (forward,), "backward": (backward,)}[choice.phases]
+    count = len(phases)
+
+    def loss(samples: list[Sample], step: int) -> dict[str, Tensor]:
+        terms: dict[str, list[Tensor]] = {}
+        for sample in samples:
+            for name, value in phases[step % count](network, sample).items():
+                terms.setdefault(name, []).append(value)
+        return {name: torch.stack(values).mean() for name, values in terms.items()}
+
+    return Stage(
+        name=STAGE,
+        module=network,
+        steps=schedule.steps * count,
+        images=[image.id for image in training.images.images],
+        loss=loss,
+        load=load(training),
+        batch_size=schedule.batch_size,
+        optimiser=optimiser(replace(schedule, steps=schedule.steps * count, warmup=schedule.warmup * count)),
+        repeat=count,
+        ema=choice.ema,
+    )
+
+
+@dataclass
+class Sample:
+    """A photograph, perhaps mirrored, as both phases see it.
+
+    Attributes:
+        image: (H, W, 3) uint8; view: of it, not flipped; proposals: (R, 4) in its pixels; tags: its classes.
+        present: (C,) 1 for the classes among the tags.
+    """
+
+    image: np.ndarray
+    view: View
+    proposals: Tensor
+    tags: tuple[int, ...]
+    present: Tensor
+
+
+def load(training: Training) -> Callable[[list[int], torch.Generator], list[Sample]]:
+    """Photographs and proposals at a scale and mirroring drawn for each."""
+
+    def one(image: TaggedImage, generator: torch.Generator) -> Sample:
+        choice = training.recipe.images
+        pixels = read_image(image.path)
+        boxes = training.boxes(image, pixels.shape)
+        side = choice.sides[int(torch.randint(len(choice.sides), (1,), generator=generator))]
+        if choice.flip and bool(torch.rand((), generator=generator) < 0.5):
+            # The photograph itself is mirrored, for what the modules infer is in its pixels.
+            pixels = np.ascontiguousarray(pixels[:, ::-1])
+            width = pixels.shape[1]
+            boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
+        present = present_classes(image, len(training.images.classes))
+        return Sample(pixels, training.network.view(pixels, side), boxes, image.tags, present)
+
+    def batch(indices: list[int], generator: torch.Generator) -> list[Sample]:
+        return [one(training.images.images[index], generator) for index in indices]
+
+    return batch
+
+
+class Phase:
+    """What the two phases share: the stem's map of a photograph, what a module infers on it, what it loses."""
+
+    def __init__(self, network: LabelPEnet, sample: Sample):
+        self.network, self.sample = network, sample
+        self.stem = network.stem_map(sample.view)
+        self.boxes = sample.view.boxes(sample.proposals)
+        self.features: Tensor | None = None
+
+    def infer(self, number: int) -> Instances:
+        """What module ``number`` passes on, in pixels of the photograph; without gradients, without dropout."""
+        one = self.sample
+        self.network.eval()
+        try:
+            features = None if self.features is None or number > 1 else self.features.detach()
+            seen = one.view, self.stem.detach()
+            found, _ = self.network.infer(number, one.image, one.proposals, one.tags, features, seen)
+        finally:
+            self.network.train()
+        return found
+
+    def classify(self) -> tuple[Tensor, Tensor]:
+        """Module 1's ``x^c`` (R, C + 1) and ``x^p`` (R, C), for its losses."""
+        module = self.network.classification
+        learns = any(parameter.requires_grad for parameter in module.head.parameters())
+        # Behind a frozen RoI head the features of hundreds of RoIs would send the stem a gradient at great cost.
+        with torch.set_grad_enabled(learns):
+            self.features = module.features(self.stem, self.boxes)
+            frames = None
+            if module.contrast:
+                size = (int(self.sample.view.pixels.shape[-2]), int(self.sample.view.pixels.shape[-1]))
+                frames = module.features(self.stem, frame_boxes(self.boxes, size))
+        return module(self.features, frames)
+
+    def multi_label(self, x_c: Tensor, x_p: Tensor) -> Tensor:
+        """Equation 2."""
+        return self.network.classification.loss(x_c, x_p, self.sample.present.to(x_c.device))
+
+    def learn(self, number: int, target: Instances) -> Tensor:
+        """The loss of module 2, 3 or 4 on instances in pixels of the photograph."""
+        if number == 2:
+            target = replace(target, masks=None)
+        extra = self.boxes if self.network.needs_proposals(number) else torch.zeros(0, 4)
+        view = self.sample.view
+        terms = self.network.module(number).losses(  # type: ignore[operator]
+            self.stem, view.pixels, view.instances(target), extra
+        )
+        return torch.stack([value.float() for value in terms.values()]).sum()
+
+
+def forward(network: LabelPEnet, sample: Sample) -> dict[str, Tensor]:
+    """The forward phase of one photograph: the loss of each module on what the one before has just inferred."""
+    phase = Phase(network, sample)
+    terms = {"forward_1": phase.multi_label(*phase.classify())}
+    for number in (2, 3, 4):
+        terms[f"forward_{number}"] = phase.learn(number, phase.infer(number - 1))
+    return terms
+
+
+def backward(network: LabelPEnet, sample: Sample) -> dict[str, Tensor]:
+    """The backward phase of one photograph: the losses of modules 3, 2 and 1 on what the next one infers."""
+    phase = Phase(network, sample)
+    found = phase.infer(4)
+    terms = {"backward_3": phase.learn(3, replace(found, weights=torch.ones_like(found.weights)))}
+    terms["backward_2"] = phase.learn(2, phase.infer(3))
+    x_c, x_p = phase.classify()
+    labels = proposal_labels(sample.proposals, phase.infer(2), network.recipe.forward_backward.beta)
+    terms["backward_1_multi"] = phase.multi_label(x_c, x_p)
+    terms["backward_1_single"] = network.classification.single_label_loss(x_c, labels.to(x_c.device))
+    return terms
+
+
+def proposal_labels(proposals: Tensor, found: Instances, beta: float) -> Tensor:
+    """Section 3.3: the class of each proposal (R,), 0 for background and 1 + class index otherwise.
+
+    Args:
+        proposals: (R, 4); found: module 2's detections in the same pixels; beta: IoU above which a proposal belongs to
+            the detection that it overlaps most.
+    """
+    if not len(found):
+        return torch.zeros(len(proposals), dtype=torch.long)
+    overlap, which = box_iou(proposals.cpu().float(), found.boxes.cpu().float()).max(1)
+    return torch.where(overlap > beta, found.labels.cpu()[which] + 1, 0)

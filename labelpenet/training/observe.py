@@ -1,0 +1,212 @@
+"""What a run shows of itself while it trains: pictures of a few training images, and figures of a held-out split.
+
+Nothing here moves a weight: modules answer as they do at inference, without gradients, and find themselves in the mode
+in which they were; the loop seeds every pass anew, so that nothing drawn here could reach it either.
+
+The held-out split's boxes and masks are seen by the `Observer` alone. What trains, `Training`, has no way to it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
+from labelpenet.data.images import read_image
+from labelpenet.errors import InputError
+from labelpenet.evaluation import evaluate
+from labelpenet.report.overlays import draw_instances
+from labelpenet.training.inferred import Inferred
+from labelpenet.training.logging import MetricsLog, read_metrics
+from labelpenet.training.loop import Stage, stream_seed
+from labelpenet.training.machine import map_images
+from labelpenet.training.pretrain import Boxes, Training, known_features
+
+PICTURES = 4  # training images that are shown
+PART = 40  # images of the held-out split that are measured within a stage
+
+# One image's predictions: id, size (H, W) and COCO rows.
+_Line = tuple[str, tuple[int, int], list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Annotated images that are not trained on, for measuring, and their proposals by image id."""
+
+    annotated: AnnotatedImages
+    proposals: Boxes
+
+
+def check_held_out(images: TaggedImages, annotated: AnnotatedImages) -> None:
+    """Refuses to measure on images that are trained on.
+
+    Raises:
+        InputError: the two have an image file in common, or differ in their classes.
+    """
+    trained = {image.path.resolve() for image in images.images}
+    shared = [image.id for image in annotated.tagged.images if image.path.resolve() in trained]
+    if shared:
+        raise InputError(
+            f"{len(shared)} of the {len(annotated.tagged.images)} images to --evaluate on are trained on, such as "
+            f"{shared[0]}; choose a split that shares no image with --split"
+        )
+    if annotated.tagged.classes != images.classes:
+        raise InputError("the split to --evaluate on has other classes than the one to train on; choose with --classes")
+
+
+class Observer:
+    """Shows what the modules believe while they are trained, in TensorBoard and ``RUN/metrics.jsonl``.
+
+    Pictures are of `PICTURES` training images that the seed chooses, with what a module infers for them from their
+    tags. Figures are of the held-out split, whose images a module answers as it does those of a user: ``val_part/...``
+    of `PART` images every few minutes, ``val/...`` of all images once a stage is done: ``box_mAP@0.5`` and
+    ``mask_mAP@0.5``, fractions in [0, 1] by protocol ``voc12``, and ``images``, their number.
+
+    Args:
+        training: the run; its network may still be replaced.
+        minutes: between two looks.
+        held_out: what is measured on; None to show pictures alone.
+    """
+
+    def __init__(self, training: Training, minutes: float = 5.0, held_out: HeldOut | None = None) -> None:
+        self.training, self.minutes, self.held_out = training, minutes, held_out
+        tagged = [index for index, image in enumerate(training.images.images) if image.tags]
+        self.shown = self._choose(tagged, PICTURES)
+        count = 0 if held_out is None else len(held_out.annotated.tagged.images)
+        self.part = self._choose(range(count), PART)
+
+    def watch(self, stage: Stage, numbers: Sequence[int]) -> Stage:
+        """The stage, with a look every few minutes at the modules ``numbers``; the last one is measured."""
+        return replace(stage, observe=partial(self.look, numbers), observe_minutes=self.minutes)
+
+    def look(self, numbers: Sequence[int], step: int, metrics: MetricsLog) -> None:
+        """Pictures of every module in ``numbers`` and, of the last one, the figures of a part of the held-out split."""
+        with _answering(self.training.network):
+            self._draw(numbers, step, metrics)
+            if self.held_out is not None:
+                lines = list(self._predict(numbers[-1], self.part))
+                metrics.write({"step": step, **self._measure("val_part", lines, self.part), "time": _now()})
+
+    def conclude(self, stage: Stage, numbers: Sequence[int]) -> None:
+        """As `look`, for a stage that is done, and with the figures of all held-out images; called by all processes.
+
+        The work is shared by the processes. It may be repeated, after an interruption.
+        """
+        fabric = self.training.fabric
+        lines: list[_Line] = []
+        with _answering(self.training.network):
+            if self.held_out is not None:
+                count = len(self.held_out.annotated.tagged.images)
+                own = list(self._predict(numbers[-1], range(fabric.global_rank, count, fabric.world_size)))
+                lines = [line for share in _gather(own, fabric.world_size) for line in share]
+            if fabric.global_rank:
+                return
+            rows = [row for row in read_metrics(self.training.run) if row.get("stage") == stage.name]
+            rows = [row for row in rows if "val/images" not in row]
+            metrics = MetricsLog(self.training.run, stage.name, rows, stage.steps)
+            with contextlib.closing(metrics):
+                self._draw(numbers, stage.steps, metrics)
+                if self.held_out is not None:
+                    part = self._measure("val_part", lines, self.part)
+                    whole = self._measure("val", lines, range(count))
+                    metrics.write({"step": stage.steps, **part, **whole, "time": _now()})
+
+    def _choose(self, indices: Sequence[int], count: int) -> list[int]:
+        """So many of the indices, the same ones in every run of this seed."""
+        generator = random.Random(stream_seed(self.training.seed, "observe", 0))
+        return sorted(generator.sample(list(indices), min(count, len(indices))))
+
+    def _draw(self, numbers: Sequence[int], step: int, metrics: MetricsLog) -> None:
+        training = self.training
+        for index in self.shown:
+            image = training.images.images[index]
+            try:
+                pixels = read_image(image.path)
+            except InputError:  # whoever loads it for training says so
+                continue
+            for number in numbers:
+                proposals = features = None
+                if training.network.needs_proposals(number):
+                    proposals = training.boxes(image, pixels.shape)
+                if number == 1:
+                    features = known_features(training, index)
+                with training.autocast():
+                    found, _ = training.network.infer(number, pixels, proposals, image.tags, features)
+                metrics.picture(
+                    f"module{number}/{image.id}", draw_instances(pixels, found, training.images.classes), step
+                )
+
+    def _predict(self, number: int, indices: Sequence[int]) -> Iterator[_Line]:
+        """What module ``number`` predicts for held-out images; an image that cannot be read is left out."""
+        training, held_out = self.training, self.held_out
+        assert held_out is not None
+        network, images = training.network, held_out.annotated.tagged.images
+        categories = list(range(1, len(network.classes) + 1))
+
+        def predict(image: TaggedImage) -> _Line | None:
+            try:
+                pixels = read_image(image.path)
+            except InputError:
+                return None
+            proposals = None
+            if network.needs_proposals(number) and image.id in held_out.proposals:
+                boxes = torch.from_numpy(np.array(held_out.proposals[image.id]))
+                proposals = network.select(boxes, pixels.shape)
+            with training.autocast():
+                found = network.predict(pixels, number, proposals)
+            return image.id, found.image_size, found.to_coco(image.id, categories)
+
+        lines = map_images(predict, [images[index] for index in indices], training.fabric.device)
+        with contextlib.closing(lines):
+            yield from (line for line in lines if line is not None)
+
+    def _measure(self, name: str, lines: Sequence[_Line], indices: Sequence[int]) -> dict[str, float]:
+        """Figures of the held-out images ``indices``, of which ``lines`` hold the predictions."""
+        assert self.held_out is not None
+        annotated, classes = self.held_out.annotated, self.training.images.classes
+        images = tuple(annotated.tagged.images[index] for index in indices)
+        chosen = replace(annotated, tagged=replace(annotated.tagged, images=images))
+        truths, _ = chosen.readable_truths()
+        found = Inferred({line[0]: line[2] for line in lines}, {line[0]: line[1] for line in lines}, len(classes))
+        result = evaluate(found, truths, classes, "voc12")
+        figures: dict[str, float] = {f"{name}/images": len(truths)}
+        if "box" in result:
+            figures[f"{name}/box_mAP@0.5"] = result["box"]["mAP"]
+        if "mask" in result:
+            figures[f"{name}/mask_mAP@0.5"] = result["mask"]["mAP@0.5"]
+        return figures
+
+
+@contextlib.contextmanager
+def _answering(network: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode; afterwards every part of it is in the mode in which it was."""
+    before = [(part, part.training) for part in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
+
+
+def _gather(lines: list[_Line], world: int) -> list[list[_Line]]:
+    """The lines of all processes, by rank."""
+    if world == 1:
+        return [lines]
+    found: list[Any] = [None] * world
+    dist.all_gather_object(found, lines)
+    return found
+
+
+def _now() -> float:
+    return round(time.time(), 3)

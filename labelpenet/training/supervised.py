@@ -1,0 +1,178 @@
+"""More than tags: the fully supervised yardstick, and data sets of which a part is annotated (mixed supervision).
+
+A run on tags never comes here: `train_run` is given a `Supervision` only where the user asked for one, and without one
+it holds nothing that leads to a box or a mask.
+
+Shape letters: ``N`` true objects, ``M`` inferred instances, ``H, W`` the photograph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import box_iou
+
+from labelpenet.calibration import CalibrationSettings
+from labelpenet.calibration.calibrate import box_mask, grow_masks, segment, working_canvas
+from labelpenet.config import Recipe
+from labelpenet.data.dataset import AnnotatedImages, TaggedImages, Truth
+from labelpenet.data.files import brief, listing
+from labelpenet.errors import InputError
+from labelpenet.instances import Instances
+from labelpenet.training.inferred import Inferred, Rows
+
+Kind = Literal["full", "mixed"]
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What a run may know beyond tags.
+
+    Attributes:
+        kind: ``full``: module 4 alone, on true objects; ``mixed``: the cascade, in which true objects stand in for
+            inferred ones where they are known.
+        truths: the true objects by image id, weights 1; ``masks`` is None for an image with boxes only. An image that
+            is not there has tags only.
+        digest: fingerprint of the truths: a resumed run must have the same.
+        notes: what was found, a line each.
+    """
+
+    kind: Kind
+    truths: Mapping[str, Instances]
+    digest: str
+    notes: tuple[str, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """What ``run.json`` says of it; a run on tags has no such entries."""
+        return {"supervision": self.kind, "truth": self.digest}
+
+    def images(self, images: TaggedImages) -> TaggedImages:
+        """The images that are trained on: with full supervision those whose true objects are known, else all."""
+        if self.kind == "mixed":
+            return images
+        known = tuple(image for image in images.images if image.id in self.truths)
+        return TaggedImages(images.classes, known, images.notes)
+
+
+def read_supervision(kind: Kind, annotated: AnnotatedImages, listed: Collection[str] | None = None) -> Supervision:
+    """Reads the annotation that a run may use, once and into memory (masks run-length encoded).
+
+    An image whose annotation cannot be read, or that has names of objects but not all their boxes, has tags only: full
+    supervision leaves it out.
+
+    Args:
+        annotated: the photographs of the split.
+        listed: image ids or file names; the annotation of no other image is read. None for all.
+
+    Raises:
+        InputError: none of the listed images is in the split, or no annotation can be read.
+    """
+    images, notes = annotated.tagged.images, list[str]()
+    if listed is not None:
+        images = tuple(image for image in images if image.id in listed or image.path.name in listed)
+        if not images:
+            raise InputError(f"none of the images listed as supervised ({listing(listed, 3)}) is in the split")
+        absent = len(listed) - len(images)
+        if absent > 0:
+            notes.append(f"{absent} of the {len(listed)} images listed as supervised are not in the split")
+    rows: dict[str, Rows] = {}
+    sizes: dict[str, tuple[int, int]] = {}
+    problems, boxes_only = [], 0
+    classes = len(annotated.tagged.classes)
+    found = hashlib.blake2b(digest_size=8)
+    for image in images:
+        try:
+            one = true_objects(annotated.read(image.id))
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        rows[image.id] = one.to_coco(image.id, range(1, classes + 1))
+        sizes[image.id] = one.image_size
+        boxes_only += one.masks is None
+        found.update(json.dumps([image.id, one.image_size, rows[image.id]]).encode() + b"\n")
+    if not rows:
+        raise InputError(problems[0])
+    fate = "are left out" if kind == "full" else "count as tagged only"
+    tagged = len(annotated.tagged.images) - len(rows)
+    counts = f"{kind} supervision: {len(rows) - boxes_only} images with masks, {boxes_only} with boxes only"
+    notes += brief(problems, f"images {fate} because their annotation cannot be used")
+    notes.append(counts if kind == "full" else f"{counts}, {tagged} with tags only")
+    return Supervision(kind, Inferred(rows, sizes, classes), found.hexdigest(), tuple(notes))
+
+
+def true_objects(truth: Truth) -> Instances:
+    """The objects of an annotation as training targets, weights 1.
+
+    Difficult objects are kept: left out, they would be taught as background. Crowd regions are left out, as no single
+    object can be told in them. If the mask of any object is empty, the image counts as one with boxes only.
+    """
+    one = truth.instances
+    sides = one.boxes[:, 2:] - one.boxes[:, :2]
+    one = one[~truth.crowd & (sides > 0).all(1)]
+    whole = one.masks is not None and bool(one.masks.flatten(1).any(1).all())
+    return Instances(one.boxes, one.labels, torch.ones(len(one)), one.image_size, one.masks if whole else None)
+
+
+def presentations(one: Recipe) -> int:
+    """How many images modules 2 to 4 of the cascade are presented together in cascaded pre-training."""
+    return sum(schedule.steps * schedule.batch_size for schedule in (one.schedule2, one.schedule3, one.schedule4))
+
+
+def fully_supervised(one: Recipe) -> Recipe:
+    """The recipe whose module 4 is presented as many images as modules 2 to 4 together, up to half a batch."""
+    steps = max(1, round(presentations(one) / one.schedule4.batch_size))
+    return replace(one, schedule4=replace(one.schedule4, steps=steps))
+
+
+def with_masks(truth: Instances, found: Instances, image: np.ndarray, settings: CalibrationSettings) -> Instances:
+    """True boxes with masks for them, for an image of which only the boxes are known.
+
+    A box that an instance of its class matches (IoU at least 0.5; the best one) takes that instance's mask, cut to the
+    box. For the others the dense CRF decides which pixels of the box are the object's.
+
+    Args:
+        truth: the N true objects; found: the M instances that a module inferred, on any device.
+        image: (H, W, 3) uint8 RGB.
+        settings: of the dense CRF.
+
+    Returns:
+        The true objects with masks (N, H, W), none of them empty, on the device of ``found``.
+    """
+    size = truth.image_size
+    truth = truth.to(found.boxes.device)
+    if not len(truth):
+        return Instances.empty(size, with_masks=True)
+    whole = torch.stack([box_mask(box, size) for box in truth.boxes])
+    index, matched = match(truth, found)
+    masks = carve(whole, image, settings) if not bool(matched.all()) else whole.clone()
+    if found.masks is not None and bool(matched.any()):
+        masks[matched] = found.masks[index[matched]]
+    masks &= whole
+    empty = ~masks.flatten(1).any(1)
+    masks[empty] = whole[empty]
+    return Instances(truth.boxes, truth.labels, truth.weights, size, masks)
+
+
+def match(truth: Instances, found: Instances, iou: float = 0.5) -> tuple[Tensor, Tensor]:
+    """(N,) for each true object the inferred instance of its class that overlaps most, and (N,) whether by ``iou``."""
+    if not len(found):
+        nothing = torch.zeros(len(truth), dtype=torch.long, device=found.boxes.device)
+        return nothing, nothing.bool()
+    overlap = box_iou(truth.boxes, found.boxes) * (truth.labels[:, None] == found.labels[None])
+    best, index = overlap.max(1)
+    return index, best >= iou
+
+
+def carve(boxes: Tensor, image: np.ndarray, settings: CalibrationSettings) -> Tensor:
+    """Masks (N, H, W) by the dense CRF from filled boxes (N, H, W) bool, which compete for pixels that they share."""
+    canvas, _ = working_canvas(image, settings.side)
+    confidence = F.interpolate(boxes[None].float(), size=canvas.shape[:2], mode="area")[0]
+    return grow_masks(segment(canvas, confidence, settings), (image.shape[0], image.shape[1]))

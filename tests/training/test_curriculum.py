@@ -1,0 +1,308 @@
+"""Forward-backward learning on a few generated scenes: who learns from whom, and that a run can be interrupted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from labelpenet.data.dataset import TaggedImages
+from labelpenet.data.images import read_image
+from labelpenet.data.scenes import write_scenes
+from labelpenet.data.voc import open_tagged
+from labelpenet.errors import InputError
+from labelpenet.evaluation import box_iou
+from labelpenet.instances import Instances
+from labelpenet.models.cascade import MODULES, LabelPEnet
+from labelpenet.models.detection import Detector
+from labelpenet.training import curriculum
+from labelpenet.training.curriculum import STAGE, Phase, Sample, backward, forward, forward_backward, proposal_labels
+from labelpenet.training.logging import read_metrics
+from labelpenet.training.pretrain import Training, pretrain, run_facts, start_run
+from tests.models.tiny import lively_mobilenet
+from tests.training.test_pretrain import boxes_of, results, tiny_recipe
+
+CHANGES = ("schedule5.steps=3", "schedule5.batch_size=2", "schedule5.warmup=0", "schedule5.lr=0.001")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    return write_scenes(tmp_path_factory.mktemp("data") / "scenes", train=4, val=0, size=(96, 96), seed=3)
+
+
+@pytest.fixture(scope="module")
+def images(scenes) -> TaggedImages:
+    return open_tagged(scenes, "train")
+
+
+@pytest.fixture(scope="module")
+def start(images, tmp_path_factory) -> Path:
+    """A cascade trained for two steps a module."""
+    return cascade(images, tmp_path_factory.mktemp("start") / "run", 4)
+
+
+def cascade(images: TaggedImages, run: Path, until: int) -> Path:
+    network = LabelPEnet(lively_mobilenet(7), images.classes, tiny_recipe(*CHANGES))
+    fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
+    fabric.launch()
+    facts = run_facts(network, images, 0, "32-true")
+    start_run(run, facts, False)
+    pretrain(Training(network, images, boxes_of(images), run, 0, fabric, facts=facts), until, say=lambda message: None)
+    return run
+
+
+def improve(images: TaggedImages, start: Path, run: Path, *changes: str, resume: bool = False) -> LabelPEnet:
+    recipe = tiny_recipe(*CHANGES, *changes)
+    return forward_backward(
+        images, start, run, recipe, resume=resume, device="cpu", precision="32-true", cache=start.parent / "cache",
+        checkpoint_minutes=0.0,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def improved(images, start, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("improved") / "run"
+    improve(images, start, run)
+    return run
+
+
+def sample(network: LabelPEnet, images: TaggedImages, number: int = 0) -> Sample:
+    one = images.images[number]
+    pixels = read_image(one.path)
+    present = torch.zeros(len(images.classes))
+    present[list(one.tags)] = 1
+    boxes = torch.from_numpy(boxes_of(images)[one.id])
+    return Sample(pixels, network.view(pixels, 80), boxes, one.tags, present)
+
+
+def spy(monkeypatch, network: LabelPEnet) -> dict[int, Instances]:
+    """What modules 2 to 4 are trained on, by module."""
+    seen: dict[int, Instances] = {}
+    for number in (2, 3, 4):
+        module = network.module(number)
+
+        def losses(stem: Tensor, image: Tensor, target: Instances, extra: Tensor, own=module, number=number):
+            assert own.training and stem.requires_grad
+            seen[number] = target
+            return type(own).losses(own, stem, image, target, extra)
+
+        monkeypatch.setattr(module, "losses", losses)
+    return seen
+
+
+def trainable(start: Path) -> LabelPEnet:
+    network = LabelPEnet.from_run(start)
+    network.train()
+    network.stem.requires_grad_(True)
+    return network
+
+
+def learning(network: LabelPEnet) -> set[str]:
+    """The parts that have got a gradient."""
+    return {
+        part
+        for part in ("stem", *MODULES)
+        if any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in getattr(network, part).parameters())
+    }
+
+
+def same(one: Instances, other: Instances) -> bool:
+    equal = torch.equal(one.boxes, other.boxes) and torch.equal(one.labels, other.labels)
+    return equal and torch.equal(one.weights, other.weights)
+
+
+def test_forward_each_module_learns_what_the_one_before_infers(start, images, monkeypatch):
+    network = trainable(start)
+    one = sample(network, images)
+    seen = spy(monkeypatch, network)
+    torch.manual_seed(0)
+    terms = forward(network, one)
+    assert set(terms) == {"forward_1", "forward_2", "forward_3", "forward_4"}
+    torch.stack(list(terms.values())).sum().backward()
+    assert learning(network) == {"stem", *MODULES}
+    network.eval()
+    for number in (2, 3, 4):
+        found, _ = network.infer(
+            number - 1, one.image, one.proposals, one.tags, seen=(one.view, network.stem_map(one.view))
+        )
+        assert same(seen[number], one.view.instances(found))
+        assert (seen[number].masks is None) == (number == 2)
+
+
+def test_backward_each_module_learns_what_the_next_one_infers(start, images, monkeypatch):
+    network = trainable(start)
+    one = sample(network, images)
+    seen = spy(monkeypatch, network)
+    terms = backward(network, one)
+    assert set(terms) == {"backward_3", "backward_2", "backward_1_multi", "backward_1_single"}
+    torch.stack(list(terms.values())).sum().backward()
+    assert learning(network) == {"stem", "classification", "detection", "refinement"}  # module 4 only infers
+    network.eval()
+    look = {"seen": (one.view, network.stem_map(one.view))}
+    from_four = one.view.instances(network.infer(4, one.image, one.proposals, one.tags, **look)[0])
+    assert same(seen[3], replace(from_four, weights=torch.ones(len(from_four))))
+    from_three = one.view.instances(network.infer(3, one.image, one.proposals, one.tags, **look)[0])
+    assert same(seen[2], from_three) and seen[2].masks is None
+    found, _ = network.infer(2, one.image, one.proposals, one.tags, **look)
+    x_c, x_p = network.class_scores(one.view, one.proposals)
+    labels = proposal_labels(one.proposals, found, 0.5)
+    expected = torch.nn.functional.cross_entropy(x_c, labels)
+    torch.testing.assert_close(terms["backward_1_single"], expected)
+    torch.testing.assert_close(terms["backward_1_multi"], network.classification.loss(x_c, x_p, one.present))
+
+
+def test_the_background_of_module_one_learns_only_backward(start, images):
+    network = trainable(start)
+    bias = network.classification.classifier.bias
+    forward(network, sample(network, images))["forward_1"].backward()
+    assert bias.grad is not None and bias.grad[0] == 0
+    backward(network, sample(network, images))["backward_1_single"].backward()
+    assert bias.grad[0] != 0
+
+
+def test_inference_in_a_phase_is_without_dropout_and_gradients(start, images):
+    network = trainable(start)
+    phase = Phase(network, sample(network, images))
+    modes = []
+    handle = network.refinement.register_forward_hook(lambda *_: modes.append(network.refinement.training))
+    found = [phase.infer(3) for _ in range(2)]
+    handle.remove()
+    assert same(*found) and not found[0].boxes.requires_grad and network.training
+
+
+@pytest.mark.parametrize("beta", [0.3, 0.5])
+def test_proposal_labels_against_a_loop(beta):
+    rng = np.random.default_rng(1)
+    corner = rng.uniform(0, 60, (80, 2))
+    boxes = np.concatenate([corner, corner + rng.uniform(5, 40, (80, 2))], 1).astype(np.float32)
+    proposals, objects = boxes[:70], boxes[70:]
+    classes = rng.integers(0, 4, 10)
+    found = Instances(torch.from_numpy(objects), torch.from_numpy(classes), torch.ones(10), (100, 100))
+    expected = []
+    for proposal in proposals:
+        overlaps = [float(box_iou(proposal[None], one[None])[0, 0]) for one in objects]
+        best = int(np.argmax(overlaps))
+        expected.append(classes[best] + 1 if overlaps[best] > beta else 0)
+    assert 0 in expected and max(expected) > 0
+    assert proposal_labels(torch.from_numpy(proposals), found, beta).tolist() == expected
+    assert proposal_labels(torch.from_numpy(proposals), found[:0], beta).tolist() == [0] * 70
+
+
+def test_mirrored_photographs_carry_their_proposals_along(start, images):
+    fabric = Fabric(accelerator="cpu", devices=1)
+    boxes = boxes_of(images)
+    seen = set()
+    for flip in ("true", "false"):
+        network = LabelPEnet(lively_mobilenet(7), images.classes, tiny_recipe(f"images.flip={flip}"))
+        load = curriculum.load(Training(network, images, boxes, start, 0, fabric))
+        for draw in range(6):
+            (one,) = load([1], torch.Generator().manual_seed(draw))
+            pixels = read_image(images.images[1].path)
+            mirrored = not np.array_equal(one.image, pixels)
+            assert np.array_equal(one.image, pixels[:, ::-1] if mirrored else pixels)
+            own = network.select(torch.from_numpy(boxes[images.images[1].id]), pixels.shape)
+            x1, y1, x2, y2 = own.T
+            expected = torch.stack([96 - x2, y1, 96 - x1, y2], 1) if mirrored else own
+            assert torch.equal(one.proposals, expected)
+            assert one.view.pixels.shape[-2:] in {(64, 64), (80, 80)} and not one.view.flipped
+            seen.add((flip, mirrored))
+    assert seen == {("true", True), ("true", False), ("false", False)}
+
+
+def test_a_run_of_its_own_comes_out(improved, start, images):
+    assert set(results(improved)) == set(results(start))
+    before, after = LabelPEnet.from_run(start), LabelPEnet.from_run(improved)
+    for part in ("stem", *MODULES):
+        old, new = getattr(before, part).state_dict(), getattr(after, part).state_dict()
+        assert any(not torch.equal(old[name], new[name]) for name in old), part
+    rows = read_metrics(improved)
+    assert {row["stage"] for row in rows} == {STAGE} and rows[-1]["step"] == 6  # two updates an iteration
+
+
+def test_both_phases_of_an_iteration_see_the_same_photographs(start, images, tmp_path, monkeypatch):
+    seen: list[tuple[str, bytes]] = []
+    for phase in (forward, backward):
+
+        def recorded(network: LabelPEnet, one: Sample, phase=phase) -> dict[str, Tensor]:
+            seen.append((phase.__name__, one.view.pixels.numpy().tobytes()))
+            return phase(network, one)
+
+        monkeypatch.setattr(curriculum, phase.__name__, recorded)
+    improve(images, start, tmp_path / "run")
+    names = [name for name, _ in seen]
+    assert names == (["forward"] * 2 + ["backward"] * 2) * 3
+    for at in range(0, 12, 4):
+        assert seen[at][1] == seen[at + 2][1] and seen[at + 1][1] == seen[at + 3][1]
+    assert len({pixels for _, pixels in seen}) > 2
+
+
+@pytest.mark.parametrize("count", [3, 8])
+def test_interrupted_and_resumed_it_ends_the_same(improved, start, images, tmp_path, monkeypatch, count):
+    left = [count]
+    real = Detector.losses  # of module 2: called once a photograph and phase, 12 times in all
+
+    def losses(self, *arguments):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Detector, "losses", losses)
+    with pytest.raises(KeyboardInterrupt):
+        improve(images, start, tmp_path / "run")
+    monkeypatch.undo()
+    improve(images, start, tmp_path / "run", resume=True)
+    assert results(tmp_path / "run") == results(improved)
+
+
+@pytest.mark.parametrize(("phases", "still"), [("backward", {"segmentation"}), ("forward", set())])
+def test_single_phases_and_a_frozen_stem(start, images, tmp_path, phases, still):
+    improve(images, start, tmp_path / "run", f"forward_backward.phases={phases}", "forward_backward.train_stem=false")
+    before, after = LabelPEnet.from_run(start), LabelPEnet.from_run(tmp_path / "run")
+    unmoved = {
+        part
+        for part in ("stem", *MODULES)
+        if all(torch.equal(value, getattr(after, part).state_dict()[name])
+               for name, value in getattr(before, part).state_dict().items())
+    }  # fmt: skip
+    assert unmoved == {"stem"} | still
+
+
+def test_the_average_of_the_weights_moves_less(improved, start, images, tmp_path):
+    improve(images, start, tmp_path / "run", "forward_backward.ema=none")
+    first, averaged, plain = (LabelPEnet.from_run(run) for run in (start, improved, tmp_path / "run"))
+
+    def distance(one: LabelPEnet) -> float:
+        old = first.state_dict()
+        return sum(float((value - old[name]).abs().sum()) for name, value in one.state_dict().items())
+
+    assert 0 < distance(averaged) < distance(plain)
+
+
+def test_what_it_cannot_start_from_is_named(improved, start, images, tmp_path):
+    part = cascade(images, tmp_path / "part", 2)
+    with pytest.raises(InputError, match="module 3 is not trained"):
+        improve(images, part, tmp_path / "run")
+    with pytest.raises(InputError, match="not a run folder"):
+        improve(images, tmp_path, tmp_path / "run")
+    other = TaggedImages(images.classes[::-1], images.images)
+    with pytest.raises(InputError, match="same classes"):
+        improve(other, start, tmp_path / "run")
+    with pytest.raises(InputError, match="--resume"):
+        improve(images, start, improved)
+    with pytest.raises(InputError, match="another recipe"):
+        improve(images, start, improved, "schedule5.steps=4", resume=True)
+    assert not (tmp_path / "run").exists()

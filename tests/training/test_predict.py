@@ -1,0 +1,115 @@
+"""Prediction shared by several processes: the same file as by one, whatever happens to single photographs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from labelpenet.config import override, recipe, to_dict
+from labelpenet.data.dataset import TaggedImage
+from labelpenet.errors import InputError
+from labelpenet.instances import Instances
+from labelpenet.models.backbones import build_backbone
+from labelpenet.models.cascade import MODULES, LabelPEnet
+from labelpenet.training.predict import Predictor, predict_images
+
+N = 5
+CLASSES = ("cat", "dog", "sheep")
+SETTINGS = (
+    *("images.test_side=64", "detection.rpn_proposals=12", "segmentation.rpn_proposals=12", "predict2.attended=4"),
+    *("predict4.attended=4", "predict2.iterations=1", "predict4.iterations=1", "infer1.iterations=1"),
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run folder of four modules with random weights."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    torch.manual_seed(0)
+    chosen = override(recipe("demo"), SETTINGS)
+    network = LabelPEnet(build_backbone("tiny", pretrained=False), CLASSES, chosen)
+    (folder / "weights").mkdir(parents=True)
+    for part in ("stem", *MODULES):
+        state = {key: value.contiguous() for key, value in getattr(network, part).state_dict().items()}
+        save_file(state, folder / "weights" / f"{part}.safetensors")
+    facts = {"classes": CLASSES, "backbone": "tiny", "normalisation": network.normalisation}
+    (folder / "run.json").write_text(json.dumps({**facts, "recipe": to_dict(chosen)}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> Path:
+    """Five photographs of different sizes, of which one is damaged."""
+    folder = tmp_path_factory.mktemp("photographs")
+    for index in range(N):
+        pixels = np.random.default_rng(index).integers(0, 255, (48 + 4 * index, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).resize((128, 96)).save(folder / f"photo{index}.jpg")
+    (folder / "photo2.jpg").write_bytes(b"no image")
+    return folder
+
+
+def predict(run: Path, photographs: Path, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """The command in processes of its own; Fabric starts the second one by calling the command again."""
+    command = [sys.executable, "-m", "labelpenet", "predict", str(run), str(photographs), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(out.parent / "cache")}
+    done = subprocess.run(
+        [*command, "--device", "cpu", *options], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode in (0, 2), done.stderr
+    return done
+
+
+def listed(images: Path) -> list[TaggedImage]:
+    return [TaggedImage(path.name, path, ()) for path in sorted(images.iterdir())]
+
+
+@pytest.mark.parametrize("module", [1, 4])
+def test_two_processes_write_what_one_writes(run, photographs, tmp_path, module):
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    skipped = predict_images(Predictor(run, "cpu"), listed(photographs), module, one, cache=tmp_path / "cache")
+    assert skipped == ["photo2.jpg"]
+    done = predict(run, photographs, two, "--module", str(module), "--devices", "2")
+    assert done.returncode == 0, done.stderr
+    assert two.read_bytes() == one.read_bytes()
+    content = json.loads(one.read_text())
+    assert [image["file_name"] for image in content["images"]] == [f"photo{i}.jpg" for i in (0, 1, 3, 4)]
+    assert len({row["image_id"] for row in content["annotations"]}) > 1, "nothing was found that could differ"
+    assert done.stdout.strip().splitlines() == [f"{two}: 4 images, 1 skipped"], "one process speaks for both"
+    assert done.stderr.count("photo2.jpg") == 1
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_what_one_process_cannot_write_ends_both_in_a_line(run, photographs, tmp_path):
+    (tmp_path / "two.json.part1").mkdir()
+    done = predict(run, photographs, tmp_path / "two.json", "--devices", "2")
+    assert done.returncode == 2
+    assert "two.json.part1: cannot be written" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "two.json").exists()
+
+
+def test_only_what_is_kept_is_written(run, photographs, tmp_path):
+    out = tmp_path / "some.json"
+
+    def keep(image: TaggedImage, found: Instances) -> Instances:
+        return found[: image.id == "photo1.jpg"]
+
+    predict_images(Predictor(run, "cpu"), listed(photographs), 4, out, keep=keep)
+    content = json.loads(out.read_text())
+    assert len(content["images"]) == N - 1 and len(content["annotations"]) == 1
+
+
+def test_an_untrained_module_writes_nothing(run, photographs, tmp_path):
+    predictor = Predictor(run, "cpu")
+    predictor.network.untrained = ("segmentation",)
+    with pytest.raises(InputError, match="module 4 is not trained"):
+        predict_images(predictor, listed(photographs), 4, tmp_path / "out.json")
+    assert not list(tmp_path.iterdir())
