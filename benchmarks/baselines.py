@@ -5,8 +5,9 @@
 In the setting of a run (classes, stem, size of the images, tags only):
 
 - **class activation map**: a linear classifier on the globally pooled last feature map, trained on the tags. A class's
-  map is that map weighted by the class's weights, divided by its maximum; above a threshold, its largest component is
-  the mask, and the mask's tight box the box. With dense CRF (settings ``infer1``), the threshold is its background.
+  map is that map weighted by the class's weights, added over the image's size and half of it, and divided by its
+  maximum; above a threshold, its largest component is the mask, and the mask's tight box the box. With dense CRF
+  (settings ``infer1``), the threshold is its background.
 - **whole image**: one box, and mask, for each class.
 - **module 1, top proposals**: the run's module 1 before calibration.
 
@@ -53,11 +54,12 @@ from labelpenet.training.measure import rank_images
 from labelpenet.training.predict import Predictor
 
 THRESHOLDS = {
-    "class activation map": (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5),
-    "class activation map, CRF": (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5),
+    "class activation map": (0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
+    "class activation map, CRF": (0.05, 0.1, 0.15, 0.2, 0.25, 0.3),
 }
 CHOOSING = 150
-WEIGHT_DECAY = 1e-4
+WEIGHT_DECAY = 0.1
+SCALES = (1.0, 0.5)
 
 
 def last_layers(module: Classification) -> nn.Sequential:
@@ -106,9 +108,18 @@ def train_classifier(features: Tensor, present: Tensor, weight_decay: float = WE
     return classifier
 
 
-def activation_maps(features: Tensor, weights: Tensor) -> Tensor:
-    """Class activation maps (K, h, w) in [0, 1], each divided by its maximum, from (D, h, w) and (K, D)."""
-    maps = torch.einsum("kd,dhw->khw", weights, features).clamp(min=0)
+def activation_maps(features: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Class activation maps (K, h, w) in [0, 1], each divided by its maximum.
+
+    Args:
+        features: of each scale (D, h, w), the largest first; the maps of all scales are added.
+        weights: (K, D).
+    """
+    size = features[0].shape[1:]
+    each = [torch.einsum("kd,dhw->khw", weights, one)[None] for one in features]
+    maps = sum(F.interpolate(one, size=size, mode="bilinear", align_corners=False)[0] for one in each)
+    assert isinstance(maps, Tensor)
+    maps = maps.clamp(min=0)
     return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-6)
 
 
@@ -146,26 +157,31 @@ class Activation:
         self.layers = last_layers(self.network.classification)
         self.classifier: nn.Linear | None = None
 
-    def features(self, image: TaggedImage) -> tuple[np.ndarray, Tensor]:
-        """The photograph and its last feature map (D, h, w), float32 on the CPU."""
-        pixels = read_image(image.path)
+    def features(self, pixels: np.ndarray, scale: float = 1.0) -> Tensor:
+        """The last feature map (D, h, w) of a photograph (H, W, 3), float32 on the CPU."""
+        side = round(scale * (self.network.recipe.images.test_side or min(pixels.shape[:2])))
         with torch.no_grad(), self.predictor.fabric.autocast():
-            found = self.layers(self.network.stem_map(self.network.view(pixels)))
-        return pixels, found[0].float().cpu()
+            found = self.layers(self.network.stem_map(self.network.view(pixels, side)))
+        return found[0].float().cpu()
 
     def train(self, images: Sequence[TaggedImage]) -> None:
         """Trains the classifier on the images' tags."""
-        pooled = list(self.each(images, "features", lambda image: self.features(image)[1].mean((1, 2)).half()))
+
+        def pool(image: TaggedImage) -> Tensor:
+            return self.features(read_image(image.path)).mean((1, 2))
+
+        pooled = list(self.each(images, "pooled features", pool))
         present = torch.zeros(len(images), len(self.network.classes))
         for row, image in zip(present, images, strict=True):
             row[list(image.tags)] = 1
-        self.classifier = train_classifier(torch.stack(pooled).float(), present)
+        self.classifier = train_classifier(torch.stack(pooled), present)
 
     def look(self, image: TaggedImage, tags: tuple[int, ...] | None) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
         """The photograph, maps (K, h, w) and labels (K,) of its tags (None: of all classes), probabilities (C,)."""
         assert self.classifier is not None
-        pixels, features = self.features(image)
-        probabilities = self.classifier(features.mean((1, 2))).sigmoid()
+        pixels = read_image(image.path)
+        features = [self.features(pixels, scale) for scale in SCALES]
+        probabilities = self.classifier(features[0].mean((1, 2))).sigmoid()
         labels = torch.tensor(range(len(probabilities)) if tags is None else tags, dtype=torch.long)
         return pixels, activation_maps(features, self.classifier.weight[labels]), labels, probabilities
 

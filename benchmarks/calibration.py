@@ -1,8 +1,8 @@
 """Proposal calibration: excitation backprop, dense CRF, and the whole of one image, timed in one run.
 
     pip install pydensecrf2
-    python benchmarks/calibration.py VOCdevkit/VOC2012 --run runs/voc-animals        about 12 minutes on two cores
-    python benchmarks/calibration.py VOCdevkit/VOC2012 --run runs/voc-animals --short    seconds a part
+    python benchmarks/calibration.py VOCdevkit/VOC2012 --run runs/voc-animals            about ten minutes
+    python benchmarks/calibration.py VOCdevkit/VOC2012 --run runs/voc-animals --short    a minute: does it run?
 
 Prints the tables of `benchmarks/excitation.py` and `benchmarks/crf.py` (medians and ratios; TorchRay and pydensecrf are
 compared with where they are installed) and, given a run, what module 1 takes from RoI features to instances, for the

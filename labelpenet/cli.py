@@ -111,6 +111,8 @@ class ForwardBackward:
     """Run folder to write."""
     split: str | None = None
     """As for `train`."""
+    evaluate: str | None = None
+    """As for `train`."""
     resume: bool = False
     """Continue what the new run folder holds."""
     seed: int = 0
@@ -406,7 +408,7 @@ def _supervision(one: Train, split: str | None, classes: Sequence[str]) -> Super
 def forward_backward(one: ForwardBackward) -> None:
     """``labelpenet forward-backward``."""
     from labelpenet import config
-    from labelpenet.data import open_tagged, training_split
+    from labelpenet.data import open_annotated, open_tagged, training_split
     from labelpenet.models.cascade import read_run
     from labelpenet.training import curriculum
 
@@ -416,6 +418,7 @@ def forward_backward(one: ForwardBackward) -> None:
     images = open_tagged(one.data, split, facts["classes"])
     for note in images.notes:
         print(f"note: {note}", file=sys.stderr)
+    held_out = open_annotated(one.data, one.evaluate, images.classes) if one.evaluate else None
     curriculum.forward_backward(
         images,
         one.run,
@@ -430,6 +433,7 @@ def forward_backward(one: ForwardBackward) -> None:
         cache=one.cache,
         checkpoint_minutes=one.checkpoint_minutes,
         source={"data": str(one.data), "split": split},
+        held_out=held_out,
     )
     print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
 

@@ -93,6 +93,7 @@ class InferenceChoice:
     """From scores to instances, for one module (see `calibration.CalibrationSettings` for all but the last two).
 
     Attributes:
+        weight: modules 1 and 2; an instance of modules 3 and 4 weighs its score in any case.
         affiliated: modules 3 and 4: whether the masks of the detections that a kept one suppressed join its own.
         score_threshold: modules 2 to 4: a detection needs this softmax score to be a candidate.
     """
@@ -115,6 +116,7 @@ class InferenceChoice:
     box: typing.Literal["mask", "proposal"] = "mask"
     part: float | None = None
     duplicate: float | None = None
+    weight: typing.Literal["score", "agreement", "overlap"] = "score"
     affiliated: bool = True
     score_threshold: float = 0.05
 
@@ -149,12 +151,15 @@ class ForwardBackward:
         beta: IoU with a detection of module 2 above which a proposal of module 1 gets its class, else background.
         train_stem: whether the stem, frozen in the cascade, is trained too.
         ema: decay of a moving average of the weights, which are the result; None for the weights themselves.
+        background: of ``infer3`` from here on (`InferenceChoice`); None for the cascade's. Modules 3 and 4 teach one
+            another, so masks that come out a little smaller than they were learnt shrink on and on.
     """
 
     phases: typing.Literal["both", "forward", "backward"] = "both"
     beta: float = 0.5
     train_stem: bool = True
     ema: float | None = None
+    background: float | None = None
 
 
 @dataclass(frozen=True)
@@ -217,17 +222,17 @@ def best() -> Recipe:
         segmentation=detector,
         infer1=InferenceChoice(combine="mean", members="class", per_class=1, attended=120, background=0.3, **crf),
         infer2=InferenceChoice(combine="mean", per_class=5, attended=80, background=0.4, duplicate=0.5, **crf),
-        infer3=InferenceChoice(per_class=5, duplicate=0.5, attended=100, background=0.25, **crf),
+        infer3=InferenceChoice(per_class=5, duplicate=0.5, attended=100, background=0.4, **crf),
         predict2=InferenceChoice(
             combine="mean", min_score=0.05, box="proposal", joint=False, attended=80, background=0.4, **crf
         ),
-        predict4=InferenceChoice(min_score=0.05, box="proposal", joint=False, attended=100, background=0.4, **crf),
+        predict4=InferenceChoice(min_score=0.05, nms=0.4, joint=False, attended=100, background=0.3, **crf),
         schedule1=Schedule(steps=1200, lr=1e-3, kind="adam", weight_decay=0.0, batch_size=8),
         schedule2=schedule,
         schedule3=replace(schedule, steps=800),
         schedule4=replace(schedule, steps=800),
-        forward_backward=ForwardBackward(ema=0.99),
-        schedule5=replace(schedule, steps=300, lr=1e-4, warmup=20),
+        forward_backward=ForwardBackward(ema=0.99, background=0.3),
+        schedule5=replace(schedule, steps=100, lr=2e-5, warmup=20),
     )
 
 
@@ -276,7 +281,7 @@ def demo() -> Recipe:
         schedule2=schedule,
         schedule3=schedule,
         schedule4=schedule,
-        schedule5=replace(schedule, steps=60, lr=2e-4),
+        schedule5=replace(schedule, steps=60, lr=2e-5),
     )
 
 

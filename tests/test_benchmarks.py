@@ -187,9 +187,11 @@ def test_classifier_separates_what_can_be_separated():
 def test_activation_is_the_pooled_classifier_spread_out():
     torch.manual_seed(0)
     features, weights = torch.rand(8, 6, 7), torch.randn(3, 8)
-    maps = baselines.activation_maps(features, weights)
+    maps = baselines.activation_maps([features], weights)
     assert maps.shape == (3, 6, 7) and float(maps.min()) >= 0 and float(maps.max()) <= 1
     raw = (weights @ features.flatten(1)).clamp(min=0).view(3, 6, 7)
+    twice = baselines.activation_maps([features, features[:, ::2, :-1]], weights)  # a smaller map is brought to size
+    assert twice.shape == maps.shape and float(twice.max()) == pytest.approx(1, abs=1e-5)
     assert torch.allclose(maps * raw.amax((1, 2), keepdim=True), raw, atol=1e-5)
 
 

@@ -3,12 +3,20 @@
 from labelpenet.calibration.calibrate import CalibrationSettings, Trace, calibrate, proposal_scores
 from labelpenet.calibration.crf import DenseCRF, dense_crf
 from labelpenet.calibration.excitation import excitation_backprop, excitation_roi, forward_with_activations
-from labelpenet.calibration.maps import background_map, confidence_map, heat_map, normalise, project_maps
+from labelpenet.calibration.maps import (
+    agreement,
+    background_map,
+    confidence_map,
+    heat_map,
+    normalise,
+    project_maps,
+)
 
 __all__ = [
     "CalibrationSettings",
     "DenseCRF",
     "Trace",
+    "agreement",
     "background_map",
     "calibrate",
     "confidence_map",

@@ -6,7 +6,7 @@ Shape letters: ``R`` proposals, ``C`` foreground classes, ``K`` instances, ``H, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -17,6 +17,7 @@ from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
 from labelpenet.calibration.crf import DenseCRF
 from labelpenet.calibration.maps import (
+    agreement,
     background_map,
     confidence_map,
     full_precision,
@@ -32,6 +33,7 @@ Attend = Callable[[Tensor, Tensor], Tensor]
 COMBINE = ("product", "mean", "heat")
 MEMBERS = ("suppressed", "class")
 BOX = ("mask", "proposal")
+WEIGHT = ("score", "agreement", "overlap")
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ class CalibrationSettings:
         box: where the box comes from: tight around the ``mask``, or that of the kept ``proposal``.
         part: components of a mask smaller than this fraction of its largest one are dropped; None keeps all.
         duplicate: instances of a class whose masks overlap by a larger IoU are one; None keeps all.
+        weight: of an instance: the ``score`` of the kept proposal; ``agreement``, the geometric mean of the image's
+            probability of its class and of how far attention map and heat-map agree (`maps.agreement`); ``overlap``,
+            that of the score and the IoU of the kept proposal with the mask's tight box.
     """
 
     combine: str = "product"
@@ -77,6 +82,7 @@ class CalibrationSettings:
     box: str = "mask"
     part: float | None = None
     duplicate: float | None = None
+    weight: str = "score"
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,7 @@ def calibrate(
     attend: Attend,
     settings: CalibrationSettings,
     regions: Tensor | None = None,
+    probabilities: Tensor | None = None,
 ) -> tuple[Instances, Trace]:
     """Instances of an image from its scored proposals.
 
@@ -135,10 +142,11 @@ def calibrate(
         attend: computes the proposals' attention maps; only asked for those that are summed into some instance.
         settings: the recipe's choices.
         regions: (R, 4) where the attention maps lie, if not in the boxes (a detector regresses its RoIs to boxes).
+        probabilities: (C,) in [0, 1] that the image shows each class, for ``weight="agreement"``; 1 if None.
 
     Returns:
-        The instances, best first within each class, weight = the score of the kept proposal; none if there is no
-        proposal or no tag. And the maps behind them.
+        The instances, within each class the best kept proposal first; none if there is no proposal or no tag. And the
+        maps behind them.
 
     Raises:
         ValueError: shapes that do not fit, a tag that is no class, an unknown choice, or NaN or infinity in scores,
@@ -166,8 +174,17 @@ def calibrate(
     marginals = segment(canvas, confidence, settings)
     found = settle(marginals, boxes[seeds].float(), labels, scores[seeds, labels], size, settings)
     alive = distinct(found, settings.duplicate)
-    trace = Trace(normalise(attention)[alive], heat[alive], confidence[alive], marginals[alive])
-    return found[alive], trace
+    found, trace = found[alive], Trace(normalise(attention)[alive], heat[alive], confidence[alive], marginals[alive])
+    if settings.weight == "overlap":
+        assert found.masks is not None
+        same = box_iou(masks_to_boxes(found.masks), boxes[seeds[alive]].float()).diagonal().nan_to_num()
+        found = replace(found, weights=(found.weights * same.clamp(0, 1)).sqrt())
+    elif settings.weight == "agreement":
+        weights = agreement(trace.attention, trace.heat)
+        if probabilities is not None:
+            weights = weights * probabilities[found.labels]
+        found = replace(found, weights=weights.sqrt().clamp(0, 1))
+    return found, trace
 
 
 def _check(
@@ -188,9 +205,11 @@ def _check(
         raise ValueError(f"regions must be ({len(boxes)}, 4), but got {tuple(regions.shape)}")
     if tags is not None and not all(0 <= tag < scores.shape[1] for tag in tags):
         raise ValueError(f"tags must be in [0, {scores.shape[1]}), but got {tags}")
-    for name, known in (("combine", COMBINE), ("members", MEMBERS), ("box", BOX)):
+    for name, known in (("combine", COMBINE), ("members", MEMBERS), ("box", BOX), ("weight", WEIGHT)):
         if getattr(settings, name) not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, but got {getattr(settings, name)!r}")
+    if settings.weight == "agreement" and settings.combine == "heat":
+        raise ValueError("weight 'agreement' needs attention maps, which combine 'heat' leaves out; choose another")
     for name, values in (("boxes", boxes), ("scores", scores), ("regions", regions)):
         if values is not None and not bool(torch.isfinite(values).all()):
             raise ValueError(f"{name} must be finite, but hold NaN or infinity")

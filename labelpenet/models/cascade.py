@@ -210,7 +210,8 @@ class LabelPEnet(nn.Module):
     ) -> tuple[Instances, Trace, Tensor]:
         """Module 1, calibrated: one instance for each tag.
 
-        Without tags every class gets an instance, its weight multiplied by the image's probability of the class.
+        Without tags every class gets an instance, its weight multiplied by the image's probability of the class
+        (which the weight ``agreement`` holds anyway).
 
         Returns:
             The instances, the maps behind them, and the image's class probabilities (C,).
@@ -237,9 +238,15 @@ class LabelPEnet(nn.Module):
         # classes that the image may not show must not take pixels from those that it does
         choice = self.recipe.infer1 if tags is not None else replace(self.recipe.infer1, joint=False)
         found, trace = calibrate(
-            image, proposals.to(scores.device), scores, wanted, attend, calibration_settings(choice)
+            image,
+            proposals.to(scores.device),
+            scores,
+            wanted,
+            attend,
+            calibration_settings(choice),
+            probabilities=probabilities,
         )
-        if tags is None:
+        if tags is None and choice.weight == "score":
             found = replace(found, weights=found.weights * probabilities[found.labels])
         return found, trace, probabilities
 

@@ -21,7 +21,7 @@ from torchvision.ops import box_iou
 
 from labelpenet import config
 from labelpenet.config import Recipe
-from labelpenet.data.dataset import TaggedImage, TaggedImages
+from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.images import read_image
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
@@ -29,6 +29,7 @@ from labelpenet.models.cascade import MODULES, LabelPEnet, View, read_run
 from labelpenet.models.classification import frame_boxes
 from labelpenet.training.loop import Stage, train_stage
 from labelpenet.training.machine import build_fabric
+from labelpenet.training.observe import check_held_out
 from labelpenet.training.pretrain import (
     Training,
     digest,
@@ -39,7 +40,7 @@ from labelpenet.training.pretrain import (
     save_part,
     start_run,
 )
-from labelpenet.training.run import read_proposals
+from labelpenet.training.run import build_observer, read_proposals
 
 STAGE = "forward-backward"
 
@@ -59,13 +60,16 @@ def forward_backward(
     cache: Path | None = None,
     checkpoint_minutes: float = 5.0,
     source: dict[str, Any] | None = None,
+    held_out: AnnotatedImages | None = None,
+    observe_minutes: float = 5.0,
 ) -> LabelPEnet:
     """Improves a trained cascade by forward-backward learning and writes it, with new instances, as a run of its own.
 
     Args:
         images: the photographs and tags; start: run folder of the cascade; run: the run folder to write.
         recipe: every choice; that of ``start`` if None.
-        resume, seed, device, devices, nodes, precision, cache, checkpoint_minutes, source: as for `train_run`.
+        resume, seed, device, devices, nodes, precision, cache, checkpoint_minutes, source, held_out,
+        observe_minutes: as for `train_run`.
 
     Raises:
         InputError: ``start`` is not a run of these classes with all four modules, or something else that was given
@@ -77,7 +81,17 @@ def forward_backward(
             f"{start}: was trained on {', '.join(facts['classes'])}, but the photographs are tagged with "
             f"{', '.join(images.classes)}; forward-backward learning needs the same classes"
         )
+    if facts.get("supervision"):
+        raise InputError(
+            f"{start}: was trained with {facts['supervision']} supervision, but forward-backward learning knows tags "
+            "alone; start it from a run on tags"
+        )
+    if held_out is not None:
+        check_held_out(images, held_out)
     recipe = recipe or config.from_dict(facts["recipe"])
+    background = recipe.forward_backward.background
+    if background is not None:
+        recipe = replace(recipe, infer3=replace(recipe.infer3, background=background))
     fabric = build_fabric(device, devices, nodes, precision)
     network = LabelPEnet.from_run(start, recipe=recipe)
     for number in range(1, len(MODULES) + 1):
@@ -90,10 +104,12 @@ def forward_backward(
     network.to(fabric.device)
     images, boxes = read_proposals(images, recipe, cache, fabric)
     training = Training(network, images, boxes, run, seed, fabric, resume, checkpoint_minutes, own)
+    observer = build_observer(training, cache, held_out, observe_minutes)
     parts = ("stem", *MODULES)
     if not all(network.load_part(run, part) for part in parts):
+        one = stage(training)
         train_stage(
-            stage(training),
+            observer.watch(one, range(1, len(MODULES) + 1)),
             run,
             seed=seed,
             config=own,
@@ -101,6 +117,7 @@ def forward_backward(
             resume=resume,
             checkpoint_minutes=checkpoint_minutes,
         )
+        observer.conclude(one, range(1, len(MODULES) + 1))
         if fabric.global_rank == 0:
             for part in parts:
                 save_part(network, run, part)

@@ -42,8 +42,12 @@ def build_fabric(device: str = "auto", devices: int = 1, nodes: int = 1, precisi
         precision = "bf16-mixed" if _multiplies_bfloat16(device) else "32-true"
     for name in ("lightning.fabric", "lightning.pytorch"):  # what they would say, run.json and environment.json say
         logging.getLogger(name).setLevel(logging.WARNING)
-    fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes, precision=precision)  # type: ignore[arg-type]
-    fabric.launch()
+    try:
+        fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes, precision=precision)  # type: ignore[arg-type]
+        fabric.launch()
+    except (RuntimeError, ValueError) as error:  # among them Lightning's own about Slurm's and torchrun's settings
+        line = " ".join(str(error).split())
+        raise InputError(f"--devices {devices} --nodes {nodes} cannot be started ({line})") from error
     return fabric
 
 

@@ -126,9 +126,12 @@ def read_proposals(
     Raises:
         InputError: none of them can.
     """
-    boxes = compute_proposals(
-        images.images, proposal_settings(recipe), cache or default_cache(), progress=fabric.global_rank == 0
-    )
+    settings, folder = proposal_settings(recipe), cache or default_cache()
+    if fabric.world_size > 1:  # each process its share, into the cache that all of them read
+        share = images.images[fabric.global_rank :: fabric.world_size]
+        compute_proposals(share, settings, folder, torch.get_num_threads(), progress=fabric.global_rank == 0)
+        fabric.barrier()
+    boxes = compute_proposals(images.images, settings, folder, progress=fabric.global_rank == 0)
     for note in boxes.notes if fabric.global_rank == 0 else ():
         print(f"note: {note}")
     readable = tuple(image for image in images.images if image.id in boxes)

@@ -253,6 +253,31 @@ def test_a_smaller_canvas_gives_nearly_the_same():
     assert working_canvas(np.zeros((1, 300, 3), np.uint8), 30)[0].shape == (1, 30, 3)
 
 
+def test_the_weight_may_be_the_agreement_of_the_maps_and_the_images_probability():
+    image, _ = scene(SQUARE)
+    boxes = torch.tensor([[0.0, 0, 64, 48]]).repeat(2, 1)
+    scores, probabilities = torch.tensor([[0.9, 0.0], [0.8, 0.0]]), torch.tensor([0.36, 1])
+
+    def attend(index: Tensor, labels: Tensor) -> Tensor:
+        maps = torch.zeros(len(index), 48, 64)
+        maps[:, :, :16] = 1  # a quarter of what the heat-map shows
+        return maps
+
+    choice = replace(PLAIN, combine="mean", weight="agreement")
+    found, _ = calibrate(image, boxes, scores, (0,), attend, choice, probabilities=probabilities)
+    assert found.weights.tolist() == pytest.approx([0.3])
+    found, _ = calibrate(image, boxes, scores, (0,), attend, choice)
+    assert found.weights.tolist() == pytest.approx([0.5])
+
+
+def test_the_weight_may_be_the_score_and_the_overlap_of_box_and_proposal():
+    image, _ = scene(SQUARE)
+    boxes, region = torch.tensor([[0.0, 0, 64, 48]]), torch.tensor([[32.0, 24, 64, 48]])
+    choice = replace(PLAIN, weight="overlap")  # the mask is the region, a quarter of the proposal
+    found, _ = calibrate(image, boxes, torch.tensor([[0.64]]), (0,), full, choice, regions=region)
+    assert found.boxes[0].tolist() == region[0].tolist() and found.weights.tolist() == pytest.approx([0.4])
+
+
 def test_scores_of_proposals() -> None:
     logits, shares = torch.tensor([[2.0, -1, 9], [0.0, 1, 3]]), torch.tensor([[0.75, 0.1, 0.5], [0.25, 0.9, 0.5]])
     softmax = proposal_scores(logits, shares, "softmax")

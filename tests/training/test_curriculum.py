@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -303,6 +304,11 @@ def test_what_it_cannot_start_from_is_named(improved, start, images, tmp_path):
         improve(other, start, tmp_path / "run")
     with pytest.raises(InputError, match="--resume"):
         improve(images, start, improved)
+    mixed = cascade(images, tmp_path / "mixed", 1)
+    facts = json.loads((mixed / "run.json").read_text())
+    (mixed / "run.json").write_text(json.dumps(facts | {"supervision": "mixed"}))
+    with pytest.raises(InputError, match="tags alone"):
+        improve(images, mixed, tmp_path / "run")
     with pytest.raises(InputError, match="another recipe"):
         improve(images, start, improved, "schedule5.steps=4", resume=True)
     assert not (tmp_path / "run").exists()
