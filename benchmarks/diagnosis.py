@@ -354,7 +354,9 @@ def found_table(
     columns, values = [], []
     for name, records in modules.items():
         everything: list[np.ndarray | None] = [None] * len(records)
-        usable = {name: everything} if classes is None else {name: everything, "N best": n_best(records, classes)}
+        usable: dict[str, Sequence[np.ndarray | None]] = {name: everything}
+        if classes is not None:
+            usable["N best"] = n_best(records, classes)
         for how, chosen in usable.items():
             columns.append(how)
             values.append(
@@ -558,7 +560,7 @@ def network_tables(
         truth = truths[image.id]
         return record(Instances.empty(truth.instances.image_size), truth)
 
-    found = {
+    found: dict[str, list[tuple[np.ndarray, Record]]] = {
         network.recipe.proposals.method: [
             (network.select(torch.from_numpy(boxes[i.id].copy()), truths[i.id].instances.image_size).numpy(), alone(i))
             for i in images
