@@ -184,7 +184,7 @@ def test_every_kept_detection_has_a_mask_of_its_own():
     """However few masks are asked for: one that many better detections precede must not fall back to its box."""
     one = build("predict4.attended=1", "predict4.per_class=50", "predict4.min_score=0.01", "predict4.iterations=0",
                 "predict4.score_threshold=0.01", "predict4.background=0.01", "predict4.part=none",
-                "predict4.duplicate=none")  # fmt: skip
+                "predict4.duplicate=none", "predict4.box=proposal")  # fmt: skip
     with torch.no_grad():  # masks of the left half of each box
         one.segmentation.masks = lambda features, boxes, labels: (  # type: ignore[method-assign]
             torch.cat([torch.ones(len(boxes), 28, 14), torch.zeros(len(boxes), 28, 14)], 2)
