@@ -462,7 +462,8 @@ class _Trainer:
                     in_a_row = in_a_row + 1 if outcome.problems or outcome.overflow else 0
                     if self.step % self.log_every == 0 or self.step == stage.steps:
                         self._write_row(metrics)
-                    progress.show(self.step, self.rows[-1] if self.rows else {})
+                    # an observer's rows, between those of the losses, have no speed to tell the time left from
+                    progress.show(self.step, next((row for row in reversed(self.rows) if "images_per_s" in row), {}))
                     hopeless = in_a_row >= MAX_SKIPPED_IN_A_ROW
                     if outcome.save or outcome.stop or hopeless or self.step == stage.steps:
                         self.save()
