@@ -332,7 +332,7 @@ def segment(canvas: np.ndarray, confidence: Tensor, settings: CalibrationSetting
             settings.srgb,
             settings.compat_bilateral,
         )
-        with torch.autocast(p.device.type, enabled=False):
+        with full_precision(p.device):
             p = crf(p, settings.iterations)
     return foreground(p, settings.joint)
 

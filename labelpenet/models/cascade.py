@@ -21,19 +21,12 @@ from torchvision.ops import nms
 
 from labelpenet import config
 from labelpenet.calibration import CalibrationSettings, Trace, calibrate, project_maps, proposal_scores
-from labelpenet.calibration.calibrate import (
-    box_mask,
-    distinct,
-    grow_masks,
-    largest_parts,
-    segment,
-    working_canvas,
-)
+from labelpenet.calibration.calibrate import distinct, segment, settle, working_canvas
 from labelpenet.config import InferenceChoice, Recipe
 from labelpenet.data.images import read_image
 from labelpenet.data.proposals import ProposalSettings, propose
 from labelpenet.errors import InputError
-from labelpenet.instances import Instances, masks_to_boxes
+from labelpenet.instances import Instances
 from labelpenet.models.attention import roi_attention
 from labelpenet.models.backbones import Backbone, build_backbone
 from labelpenet.models.classification import Classification, frame_boxes
@@ -378,13 +371,8 @@ class LabelPEnet(nn.Module):
             marginals = segment(canvas, confidence, settings)
         else:
             marginals = confidence
-        grown = torch.stack([largest_parts(mask, choice.part) for mask in grow_masks(marginals, size)])
         kept = boxes[found.keep[chosen]]
-        tight = masks_to_boxes(grown)
-        for index in torch.nonzero(tight[:, 2] <= tight[:, 0]).flatten().tolist():
-            grown[index] = box_mask(kept[index], size)
-        final = masks_to_boxes(grown) if choice.box == "mask" else kept
-        instances = Instances(final, kept_labels[chosen], kept_scores[chosen].clamp(0, 1), size, grown)
+        instances = settle(marginals, kept, kept_labels[chosen], kept_scores[chosen], size, settings)
         alive = distinct(instances, choice.duplicate)
         nothing = torch.zeros_like(confidence)
         return instances[alive], Trace(nothing[alive], nothing[alive], confidence[alive], marginals[alive])
