@@ -113,6 +113,8 @@ class ForwardBackward:
     """As for `train`."""
     evaluate: str | None = None
     """As for `train`."""
+    observe_minutes: float = 5.0
+    """As for `train`."""
     resume: bool = False
     """Continue what the new run folder holds."""
     seed: int = 0
@@ -434,6 +436,7 @@ def forward_backward(one: ForwardBackward) -> None:
         checkpoint_minutes=one.checkpoint_minutes,
         source={"data": str(one.data), "split": split},
         held_out=held_out,
+        observe_minutes=one.observe_minutes,
     )
     print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
 
@@ -475,7 +478,7 @@ def evaluate(one: Evaluate) -> None:
     from labelpenet.evaluation import evaluate as measure
     from labelpenet.evaluation import paper_tables, summary_table
     from labelpenet.export import read_predictions
-    from labelpenet.training.checkpoint import write_atomically
+    from labelpenet.export.files import write_bytes
 
     annotated = open_annotated(one.data, one.split, _names(one.classes))
     tagged = annotated.tagged
@@ -485,7 +488,7 @@ def evaluate(one: Evaluate) -> None:
     for note in (*predictions.notes, *notes):
         print(f"note: {note}", file=sys.stderr)
     if one.json:
-        write_atomically(one.json, json.dumps(result, indent=1))
+        write_bytes(one.json, json.dumps(result, indent=1).encode())
     print(summary_table(result).render("text"))
     if one.table:
         for table in paper_tables(result, one.protocol):

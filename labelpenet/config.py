@@ -74,7 +74,11 @@ class ClassificationChoice:
 
 @dataclass(frozen=True)
 class DetectorChoice:
-    """Modules 2 to 4 (see `models.detection.DetectorSettings`; ``attention`` as in `ClassificationChoice`)."""
+    """Modules 2 to 4 (see `models.detection.DetectorSettings`; ``attention`` as in `ClassificationChoice`).
+
+    Attributes:
+        weigh_last: whether module 4 weighs what it learns too, as modules 2 and 3 do.
+    """
 
     anchor_sides: tuple[int, ...] = (128, 256, 512)
     rois: int = 128
@@ -86,16 +90,18 @@ class DetectorChoice:
     mask_width: int = 256
     mask_depth: int = 4
     attention: Attention = "excitation"
+    weigh_last: bool = False
 
 
 @dataclass(frozen=True)
 class InferenceChoice:
-    """From scores to instances, for one module (see `calibration.CalibrationSettings` for all but the last two).
+    """From scores to instances, for one module (see `calibration.CalibrationSettings` for all but the last three).
 
     Attributes:
         weight: modules 1 and 2; an instance of modules 3 and 4 weighs its score in any case.
         affiliated: modules 3 and 4: whether the masks of the detections that a kept one suppressed join its own.
         score_threshold: modules 2 to 4: a detection needs this softmax score to be a candidate.
+        vote: answers of modules 2 to 4: whether modules 1 and 2 have a say in the weights (`LabelPEnet.vote`).
     """
 
     combine: typing.Literal["product", "mean", "heat"] = "product"
@@ -119,6 +125,7 @@ class InferenceChoice:
     weight: typing.Literal["score", "agreement", "overlap"] = "score"
     affiliated: bool = True
     score_threshold: float = 0.05
+    vote: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,7 +175,7 @@ class Recipe:
 
     Attributes:
         infer1, infer2, infer3: how modules 1 to 3 label the training images for the next one.
-        predict2, predict4: how modules 2, and 3 and 4, answer `predict`.
+        predict2, predict3, predict4: how modules 2 to 4 answer `predict`.
         schedule0: of the warm-up on whole images, which only a backbone without pretrained weights needs.
         schedule1 to schedule4: of cascaded pre-training.
         schedule5: of forward-backward learning; a step is an iteration, that is, one update a phase.
@@ -184,6 +191,9 @@ class Recipe:
     infer2: InferenceChoice = field(default_factory=InferenceChoice)
     infer3: InferenceChoice = field(default_factory=InferenceChoice)
     predict2: InferenceChoice = field(
+        default_factory=lambda: InferenceChoice(min_score=0.05, box="proposal", joint=False)
+    )
+    predict3: InferenceChoice = field(
         default_factory=lambda: InferenceChoice(min_score=0.05, box="proposal", joint=False)
     )
     predict4: InferenceChoice = field(
@@ -207,12 +217,13 @@ def best() -> Recipe:
     }  # fmt: skip
     detector = DetectorChoice(
         anchor_sides=(64, 128, 256), rois=64, rpn_proposals=200, extra_proposals=False, pool="align", cells=3,
-        mask_width=128, mask_depth=2, attention="gradient",
+        mask_width=128, mask_depth=2, attention="gradient", weigh_last=True,
     )  # fmt: skip
     schedule = Schedule(
         steps=1200, lr=2e-4, kind="adamw", weight_decay=1e-2, batch_size=2, warmup=50, clip=10.0,
         decay=((0.6, 0.3), (0.85, 0.1)),
     )  # fmt: skip
+    answer = InferenceChoice(min_score=0.05, nms=0.4, joint=False, attended=100, vote=True, **crf)
     return Recipe(
         name="best",
         images=Images(sides=(480,), longest=800, flip=True, test_side=480),
@@ -222,11 +233,12 @@ def best() -> Recipe:
         segmentation=detector,
         infer1=InferenceChoice(combine="mean", members="class", per_class=1, attended=120, background=0.3, **crf),
         infer2=InferenceChoice(combine="mean", per_class=5, attended=80, background=0.4, duplicate=0.5, **crf),
-        infer3=InferenceChoice(per_class=5, duplicate=0.5, attended=100, background=0.4, **crf),
+        infer3=InferenceChoice(per_class=5, duplicate=0.5, attended=100, background=0.3, **crf),
         predict2=InferenceChoice(
-            combine="mean", min_score=0.05, box="proposal", joint=False, attended=80, background=0.4, **crf
+            combine="mean", min_score=0.05, box="proposal", joint=False, attended=80, background=0.4, vote=True, **crf
         ),
-        predict4=InferenceChoice(min_score=0.05, nms=0.4, joint=False, attended=100, background=0.3, **crf),
+        predict3=replace(answer, background=0.3),
+        predict4=replace(answer, background=0.15),
         schedule1=Schedule(steps=1200, lr=1e-3, kind="adam", weight_decay=0.0, batch_size=8),
         schedule2=schedule,
         schedule3=replace(schedule, steps=800),
@@ -273,6 +285,7 @@ def demo() -> Recipe:
         infer2=InferenceChoice(combine="mean", per_class=4, **crf),
         infer3=InferenceChoice(per_class=4, **crf),
         predict2=InferenceChoice(combine="mean", min_score=0.05, box="proposal", joint=False, **crf),
+        predict3=InferenceChoice(min_score=0.05, box="proposal", joint=False, **crf),
         predict4=InferenceChoice(min_score=0.05, box="proposal", joint=False, **crf),
         schedule0=Schedule(
             steps=400, lr=2e-3, kind="adam", weight_decay=0.0, batch_size=8, warmup=20, decay=((0.6, 0.3), (0.85, 0.1))

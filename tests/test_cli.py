@@ -59,7 +59,7 @@ def test_predict_evaluate_and_export(run: Path, kit: Path, tmp_path: Path) -> No
     assert len(alone) == sum(image["file_name"] == names[0] for image in content["images"] for row in
                              content["annotations"] if row["image_id"] == image["id"])  # fmt: skip
 
-    held_out, result = tmp_path / "val.json", tmp_path / "result.json"
+    held_out, result = tmp_path / "val.json", tmp_path / "results" / "val.json"  # its folder is made
     main(["predict", str(run), "--data", str(kit), "--split", "val", "--out", str(held_out), "--device", "cpu"])
     main(["evaluate", str(held_out), str(kit), "--split", "val", "--json", str(result), "--table", "markdown"])
     measured = json.loads(result.read_text())

@@ -104,7 +104,7 @@ class LabelPEnet(nn.Module):
         choice = recipe.segmentation
         self.refinement = Segmenter(backbone, c, _settings(choice, weighted=True), choice.mask_width, choice.mask_depth)
         self.segmentation = Segmenter(
-            backbone, c, _settings(choice, weighted=False), choice.mask_width, choice.mask_depth
+            backbone, c, _settings(choice, weighted=choice.weigh_last), choice.mask_width, choice.mask_depth
         )
         self.to(memory_format=torch.channels_last)
         self.register_buffer("_mean", torch.tensor(backbone.mean).view(1, 3, 1, 1) * 255, persistent=False)
@@ -422,15 +422,43 @@ class LabelPEnet(nn.Module):
         pixels = image if isinstance(image, np.ndarray) else read_image(image)
         if proposals is None and self.needs_proposals(module):
             proposals = self.proposals(pixels)
+        seen = self.see(pixels)
+        one = self.recipe
+        choice = {2: one.predict2, 3: one.predict3, 4: one.predict4}.get(module)
         if module == 1:
             assert proposals is not None
-            found, _, _ = self.infer_classification(pixels, proposals, None)
+            found, _, _ = self.infer_classification(pixels, proposals, None, seen=seen)
         elif module == 2:
-            found, _ = self.infer_detection(pixels, proposals, None, self.recipe.predict2)
+            found, _ = self.infer_detection(pixels, proposals, None, choice, seen)
         else:
-            found, _ = self.infer_segmentation(module, pixels, proposals, None, self.recipe.predict4)
+            found, _ = self.infer_segmentation(module, pixels, proposals, None, choice, seen)
+        if choice is not None and choice.vote:
+            found = self.vote(module, found, seen)
         found = found.to("cpu")
         return found[found.weights.argsort(descending=True, stable=True)]
+
+    @torch.no_grad()
+    def vote(self, number: int, found: Instances, seen: Seen) -> Instances:
+        """The instances of module ``number``, weighted by what modules 1 and 2, as far as they came before, think too.
+
+        A weight becomes the geometric mean of itself and the probabilities that those modules give to the instance's
+        class in its final box: module 1 by the softmax of its logits over the classes, module 2 by its scores. They
+        learnt from other targets than the later ones and so make other errors. Modules without weights abstain.
+        """
+        voters = [voter for voter in (1, 2) if voter < number and MODULES[voter - 1] not in self.untrained]
+        if not len(found) or not voters:
+            return found
+        view, stem = seen
+        opinions = [found.weights]
+        if 1 in voters:
+            x_c, _ = self.class_scores(view, found.boxes, stem=stem)
+            opinions.append(_of_class(x_c[:, 1:].softmax(1), found.labels))
+        if 2 in voters:
+            module = self.detection
+            logits, _ = module.classify(module.head(module.pool(module.features(stem), view.boxes(found.boxes))))
+            opinions.append(_of_class(logits.float().softmax(1)[:, 1:], found.labels))
+        together = torch.stack([one.float().clamp(min=1e-6).log() for one in opinions]).mean(0).exp()
+        return replace(found, weights=together)
 
     def needs_proposals(self, module: int) -> bool:
         """Whether a module works on selective-search proposals."""
@@ -512,6 +540,11 @@ def _settings(choice: config.DetectorChoice, weighted: bool) -> DetectorSettings
     names = {f.name for f in fields(DetectorSettings)}
     values = {f.name: getattr(choice, f.name) for f in fields(choice) if f.name in names}
     return DetectorSettings(**values, weighted=weighted)
+
+
+def _of_class(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Of (N, C) those of the class indices (N,)."""
+    return probabilities.gather(1, labels[:, None])[:, 0]
 
 
 def _rank_within_class(labels: Tensor) -> Tensor:

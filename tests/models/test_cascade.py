@@ -33,7 +33,7 @@ def tiny_recipe(*changes: str) -> Recipe:
     for part in ("detection", "segmentation"):
         assignments += [f"{part}.anchor_sides=16,32,64", f"{part}.rois=8", f"{part}.rpn_proposals=6"]
         assignments += [f"{part}.mask_width=8", f"{part}.mask_depth=1", f"{part}.cells=1"]
-    for part in ("infer1", "infer2", "infer3", "predict2", "predict4"):
+    for part in ("infer1", "infer2", "infer3", "predict2", "predict3", "predict4"):
         assignments += [f"{part}.side=40", f"{part}.iterations=1"]
         assignments += [f"{part}.per_class=2"] * (part != "infer1")
     return override(recipe("best"), [*assignments, *changes])
@@ -193,6 +193,59 @@ def test_every_kept_detection_has_a_mask_of_its_own():
     assert len(found) > 2
     area = (found.boxes[:, 2] - found.boxes[:, 0]) * (found.boxes[:, 3] - found.boxes[:, 1])
     assert (found.masks.sum((1, 2)) < 0.75 * area).all()
+
+
+def guesses(height: int, width: int) -> Instances:
+    """Instances without masks whose classes and weights differ."""
+    boxes = some_boxes(height, width, 5)
+    weights = torch.tensor([0.9, 0.6, 0.3, 0.2, 0.05])
+    return Instances(boxes, torch.tensor([0, 2, 1, 0, 1]), weights, (height, width))
+
+
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_modules_1_and_2_have_a_say_in_a_weight(network, number):
+    """The geometric mean, one instance after the other; a module does not vote on its own answer."""
+    image, found = photograph(48, 70), guesses(48, 70)
+    seen = network.see(image)
+    view, stem = seen
+    weights = []
+    for index in range(len(found)):
+        box, label = found.boxes[index : index + 1], int(found.labels[index])
+        x_c, _ = network.class_scores(view, box, stem=stem)
+        product, count = found.weights[index] * torch.softmax(x_c[0, 1:], 0)[label], 2
+        if number > 2:
+            module = network.detection
+            logits, _ = module.classify(module.head(module.pool(module.features(stem), view.boxes(box))))
+            product, count = product * torch.softmax(logits[0], 0)[label + 1], 3
+        weights.append(product ** (1 / count))
+    voted = network.vote(number, found, seen)
+    torch.testing.assert_close(voted.weights, torch.stack(weights), rtol=1e-4, atol=1e-6)
+    assert torch.equal(voted.boxes, found.boxes) and torch.equal(voted.labels, found.labels)
+
+
+def test_modules_without_weights_abstain():
+    one = build()
+    seen = one.see(photograph(48, 70))
+    found = guesses(48, 70)
+    one.untrained = ("classification", "detection")
+    assert torch.equal(one.vote(4, found, seen).weights, found.weights)
+    one.untrained = ("detection",)
+    torch.testing.assert_close(one.vote(4, found, seen).weights, one.vote(2, found, seen).weights)
+
+
+def test_the_recipe_decides_whether_there_is_a_vote():
+    """Only the order and the weights of what is found may differ."""
+    boxes = some_boxes(60, 60, 30)
+    choices = [f"predict4.{name}" for name in ("min_score=0.01", "score_threshold=0.01", "per_class=4")]
+    alone, voted = (
+        build(*choices, f"predict4.vote={vote}").predict(photograph(60, 60), proposals=boxes)
+        for vote in ("false", "true")
+    )
+    assert len(alone) == len(voted) > 1
+    for one in (alone, voted):
+        assert (one.weights[1:] <= one.weights[:-1]).all()
+    assert not torch.allclose(alone.weights, voted.weights)
+    assert sorted(alone.boxes.tolist()) == sorted(voted.boxes.tolist())
 
 
 def test_calibration_gets_the_recipes_choices():
