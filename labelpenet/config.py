@@ -158,15 +158,12 @@ class ForwardBackward:
         beta: IoU with a detection of module 2 above which a proposal of module 1 gets its class, else background.
         train_stem: whether the stem, frozen in the cascade, is trained too.
         ema: decay of a moving average of the weights, which are the result; None for the weights themselves.
-        background: of ``infer3`` from here on (`InferenceChoice`); None for the cascade's. Modules 3 and 4 teach one
-            another, so masks that come out a little smaller than they were learnt shrink on and on.
     """
 
     phases: typing.Literal["both", "forward", "backward"] = "both"
     beta: float = 0.5
     train_stem: bool = True
     ema: float | None = None
-    background: float | None = None
 
 
 @dataclass(frozen=True)
@@ -174,7 +171,8 @@ class Recipe:
     """Everything that decides a run, but for data, seed and backbone.
 
     Attributes:
-        infer1, infer2, infer3: how modules 1 to 3 label the training images for the next one.
+        infer1 to infer4: how modules 1 to 4 label the training images, each for the next one; module 4's labels are the
+            result, and in forward-backward learning they teach module 3.
         predict2, predict3, predict4: how modules 2 to 4 answer `predict`.
         schedule0: of the warm-up on whole images, which only a backbone without pretrained weights needs.
         schedule1 to schedule4: of cascaded pre-training.
@@ -190,6 +188,7 @@ class Recipe:
     infer1: InferenceChoice = field(default_factory=lambda: InferenceChoice(per_class=1))
     infer2: InferenceChoice = field(default_factory=InferenceChoice)
     infer3: InferenceChoice = field(default_factory=InferenceChoice)
+    infer4: InferenceChoice = field(default_factory=InferenceChoice)
     predict2: InferenceChoice = field(
         default_factory=lambda: InferenceChoice(min_score=0.05, box="proposal", joint=False)
     )
@@ -223,6 +222,7 @@ def best() -> Recipe:
         steps=1200, lr=2e-4, kind="adamw", weight_decay=1e-2, batch_size=2, warmup=50, clip=10.0,
         decay=((0.6, 0.3), (0.85, 0.1)),
     )  # fmt: skip
+    label = InferenceChoice(per_class=5, duplicate=0.5, attended=100, **crf)
     answer = InferenceChoice(min_score=0.05, nms=0.4, joint=False, attended=100, vote=True, **crf)
     return Recipe(
         name="best",
@@ -233,7 +233,8 @@ def best() -> Recipe:
         segmentation=detector,
         infer1=InferenceChoice(combine="mean", members="class", per_class=1, attended=120, background=0.3, **crf),
         infer2=InferenceChoice(combine="mean", per_class=5, attended=80, background=0.4, duplicate=0.5, **crf),
-        infer3=InferenceChoice(per_class=5, duplicate=0.5, attended=100, background=0.3, **crf),
+        infer3=replace(label, background=0.3),
+        infer4=replace(label, background=0.15),
         predict2=InferenceChoice(
             combine="mean", min_score=0.05, box="proposal", joint=False, attended=80, background=0.4, vote=True, **crf
         ),
@@ -243,7 +244,7 @@ def best() -> Recipe:
         schedule2=schedule,
         schedule3=replace(schedule, steps=800),
         schedule4=replace(schedule, steps=800),
-        forward_backward=ForwardBackward(ema=0.99, background=0.3),
+        forward_backward=ForwardBackward(ema=0.99),
         schedule5=replace(schedule, steps=100, lr=2e-5, warmup=20),
     )
 
@@ -284,6 +285,7 @@ def demo() -> Recipe:
         infer1=InferenceChoice(combine="mean", members="class", per_class=1, **crf),
         infer2=InferenceChoice(combine="mean", per_class=4, **crf),
         infer3=InferenceChoice(per_class=4, **crf),
+        infer4=InferenceChoice(per_class=4, **crf),
         predict2=InferenceChoice(combine="mean", min_score=0.05, box="proposal", joint=False, **crf),
         predict3=InferenceChoice(min_score=0.05, box="proposal", joint=False, **crf),
         predict4=InferenceChoice(min_score=0.05, box="proposal", joint=False, **crf),

@@ -36,9 +36,9 @@ SMALL = [
     *(f"{part}.{one}" for part in ("detection", "segmentation") for one in ("rois=16", "rpn_proposals=24")),
     *("detection.anchor_sides=16,32,64", "segmentation.anchor_sides=16,32,64"),
     *("segmentation.mask_width=16", "segmentation.mask_depth=1"),
-    *(f"{part}.iterations=2" for part in ("infer1", "infer2", "infer3", "predict2", "predict3", "predict4")),
-    *(f"{part}.attended=12" for part in ("infer1", "infer2", "infer3", "predict2", "predict3", "predict4")),
-    *(f"{part}.per_class=2" for part in ("infer2", "infer3", "predict2", "predict3", "predict4")),
+    *(f"{part}.iterations=2" for part in ("infer1", "infer2", "infer3", "infer4", "predict2", "predict3", "predict4")),
+    *(f"{part}.attended=12" for part in ("infer1", "infer2", "infer3", "infer4", "predict2", "predict3", "predict4")),
+    *(f"{part}.per_class=2" for part in ("infer2", "infer3", "infer4", "predict2", "predict3", "predict4")),
 ]
 # What is added to the commands of the page: another machine, and a schedule of two to three iterations.
 ADDED = {

@@ -336,7 +336,7 @@ class LabelPEnet(nn.Module):
         seen: Seen | None = None,
     ) -> tuple[Instances, Trace]:
         """Module 3 or 4: detections, their masks (and those of the detections that they suppressed), dense CRF."""
-        choice = choice or self.recipe.infer3
+        choice = choice or (self.recipe.infer3 if number == 3 else self.recipe.infer4)
         module = self.refinement if number == 3 else self.segmentation
         view, stem, _, _, found = self._candidates(module, image, proposals, tags, choice, seen)
         size = (image.shape[0], image.shape[1])

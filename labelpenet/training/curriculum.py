@@ -89,9 +89,6 @@ def forward_backward(
     if held_out is not None:
         check_held_out(images, held_out)
     recipe = recipe or config.from_dict(facts["recipe"])
-    background = recipe.forward_backward.background
-    if background is not None:
-        recipe = replace(recipe, infer3=replace(recipe.infer3, background=background))
     fabric = build_fabric(device, devices, nodes, precision)
     network = LabelPEnet.from_run(start, recipe=recipe)
     for number in range(1, len(MODULES) + 1):

@@ -127,9 +127,17 @@ def presentations(one: Recipe) -> int:
 
 
 def fully_supervised(one: Recipe) -> Recipe:
-    """The recipe whose module 4 is presented as many images as modules 2 to 4 together, up to half a batch."""
+    """The recipe whose module 4 is presented as many images as modules 2 to 4 together, up to half a batch.
+
+    True masks do not shrink from module to module, so module 4's confidence is judged as that of module 3.
+    """
     steps = max(1, round(presentations(one) / one.schedule4.batch_size))
-    return replace(one, schedule4=replace(one.schedule4, steps=steps))
+    return replace(
+        one,
+        schedule4=replace(one.schedule4, steps=steps),
+        infer4=replace(one.infer4, background=one.infer3.background),
+        predict4=replace(one.predict4, background=one.predict3.background),
+    )
 
 
 def with_masks(truth: Instances, found: Instances, image: np.ndarray, settings: CalibrationSettings) -> Instances:

@@ -33,7 +33,7 @@ def tiny_recipe(*changes: str) -> Recipe:
     for part in ("detection", "segmentation"):
         assignments += [f"{part}.anchor_sides=16,32,64", f"{part}.rois=8", f"{part}.rpn_proposals=6"]
         assignments += [f"{part}.mask_width=8", f"{part}.mask_depth=1", f"{part}.cells=1"]
-    for part in ("infer1", "infer2", "infer3", "predict2", "predict3", "predict4"):
+    for part in ("infer1", "infer2", "infer3", "infer4", "predict2", "predict3", "predict4"):
         assignments += [f"{part}.side=40", f"{part}.iterations=1"]
         assignments += [f"{part}.per_class=2"] * (part != "infer1")
     return override(recipe("best"), [*assignments, *changes])
