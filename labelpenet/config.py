@@ -74,11 +74,7 @@ class ClassificationChoice:
 
 @dataclass(frozen=True)
 class DetectorChoice:
-    """Modules 2 to 4 (see `models.detection.DetectorSettings`; ``attention`` as in `ClassificationChoice`).
-
-    Attributes:
-        weigh_last: whether module 4 weighs what it learns too, as modules 2 and 3 do.
-    """
+    """Modules 2 to 4 (see `models.detection.DetectorSettings`; ``attention`` as in `ClassificationChoice`)."""
 
     anchor_sides: tuple[int, ...] = (128, 256, 512)
     rois: int = 128
@@ -90,7 +86,6 @@ class DetectorChoice:
     mask_width: int = 256
     mask_depth: int = 4
     attention: Attention = "excitation"
-    weigh_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -216,7 +211,7 @@ def best() -> Recipe:
     }  # fmt: skip
     detector = DetectorChoice(
         anchor_sides=(64, 128, 256), rois=64, rpn_proposals=200, extra_proposals=False, pool="align", cells=3,
-        mask_width=128, mask_depth=2, attention="gradient", weigh_last=True,
+        mask_width=128, mask_depth=2, attention="gradient",
     )  # fmt: skip
     schedule = Schedule(
         steps=1200, lr=2e-4, kind="adamw", weight_decay=1e-2, batch_size=2, warmup=50, clip=10.0,
@@ -233,13 +228,13 @@ def best() -> Recipe:
         segmentation=detector,
         infer1=InferenceChoice(combine="mean", members="class", per_class=1, attended=120, background=0.3, **crf),
         infer2=InferenceChoice(combine="mean", per_class=5, attended=80, background=0.4, duplicate=0.5, **crf),
-        infer3=replace(label, background=0.3),
-        infer4=replace(label, background=0.15),
+        infer3=replace(label, background=0.4),
+        infer4=replace(label, background=0.2),
         predict2=InferenceChoice(
             combine="mean", min_score=0.05, box="proposal", joint=False, attended=80, background=0.4, vote=True, **crf
         ),
         predict3=replace(answer, background=0.3),
-        predict4=replace(answer, background=0.15),
+        predict4=replace(answer, background=0.2),
         schedule1=Schedule(steps=1200, lr=1e-3, kind="adam", weight_decay=0.0, batch_size=8),
         schedule2=schedule,
         schedule3=replace(schedule, steps=800),

@@ -104,7 +104,7 @@ class LabelPEnet(nn.Module):
         choice = recipe.segmentation
         self.refinement = Segmenter(backbone, c, _settings(choice, weighted=True), choice.mask_width, choice.mask_depth)
         self.segmentation = Segmenter(
-            backbone, c, _settings(choice, weighted=choice.weigh_last), choice.mask_width, choice.mask_depth
+            backbone, c, _settings(choice, weighted=False), choice.mask_width, choice.mask_depth
         )
         self.to(memory_format=torch.channels_last)
         self.register_buffer("_mean", torch.tensor(backbone.mean).view(1, 3, 1, 1) * 255, persistent=False)

@@ -135,7 +135,7 @@ def fully_supervised(one: Recipe) -> Recipe:
     return replace(
         one,
         schedule4=replace(one.schedule4, steps=steps),
-        infer4=replace(one.infer4, background=one.infer3.background),
+        infer4=replace(one.infer4, background=one.predict3.background),
         predict4=replace(one.predict4, background=one.predict3.background),
     )
 

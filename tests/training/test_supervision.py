@@ -172,7 +172,7 @@ def test_full_supervision_has_as_many_presentations_as_the_weak_detectors_togeth
         assert (
             abs(full.schedule4.steps * full.schedule4.batch_size - presentations(one)) <= one.schedule4.batch_size / 2
         )
-        assert full.infer4.background == one.infer3.background
+        assert full.infer4.background == one.predict3.background
         assert full.predict4.background == one.predict3.background
         assert replace(full, schedule4=one.schedule4, infer4=one.infer4, predict4=one.predict4) == one
     assert presentations(config.best()) == sum(
