@@ -184,15 +184,9 @@ class Recipe:
     infer2: InferenceChoice = field(default_factory=InferenceChoice)
     infer3: InferenceChoice = field(default_factory=InferenceChoice)
     infer4: InferenceChoice = field(default_factory=InferenceChoice)
-    predict2: InferenceChoice = field(
-        default_factory=lambda: InferenceChoice(min_score=0.05, box="proposal", joint=False)
-    )
-    predict3: InferenceChoice = field(
-        default_factory=lambda: InferenceChoice(min_score=0.05, box="proposal", joint=False)
-    )
-    predict4: InferenceChoice = field(
-        default_factory=lambda: InferenceChoice(min_score=0.05, box="proposal", joint=False)
-    )
+    predict2: InferenceChoice = InferenceChoice(min_score=0.05, box="proposal", joint=False)
+    predict3: InferenceChoice = predict2
+    predict4: InferenceChoice = predict2
     schedule0: Schedule = field(
         default_factory=lambda: Schedule(steps=2000, lr=1e-3, kind="adam", weight_decay=0.0, batch_size=8, warmup=50)
     )

@@ -443,7 +443,15 @@ class LabelPEnet(nn.Module):
 
         A weight becomes the geometric mean of itself and the probabilities that those modules give to the instance's
         class in its final box: module 1 by the softmax of its logits over the classes, module 2 by its scores. They
-        learnt from other targets than the later ones and so make other errors. Modules without weights abstain.
+        learnt from other targets than the later ones and so make other errors. Modules without weights abstain. Not in
+        the paper.
+
+        Args:
+            found: N instances in pixels of the photograph.
+            seen: the photograph's view and the stem's map of it (`see`).
+
+        Returns:
+            The same instances in the same order, weights (N,) in [0, 1].
         """
         voters = [voter for voter in (1, 2) if voter < number and MODULES[voter - 1] not in self.untrained]
         if not len(found) or not voters:

@@ -195,6 +195,18 @@ def test_every_kept_detection_has_a_mask_of_its_own():
     assert (found.masks.sum((1, 2)) < 0.75 * area).all()
 
 
+@pytest.mark.parametrize("module", [3, 4])
+def test_each_module_labels_and_answers_by_its_own_choice(module):
+    """Only the module in question takes the detector's boxes; the other's are tight around its masks."""
+    low = [f"predict{number}.{part}=0.01" for number in (3, 4) for part in ("min_score", "score_threshold")]
+    one = build(f"infer{module}.box=proposal", f"predict{module}.box=proposal", *low)
+    image = photograph(60, 60)
+    for number in (3, 4):
+        for found in (one.infer(number, image, None, (0, 1))[0], one.predict(image, number)):
+            assert len(found)
+            assert torch.equal(found.boxes, masks_to_boxes(found.masks)) == (number != module)
+
+
 def guesses(height: int, width: int) -> Instances:
     """Instances without masks whose classes and weights differ."""
     boxes = some_boxes(height, width, 5)
