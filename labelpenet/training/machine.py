@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -9,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 from lightning.fabric import Fabric
 
 from labelpenet.errors import InputError
@@ -48,7 +50,15 @@ def build_fabric(device: str = "auto", devices: int = 1, nodes: int = 1, precisi
     except (RuntimeError, ValueError) as error:  # among them Lightning's own about Slurm's and torchrun's settings
         line = " ".join(str(error).split())
         raise InputError(f"--devices {devices} --nodes {nodes} cannot be started ({line})") from error
+    if fabric.world_size > 1:
+        atexit.register(_leave)
     return fabric
+
+
+def _leave() -> None:
+    """Ends the process group, whose threads would else abort the process now and then while Python shuts down."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _multiplies_bfloat16(device: str) -> bool:
