@@ -163,7 +163,7 @@ def label_images(training: Training, number: int) -> None:
     share = len(images.images[fabric.global_rank :: fabric.world_size])
 
     position = {image.id: index for index, image in enumerate(images.images)}
-    choice: InferenceChoice = getattr(network.recipe, f"infer{min(number, 3)}")
+    choice: InferenceChoice = getattr(network.recipe, f"infer{number}")
     crf = calibration_settings(choice)
 
     def infer(image: TaggedImage) -> Instances:
