@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,19 @@ def test_measure_and_report(run: Path, kit: Path) -> None:
     page = (run / "report.html").read_text()
     assert "<table" in page
     assert 'src="http' not in page
+
+
+def test_measure_passes_over_photographs_that_it_cannot_read(run: Path, kit: Path, tmp_path: Path) -> None:
+    data, copy = tmp_path / "VOC2012", tmp_path / "run"
+    shutil.copytree(kit, data)
+    shutil.copytree(run, copy)
+    for split in ("train", "val"):
+        name = (data / f"ImageSets/Main/{split}.txt").read_text().split()[0]
+        next((data / "JPEGImages").glob(f"{name}.*")).write_bytes(b"no image")
+    main(["measure", str(copy), str(data), "--device", "cpu", "--cache", str(tmp_path / "cache")])
+    results = json.loads((copy / "results.json").read_text())
+    assert set(results["val"]) == {"1", "2", "3", "4"}
+    assert 0 <= results["classification_mAP"] <= 1
 
 
 def test_the_pseudo_labels_hold_only_tags(run: Path, kit: Path) -> None:

@@ -105,24 +105,36 @@ def split_ids(year: Path, split: str | None) -> list[str]:
 def open_tagged(year: Path, split: str | None = None, classes: Sequence[str] | None = None) -> TaggedImages:
     """The tagged images of a split: a tag for every class that the XML names, whatever its boxes and flags.
 
+    A list ``test`` may name images without annotation, as VOC 2012's does: they are there to be predicted.
+
     Raises:
         InputError: no such split, unknown class, or no usable image.
     """
     ids = split_ids(year, split)
-    found, problems = [], []
+    found, problems, bare = [], [], 0
     for name in ids:
         try:
-            found.append(NamedImage(name, _image(year, name), frozenset(object_names(_annotation(year, name)))))
+            image, names = _image(year, name), []
+            if _is_test(split) and not is_file(year / "Annotations" / f"{name}.xml"):
+                bare += 1
+            else:
+                names = object_names(_annotation(year, name))
+            found.append(NamedImage(name, image, frozenset(names)))
         except InputError as error:
             problems.append(str(error))
     occurring = {name for one in found for name in one.names}
-    if classes is not None and not set(classes) <= occurring:
-        occurring |= _all_names(year)  # a class may be missing from a small split and yet be known
+    if bare or (classes is not None and not set(classes) <= occurring):
+        # A class may be missing from a small split and yet be known; a folder of test images alone knows none.
+        occurring |= _all_names(year) or set(classes or ())
     tagged = tag_images(found, choose_classes(classes, occurring, year) if found else (), problems, year)
+    notes = list(tagged.notes)
+    if bare:
+        notes.insert(0, f"{bare} images of {split} have no annotation; they can be predicted, not measured")
     if split is None and splits(year):
-        note = f"no split is named: the images of all lists but test are used; available are {listing(splits(year))}"
-        return TaggedImages(tagged.classes, tagged.images, (note, *tagged.notes))
-    return tagged
+        notes.insert(
+            0, f"no split is named: the images of all lists but test are used; available are {listing(splits(year))}"
+        )
+    return TaggedImages(tagged.classes, tagged.images, tuple(notes))
 
 
 def open_annotated(year: Path, split: str | None = None, classes: Sequence[str] | None = None) -> AnnotatedImages:
@@ -250,6 +262,11 @@ def map_classes(year: Path) -> tuple[str, ...]:
             f"{year}: {len(names)} classes, but a class map can hold 254; remove the SegmentationClass maps"
         )
     return names
+
+
+def _is_test(split: str | None) -> bool:
+    """Whether a split is a list of the data set called ``test``, such as ``Segmentation/test``."""
+    return split is not None and split.rpartition("/")[2] == "test"
 
 
 def _list_file(year: Path, split: str, known: Sequence[str]) -> Path:

@@ -70,14 +70,16 @@ def measure_run(
         found = read_predictions(path, images, classes, list(range(1, len(classes) + 1)))
         results["val"][str(number)] = evaluate(found, truths, classes, protocol)  # type: ignore[arg-type]
     if 1 in modules and path_of(run, "module1").is_file():
-        ranked, probabilities = rank_images(predictor, images, boxes)
-        tags = np.array([[label in image.tags for label in range(len(classes))] for image in images])
+        readable = [image for image in images if image.id in boxes]
+        ranked, probabilities = rank_images(predictor, readable, boxes)
+        tags = np.array([[label in image.tags for label in range(len(classes))] for image in readable])
         results["classification_mAP"] = float(np.nanmean(classification_ap(probabilities, tags)))
         training = open_tagged(data, train_split, classes).images
         train_boxes = compute_proposals(
             training, proposal_settings(predictor.network.recipe), cache or default_cache(), progress=True
         )
-        top, _ = rank_images(predictor, training, train_boxes, run / "cache" / "features")
+        learnt = [image for image in training if image.id in train_boxes]
+        top, _ = rank_images(predictor, learnt, train_boxes, run / "cache" / "features")
         results["uncalibrated"] = {
             "train": evaluate(top, train_truths, classes, "voc12"),
             "val": evaluate(ranked, truths, classes, protocol),  # type: ignore[arg-type]

@@ -75,6 +75,27 @@ def test_unknown_and_doubled_classes(tmp_path: Path) -> None:
     assert "no image shows bird" in images.notes
 
 
+def test_test_photographs_need_no_annotation(tmp_path: Path) -> None:
+    year = voc_kit(tmp_path)
+    names = ["b", "d"]
+    (year / "ImageSets/Main/test.txt").write_text("b\nd\n")
+    for name in names:
+        (year / f"Annotations/{name}.xml").unlink()
+    annotated = open_annotated(year, "test", ["cat", "dog"])
+    assert [(image.id, image.tags) for image in annotated.tagged.images] == [(name, ()) for name in names]
+    assert "2 images of test have no annotation; they can be predicted, not measured" in annotated.tagged.notes
+    with pytest.raises(InputError, match=r"b\.xml: no such annotation"):
+        annotated.read(names[0])
+    with pytest.raises(InputError, match="unknown class 'catt'"):
+        open_tagged(year, "test", ["catt"])
+    (year / "ImageSets/Main/val.txt").write_text("b\n")  # of another list the annotation is asked for
+    with pytest.raises(InputError, match="no such annotation"):
+        open_tagged(year, "val", ["cat", "dog"])
+    for path in (year / "Annotations").iterdir():
+        path.unlink()
+    assert open_tagged(year, "test", ["dog", "cat"]).classes == ("dog", "cat"), "a folder of test images alone"
+
+
 def test_truth_boxes_flags_masks_and_classes(tmp_path: Path) -> None:
     year = voc_kit(tmp_path)
     annotated = open_annotated(year, "train", ["dog", "cat"])
