@@ -212,7 +212,7 @@ def best() -> Recipe:
         decay=((0.6, 0.3), (0.85, 0.1)),
     )  # fmt: skip
     label = InferenceChoice(per_class=5, duplicate=0.5, attended=100, **crf)
-    answer = InferenceChoice(min_score=0.05, nms=0.4, joint=False, attended=100, vote=True, **crf)
+    answer = InferenceChoice(min_score=0.05, nms=0.4, duplicate=0.5, joint=False, attended=100, vote=True, **crf)
     return Recipe(
         name="best",
         images=Images(sides=(480,), longest=800, flip=True, test_side=480),
