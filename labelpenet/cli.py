@@ -92,7 +92,7 @@ class Train:
 
 @dataclass
 class ForwardBackward:
-    """Improve a trained cascade by forward-backward learning, the second stage of the paper.
+    """Train a cascade further by forward-backward learning, the second stage of the paper.
 
     Takes the run folder of `labelpenet train` and writes a new one, which every other command reads like the first: all
     four modules and the stem, trained end to end, and the instances that they now infer for the photographs.

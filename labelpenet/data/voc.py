@@ -110,12 +110,12 @@ def open_tagged(year: Path, split: str | None = None, classes: Sequence[str] | N
     Raises:
         InputError: no such split, unknown class, or no usable image.
     """
-    ids = split_ids(year, split)
+    for_test = split is not None and split.rpartition("/")[2] == "test"
     found, problems, bare = [], [], 0
-    for name in ids:
+    for name in split_ids(year, split):
         try:
             image, names = _image(year, name), []
-            if _is_test(split) and not is_file(year / "Annotations" / f"{name}.xml"):
+            if for_test and not is_file(year / "Annotations" / f"{name}.xml"):
                 bare += 1
             else:
                 names = object_names(_annotation(year, name))
@@ -127,14 +127,12 @@ def open_tagged(year: Path, split: str | None = None, classes: Sequence[str] | N
         # A class may be missing from a small split and yet be known; a folder of test images alone knows none.
         occurring |= _all_names(year) or set(classes or ())
     tagged = tag_images(found, choose_classes(classes, occurring, year) if found else (), problems, year)
-    notes = list(tagged.notes)
+    note = ""
     if bare:
-        notes.insert(0, f"{bare} images of {split} have no annotation; they can be predicted, not measured")
-    if split is None and splits(year):
-        notes.insert(
-            0, f"no split is named: the images of all lists but test are used; available are {listing(splits(year))}"
-        )
-    return TaggedImages(tagged.classes, tagged.images, tuple(notes))
+        note = f"{bare} images of {split} have no annotation; they can be predicted, not measured"
+    elif split is None and splits(year):
+        note = f"no split is named: the images of all lists but test are used; available are {listing(splits(year))}"
+    return TaggedImages(tagged.classes, tagged.images, (note, *tagged.notes)) if note else tagged
 
 
 def open_annotated(year: Path, split: str | None = None, classes: Sequence[str] | None = None) -> AnnotatedImages:
@@ -262,11 +260,6 @@ def map_classes(year: Path) -> tuple[str, ...]:
             f"{year}: {len(names)} classes, but a class map can hold 254; remove the SegmentationClass maps"
         )
     return names
-
-
-def _is_test(split: str | None) -> bool:
-    """Whether a split is a list of the data set called ``test``, such as ``Segmentation/test``."""
-    return split is not None and split.rpartition("/")[2] == "test"
 
 
 def _list_file(year: Path, split: str, known: Sequence[str]) -> Path:

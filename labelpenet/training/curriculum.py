@@ -63,7 +63,7 @@ def forward_backward(
     held_out: AnnotatedImages | None = None,
     observe_minutes: float = 5.0,
 ) -> LabelPEnet:
-    """Improves a trained cascade by forward-backward learning and writes it, with new instances, as a run of its own.
+    """Trains a cascade further by forward-backward learning and writes it, with new instances, as a run of its own.
 
     Args:
         images: the photographs and tags; start: run folder of the cascade; run: the run folder to write.

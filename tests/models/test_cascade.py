@@ -164,12 +164,17 @@ def test_only_tags_are_passed_on(network, number, tags):
         assert not found.weights.requires_grad
 
 
-def test_the_attention_may_be_either_kind():
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_attention_may_be_either_kind(number):
+    """Both are valid, and they are not the same maps."""
+    marginals = []
     for kind in ("excitation", "gradient"):
         one = build(f"classification.attention={kind}", f"detection.attention={kind}")
-        for number in (1, 2):
-            found, _ = one.infer(number, photograph(48, 70), some_boxes(48, 70), (0, 1))
-            found.validate(len(CLASSES))
+        found, trace = one.infer(number, photograph(48, 70), some_boxes(48, 70), (0, 1))
+        found.validate(len(CLASSES))
+        assert len(found) == len(trace.marginals) > 0
+        marginals.append(trace.marginals)
+    assert marginals[0].shape != marginals[1].shape or not torch.allclose(marginals[0], marginals[1])
 
 
 def test_inference_repeats_itself(network):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from labelpenet.config import Recipe, override, recipe
@@ -106,9 +107,15 @@ def test_the_chain_trains_every_module_on_what_the_one_before_inferred(straight,
 
 def test_the_trained_run_can_be_loaded_and_used(straight, scenes):
     network = LabelPEnet.from_run(straight)
+    for part in ("stem", *MODULES):
+        kept = load_file(straight / "weights" / f"{part}.safetensors")
+        loaded = getattr(network, part).state_dict()
+        assert kept.keys() == loaded.keys() and all(torch.equal(kept[name], loaded[name]) for name in kept)
     image = open_tagged(scenes, "train").images[0]
     for module in (2, 4):
-        network.predict(image.path, module, torch.tensor([[0.0, 0, 50, 50]])).validate(len(network.classes))
+        found = network.predict(image.path, module, torch.tensor([[0.0, 0, 50, 50]]))
+        found.validate(len(network.classes))
+        assert found.image_size == read_image(image.path).shape[:2]
 
 
 def test_training_moves_each_module_and_never_the_stem(straight, scenes):
