@@ -6,11 +6,14 @@ file and the remedy.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -18,9 +21,15 @@ from defusedxml import ElementTree
 
 from labelpenet.errors import InputError, one_line
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 TEXT_LIMIT = 64 * 2**20  # bytes of a list, a tags file: ten million lines
 XML_LIMIT = 8 * 2**20  # bytes of one annotation: VOC's largest has 30 kB
 NOTES_OF_A_KIND = 20
+MANIFEST = ".labelpenet"
 
 
 def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
@@ -166,3 +175,148 @@ def safe_name(name: str) -> str:
     while len(plain.encode()) > 150:
         plain = plain[:-1]
     return plain
+
+
+@contextmanager
+def whole_folder(
+    out: Path | str,
+    reads: Iterable[Path] = (),
+    overwrite: bool = False,
+    about: Mapping[str, Any] | None = None,
+    extend: bool = False,
+) -> Iterator[Path]:
+    """A folder to fill, beside ``out``, which takes its name when the block is done: whole or not at all.
+
+    Nothing that another hand made is ever replaced: a folder made here lists its files and their digests in
+    ``.labelpenet``, and only one that holds just these, unchanged, may be written again. What a killed process left is
+    swept.
+
+    Args:
+        out: the folder to make; new or empty, or with ``overwrite`` one that was made here.
+        reads: files and folders that the work reads; ``out`` may neither hold one nor lie in one of the folders.
+        overwrite: replaces a folder that was made here.
+        about: what is remembered of the folder, as JSON.
+        extend: keeps what a folder holds that was made here with the same ``about`` and adds to it.
+
+    Raises:
+        InputError: ``out`` is taken, or something cannot be written; what was there is as it was.
+    """
+    out = Path(os.path.abspath(out))  # noqa: PTH100 resolving would follow a link at the end
+    part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
+    about = dict(about or {})
+    try:
+        if old.is_dir() and not old.is_symlink() and (old / MANIFEST).is_file():  # killed in the middle of a swap
+            shutil.rmtree(old) if out.exists() else old.rename(out)
+        check_new_folder(out, reads)
+        made = _manifest(out) if out.is_dir() and any(out.iterdir()) else None
+        if made is not None and not overwrite and not (extend and made == about):
+            raise InputError(f"{out}: already holds an export; choose another folder, or overwrite it")
+        part.mkdir(parents=True, exist_ok=True)
+        with _alone(part):
+            for entry in part.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            if made is not None and not overwrite:
+                _link_files(out, part)
+            yield part
+            digests = {path.relative_to(part).as_posix(): _digest(path) for path in _files(part)}
+            write_text(part / MANIFEST, json.dumps({"about": about, "files": digests}))
+            if made is not None:
+                out.rename(old)
+            part.rename(out)  # an empty folder may be replaced
+            if made is not None:
+                shutil.rmtree(old)
+    except OSError as error:
+        where = error.filename or out
+        raise InputError(f"{where}: cannot be written ({error.strerror or error}); choose another place") from error
+    except InputError as error:  # about a file in the folder that nobody will find
+        raise InputError(str(error).replace(str(part), str(out))) from error
+    finally:
+        if not part.is_symlink():
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def check_new_folder(out: Path, reads: Iterable[Path]) -> None:
+    """Refuses a folder to write that holds, or lies in, what is read. Links are followed.
+
+    Raises:
+        InputError: names the two, and what to do.
+    """
+    home = out.resolve()
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise InputError(f"{out}: there is a file or link of that name; choose another folder")
+    for path in reads:
+        read = path.resolve()
+        if read.is_relative_to(home):
+            raise InputError(f"{out}: holds {path}, which is read; choose another folder")
+        if home.is_relative_to(read) and path.is_dir():
+            raise InputError(f"{out}: lies in {path}, which is read; choose a folder outside")
+
+
+def unchanged(folder: Path) -> set[Path]:
+    """The files of a folder that `whole_folder` made which nobody has changed since; none of another folder."""
+    try:
+        digests = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
+        return {path for path in _files(folder) if digests.get(path.relative_to(folder).as_posix()) == _digest(path)}
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What is remembered of a folder that `whole_folder` made; refuses one that holds anything else.
+
+    Raises:
+        InputError: the folder was not made here, or a file was added or changed since.
+    """
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        about, digests = content["about"], dict(content["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}: is not empty and no export of labelpenet; choose a new folder") from error
+    for path in _files(folder):
+        name = path.relative_to(folder).as_posix()
+        if name != MANIFEST and (name not in digests or path.is_symlink() or _digest(path) != digests[name]):
+            raise InputError(f"{path}: was added or changed since the export; move it away, or choose another folder")
+    return about
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files and links below a folder, in order; links are not followed."""
+    return sorted(Path(home) / name for home, _, names in os.walk(folder) for name in names)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+
+
+def _link_files(folder: Path, into: Path) -> None:
+    """The files of a folder once more, without copying their content where the disk can share it."""
+    for path in _files(folder):
+        target = into / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            target.hardlink_to(path)
+        except OSError:
+            shutil.copy2(path, target)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps other processes from a folder as long as this one lives.
+
+    Raises:
+        InputError: another one has it, or it is a link.
+    """
+    if folder.is_symlink():
+        raise InputError(f"{folder}: is a link; remove it")
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise InputError(f"{folder}: another process is writing there; wait for it") from error
+    finally:
+        os.close(descriptor)

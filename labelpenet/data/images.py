@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -60,6 +61,34 @@ def image_size(path: Path | str) -> tuple[int, int]:
     with _quiet(), _open(Path(path)) as image:
         width, height = image.size
         return (width, height) if _orientation(image) >= 5 else (height, width)
+
+
+def upright_file(path: Path, jpeg: bool = False) -> tuple[bytes, str, bool]:
+    """The content of an image file that shows the photograph upright to a program that ignores EXIF, too.
+
+    Args:
+        path: the image file.
+        jpeg: only JPEG will do.
+
+    Returns:
+        The content, the suffix that belongs to it (in lower case), and whether it was encoded again: as JPEG, of
+        quality 95, what was JPEG or has to be it; as PNG the others.
+
+    Raises:
+        InputError: as `read_image`.
+    """
+    with _quiet(), _open(path) as image:
+        is_jpeg, upright = image.format in ("JPEG", "MPO"), _orientation(image) == 1
+    suffix = ".jpg" if is_jpeg and path.suffix.lower() in (".jpeg", ".jfif") and jpeg else path.suffix.lower()
+    if upright and (is_jpeg or not jpeg):
+        try:
+            return path.read_bytes(), suffix, False
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
+    content = io.BytesIO()
+    kind, suffix = ("JPEG", ".jpg") if is_jpeg or jpeg else ("PNG", ".png")
+    Image.fromarray(read_image(path)).save(content, kind, quality=95)
+    return content.getvalue(), suffix, True
 
 
 @contextmanager

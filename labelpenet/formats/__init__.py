@@ -1,8 +1,9 @@
 """What goes in and out: data sets by their path, predictions.json, and annotation in the form that other tools take."""
 
-from labelpenet.formats.coco import export_coco
+from labelpenet.formats.coco import export_coco, export_coco_results
 from labelpenet.formats.export import Format, export
 from labelpenet.formats.label_studio import export_label_studio
+from labelpenet.formats.labelme import export_labelme
 from labelpenet.formats.open import open_annotated, open_tagged, training_split
 from labelpenet.formats.predictions import Predictions, read_predictions, write_predictions
 from labelpenet.formats.selection import Exported
@@ -17,7 +18,9 @@ __all__ = [
     "Predictions",
     "export",
     "export_coco",
+    "export_coco_results",
     "export_label_studio",
+    "export_labelme",
     "export_voc",
     "export_voc_submission",
     "export_yolo",

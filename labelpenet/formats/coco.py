@@ -29,8 +29,8 @@ from labelpenet.data.files import brief, inside, is_file, listing, read_json, re
 from labelpenet.data.images import PIXEL_LIMIT, image_size
 from labelpenet.errors import InputError
 from labelpenet.formats.polygons import coco_polygons
-from labelpenet.formats.predictions import file_name, image_numbers
-from labelpenet.formats.selection import Exported, mask_arrays, selected
+from labelpenet.formats.predictions import file_names, image_numbers
+from labelpenet.formats.selection import Exported, mask_arrays, new_export, selected
 from labelpenet.instances import Instances
 
 _PROBE = 50  # images by which an image folder is judged
@@ -296,7 +296,9 @@ def export_coco(
     *,
     category_ids: Sequence[int] | None = None,
     polygons: bool = False,
+    tolerance: float = 0.0,
     min_score: float = 0.0,
+    overwrite: bool = False,
 ) -> Exported:
     """Writes ``out/annotations.json``: images, categories and annotations with unique ids.
 
@@ -311,39 +313,70 @@ def export_coco(
         out: the folder.
         category_ids: (C,) ids of the categories; None for 1..C.
         polygons: segmentations as polygons instead of RLE.
+        tolerance: pixels by which polygons may differ from the masks, for fewer corners.
         min_score: instances below are left out.
+        overwrite: replaces an earlier export.
 
     Raises:
-        InputError: the file cannot be written, or a score or box is not finite.
+        InputError: ``out`` is taken, the file cannot be written, or a score or box is not finite.
     """
-    done = Exported()
-    numbers = image_numbers(images)
+    numbers, names = image_numbers(images), file_names(images)
     ids = list(range(1, len(classes) + 1) if category_ids is None else category_ids)
     entries: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for image, found in selected(predictions, images, min_score, done.notes):
-        height, width = found.image_size
-        number = numbers[image.id]
-        entries.append({"id": number, "file_name": file_name(image), "width": width, "height": height})
-        for row, mask in zip(found.to_coco(number, ids), mask_arrays(found), strict=True):
-            area = row["bbox"][2] * row["bbox"][3] if mask is None else int(mask.sum())
-            if polygons and mask is not None:
-                row["segmentation"] = coco_polygons(mask)
-            elif mask is None:
-                row["segmentation"] = []
-            annotations.append({"id": len(annotations) + 1, **row, "area": area, "iscrowd": 0})
-    categories = [{"id": i, "name": name, "supercategory": ""} for i, name in zip(ids, classes, strict=True)]
-    content = {
-        "info": {"description": "pseudo-labels by Label-PEnet"},
-        "licenses": [],
-        "images": entries,
-        "categories": categories,
-        "annotations": annotations,
-    }
-    path = Path(out) / "annotations.json"
-    try:
-        text = json.dumps(content, allow_nan=False)
-    except ValueError as error:
-        raise InputError(f"{path}: a score or box is NaN or infinite; remove it from the predictions") from error
-    done.paths.append(write_text(path, text))
+    with new_export(out, images, overwrite, {"format": "coco"}) as (folder, done):
+        for image, found in selected(predictions, images, min_score, done.notes):
+            height, width = found.image_size
+            number = numbers[image.id]
+            entries.append({"id": number, "file_name": names[image.id], "width": width, "height": height})
+            for row, mask in zip(found.to_coco(number, ids), mask_arrays(found), strict=True):
+                area = row["bbox"][2] * row["bbox"][3] if mask is None else int(mask.sum())
+                if polygons and mask is not None:
+                    row["segmentation"] = coco_polygons(mask, tolerance)
+                elif mask is None:
+                    row["segmentation"] = []
+                annotations.append({"id": len(annotations) + 1, **row, "area": area, "iscrowd": 0})
+        content = {
+            "info": {"description": "pseudo-labels by Label-PEnet"},
+            "licenses": [],
+            "images": entries,
+            "categories": [{"id": i, "name": name, "supercategory": ""} for i, name in zip(ids, classes, strict=True)],
+            "annotations": annotations,
+        }
+        done.paths.append(write_text(folder / "annotations.json", _finite_json(content, out)))
     return done
+
+
+def export_coco_results(
+    predictions: Mapping[str, Instances],
+    images: Sequence[TaggedImage],
+    classes: Sequence[str],
+    out: Path | str,
+    *,
+    category_ids: Sequence[int] | None = None,
+    min_score: float = 0.0,
+    overwrite: bool = False,
+) -> Exported:
+    """Writes ``out/results.json``: the bare list that pycocotools' ``loadRes`` and evaluation servers take.
+
+    Arguments and errors as `export_coco`. What the list cannot hold: the names of images and classes.
+    """
+    numbers = image_numbers(images)
+    ids = list(range(1, len(classes) + 1) if category_ids is None else category_ids)
+    with new_export(out, images, overwrite, {"format": "coco-results"}) as (folder, done):
+        rows = [
+            row
+            for image, found in selected(predictions, images, min_score, done.notes)
+            for row in found.to_coco(numbers[image.id], ids)
+        ]
+        done.paths.append(write_text(folder / "results.json", _finite_json(rows, out)))
+    if category_ids is None or any(image.number is None for image in images):
+        done.notes.append("the data set has no COCO ids of its own: images and classes are numbered from 1, in order")
+    return done
+
+
+def _finite_json(content: Any, out: Path | str) -> str:
+    try:
+        return json.dumps(content, allow_nan=False)
+    except ValueError as error:
+        raise InputError(f"{out}: a score or box is NaN or infinite; remove it from the predictions") from error

@@ -21,9 +21,9 @@ from labelpenet.data.files import brief, inside, is_file, read_json, write_text
 from labelpenet.data.images import SUFFIXES
 from labelpenet.errors import InputError
 from labelpenet.formats.folder import tag_names, tag_set
-from labelpenet.formats.polygons import joined, rings
-from labelpenet.formats.predictions import file_name
-from labelpenet.formats.selection import Exported, clipped_boxes, mask_arrays, selected
+from labelpenet.formats.polygons import joined, outline
+from labelpenet.formats.predictions import file_names
+from labelpenet.formats.selection import Exported, clipped_boxes, mask_arrays, new_export, selected
 from labelpenet.instances import Instances
 
 LOCAL_FILES = "/data/local-files/?d="
@@ -158,7 +158,9 @@ def export_label_studio(
     out: Path | str,
     *,
     url: str = LOCAL_FILES,
+    tolerance: float = 0.0,
     min_score: float = 0.0,
+    overwrite: bool = False,
 ) -> Exported:
     """Writes ``out/tasks.json`` (import it) and ``out/labels.xml`` (the project's labelling interface).
 
@@ -171,34 +173,35 @@ def export_label_studio(
         classes: names of the C classes, in label order.
         out: the folder.
         url: what comes before an image's name (percent-encoded) in its task; by default Label Studio's local storage.
+        tolerance: pixels by which polygons may differ from the masks, for fewer corners.
         min_score: instances below are left out.
+        overwrite: replaces an earlier export.
 
     Raises:
         InputError: a file cannot be written.
     """
-    done, out = Exported(), Path(out)
     tasks: list[dict[str, Any]] = []
-    bridged = 0
-    for image, found in selected(predictions, images, min_score, done.notes):
-        results = []
-        for index, (label, score, box, mask) in enumerate(
-            zip(
+    bridged, names = 0, file_names(images)
+    with new_export(out, images, overwrite, {"format": "label-studio"}) as (folder, done):
+        for image, found in selected(predictions, images, min_score, done.notes):
+            results: list[dict[str, Any]] = []
+            for label, score, box, mask in zip(
                 found.labels.tolist(),
                 found.weights.tolist(),
                 clipped_boxes(found).numpy(),
                 mask_arrays(found),
                 strict=True,
-            )
-        ):
-            outline = None if mask is None else rings(mask)
-            bridged += outline is not None and len(outline) > 1
-            results.append(_shape(f"instance{index + 1}", classes[label], score, outline, box, found.image_size))
-        prediction: dict[str, Any] = {"model_version": "Label-PEnet", "result": results}
-        if len(found):
-            prediction["score"] = float(found.weights.mean())
-        tasks.append({"data": {"image": url + quote(file_name(image))}, "predictions": [prediction]})
-    done.paths.append(write_text(out / "tasks.json", json.dumps(tasks)))
-    done.paths.append(write_text(out / "labels.xml", labelling_interface(classes)))
+            ):
+                parts = None if mask is None else outline(mask, tolerance=tolerance)
+                bridged += parts is not None and len(parts) > 1
+                name = f"instance{len(results) + 1}"
+                results.append(_shape(name, classes[label], score, parts, box, found.image_size))
+            prediction: dict[str, Any] = {"model_version": "Label-PEnet", "result": results}
+            if len(found):
+                prediction["score"] = float(found.weights.mean())
+            tasks.append({"data": {"image": url + quote(names[image.id])}, "predictions": [prediction]})
+        done.paths.append(write_text(folder / "tasks.json", json.dumps(tasks)))
+        done.paths.append(write_text(folder / "labels.xml", labelling_interface(classes)))
     done.notes.append(f"photographs are addressed as {url}NAME; change the addresses if they are stored elsewhere")
     if bridged:
         done.notes.append(f"{bridged} masks of several parts or with holes became one outline with bridges")
@@ -218,12 +221,12 @@ def labelling_interface(classes: Sequence[str]) -> str:
 
 
 def _shape(
-    name: str, label: str, score: float, outline: list[np.ndarray] | None, box: np.ndarray, size: tuple[int, int]
+    name: str, label: str, score: float, parts: list[np.ndarray] | None, box: np.ndarray, size: tuple[int, int]
 ) -> dict[str, Any]:
     percent = 100 / np.array([size[1], size[0]], dtype=np.float64)
-    if outline is not None:
+    if parts is not None:
         kind = "polygon"
-        value: dict[str, Any] = {"points": (joined(outline) * percent).tolist(), "closed": True}
+        value: dict[str, Any] = {"points": (joined(parts) * percent).tolist(), "closed": True}
     else:
         kind = "rectangle"
         (x, y), (width, height) = (box[:2] * percent).tolist(), ((box[2:] - box[:2]) * percent).tolist()

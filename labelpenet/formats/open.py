@@ -11,11 +11,11 @@ from pathlib import Path
 from labelpenet.data.dataset import AnnotatedImages, TaggedImages
 from labelpenet.data.files import read_json
 from labelpenet.errors import InputError
-from labelpenet.formats import coco, folder, label_studio, voc
+from labelpenet.formats import coco, folder, label_studio, labelme, voc
 
 KINDS = (
     "a VOC year folder (Annotations, JPEGImages, ImageSets), a COCO instances.json, tags.csv (file,tags), tags.json, "
-    "one sub-folder of images per class, or a Label Studio choices export"
+    "one sub-folder of images per class, a folder of Labelme or X-AnyLabeling files, or a Label Studio choices export"
 )
 
 
@@ -96,6 +96,11 @@ def _door(data: Path, split: str | None, classes: Sequence[str] | None, images: 
     for name in ("tags.csv", "tags.json"):
         if (data / name).is_file():
             return _file_door(data / name, split, classes, images)
+    if labelme.json_files(data):
+        return _Door(
+            partial(labelme.open_tagged, data, split, classes, images),
+            partial(labelme.open_annotated, data, split, classes, images),
+        )
     below = sorted(path.name for path in data.iterdir() if path.is_dir() and path.name.lower() in folder.SPLIT_NAMES)
     if below:
         if split not in below:

@@ -1,8 +1,8 @@
 """`predictions.json`: what a model found, as the COCO results list together with its categories and images.
 
-``{"images": [{"id", "file_name", "width", "height"}], "categories": [{"id", "name"}], "annotations": [{"image_id",
-"category_id", "bbox": [x, y, width, height], "score", "segmentation"}]}``. Reading also takes the bare list of a COCO
-results file, and a COCO annotation file.
+``{"images": [{"id", "file_name", "width", "height"}], "categories": [{"id", "name"}], "annotations": [{"id",
+"image_id", "category_id", "bbox": [x, y, width, height], "score", "segmentation", "area", "iscrowd"}]}``. Reading also
+takes the bare list of a COCO results file, and a COCO annotation file.
 
 Shape letters: ``N`` instances, ``C`` classes.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pycocotools import mask as rle
 
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.files import brief, listing, read_json, write_text
@@ -55,22 +57,31 @@ def write_predictions(
     if len(set(ids)) != len(classes):
         raise ValueError(f"category_ids must be {len(classes)} different numbers, but got {list(ids)}")
     by_id = {image.id: image for image in images}
-    numbers = image_numbers(images)
-    entries, rows = [], []
+    numbers, files = image_numbers(images), file_names(images)
+    entries: list[str] = []
+    rows: list[str] = []
     for name, instances in predictions.items() if isinstance(predictions, Mapping) else predictions:
         if name not in by_id:
             raise ValueError(f"prediction for {name!r}, which is not among the {len(by_id)} images")
         height, width = instances.image_size
-        entry = {"id": numbers[name], "file_name": file_name(by_id[name]), "width": width, "height": height}
+        entry = {"id": numbers[name], "file_name": files[name], "width": width, "height": height}
         entries.append(json.dumps(entry))
         try:
-            rows += [json.dumps(row, allow_nan=False) for row in instances.to_coco(numbers[name], list(ids))]
+            for row in instances.to_coco(numbers[name], list(ids)):
+                rows.append(json.dumps({"id": len(rows) + 1, **coco_annotation(row)}, allow_nan=False))
         except ValueError as error:
             raise InputError(f"{name}: a score or box is NaN or infinite; remove it") from error
     categories = [json.dumps({"id": i, "name": name}) for i, name in zip(ids, classes, strict=True)]
     parts = {"images": entries, "categories": categories, "annotations": rows}
     lists = [f'"{key}": [\n' + ",\n".join(lines) + "\n]" for key, lines in parts.items()]
     return write_text(Path(path), "{\n" + ",\n".join(lists) + "\n}\n")
+
+
+def coco_annotation(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a COCO results list with what readers of annotations ask for, too: ``area`` and ``iscrowd``."""
+    mask = row.get("segmentation")
+    area = row["bbox"][2] * row["bbox"][3] if mask is None else int(rle.area(mask))
+    return {**row, "area": area, "iscrowd": 0}
 
 
 def image_numbers(images: Sequence[TaggedImage]) -> dict[str, int]:
@@ -81,9 +92,18 @@ def image_numbers(images: Sequence[TaggedImage]) -> dict[str, int]:
     return {image.id: position + 1 for position, image in enumerate(images)}
 
 
-def file_name(image: TaggedImage) -> str:
-    """The name of an image in COCO files: its id where that is a path, else the name of its file."""
-    return image.id if image.id.endswith(image.path.name) else image.path.name
+def file_names(images: Sequence[TaggedImage]) -> dict[str, str]:
+    """For each image id the name of its file in what is written, different for every image.
+
+    The id where that is a path; else the name of the file or, where two have the same one, its path below the folder
+    that all lie in.
+    """
+    names = {image.id: image.id if image.id.endswith(image.path.name) else image.path.name for image in images}
+    if len(set(names.values())) == len(names):
+        return names
+    paths = {image.id: Path(os.path.abspath(image.path)) for image in images}  # noqa: PTH100 links stay as they are
+    home = os.path.commonpath([path.parent for path in paths.values()])
+    return {name: path.relative_to(home).as_posix() for name, path in paths.items()}
 
 
 @dataclass(frozen=True)
@@ -174,18 +194,33 @@ def read_predictions(
     names = _match_images(path, images, entries, notes)
     labels = _match_categories(path, classes, category_ids, content if listed else None, notes)
     kept: dict[str, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
+    known = listing(map(str, labels))
     for index, row in enumerate(rows):
         name = _lookup(names, row.get("image_id"), f"{path}: row {index}: image_id", "the images of the data set")
-        label = _lookup(labels, row.get("category_id"), f"{path}: row {index}: category_id", f"{list(labels)[:30]}")
+        label = _lookup(labels, row.get("category_id"), f"{path}: row {index}: category_id", known)
         if name is not None and label is not None:
             kept[name].append((index, row))
     sizes = _sizes(path, entries, names)
     read = _Reader(path, labels)
-    by_name = {
-        image.id: read.rows(kept[image.id], image, sizes.get(image.id))
-        for image in images
-        if image.id in kept or image.id in sizes
-    }
+    by_name: dict[str, _Rows] = {}
+    unreadable: list[str] = []
+    for image in images:
+        size = sizes.get(image.id)
+        if kept[image.id] or (size is None and image.id in sizes):
+            try:
+                true = image_size(image.path)
+            except InputError as error:
+                unreadable.append(str(error))
+                continue
+            if size not in (None, true):  # seen before a mask is decoded, which may be of any size that the file says
+                raise InputError(
+                    f"{path}: says {size[1]} x {size[0]} pixels of {image.id}, but {image.path} has "
+                    f"{true[1]} x {true[0]} (upright); predict on this photograph, or give the one that was predicted"
+                )
+            size = true
+        if size is not None:
+            by_name[image.id] = read.rows(kept[image.id], image, size)
+    notes += brief(unreadable, "photographs cannot be read; what was found in them is left out")
     _rescale(by_name, notes)
     return Predictions(tuple(classes), tuple(notes), by_name)
 
@@ -197,8 +232,7 @@ class _Reader:
         self.path = path
         self.labels = labels
 
-    def rows(self, rows: list[tuple[int, dict[str, Any]]], image: TaggedImage, size: tuple[int, int] | None) -> _Rows:
-        size = size or self._mask_size(rows) or image_size(image.path)
+    def rows(self, rows: list[tuple[int, dict[str, Any]]], image: TaggedImage, size: tuple[int, int]) -> _Rows:
         boxes, scores, segmentations = np.zeros((len(rows), 4)), np.ones(len(rows)), []
         for i, (index, row) in enumerate(rows):
             where = f"{self.path}: row {index} (image {image.id})"
@@ -216,15 +250,6 @@ class _Reader:
                 scores[i] = _number(row["score"], f"{where}: score")
         labels = np.array([self.labels[row["category_id"]] for _, row in rows], dtype=np.int64)
         return _Rows(size, boxes, labels, scores, segmentations)
-
-    def _mask_size(self, rows: list[tuple[int, dict[str, Any]]]) -> tuple[int, int] | None:
-        for index, row in rows:
-            if isinstance(segmentation := row.get("segmentation"), dict):
-                size = segmentation.get("size")
-                if not isinstance(size, list) or len(size) != 2:
-                    raise InputError(f"{self.path}: row {index}: segmentation size must be [height, width]")
-                return _size(size[0], size[1], f"{self.path}: row {index}: segmentation")
-        return None
 
 
 def check_segmentation(segmentation: Any, size: tuple[int, int], where: str) -> None:
@@ -298,23 +323,25 @@ def _match_images(
     path: Path, images: Sequence[TaggedImage], entries: list[dict[str, Any]] | None, notes: list[str]
 ) -> dict[Any, str | None]:
     """For every ``image_id`` that a row may carry the image it means; None for one that is not asked for."""
-    by_name = _unique(
-        *([(image.id, image) for image in images]),
-        *([(image.path.name, image) for image in images]),
-        *([(image.path.stem, image) for image in images]),
-    )
+    by_id = {image.id: image for image in images}
+    by_file = {name: by_id[one] for one, name in file_names(images).items()}
+    by_name = _unique(*((image.path.name, image) for image in images))
+    by_stem = _unique(*((image.path.stem, image) for image in images))
     by_number = _unique(*((image.number, image) for image in images if image.number is not None))
     if entries is None:
         digits = _unique(*((int(text), image) for image in images if (text := _digits(image.path.stem))))
-        return {key: image.id for key, image in (digits | by_name | by_number).items()}
+        return {key: image.id for key, image in (digits | by_stem | by_name | by_id | by_number).items()}
     matched: dict[Any, str | None] = {}
     for entry in entries:
         name = entry.get("file_name")
         if name is None:
-            image = by_number.get(entry["id"]) or by_name.get(str(entry["id"]))
+            name = str(entry["id"])
+            image = by_number.get(entry["id"]) or by_id.get(name) or by_name.get(name) or by_stem.get(name)
         elif isinstance(name, str):
-            base = name.replace("\\", "/").rsplit("/", 1)[-1]
-            image = by_name.get(name) or by_name.get(base) or by_name.get(base.rsplit(".", 1)[0])
+            name = name.replace("\\", "/")
+            base = name.rsplit("/", 1)[-1]
+            # The whole path first: beside a/x.jpg, x.jpg is a photograph of its own.
+            image = by_id.get(name) or by_file.get(name) or by_name.get(base) or by_stem.get(base.rsplit(".", 1)[0])
         else:
             raise InputError(f"{path}: file_name of image {entry['id']} is no text")
         matched[entry["id"]] = None if image is None else image.id
@@ -374,7 +401,7 @@ def _rescale(rows: Mapping[str, _Rows], notes: list[str]) -> None:
     if low < 0 or high > 1:
         notes.append(f"scores between {low:.4g} and {high:.4g} are mapped onto [0, 1]; their order is as it was")
         for one in rows.values():
-            one.scores[:] = (one.scores - low) / (high - low)
+            one.scores[:] = (one.scores / 2 - low / 2) / (high / 2 - low / 2)  # halves: 1e308 must not overflow
 
 
 def _box(value: Any, size: tuple[int, int], where: str) -> list[float]:

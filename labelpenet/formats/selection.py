@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from labelpenet.data.dataset import TaggedImage
-from labelpenet.data.files import safe_name, write_bytes
+from labelpenet.data.files import safe_name, whole_folder, write_bytes
+from labelpenet.data.images import upright_file
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 
@@ -28,20 +31,43 @@ class Exported:
     notes: list[str] = field(default_factory=list)
 
 
-def stems(images: Iterable[TaggedImage]) -> dict[str, str]:
+@contextmanager
+def new_export(
+    out: Path | str,
+    images: Iterable[TaggedImage],
+    overwrite: bool,
+    about: Mapping[str, Any],
+    extend: bool = False,
+) -> Iterator[tuple[Path, Exported]]:
+    """A folder to write an export into, and what to note about it; `whole_folder` says what ``out`` may be.
+
+    Nothing appears at ``out`` before the block is done; the paths noted in it are those that the files then have.
+    """
+    done = Exported()
+    with whole_folder(out, (image.path for image in images), overwrite, about, extend) as folder:
+        yield folder, done
+    done.paths = [Path(out) / path.relative_to(folder) for path in done.paths]
+
+
+def stems(images: Iterable[TaggedImage], taken: Iterable[str] = (), folders: bool = False) -> dict[str, str]:
     """For each image id a file name without suffix, unique also on file systems that ignore case.
 
     The id without the image's suffix, made safe; the second image of the same name gets ``-2`` and so on.
+
+    Args:
+        images: the images; taken: names that are no longer free.
+        folders: the folders within an id stay folders; else all is one plain name.
     """
-    taken: set[str] = set()
+    used = {name.casefold() for name in taken}
     names: dict[str, str] = {}
     for image in images:
-        base = safe_name(image.id.removesuffix(image.path.suffix))
+        whole = image.id.removesuffix(image.path.suffix)
+        base = "/".join(map(safe_name, whole.split("/")[-8:])) if folders else safe_name(whole)
         name, number = base, 1
-        while name.casefold() in taken:
+        while name.casefold() in used:
             number += 1
             name = f"{base}-{number}"
-        taken.add(name.casefold())
+        used.add(name.casefold())
         names[image.id] = name
     return names
 
@@ -81,15 +107,20 @@ def mask_arrays(instances: Instances) -> list[np.ndarray | None]:
     return [None] * len(instances) if instances.masks is None else list(instances.masks.cpu().numpy())
 
 
-def copy_photographs(images: Sequence[TaggedImage], names: Mapping[str, str], folder: Path, done: Exported) -> None:
-    """Copies the photographs into ``folder`` under ``names``; one that cannot be read becomes a note."""
-    for image in images:
-        try:
-            content = image.path.read_bytes()
-        except OSError as error:
-            done.notes.append(f"{image.path}: cannot be copied ({error.strerror or error})")
-            continue
-        done.paths.append(write_bytes(folder / f"{names[image.id]}{image.path.suffix}", content))
+def copy_photograph(image: TaggedImage, place: Path, done: Exported, jpeg: bool = False) -> str:
+    """Copies a photograph to ``place`` with the suffix that belongs to it, and returns its new name.
+
+    One that its camera stored turned is stored again, upright, as its labels are: half of the tools that read them
+    ignore what the file says about it. ``jpeg`` makes a JPEG file of any.
+
+    Raises:
+        InputError: it cannot be read or written.
+    """
+    content, suffix, again = upright_file(image.path, jpeg)
+    if again:
+        done.notes.append(f"{image.path.name} is stored again, upright, as {suffix.removeprefix('.').upper()}")
+    done.paths.append(write_bytes(place.with_name(place.name + suffix), content))
+    return place.name + suffix
 
 
 def check_class_count(classes: Sequence[str], limit: int = 254) -> None:

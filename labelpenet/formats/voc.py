@@ -47,7 +47,8 @@ from labelpenet.formats.selection import (
     Exported,
     check_class_count,
     clipped_boxes,
-    copy_photographs,
+    copy_photograph,
+    new_export,
     selected,
     stems,
 )
@@ -392,65 +393,72 @@ def export_voc(
     split: str = "train",
     copy_images: bool = False,
     min_score: float = 0.0,
+    overwrite: bool = False,
 ) -> Exported:
     """Writes the folders of a VOC year: Annotations, SegmentationClass, SegmentationObject and ImageSets.
 
-    With masks also ``classes.txt`` and, for CVAT, ``labelmap.txt``: the classes in the order of the class maps' values.
+    They lie in ``out/VOCdevkit/VOC2012``, where torchvision and the development kit look, or in ``out`` itself where
+    that is called ``VOC`` and a year. With masks also ``classes.txt`` and, for CVAT, ``labelmap.txt``: the classes in
+    the order of the class maps' values. A folder that holds the same classes already gets the split beside those that
+    it has.
 
-    The photographs belong into ``out/JPEGImages`` under the names of the XML files. What VOC cannot hold: scores; parts
-    of boxes beyond whole pixels (corners are rounded); overlaps of masks (where two overlap, the higher score is on
-    top); more than 254 masks in an image (the highest scores stay).
+    The photographs belong into ``JPEGImages`` under the names of the XML files, as JPEG. What VOC cannot hold: scores;
+    parts of boxes beyond whole pixels (corners are rounded); overlaps of masks (where two overlap, the higher score is
+    on top); more than 254 masks in an image (the highest scores stay).
 
     Args:
         predictions: by image id.
         images: the photographs; those without a prediction are left out.
         classes: names of the C classes, in label order.
-        out: the folder.
+        out: the folder: new, empty, or an export of other splits.
         split: name of the list in ``ImageSets``.
         copy_images: copies the photographs, too.
         min_score: instances below are left out.
+        overwrite: replaces an earlier export.
 
     Raises:
-        InputError: a file cannot be written, or there are more than 254 classes and masks.
+        InputError: ``out`` is taken, a file cannot be written, or there are more than 254 classes and masks.
     """
-    done, out = Exported(), Path(out)
-    names = stems(images)
     listed: dict[str, list[str]] = {"Main": [], "Segmentation": []}
-    written: list[TaggedImage] = []
     rounded = covered = 0
-    for image, found in selected(predictions, images, min_score, done.notes):
-        name = names[image.id]
-        if found.masks is not None and len(found) > 254:
-            done.notes.append(f"{image.id}: {len(found)} masks, of which the 254 of highest score are kept")
-            found = found[torch.sort(found.weights.argsort(descending=True, stable=True)[:254]).values]
-        boxes = voc_boxes(found)
-        rounded += int((found.boxes != found.boxes.round()).any(1).sum())
-        xml = annotation_xml(f"{name}{image.path.suffix}", found, boxes, classes)
-        done.paths.append(write_bytes(out / "Annotations" / f"{name}.xml", xml))
-        if found.masks is not None:
-            check_class_count(classes)
-            objects = paint_objects(found)
-            covered += len(found) - len(np.unique(objects[objects > 0]))
-            for folder, pixels in (("SegmentationClass", paint(found)), ("SegmentationObject", objects)):
-                done.paths.append(write_bytes(out / folder / f"{name}.png", palette_png(pixels)))
-            listed["Segmentation"].append(name)
-        listed["Main"].append(name)
-        written.append(image)
-    for folder, lines in listed.items():
-        if lines:
-            text = "".join(f"{line}\n" for line in lines)
-            done.paths.append(write_text(out / "ImageSets" / folder / f"{safe_name(split)}.txt", text))
-    if listed["Segmentation"]:
-        plain = [" ".join(name.split()) for name in classes]
-        done.paths.append(write_text(out / "classes.txt", "".join(f"{name}\n" for name in plain)))
-        done.paths.append(write_text(out / "labelmap.txt", label_map(plain)))
-    if copy_images:
-        copy_photographs(written, names, out / "JPEGImages", done)
-        odd = sum(image.path.suffix.lower() not in (".jpg", ".jpeg") for image in written)
-        if odd:
-            done.notes.append(f"{odd} photographs are no JPEG files, which VOC's tools expect")
-    else:
-        done.notes.append("put the photographs into JPEGImages under the names of the XML files, or export with copies")
+    with new_export(out, images, overwrite, {"format": "voc", "classes": list(classes)}, True) as (folder, done):
+        year = folder if re.fullmatch(r"VOC\d{4}", Path(out).name) else folder / "VOCdevkit" / "VOC2012"
+        lists = [year / "ImageSets" / name / f"{safe_name(split)}.txt" for name in listed]
+        if any(path.exists() for path in lists):
+            raise InputError(f"{out}: already holds the split {split}; choose another folder, or overwrite it")
+        names = stems(images, (path.stem for path in (year / "Annotations").glob("*.xml")))
+        home = Path(out).name if year == folder else year.name
+        for image, found in selected(predictions, images, min_score, done.notes):
+            name = names[image.id]
+            if found.masks is not None and len(found) > 254:
+                done.notes.append(f"{image.id}: {len(found)} masks, of which the 254 of highest score are kept")
+                found = found[torch.sort(found.weights.argsort(descending=True, stable=True)[:254]).values]
+            boxes = voc_boxes(found)
+            rounded += int((found.boxes != found.boxes.round()).any(1).sum())
+            file = f"{name}{image.path.suffix}"
+            if copy_images:
+                file = copy_photograph(image, year / "JPEGImages" / name, done, jpeg=True)
+            xml = annotation_xml(home, file, found, boxes, classes)
+            done.paths.append(write_bytes(year / "Annotations" / f"{name}.xml", xml))
+            if found.masks is not None:
+                check_class_count(classes)
+                objects = paint_objects(found)
+                covered += len(found) - len(np.unique(objects[objects > 0]))
+                for kind, pixels in (("SegmentationClass", paint(found)), ("SegmentationObject", objects)):
+                    done.paths.append(write_bytes(year / kind / f"{name}.png", palette_png(pixels)))
+                listed["Segmentation"].append(name)
+            listed["Main"].append(name)
+        for path, lines in zip(lists, listed.values(), strict=True):
+            if lines:
+                done.paths.append(write_text(path, "".join(f"{line}\n" for line in lines)))
+        if listed["Segmentation"]:
+            plain = [" ".join(name.split()) for name in classes]
+            done.paths.append(write_text(year / "classes.txt", "".join(f"{name}\n" for name in plain)))
+            done.paths.append(write_text(year / "labelmap.txt", label_map(plain)))
+    if not copy_images:
+        done.notes.append(
+            "put the photographs into JPEGImages under the names of the XML files, as JPEG, or export with copies"
+        )
     done.notes.append("VOC holds no scores")
     if rounded:
         done.notes.append(f"{rounded} boxes are rounded to whole pixels")
@@ -467,7 +475,9 @@ def voc_boxes(instances: Instances) -> np.ndarray:
     return np.concatenate([low, np.maximum(boxes[:, 2:], low)], 1)
 
 
-def annotation_xml(filename: str, instances: Instances, boxes: np.ndarray, classes: Sequence[str]) -> bytes:
+def annotation_xml(
+    folder: str, filename: str, instances: Instances, boxes: np.ndarray, classes: Sequence[str]
+) -> bytes:
     """One image's annotation; the k-th object is the one with value k in the SegmentationObject PNG."""
     height, width = instances.image_size
     root = ElementTree.Element("annotation")
@@ -480,7 +490,11 @@ def annotation_xml(filename: str, instances: Instances, boxes: np.ndarray, class
         )
         return element
 
+    add(root, "folder", folder)
     add(root, "filename", filename)
+    source = add(root, "source")  # the development kit's reader asks for it
+    for tag in ("database", "annotation", "image"):
+        add(source, tag, "Label-PEnet" if tag != "image" else "unknown")
     size = add(root, "size")
     for tag, value in (("width", width), ("height", height), ("depth", 3)):
         add(size, tag, value)

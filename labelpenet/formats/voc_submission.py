@@ -13,7 +13,7 @@ import numpy as np
 from labelpenet.data.dataset import VOC_CLASSES, TaggedImage
 from labelpenet.data.files import brief, safe_name, write_bytes
 from labelpenet.evaluation.semantic import paint
-from labelpenet.formats.selection import Exported, stems
+from labelpenet.formats.selection import Exported, new_export, stems
 from labelpenet.formats.voc import palette_png
 from labelpenet.instances import Instances
 
@@ -25,6 +25,7 @@ def export_voc_submission(
     out: Path | str,
     *,
     outside_data: bool = False,
+    overwrite: bool = False,
 ) -> Exported:
     """Writes ``out/results.tar.gz`` for the VOC 2012 test server, and the same files unpacked under ``out/results``.
 
@@ -39,11 +40,11 @@ def export_voc_submission(
         out: the folder.
         outside_data: enter the competitions for methods that learned from more than VOC's own images: comp4 and comp6
             instead of comp3 and comp5.
+        overwrite: replaces an earlier export.
 
     Raises:
         InputError: a file cannot be written.
     """
-    done, out = Exported(), Path(out)
     detection, segmentation = ("comp4", "comp6") if outside_data else ("comp3", "comp5")
     names = stems(images)
     lines: dict[int, list[str]] = {label: [] for label in range(len(classes))}
@@ -64,21 +65,22 @@ def export_voc_submission(
         path = f"Segmentation/{segmentation}_test_cls/{names[image.id]}.png"
         class_maps[path] = palette_png(values[paint(found)])
         with_masks |= found.masks is not None
-    done.notes += brief(missing_images, "images without a prediction")
     for label, name in enumerate(classes):
         text = "".join(f"{line}\n" for line in lines[label])
         files[f"Main/{detection}_det_test_{safe_name(name)}.txt"] = text.encode()
     if with_masks:
         files |= class_maps
+    files = {f"results/VOC2012/{path}": content for path, content in sorted(files.items())}
+    with new_export(out, images, overwrite, {"format": "voc-submission"}) as (folder, done):
+        done.paths += [write_bytes(folder / path, content) for path, content in files.items()]
+        done.paths.append(write_bytes(folder / "results.tar.gz", _tar_gz(files)))
+    done.notes += brief(missing_images, "images without a prediction")
     strangers = [name for name in classes if name not in VOC_CLASSES]
     if strangers:
         done.notes.append(f"the server knows no class {', '.join(strangers)}")
     missing = [name for name in VOC_CLASSES if name not in classes]
     if missing:
         done.notes.append(f"the server expects {', '.join(missing)} too")
-    files = {f"results/VOC2012/{path}": content for path, content in sorted(files.items())}
-    done.paths += [write_bytes(out / path, content) for path, content in files.items()]
-    done.paths.append(write_bytes(out / "results.tar.gz", _tar_gz(files)))
     return done
 
 

@@ -159,7 +159,7 @@ GOOD = {"image_id": "2008_000001", "category_id": 17, "bbox": [1, 1, 2, 2], "sco
         ({"image_id": "nobody"}, "row 1: image_id 'nobody' is unknown"),
         ({"image_id": None}, "neither a whole number nor text"),
         ({"image_id": [1]}, "neither a whole number nor text"),
-        ({"category_id": 99}, r"row 1: category_id '99' is unknown; known are \[17, 3, 5\]"),
+        ({"category_id": 99}, r"row 1: category_id '99' is unknown; known are 17, 3, 5"),
         ({"category_id": {}}, "neither a whole number nor text"),
         ({"bbox": [1, 2, 3]}, "bbox must be four numbers"),
         ({"bbox": "1 2 3 4"}, "bbox must be four numbers"),

@@ -1,0 +1,326 @@
+"""Labelme's and X-AnyLabeling's JSON, one file a photograph: to be corrected by hand, and read back.
+
+An instance is a polygon, or several of one ``group_id``; without masks a rectangle. The photograph's tags are its
+``flags``, and one more flag, ``checked``, is for the person: once it is set, or the file is changed in another way, the
+file is truth. Files that other hands made are truth as they are, and their flags are none of our business.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+
+from labelpenet.data.dataset import (
+    AnnotatedImages,
+    NamedImage,
+    TaggedImage,
+    TaggedImages,
+    Truth,
+    choose_classes,
+    tag_images,
+)
+from labelpenet.data.files import inside, is_file, read_json, unchanged, write_text
+from labelpenet.data.images import image_size
+from labelpenet.errors import InputError
+from labelpenet.formats.polygons import drawn, joined, outline, signed_area, straight
+from labelpenet.formats.predictions import file_names
+from labelpenet.formats.selection import (
+    Exported,
+    clipped_boxes,
+    copy_photograph,
+    mask_arrays,
+    new_export,
+    selected,
+    stems,
+)
+from labelpenet.instances import Instances, masks_to_boxes
+
+CHECKED = "checked"
+_OURS = "labelpenet"  # the key by which an exported file is known: the photograph's name in the data set
+
+
+def export_labelme(
+    predictions: Mapping[str, Instances],
+    images: Sequence[TaggedImage],
+    classes: Sequence[str],
+    out: Path | str,
+    *,
+    copy_images: bool = False,
+    tolerance: float = 0.0,
+    min_score: float = 0.0,
+    overwrite: bool = False,
+) -> Exported:
+    """Writes ``out/<image>.json`` for each photograph, in the sub-folders that the photographs lie in.
+
+    Polygons run through the centres of the outermost pixels, as Labelme draws them. What they cannot hold: holes (they
+    are joined to the outline by bridges of no width).
+
+    Args:
+        predictions: by image id.
+        images: the photographs; those without a prediction are left out.
+        classes: names of the C classes, in label order.
+        out: the folder.
+        copy_images: copies the photographs beside the files, where both programs look for them.
+        tolerance: pixels by which polygons may differ from the masks, for fewer corners.
+        min_score: instances below are left out.
+        overwrite: replaces an earlier export that nobody has changed.
+
+    Raises:
+        InputError: ``out`` is taken, or a file cannot be written.
+    """
+    with new_export(out, images, overwrite, {"format": "labelme"}) as (folder, done):
+        names, files = stems(images, folders=True), file_names(images)
+        for image, found in selected(predictions, images, min_score, done.notes):
+            path = folder / names[image.id]
+            photograph = image.path.name
+            if copy_images:
+                photograph = copy_photograph(image, path, done)
+            flags = {CHECKED: False} | {name: label in image.tags for label, name in enumerate(classes)}
+            content = {
+                "version": "5.5.0",
+                "flags": flags,
+                "shapes": _shapes(found, classes, tolerance),
+                "imagePath": photograph,
+                "imageData": None,
+                "imageHeight": found.image_size[0],
+                "imageWidth": found.image_size[1],
+                _OURS: files[image.id],
+            }
+            text = json.dumps(content, ensure_ascii=False, indent=1)
+            done.paths.append(write_text(path.with_name(path.name + ".json"), text))
+    if not copy_images:
+        done.notes.append("Labelme and X-AnyLabeling look for the photographs beside the files: export with copies")
+    return done
+
+
+def _shapes(found: Instances, classes: Sequence[str], tolerance: float) -> list[dict[str, Any]]:
+    shapes = []
+    for index, (label, score, box, mask) in enumerate(
+        zip(
+            found.labels.tolist(),
+            found.weights.tolist(),
+            clipped_boxes(found).tolist(),
+            mask_arrays(found),
+            strict=True,
+        )
+    ):
+        if mask is None:
+            pieces = [[box[:2], box[2:]]]
+        else:
+            pieces = [straight(piece).tolist() for piece in _pieces(outline(mask, centres=True, tolerance=tolerance))]
+        for points in pieces:
+            shape = {"label": classes[label], "score": score, "points": points, "description": "", "flags": {}}
+            group = index + 1 if len(pieces) > 1 else None
+            shapes.append({**shape, "group_id": group, "shape_type": "rectangle" if mask is None else "polygon"})
+    return shapes
+
+
+def _pieces(parts: list[np.ndarray]) -> list[np.ndarray]:
+    """One ring a part, its holes joined to it."""
+    holes = [ring for ring in parts if signed_area(ring) < 0]
+    outer = [ring for ring in parts if signed_area(ring) >= 0]
+    owned: dict[int, list[np.ndarray]] = defaultdict(list)
+    for hole in holes:
+        x, y = hole[0].tolist()
+        depth = [cv2.pointPolygonTest(ring[:, None].astype(np.float32), (x, y), True) for ring in outer]
+        within = [index for index, one in enumerate(depth) if one >= 0] or [int(np.argmax(depth))]
+        owned[min(within, key=lambda index: signed_area(outer[index]))].append(hole)
+    return [joined([ring, *owned[index]]) for index, ring in enumerate(outer)]
+
+
+def json_files(folder: Path) -> list[Path]:
+    """The files of a folder, and of those below, that are laid out as Labelme's; at most the first is opened."""
+    files = sorted(path for path in folder.rglob("*.json") if not any(part.startswith(".") for part in path.parts))
+    return files if files and _is_labelme(files[0]) else []
+
+
+def _is_labelme(path: Path) -> bool:
+    try:
+        content = read_json(path, 2**26)
+    except InputError:
+        return False
+    return is_labelme(content)
+
+
+def is_labelme(content: Any) -> bool:
+    """Whether parsed JSON is one photograph's file."""
+    return isinstance(content, dict) and isinstance(content.get("shapes"), list) and "imagePath" in content
+
+
+def open_tagged(
+    data: Path, split: str | None = None, classes: Sequence[str] | None = None, images: Path | None = None
+) -> TaggedImages:
+    """The photographs of a folder of such files with their tags: the labels of their shapes, and ours' flags.
+
+    Args:
+        data: the folder; split: a text file of photographs' names, or a name for which ``SPLIT.txt`` lies there.
+        classes: names of the classes, in label order; None: all that occur, in alphabetical order.
+        images: the folder of the photographs; None: each lies beside its file.
+
+    Raises:
+        InputError: no file can be used, or a class is unknown.
+    """
+    return _open(data, split, classes, images)[0]
+
+
+def open_annotated(
+    data: Path, split: str | None = None, classes: Sequence[str] | None = None, images: Path | None = None
+) -> AnnotatedImages:
+    """The same photographs with their truth: those that were checked or changed, where the files are an export of ours.
+
+    Arguments and errors as `open_tagged`.
+    """
+    tagged, files = _open(data, split, classes, images)
+    paths = {image.id: image.path for image in tagged.images}
+
+    def read(image_id: str) -> Truth:
+        if image_id not in files:
+            raise InputError(f"{data}: no photograph {image_id!r}; check the ids of the predictions")
+        return _truth(files[image_id], paths[image_id], tagged.classes)
+
+    return AnnotatedImages(tagged, read, tuple(range(1, len(tagged.classes) + 1)))
+
+
+def _open(
+    data: Path, split: str | None, classes: Sequence[str] | None, images: Path | None
+) -> tuple[TaggedImages, dict[str, Path]]:
+    found: list[NamedImage] = []
+    files: dict[str, Path] = {}
+    problems: list[str] = []
+    waiting = 0
+    same = unchanged(data)
+    for path in json_files(data):
+        try:
+            content = _content(path)
+            if _OURS in content and not _flags(content).get(CHECKED) and path in same:
+                waiting += 1
+                continue
+            name, photograph = _photograph(content, path, data, images)
+            if name in files:
+                raise InputError(f"{path}: {name} has another file already; remove one")
+            tags = {str(shape.get("label")) for shape in content["shapes"]}
+            if _OURS in content:
+                tags |= {flag for flag, value in _flags(content).items() if value is True and flag != CHECKED}
+            files[name] = path
+            found.append(NamedImage(name, photograph, frozenset(tags)))
+        except InputError as error:
+            problems.append(str(error))
+    if waiting and not found and not problems:
+        raise InputError(f"{data}: none of its {waiting} files is checked or changed; correct some first")
+    known = {name for one in found for name in one.names}
+    tagged = tag_images(found, choose_classes(classes, known, data) if found else (), problems, data)
+    notes = (
+        [f"{waiting} files are neither checked nor changed since their export; they are left out"] if waiting else []
+    )
+    return TaggedImages(tagged.classes, tagged.images, (*notes, *tagged.notes)), files
+
+
+def _content(path: Path) -> dict[str, Any]:
+    content = read_json(path, 2**28)
+    if not is_labelme(content):
+        raise InputError(f"{path}: no Labelme file; it needs shapes and imagePath")
+    if not all(isinstance(shape, dict) and isinstance(shape.get("label"), str) for shape in content["shapes"]):
+        raise InputError(f"{path}: a shape without a label; name it or remove it")
+    return content
+
+
+def _flags(content: Mapping[str, Any]) -> dict[str, Any]:
+    flags = content.get("flags")
+    return flags if isinstance(flags, dict) else {}
+
+
+def _photograph(content: Mapping[str, Any], path: Path, data: Path, images: Path | None) -> tuple[str, Path]:
+    """The id and the file of the photograph that a file is about."""
+    beside = str(content["imagePath"]).replace("\\", "/")
+    own = content.get(_OURS)
+    if images is None:
+        photograph = inside(data, (PurePosixPath(path.parent.relative_to(data).as_posix()) / beside).as_posix())
+        if not is_file(photograph):
+            raise InputError(
+                f"{photograph}: not there, but {path.name} is about it; add it, or give the images' folder"
+            )
+        return own if isinstance(own, str) else photograph.relative_to(data).as_posix(), photograph
+    for name in (own, beside, beside.rsplit("/", 1)[-1]):
+        if isinstance(name, str) and ".." not in name and is_file(images / name):
+            return name, inside(images, name)
+    raise InputError(f"{path}: its photograph {beside[:80]} is not in {images}; add it or give another folder")
+
+
+def _truth(path: Path, photograph: Path, classes: Sequence[str]) -> Truth:
+    content = _content(path)
+    size = image_size(photograph)
+    said = content.get("imageHeight"), content.get("imageWidth")
+    if None not in said and said != size:
+        raise InputError(
+            f"{path}: drawn on {said[1]} x {said[0]} pixels, but {photograph.name} has {size[1]} x {size[0]} "
+            "(upright); use the photograph that it was drawn on"
+        )
+    groups: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    for index, shape in enumerate(content["shapes"]):
+        if shape["label"] in classes:
+            group = shape.get("group_id")
+            groups[(shape["label"], group) if isinstance(group, (int, str)) else index].append(shape)
+    masks, boxes, labels = [], [], []
+    for shapes in groups.values():
+        drawing = np.logical_or.reduce([_drawn(shape, size, path) for shape in shapes])
+        if not drawing.any():
+            raise InputError(f"{path}: a {shapes[0]['label']} without a pixel inside the photograph; remove it")
+        masks.append(torch.from_numpy(drawing))
+        boxes.append(masks_to_boxes(masks[-1][None])[0])
+        labels.append(classes.index(shapes[0]["label"]))
+    only_boxes = any(shape.get("shape_type") == "rectangle" for shapes in groups.values() for shape in shapes)
+    n = len(labels)
+    instances = Instances(
+        torch.stack(boxes) if n else torch.zeros(0, 4),
+        torch.tensor(labels, dtype=torch.long),
+        torch.ones(n),
+        size,
+        None if only_boxes else torch.stack(masks) if n else torch.zeros(0, *size, dtype=torch.bool),
+    )
+    return Truth(instances, torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool))
+
+
+def _drawn(shape: Mapping[str, Any], size: tuple[int, int], path: Path) -> np.ndarray:
+    """The (H, W) bool mask of one shape, as Labelme draws it; of a rectangle the pixels that it covers half or more."""
+    kind = shape.get("shape_type") or "polygon"
+    try:
+        points = np.asarray(shape.get("points"), np.float64)
+    except (TypeError, ValueError):
+        points = np.zeros(0)
+    if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all() or np.abs(points).max() > 1e6:
+        raise InputError(f"{path}: the points of a {shape['label']} are no list of x, y; mend or remove it")
+    low, high = points.min(0), points.max(0)
+    mask = np.zeros(size, bool)
+    if kind == "polygon" and len(points) > 2:
+        mask = drawn([points], size)
+    elif kind == "rectangle":  # two corners, or X-AnyLabeling's four
+        (x1, y1), (x2, y2) = np.round(low).clip(0).astype(int), np.round(high).clip(0).astype(int)
+        mask[y1:y2, x1:x2] = True
+    elif kind == "mask":
+        (x, y), pixels = np.round(low).astype(int), _mask(shape, path)
+        if x < 0 or y < 0 or y + pixels.shape[0] > size[0] or x + pixels.shape[1] > size[1]:
+            raise InputError(f"{path}: the mask of a {shape['label']} leaves the photograph; draw it again")
+        mask[y : y + pixels.shape[0], x : x + pixels.shape[1]] = pixels
+    else:
+        raise InputError(f"{path}: a {shape['label']} is a {kind} of {len(points)} points; draw it as a polygon")
+    return mask
+
+
+def _mask(shape: Mapping[str, Any], path: Path) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(str(shape.get("mask")), validate=True)), formats=["PNG"]) as image:
+            if image.width * image.height > 10**8:
+                raise ValueError("too large")
+            return np.asarray(image.convert("L")) > 0
+    except Exception as error:  # damaged bytes raise whatever the decoder stumbles over
+        raise InputError(f"{path}: the mask of a {shape['label']} is no PNG; draw it again") from error
