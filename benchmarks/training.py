@@ -56,7 +56,7 @@ from labelpenet.models.segmentation import MASK_POOL, SpatialPyramid
 from labelpenet.training import curriculum
 from labelpenet.training.loop import Stage, batches, seed_step, stream_seed, train_stage
 from labelpenet.training.machine import build_fabric, map_images
-from labelpenet.training.pretrain import Training, cache_features, known_features, stage
+from labelpenet.training.pretrain import Training, stage
 
 AHEAD = 2  # steps whose images are loaded while one is trained on, as in `train_stage`
 CHECKPOINT_SECONDS = 300  # between two checkpoints of `labelpenet train`
@@ -428,7 +428,7 @@ def inference_row(setting: Setting, number: int, clock: Clock) -> Row:
             with clock.part("data"):
                 pixels = read_image(images[index].path)
                 boxes = training.boxes(images[index], pixels.shape)
-            features = known_features(training, index) if number == 1 else None
+            features = training.features.known(images[index]) if number == 1 else None
             proposals = boxes if network.needs_proposals(number) else None
             with training.autocast():
                 network.infer(number, pixels, proposals, images[index].tags, features)
@@ -437,7 +437,7 @@ def inference_row(setting: Setting, number: int, clock: Clock) -> Row:
     began = clock.now()
     with watched(network, clock):
         if number == 0:
-            cache_features(training)
+            training.features.compute_all(images)
         else:
             with closing(map_images(infer, range(len(images)), clock.device)) as done:
                 for _ in done:

@@ -32,10 +32,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from labelpenet.data import run_folder
 from labelpenet.errors import InputError
 from labelpenet.training.checkpoint import (
     check_configuration,
-    checkpoint_folder,
     checkpoints,
     git_revision,
     load_checkpoint,
@@ -347,7 +347,7 @@ class _Trainer:
     ) -> None:
         _check(stage, machine.world)
         self.stage, self.run_dir, self.seed, self.machine, self.log_every = stage, run_dir, seed, machine, log_every
-        self.folder = checkpoint_folder(run_dir, stage.name)
+        self.folder = run_folder.checkpoints(run_dir, stage.name)
         self.source = {"versions": versions(), "git": git_revision()}
         self.config = plain({"run": config, "stage": _facts(stage, seed, machine.precision)})
         stage.module.to(machine.device)

@@ -7,7 +7,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -58,6 +58,27 @@ def _leave() -> None:
     """Ends the process group, whose threads would else abort the process now and then while Python shuts down."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def gather(fabric: Fabric, value: T) -> list[T]:
+    """The values of all processes, by rank."""
+    if fabric.world_size == 1:
+        return [value]
+    found: list[Any] = [None] * fabric.world_size
+    dist.all_gather_object(found, value)
+    return found
+
+
+def together(fabric: Fabric, work: Callable[[], object]) -> None:
+    """Does this process's work and waits for that of the others; what one of them cannot do is raised in all."""
+    problem = None
+    try:
+        work()
+    except InputError as error:
+        problem = str(error)
+    for one in gather(fabric, problem):
+        if one is not None:
+            raise InputError(one)
 
 
 def _multiplies_bfloat16(device: str) -> bool:

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -87,10 +88,10 @@ def test_values_that_json_cannot_hold_become_null(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
-    def full(path, text):
+    def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(logging, "write_atomically", full)
+    monkeypatch.setattr(os, "fsync", full)
     for attempt in (
         lambda: MetricsLog(tmp_path, "module1", []),
         lambda: write_environment(tmp_path, torch.device("cpu"), 1),

@@ -21,9 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from labelpenet.data import run_folder
 from labelpenet.errors import InputError
 from labelpenet.training import checkpoint, loop
-from labelpenet.training.checkpoint import checkpoint_folder, checkpoints, load_checkpoint
+from labelpenet.training.checkpoint import checkpoints, load_checkpoint
 from labelpenet.training.logging import read_metrics
 from labelpenet.training.loop import Optimiser, Stage, batches, seed_step, stream_seed, train_stage
 
@@ -372,7 +373,7 @@ def test_many_failures_in_a_row_stop_the_run_with_the_state_saved(tmp_path):
     with pytest.raises(InputError, match=r"20 steps in a row .*photo.*state is saved") as caught:
         train_stage(stage, tmp_path, **QUIET)
     assert "\n" not in str(caught.value)
-    state, _ = load_checkpoint(checkpoint_folder(tmp_path, "module1"))
+    state, _ = load_checkpoint(run_folder.checkpoints(tmp_path, "module1"))
     assert state["step"] == 25 and state["skipped"] == 20
     assert same({name: state["model"][name] for name in weights(stage.module)}, weights(stage.module))
     assert all(torch.isfinite(value).all() for value in state["model"].values())
@@ -414,7 +415,7 @@ def test_a_second_interrupt_does_not_wait(tmp_path):
     stage = interrupting(make_stage(images_per_pass=2), 6, times=2)
     with pytest.raises(KeyboardInterrupt):
         train_stage(stage, tmp_path, **QUIET)
-    assert checkpoints(checkpoint_folder(tmp_path, "module1")) == []
+    assert checkpoints(run_folder.checkpoints(tmp_path, "module1")) == []
 
 
 def test_an_interrupt_during_the_last_save_is_not_lost(tmp_path, monkeypatch):
@@ -425,7 +426,7 @@ def test_an_interrupt_during_the_last_save_is_not_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "save_checkpoint", save)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 12 of 12"):
         train_stage(make_stage(), tmp_path, **QUIET)
-    assert load_checkpoint(checkpoint_folder(tmp_path, "module1"))[0]["step"] == 12
+    assert load_checkpoint(run_folder.checkpoints(tmp_path, "module1"))[0]["step"] == 12
 
 
 def test_a_finished_stage_is_only_loaded(tmp_path):
@@ -488,7 +489,7 @@ def test_a_corrupt_last_checkpoint_falls_back_and_ends_the_same(tmp_path):
     done = make_stage()
     train_stage(done, tmp_path, checkpoint_minutes=0, log_every=3, **QUIET)
     rows = timeless(tmp_path)
-    newest, before = checkpoints(checkpoint_folder(tmp_path, "module1"))
+    newest, before = checkpoints(run_folder.checkpoints(tmp_path, "module1"))
     newest.write_bytes(newest.read_bytes()[:-50])
     said = []
     again = make_stage()
@@ -507,12 +508,12 @@ def test_a_full_disk_stops_with_one_line_and_the_checkpoint_before(tmp_path, mon
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(InputError, match=r"No space left on device.*--resume") as caught:
         train_stage(make_stage(), tmp_path, checkpoint_minutes=0, **QUIET)
     assert "\n" not in str(caught.value)
     monkeypatch.undo()
-    folder = checkpoint_folder(tmp_path, "module1")
+    folder = run_folder.checkpoints(tmp_path, "module1")
     assert len(checkpoints(folder)) == 2 and not list(folder.glob("*.tmp"))
     whole, again = make_stage(), make_stage()
     train_stage(whole, tmp_path / "whole", **QUIET)
@@ -582,7 +583,7 @@ def test_the_loss_scale_finds_its_value_and_survives_an_interruption(tmp_path):
     train_stage(again, tmp_path / "cut", fabric=HalfFabric(), resume=True, **QUIET)
     assert same(weights(whole.module), weights(again.module))
     assert not torch.equal(whole.module.body.weight, Net().body.weight)
-    state, _ = load_checkpoint(checkpoint_folder(tmp_path / "whole", "module1"))
+    state, _ = load_checkpoint(run_folder.checkpoints(tmp_path / "whole", "module1"))
     assert 1 <= state["scaler"]["scale"] < 2.0**24
     assert not any("skipped" in line for line in said), "an overflow is no fault of the images"
 
@@ -710,7 +711,7 @@ def kill_often(folder: str, kills: int, seed: int) -> dict:
         return process
 
     def newest() -> int:
-        found = checkpoints(checkpoint_folder(Path(folder) / f"killed{run}", "module1"))
+        found = checkpoints(run_folder.checkpoints(Path(folder) / f"killed{run}", "module1"))
         return int(found[0].stem.removeprefix("step-")) if found else 0
 
     whole = start("whole", False)
