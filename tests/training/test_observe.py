@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from labelpenet.data import AnnotatedImages, TaggedImages, open_annotated, open_tagged, read_image, write_scenes
