@@ -207,7 +207,8 @@ def test_a_finished_run_has_its_numbers_pictures_curves_and_set_up(tmp_path: Pat
     assert page.tags.count("img") == 2 * (2 + 5 + 5) + 2 * (2 + 10 + 5) + 2 * 3 + 1  # and the enlarged one
     figures = re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd></div>", text)
     assert figures[:3] == [
-        ("box mAP .5 of module 4, %", "40.0"), ("mask mAP .5 of module 4, %", "24.0"), ("classification mAP, %", "87.6"),
+        ("box mAP .5 of module 4, %", "40.0"), ("mask mAP .5 of module 4, %", "24.0"),
+        ("classification mAP, %", "87.6"),
     ]  # fmt: skip
     assert "modules 1 to 4 on mobilenet_v2" in page.text and f"cat and {CLASSES[1]}" in page.text
     assert page.text.count("true objects, never used in training") == 2 + 2 + 2

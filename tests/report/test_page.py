@@ -1,4 +1,4 @@
-"""The report in a real browser: what a person does with it by mouse, by finger and by keys, on a desk and on a phone."""
+"""The report in a real browser: what a person does with it by mouse, finger and keys, on a desk and on a phone."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def test_a_picture_is_enlarged_and_closed_by_click_and_by_keys_and_the_focus_ret
 
 def test_on_a_phone_a_tap_closes_and_wide_tables_say_that_they_scroll(page: Any) -> None:
     def hint() -> str:
-        return page.execute_script("return getComputedStyle(document.querySelector('#results .scroll'), '::before').content")
+        return page.execute_script(
+            "return getComputedStyle(document.querySelector('#results .scroll'), '::before').content"
+        )
 
     assert hint() == "none"
     page.execute_cdp_cmd(
