@@ -18,8 +18,8 @@ from labelpenet.config import Recipe, override, recipe
 from labelpenet.data.dataset import TaggedImages
 from labelpenet.data.images import read_image
 from labelpenet.data.scenes import write_scenes
-from labelpenet.data.voc import open_tagged
 from labelpenet.errors import InputError
+from labelpenet.formats.voc import open_tagged
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.training.inferred import read_inferred
 from labelpenet.training.pretrain import Training, cache_features, cached_loss, pretrain, run_facts, start_run
