@@ -38,11 +38,12 @@ from torch import Tensor, nn
 
 from labelpenet.calibration import CalibrationSettings
 from labelpenet.calibration.calibrate import segment, settle, working_canvas
-from labelpenet.data import AnnotatedImages, Truth, open_annotated, read_image
+from labelpenet.data import AnnotatedImages, Truth, read_image
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou, cascade_table, classification_ap, evaluate, mask_iou
+from labelpenet.formats import open_annotated
 from labelpenet.instances import Instances, encode_masks
 from labelpenet.models.cascade import calibration_settings, proposal_settings, read_run
 from labelpenet.models.classification import Classification

@@ -44,10 +44,11 @@ from labelpenet.calibration.calibrate import (
     unaries,
     working_canvas,
 )
-from labelpenet.data import open_annotated, read_image
+from labelpenet.data import read_image
 from labelpenet.data.dataset import TaggedImage, Truth
 from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.evaluation import box_iou, mask_iou
+from labelpenet.formats import open_annotated
 from labelpenet.instances import Instances, encode_masks
 from labelpenet.models.attention import roi_attention
 from labelpenet.models.cascade import LabelPEnet, calibration_settings, proposal_settings

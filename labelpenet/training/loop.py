@@ -46,7 +46,7 @@ from labelpenet.training.checkpoint import (
 from labelpenet.training.logging import MetricsLog, Progress, Row, memory_mb, write_environment
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 MAX_SKIPPED_IN_A_ROW = 20
 _BUCKET = 16 * 2**20  # numbers in one message when gradients are summed over processes

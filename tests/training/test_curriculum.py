@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from torch import Tensor
 
 from labelpenet.data.dataset import TaggedImages
 from labelpenet.data.images import read_image
 from labelpenet.data.scenes import write_scenes
-from labelpenet.data.voc import open_tagged
 from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou
+from labelpenet.formats.voc import open_tagged
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.models.detection import Detector

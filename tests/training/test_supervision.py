@@ -11,16 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from PIL import Image
 
 from labelpenet import config
 from labelpenet.calibration import CalibrationSettings
 from labelpenet.cli import main
 from labelpenet.config import override, recipe
-from labelpenet.data import AnnotatedImages, Truth, open_annotated, open_tagged, write_scenes
+from labelpenet.data import AnnotatedImages, Truth, write_scenes
 from labelpenet.errors import InputError
 from labelpenet.evaluation import evaluate
+from labelpenet.formats import open_annotated, open_tagged
 from labelpenet.instances import Instances, masks_to_boxes
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.training.inferred import read_inferred
@@ -76,8 +77,8 @@ def tags_run(kit, folder) -> Path:
         raise AssertionError("annotation was opened")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("labelpenet.data.voc.read_objects", refuse)
-        patch.setattr("labelpenet.data.voc.read_index_map", refuse)
+        patch.setattr("labelpenet.formats.voc.read_objects", refuse)
+        patch.setattr("labelpenet.formats.voc.read_index_map", refuse)
         main(train_arguments(kit, folder / "tags"))
     return folder / "tags"
 
