@@ -16,7 +16,7 @@ from torchvision.ops import box_iou
 
 from labelpenet.instances import Instances
 from labelpenet.models.backbones import build_backbone
-from labelpenet.models.detection import Detector, DetectorSettings, rcnn_loss
+from labelpenet.models.detection import ANCHOR_RATIOS, Detector, DetectorSettings, StrideAnchors, rcnn_loss
 from tests.models.tiny import CHANNELS, TinyBackbone
 
 C, H, W = 3, 96, 128
@@ -273,18 +273,25 @@ def test_training_and_inference_leave_the_layers_alone():
     assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())
 
 
-@pytest.mark.parametrize("backbone", ["mobilenet_v2", "vgg16", "tiny"])
-@pytest.mark.parametrize("size", [(97, 143), (65, 100), (80, 129)])
+@pytest.mark.parametrize(
+    ("backbone", "size"),
+    [
+        ("mobilenet_v2", (97, 143)),
+        ("mobilenet_v2", (65, 100)),
+        ("tiny", (80, 129)),
+        ("tiny", (33, 47)),
+        ("vgg16", (65, 100)),
+    ],
+)
 def test_anchors_stand_where_the_map_looks(backbone, size):
     """Whatever the photograph's sides, the anchors of a cell are centred where a step of the map says."""
     parts = build_backbone(backbone, pretrained=False)
     for tail in (parts.region_tail(), parts.detection_tail()):
-        own = Detector(parts, C, tail, DetectorSettings(anchor_sides=(16, 32)))
         image = torch.zeros(1, 3, *size)
         with torch.no_grad():
-            features = own.features(parts.stem.module(image))
+            features = tail.module(parts.stem.module(image))
         rows, columns = features.shape[-2:]
-        (anchors,) = own.rpn.anchor_generator(ImageList(image, [size]), [features])
+        (anchors,) = StrideAnchors((16, 32), ANCHOR_RATIOS, tail.stride)(ImageList(image, [size]), [features])
         centres = ((anchors[:, :2] + anchors[:, 2:]) / 2).reshape(rows, columns, -1, 2)
         x = torch.arange(columns) * float(tail.stride)
         y = torch.arange(rows) * float(tail.stride)

@@ -325,7 +325,7 @@ def test_module_1_labels_without_dropout_after_its_losses(start, images, learns)
     torch.manual_seed(1)
     x_c, _ = phase.classify()
     network.eval()
-    expected, _ = network.infer(1, one.image, one.proposals, one.tags)
+    expected, _ = network.infer(1, one.image, one.proposals, one.tags, seen=(one.view, phase.stem.detach()))
     network.train()
     assert same(phase.infer(1), expected)
     with torch.no_grad():
