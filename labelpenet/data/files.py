@@ -140,7 +140,7 @@ def is_file(path: Path) -> bool:
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
-def write_file(path: Path, content: bytes | Callable[[BinaryIO], object], remedy: str = ROOM) -> Path:
+def write_bytes(path: Path, content: bytes | Callable[[BinaryIO], object], remedy: str = ROOM) -> Path:
     """Writes a file, and its folder where that is missing; whatever happens, the file is there whole or as it was.
 
     It is written under a name of its own, ``PATH.tmp``, always the same and locked while the writer lives: what a
@@ -175,18 +175,12 @@ def write_file(path: Path, content: bytes | Callable[[BinaryIO], object], remedy
         if reason is None:
             raise
         raise InputError(f"{path}: cannot be written ({reason.strerror or reason}); {remedy}") from error
-    with contextlib.suppress(OSError):  # makes the rename durable, where a folder can be synchronised
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
     return path
 
 
 def write_text(path: Path, text: str, remedy: str = ROOM) -> Path:
-    """Writes a UTF-8 file as `write_file` does."""
-    return write_file(path, text.encode("utf-8"), remedy)
+    """Writes a UTF-8 file as `write_bytes` does."""
+    return write_bytes(path, text.encode("utf-8"), remedy)
 
 
 def write_json(path: Path, content: Mapping[str, Any], remedy: str = ROOM, indent: int | None = None) -> Path:
@@ -199,7 +193,7 @@ def write_array(path: Path, array: np.ndarray, remedy: str = ROOM) -> Path:
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=False)
     content = buffer.getvalue()
-    return write_file(path, content + _MARK + zlib.crc32(content).to_bytes(4, "big"), remedy)
+    return write_bytes(path, content + _MARK + zlib.crc32(content).to_bytes(4, "big"), remedy)
 
 
 def read_array(path: Path) -> np.ndarray | None:
@@ -221,7 +215,7 @@ def write_tensors(path: Path, state: Mapping[str, Tensor], remedy: str = ROOM) -
     from safetensors.torch import save
 
     state = {name: value.detach().contiguous().cpu() for name, value in state.items()}
-    return write_file(path, save(state, {"crc32": _tensor_checksum(state)}), remedy)
+    return write_bytes(path, save(state, {"crc32": _tensor_checksum(state)}), remedy)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -349,3 +343,14 @@ def listing(names: Iterable[str], limit: int = 30) -> str:
     """Names for an error message: comma-separated, in order, at most ``limit`` of them."""
     names = [one_line(name) for name in names]
     return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "") or "none"
+
+
+def safe_name(name: str) -> str:
+    """A name as one plain file name: letters, digits, ``.``, ``-`` and ``_`` stay, anything else becomes ``_``.
+
+    Neither a slash, a drive, ``..``, a hidden file nor a name longer than file systems take comes out.
+    """
+    plain = re.sub(r"[^\w.-]", "_", name).strip("._-") or "unnamed"
+    while len(plain.encode()) > 150:
+        plain = plain[:-1]
+    return plain

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from labelpenet.data.files import write_file
+from labelpenet.data.files import write_bytes
 from labelpenet.errors import InputError
 
 KEPT = 2
@@ -49,7 +49,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
         InputError: the disk is full or the folder cannot be written; what was there before is intact.
     """
     path = folder / f"step-{step:08d}.pt"
-    write_file(
+    write_bytes(
         path,
         lambda file: torch.save(dict(state), file),
         "earlier checkpoints are intact: make room, then continue with --resume",

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from labelpenet import config
 from labelpenet.config import Recipe
-from labelpenet.data import open_annotated, open_tagged, run_folder
+from labelpenet.data import run_folder
 from labelpenet.data.files import read_json
 from labelpenet.data.scenes import write_scenes
 from labelpenet.errors import InputError
+from labelpenet.formats import open_annotated, open_tagged
 from labelpenet.training.measure import measure_run, render
 from labelpenet.training.run import train_run
 

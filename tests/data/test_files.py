@@ -21,7 +21,7 @@ from labelpenet.data.files import (
     read_tensors,
     sealed,
     write_array,
-    write_file,
+    write_bytes,
     write_json,
     write_tensors,
     write_text,
@@ -99,7 +99,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, mon
         monkeypatch.setattr(os, "fsync", full)
     try:
         with pytest.raises(InputError, match=r"a\.txt: cannot be written \((No space|File too large).*; make room"):
-            write_file(path, b"n" * size)
+            write_bytes(path, b"n" * size)
     finally:
         if size > 100:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -175,9 +175,8 @@ def reference(net: Net, steps: int, kind: str, clip: float | None, ema: float | 
         optimiser.param_groups[0]["lr"] = 0.05 * min(1, (step + 1) / 4) * (0.1 if step >= 8 else 1)
         optimiser.step()
         if ema is not None:
-            decay = min(ema, (1 + step) / (10 + step))
             for name, p in trained.items():
-                average[name] = decay * average[name] + (1 - decay) * p.detach()
+                average[name] = ema * average[name] + (1 - ema) * p.detach()
     result = weights(net)
     return result | average if ema is not None else result
 
