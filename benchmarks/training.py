@@ -542,7 +542,7 @@ def main() -> None:
         choice = setting.recipe.classification
         for number in (1, 2, 3, 4):
             print(f"module {number} ...", flush=True)
-            if number == 1 and choice.freeze_head and not choice.contrast:
+            if number == 1 and choice.freeze_head:
                 rows.append(inference_row(setting, 0, clock))
             rows.append(training_row(setting, number, one.steps, clock))
             rows.append(inference_row(setting, number, clock))

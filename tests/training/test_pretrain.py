@@ -215,7 +215,7 @@ def test_the_seed_matters(straight, scenes, tmp_path):
 
 @pytest.mark.parametrize("changes", [
     ("classification.freeze_head=false",),
-    ("classification.contrast=true", "classification.form=wsddn", "classification.pool=max"),
+    ("classification.freeze_head=false", "classification.pool=max"),
 ])  # fmt: skip
 def test_module_one_is_also_trained_through_its_head(scenes, tmp_path, changes):
     train(scenes, tmp_path / "run", *changes, "schedule1.steps=1", until=1)
