@@ -105,6 +105,20 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_demo_that_was_killed_while_it_wrote_scenes_goes_on(tmp_path, monkeypatch):
+    (tmp_path / ".scenes.tmp" / "VOCdevkit").mkdir(parents=True)
+
+    class WentOn(Exception):
+        pass
+
+    def train_run(*arguments, **options):
+        raise WentOn
+
+    monkeypatch.setattr("labelpenet.demo.train_run", train_run)
+    with pytest.raises(WentOn):
+        run_demo(tmp_path, train=2, held_out=1)
+
+
 def test_the_cascade_starts_from_the_warmed_up_weights(small):
     out, _ = small
     state, _ = load_checkpoint(run_folder.checkpoints(out / "run", "warmup"))

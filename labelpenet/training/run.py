@@ -15,7 +15,7 @@ from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImages
 from labelpenet.data.files import hash_files
 from labelpenet.data.proposals import compute_proposals, default_cache
-from labelpenet.engine.distributed import build_fabric, together
+from labelpenet.engine.distributed import build_fabric, peers, together
 from labelpenet.engine.sampler import seed_step
 from labelpenet.errors import InputError
 from labelpenet.models.backbones import build_backbone
@@ -136,8 +136,9 @@ def open_run(run: Path, facts: Mapping[str, Any], resume: bool, images: TaggedIm
                 print(f"note: {note}")
 
         try:
-            together(fabric.world_size, start)
-            yield
+            with peers(fabric.world_size):
+                together(fabric.world_size, start)
+                yield
         except KeyboardInterrupt as interrupt:
             if str(interrupt):
                 raise
