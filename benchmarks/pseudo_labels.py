@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from labelpenet.calibration import CalibrationSettings, DenseCRF, agreement, confidence_map, normalise, proposal_scores
+from labelpenet.calibration import CalibrationSettings, DenseCRF, confidence_map, normalise
 from labelpenet.calibration.calibrate import (
     choose_instances,
     distinct,
@@ -44,10 +44,11 @@ from labelpenet.calibration.calibrate import (
     unaries,
     working_canvas,
 )
-from labelpenet.data import open_annotated, read_image
+from labelpenet.data import read_image
 from labelpenet.data.dataset import TaggedImage, Truth
 from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.evaluation import box_iou, mask_iou
+from labelpenet.formats import open_annotated
 from labelpenet.instances import Instances, encode_masks
 from labelpenet.models.attention import roi_attention
 from labelpenet.models.cascade import LabelPEnet, calibration_settings, proposal_settings
@@ -64,19 +65,14 @@ class Variant:
 
     Attributes:
         name: as printed.
-        settings: of calibration; ``combine`` may also be ``attention``, the heat-map left out.
-        score: which of the scene's scores ranks the proposals, is summed to the heat-map and weighs the attention maps.
+        settings: of calibration.
         kind: of the attention maps, see `roi_attention`.
-        before, after: whether the maps are divided by their maximum before they are combined, and their combination is.
         every: measured on every so many-th photograph only.
     """
 
     name: str
     settings: CalibrationSettings
-    score: str = "softmax"
     kind: str = "gradient"
-    before: bool = True
-    after: bool = True
     every: int = 1
 
 
@@ -88,7 +84,7 @@ class Scene:
         image: (H, W, 3) uint8.
         proposals: (R, 4) in pixels of the photograph.
         areas: (R, 4) where the attention maps lie, likewise.
-        scores: by name, (R, C) in [0, 1].
+        scores: (R, C) in [0, 1].
         tags: the classes that get instances.
         attend: kind, (n,) proposals and (n,) classes to (n, a, a) attention maps, not weighted by any score.
         share: (R, C) the proposals' shares in the image's score of each class, summing to one.
@@ -98,7 +94,7 @@ class Scene:
     image: np.ndarray
     proposals: Tensor
     areas: Tensor
-    scores: dict[str, Tensor]
+    scores: Tensor
     tags: tuple[int, ...]
     attend: Callable[[str, Tensor, Tensor], Tensor]
     share: Tensor
@@ -120,13 +116,13 @@ class Result:
 # -- the variants ----------------------------------------------------------------------------------------------------
 
 
-def vary(base: Variant, name: str, backgrounds: tuple[float, ...] = (), **changes: Any) -> list[Variant]:
-    """The variant with fields of its own or of its settings changed, one for each background if there are any."""
-    own = {key: value for key, value in changes.items() if key in ("score", "kind", "before", "after", "every")}
+def vary(base: Variant, name: str, thresholds: tuple[float, ...] = (), **changes: Any) -> list[Variant]:
+    """The variant with fields of its own or of its settings changed, one for each threshold if there are any."""
+    own = {key: value for key, value in changes.items() if key in ("kind", "every")}
     settings = replace(base.settings, **{key: value for key, value in changes.items() if key not in own})
     one = replace(base, name=name, settings=settings, **own)
     return [
-        replace(one, name=f"{name}, background {b:g}", settings=replace(settings, background=b)) for b in backgrounds
+        replace(one, name=f"{name}, threshold {t:g}", settings=replace(settings, threshold=t)) for t in thresholds
     ] or [one]
 
 
@@ -140,19 +136,10 @@ def classification_variants(settings: CalibrationSettings, sample: int) -> list[
     excited: dict[str, Any] = {"kind": "excitation", "every": sample}
     return [
         base,
-        *vary(base, "background", (0.25, 0.35, 0.4)),
-        *vary(base, "background 1 - sum", background=None),
-        *vary(base, "score: logit", (0.3, 0.4), score="logit"),
-        *vary(base, "score: softmax times w", (0.2, 0.3), score="softmax w"),
-        *vary(base, "score: logit times w", (0.3,), score="logit w"),
-        *vary(base, "score: w", (0.3,), score="w"),
+        *vary(base, "threshold", (0.25, 0.35, 0.4)),
+        *vary(base, "1 - sum", threshold=None),
         *vary(base, "product", (0.05, 0.1, 0.15), combine="product"),
-        *vary(base, "product, 1 - sum", combine="product", background=None),
-        *vary(base, "product, not scaled after", (0.1,), combine="product", after=False),
-        *vary(base, "mean, not scaled after", (0.3, 0.4), after=False),
-        *vary(base, "mean of sums, scaled after", (0.3,), before=False),
-        *vary(base, "heat-map alone", (0.4, 0.5, 0.6), combine="heat"),
-        *vary(base, "attention alone", (0.1, 0.2), combine="attention"),
+        *vary(base, "product, 1 - sum", combine="product", threshold=None),
         *vary(base, "members suppressed, NMS .3", (0.3, 0.4), members="suppressed", nms=0.3),
         *vary(base, "members suppressed, NMS .5", (0.3, 0.4), members="suppressed", nms=0.5),
         *vary(base, "best 40 attended", attended=40),
@@ -164,7 +151,6 @@ def classification_variants(settings: CalibrationSettings, sample: int) -> list[
         *some,
         *vary(base, "excitation, mean", (0.3, 0.4), **excited),
         *vary(base, "excitation, product", (0.05,), combine="product", **excited),
-        *vary(base, "excitation, alone", (0.1,), combine="attention", **excited),
     ]
 
 
@@ -175,17 +161,12 @@ def detection_variants(settings: CalibrationSettings, sample: int) -> list[Varia
     excited: dict[str, Any] = {"kind": "excitation", "every": sample}
     return [
         base,
-        *vary(base, "background", (0.3, 0.35, 0.45, 0.5)),
-        *vary(base, "background 1 - sum", background=None),
+        *vary(base, "threshold", (0.3, 0.35, 0.45, 0.5)),
+        *vary(base, "1 - sum", threshold=None),
         *vary(base, "product", (0.05, 0.1, 0.15, 0.2), combine="product"),
-        *vary(base, "product, 1 - sum", combine="product", background=None),
-        *vary(base, "mean, not scaled after", (0.3,), after=False),
-        *vary(base, "mean of sums, scaled after", (0.4,), before=False),
-        *vary(base, "heat-map alone", (0.4, 0.5), combine="heat"),
-        *vary(base, "attention alone", (0.1, 0.2), combine="attention"),
+        *vary(base, "product, 1 - sum", combine="product", threshold=None),
         *vary(base, "members class, one each", (0.4,), members="class", per_class=1),
         *vary(base, "NMS .5", nms=0.5),
-        *vary(base, "candidates from .2", score="from .2"),
         *vary(base, "further from .2", min_score=0.2),
         *vary(base, "further from .3", min_score=0.3),
         *vary(base, "further from .7", min_score=0.7),
@@ -213,8 +194,6 @@ def classified(network: LabelPEnet, pixels: np.ndarray, proposals: Tensor, known
     tail, regions = one.tail(stem), view.boxes(proposals)
     x_c, x_p = network.class_scores(view, proposals, known)
     own, w = x_c[:, 1:], x_p.softmax(0)
-    softmax, logit, weighted = (proposal_scores(own, w, how, image.tags) for how in ("softmax", "logit", "weighted"))
-    peak = w / w.amax(0)
     positive = own.clamp(min=0) * w
 
     def attend(kind: str, index: Tensor, labels: Tensor) -> Tensor:
@@ -225,13 +204,7 @@ def classified(network: LabelPEnet, pixels: np.ndarray, proposals: Tensor, known
         image=pixels,
         proposals=proposals,
         areas=proposals,
-        scores={
-            "softmax": softmax,
-            "logit": logit,
-            "softmax w": weighted,
-            "logit w": logit * peak,
-            "w": peak,
-        },
+        scores=own.softmax(1),
         tags=image.tags,
         attend=attend,
         share=positive / positive.sum(0).clamp(min=1e-9),
@@ -244,7 +217,7 @@ def detected(network: LabelPEnet, pixels: np.ndarray, proposals: Tensor, known: 
     two, choice = network.detection, network.recipe.infer2
     view = network.view(pixels)
     features = two.features(network.stem_map(view))
-    rois, _ = two.propose(features, view.pixels, extra=view.boxes(proposals))
+    rois, _ = two.propose(features, view.pixels)
     pooled = two.pool(features, rois)
     logits, deltas = two.classify(two.head(pooled))
     size = (int(view.pixels.shape[-2]), int(view.pixels.shape[-1]))
@@ -260,7 +233,7 @@ def detected(network: LabelPEnet, pixels: np.ndarray, proposals: Tensor, known: 
         image=pixels,
         proposals=view.back(found.boxes),
         areas=view.back(rois[found.rois]),
-        scores={"softmax": scores, "from .2": scores * (scores >= 0.2)},
+        scores=scores,
         tags=tuple(sorted(set(found.labels.tolist()))),
         attend=attend,
         share=scores / scores.sum(0).clamp(min=1e-9),
@@ -287,21 +260,19 @@ class Shared:
         key = self.key(variant)
         if key not in self.choices:
             scene = self.scene
-            self.choices[key] = choose_instances(
-                scene.proposals, scene.scores[variant.score], scene.tags, variant.settings
-            )
+            self.choices[key] = choose_instances(scene.proposals, scene.scores, scene.tags, variant.settings)
         return self.choices[key]
 
     def key(self, variant: Variant) -> Any:
         s = variant.settings
-        return variant.score, s.members, s.nms, s.per_class, s.min_score, s.attended
+        return s.members, s.nms, s.per_class, s.min_score, s.attended
 
     def attend(self, variants: list[Variant]) -> None:
         """The attention maps of every proposal that some variant sums, each once."""
         for kind in sorted({v.kind for v in variants}):
             wanted = torch.zeros_like(self.scene.share, dtype=torch.bool)
             for variant in variants:
-                if variant.kind == kind and variant.settings.combine != "heat":
+                if variant.kind == kind:
                     _, labels, member = self.choice(variant)
                     for label, row in zip(labels.tolist(), member, strict=True):
                         wanted[:, label] |= row
@@ -314,7 +285,7 @@ class Shared:
         """Instance attention maps, not normalised."""
         key = ("attention", variant.kind, self.key(variant))
         if key not in self.maps:
-            scores, table = self.scene.scores[variant.score], self.tables[variant.kind]
+            scores, table = self.scene.scores, self.tables[variant.kind]
             _, labels, member = self.choice(variant)
             self.maps[key] = instance_attention(
                 self.scene.areas * self.scale,
@@ -330,25 +301,15 @@ class Shared:
         key = ("heat", self.key(variant))
         if key not in self.maps:
             _, labels, member = self.choice(variant)
-            scores, small = self.scene.scores[variant.score], (self.canvas.shape[0], self.canvas.shape[1])
+            scores, small = self.scene.scores, (self.canvas.shape[0], self.canvas.shape[1])
             boxes = self.scene.proposals * self.scale
             self.maps[key] = instance_heat(boxes, scores, labels, member, small, variant.settings)
         return self.maps[key]
 
     def confidence(self, variant: Variant) -> Tensor:
         """Instance confidence maps in [0, 1]."""
-        how = variant.settings.combine
-        if how == "heat":
-            return self.heat(variant)
-        if how == "attention":
-            return normalise(self.attention(variant))
-        attention, heat = self.attention(variant), self.heat(variant)
-        if variant.before or how == "product":  # a product does not see the scale of its factors
-            both = confidence_map(attention, heat, "product" if how == "product" else "mean")
-        else:
-            # the heat-map is the sum of scores, the attention map of those shared out over 7x7 cells
-            both = attention / attention.mean().clamp(min=1e-9) + heat / heat.mean().clamp(min=1e-9)
-        return normalise(both) if variant.after else both
+        how = "product" if variant.settings.combine == "product" else "mean"
+        return normalise(confidence_map(self.attention(variant), self.heat(variant), how))  # type: ignore[arg-type]
 
 
 def label(scene: Scene, variants: list[Variant]) -> list[Result]:
@@ -357,7 +318,7 @@ def label(scene: Scene, variants: list[Variant]) -> list[Result]:
     canvas, scale = working_canvas(scene.image, variants[0].settings.side)
     shared = Shared(scene, canvas, torch.tensor([*scale, *scale]))
     shared.attend(variants)
-    started = [unaries(shared.confidence(v), v.settings) for v in variants]
+    started = [unaries(shared.confidence(v), v.settings, shared.attention(v)) for v in variants]
     settled: dict[int, Tensor] = {}
     widths = lambda s: (s.sxy_gaussian, s.compat_gaussian, s.sxy_bilateral, s.srgb, s.compat_bilateral)  # noqa: E731
     for crf_of in {widths(v.settings) for v in variants if v.settings.iterations}:
@@ -371,11 +332,10 @@ def label(scene: Scene, variants: list[Variant]) -> list[Result]:
     for i, variant in enumerate(variants):
         marginals = foreground(settled.get(i, started[i]), variant.settings.joint)
         seeds, labels_, _ = shared.choice(variant)
-        weights = scene.scores[variant.score][seeds, labels_]
+        weights = scene.scores[seeds, labels_]
         found = settle(marginals, scene.proposals[seeds].float(), labels_, weights, size, variant.settings)
         alive = distinct(found, variant.settings.duplicate)
-        attention = shared.heat(variant) if variant.settings.combine == "heat" else shared.attention(variant)
-        maps = (normalise(attention), shared.heat(variant), shared.confidence(variant), marginals)
+        maps = (normalise(shared.attention(variant)), shared.heat(variant), shared.confidence(variant), marginals)
         results.append(Result(found[alive], seeds[alive], *(one[alive] for one in maps)))
     return results
 
@@ -416,7 +376,7 @@ def candidates_for_weight(result: Result, scene: Scene) -> dict[str, Tensor]:
 
     kept = torch.from_numpy(box_iou(found.boxes.numpy(), scene.proposals[seeds].numpy())).float().diagonal()
     overlap = torch.from_numpy(box_iou(found.boxes.numpy(), scene.proposals.numpy())).float()
-    score = scene.scores["softmax"][:, labels].T
+    score = scene.scores[:, labels].T
     masks = found.masks
     assert masks is not None
     return {
@@ -431,7 +391,6 @@ def candidates_for_weight(result: Result, scene: Scene) -> dict[str, Tensor]:
         "confidence inside less outside": (mean(confidence, inside) - mean(confidence, ~inside)).clamp(min=0),
         "confidence inside": mean(confidence, inside),
         "marginal inside": mean(result.marginals, inside),
-        "agreement of attention and heat-map": agreement(result.attention, result.heat),
         "mask's share of its box": masks.sum((1, 2))
         / ((found.boxes[:, 2] - found.boxes[:, 0]) * (found.boxes[:, 3] - found.boxes[:, 1])).clamp(min=1),
         "box's share of the image": (found.boxes[:, 2] - found.boxes[:, 0])

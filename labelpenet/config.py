@@ -15,7 +15,6 @@ from labelpenet.errors import InputError
 
 Pool = typing.Literal["max", "align"]
 Attention = typing.Literal["excitation", "gradient"]
-Score = typing.Literal["softmax", "logit", "weighted"]
 
 
 @dataclass(frozen=True)
@@ -57,19 +56,14 @@ class ClassificationChoice:
     """Module 1 (see `models.classification.Classification`).
 
     Attributes:
-        form, contrast, pool, freeze_head: of `Classification`.
+        pool, freeze_head: of `Classification`.
         attention: ``excitation`` (excitation backprop) or ``gradient`` (activation times gradient of the class logit at
             the last spatial layer of the RoI head).
-        score: what ranks the proposals, makes the heat-maps and weighs the attention maps, see
-            `calibration.proposal_scores`.
     """
 
-    form: typing.Literal["paper", "wsddn"] = "paper"
-    contrast: bool = False
     pool: Pool = "max"
     freeze_head: bool = False
     attention: Attention = "excitation"
-    score: Score = "softmax"
 
 
 @dataclass(frozen=True)
@@ -79,10 +73,8 @@ class DetectorChoice:
     anchor_sides: tuple[int, ...] = (128, 256, 512)
     rois: int = 128
     rpn_proposals: int = 300
-    extra_proposals: bool = False
     pool: Pool = "max"
     cells: int = 1
-    freeze_head: bool = False
     mask_width: int = 256
     mask_depth: int = 4
     attention: Attention = "excitation"
@@ -90,22 +82,20 @@ class DetectorChoice:
 
 @dataclass(frozen=True)
 class InferenceChoice:
-    """From scores to instances, for one module (see `calibration.CalibrationSettings` for all but the last three).
+    """From scores to instances, for one module (see `calibration.CalibrationSettings` for all but the last two).
 
     Attributes:
-        weight: modules 1 and 2; an instance of modules 3 and 4 weighs its score in any case.
-        affiliated: modules 3 and 4: whether the masks of the detections that a kept one suppressed join its own.
         score_threshold: modules 2 to 4: a detection needs this softmax score to be a candidate.
         vote: answers of modules 2 to 4: whether modules 1 and 2 have a say in the weights (`LabelPEnet.vote`).
     """
 
-    combine: typing.Literal["product", "mean", "heat"] = "product"
+    combine: typing.Literal["product", "mean"] = "product"
     members: typing.Literal["suppressed", "class"] = "suppressed"
     nms: float = 0.3
     per_class: int = 20
     min_score: float = 0.5
     attended: int = 1000
-    background: float | None = None
+    threshold: float | None = None
     joint: bool = True
     side: int | None = None
     sxy_gaussian: float = 3.0
@@ -117,8 +107,6 @@ class InferenceChoice:
     box: typing.Literal["mask", "proposal"] = "mask"
     part: float | None = None
     duplicate: float | None = None
-    weight: typing.Literal["score", "agreement", "overlap"] = "score"
-    affiliated: bool = True
     score_threshold: float = 0.05
     vote: bool = False
 
@@ -204,7 +192,7 @@ def best() -> Recipe:
         "side": 250, "sxy_bilateral": 40.0, "srgb": 5.0, "compat_bilateral": 5.0, "part": 0.2,
     }  # fmt: skip
     detector = DetectorChoice(
-        anchor_sides=(64, 128, 256), rois=64, rpn_proposals=200, extra_proposals=False, pool="align", cells=3,
+        anchor_sides=(64, 128, 256), rois=64, rpn_proposals=200, pool="align", cells=3,
         mask_width=128, mask_depth=2, attention="gradient",
     )  # fmt: skip
     schedule = Schedule(
@@ -220,15 +208,15 @@ def best() -> Recipe:
         classification=ClassificationChoice(pool="align", freeze_head=True, attention="gradient"),
         detection=detector,
         segmentation=detector,
-        infer1=InferenceChoice(combine="mean", members="class", per_class=1, attended=120, background=0.3, **crf),
-        infer2=InferenceChoice(combine="mean", per_class=5, attended=80, background=0.4, duplicate=0.5, **crf),
-        infer3=replace(label, background=0.4),
-        infer4=replace(label, background=0.2),
+        infer1=InferenceChoice(combine="mean", members="class", per_class=1, attended=120, threshold=0.3, **crf),
+        infer2=InferenceChoice(combine="mean", per_class=5, attended=80, threshold=0.4, duplicate=0.5, **crf),
+        infer3=replace(label, threshold=0.4),
+        infer4=replace(label, threshold=0.2),
         predict2=InferenceChoice(
-            combine="mean", min_score=0.05, box="proposal", joint=False, attended=80, background=0.4, vote=True, **crf
+            combine="mean", min_score=0.05, box="proposal", joint=False, attended=80, threshold=0.4, vote=True, **crf
         ),
-        predict3=replace(answer, background=0.3),
-        predict4=replace(answer, background=0.2),
+        predict3=replace(answer, threshold=0.3),
+        predict4=replace(answer, threshold=0.2),
         schedule1=Schedule(steps=1200, lr=1e-3, kind="adam", weight_decay=0.0, batch_size=8),
         schedule2=schedule,
         schedule3=replace(schedule, steps=800),
@@ -253,11 +241,11 @@ def recipe(name: str) -> Recipe:
 def demo() -> Recipe:
     """A tiny schedule for generated scenes of about 160 pixels and the backbone `tiny`: minutes on two cores."""
     crf: dict[str, Any] = {
-        "sxy_bilateral": 30.0, "srgb": 8.0, "compat_bilateral": 5.0, "iterations": 5, "background": 0.45, "part": 1.0,
+        "sxy_bilateral": 30.0, "srgb": 8.0, "compat_bilateral": 5.0, "iterations": 5, "threshold": 0.45, "part": 1.0,
         "attended": 40, "duplicate": 0.5,
     }  # fmt: skip
     detector = DetectorChoice(
-        anchor_sides=(48, 80, 112), rois=48, rpn_proposals=60, extra_proposals=False, pool="align", cells=3,
+        anchor_sides=(48, 80, 112), rois=48, rpn_proposals=60, pool="align", cells=3,
         mask_width=64, mask_depth=1, attention="gradient",
     )  # fmt: skip
     schedule = Schedule(
@@ -349,9 +337,23 @@ def from_dict(values: dict[str, Any]) -> Recipe:
         raise InputError(f"the run's recipe cannot be read ({error}); it was made by another version") from error
 
 
+# Choices that runs of earlier versions name, and the only value of each that can still be followed.
+_GONE = {
+    "form": "paper", "contrast": False, "score": "softmax", "extra_proposals": False, "freeze_head": False,
+    "weight": "score", "affiliated": True,
+}  # fmt: skip
+
+_RENAMED = {"background": "threshold"}
+
+
 def _build(base: Any, values: dict[str, Any]) -> Any:
     changes = {}
     for key, value in values.items():
+        key = _RENAMED.get(key, key)
+        if key in _GONE and not hasattr(base, key):
+            if value != _GONE[key]:
+                raise InputError(f"{key}={value} is no choice any more")
+            continue
         own = getattr(base, key)
         changes[key] = _build(own, value) if dataclasses.is_dataclass(own) else _tupled(value)
     return replace(base, **changes)

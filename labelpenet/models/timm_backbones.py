@@ -88,7 +88,7 @@ class Staged(Backbone):
         try:
             with torch.no_grad():
                 fix_batch_norm(network, image)
-                replace(network, lambda layer: SameConv2d.like(layer, True) if type(layer) is Conv2dSame else None)
+                replace(network, lambda layer: SameConv2d.like(layer, True) if isinstance(layer, Conv2dSame) else None)
                 self._cut = cut(network, image)
                 self._end = end_of(network, self._cut.features)
                 self._tail = dilate(copy.deepcopy(self._cut.stages), self._cut.seen)

@@ -26,7 +26,6 @@ from labelpenet.data.images import read_image
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import MODULES, LabelPEnet, View, read_run
-from labelpenet.models.classification import frame_boxes
 from labelpenet.training.loop import Stage, train_stage
 from labelpenet.training.machine import build_fabric
 from labelpenet.training.observe import check_held_out
@@ -216,14 +215,13 @@ class Phase:
         """Module 1's ``x^c`` (R, C + 1) and ``x^p`` (R, C), for its losses."""
         module = self.network.classification
         learns = any(parameter.requires_grad for parameter in module.head.parameters())
-        # Behind a frozen RoI head the features of hundreds of RoIs would send the stem a gradient at great cost.
+        # Behind a frozen RoI head the features of hundreds of RoIs would send the stem a gradient at great cost. They
+        # are also those of inference, for a head that does not learn needs no dropout.
+        module.head.train(learns)
         with torch.set_grad_enabled(learns):
-            self.features = module.features(self.stem, self.boxes)
-            frames = None
-            if module.contrast:
-                size = (int(self.sample.view.pixels.shape[-2]), int(self.sample.view.pixels.shape[-1]))
-                frames = module.features(self.stem, frame_boxes(self.boxes, size))
-        return module(self.features, frames)
+            features = module.features(self.stem, self.boxes)
+        self.features = None if learns else features
+        return module(features)
 
     def multi_label(self, x_c: Tensor, x_p: Tensor) -> Tensor:
         """Equation 2."""
@@ -233,10 +231,9 @@ class Phase:
         """The loss of module 2, 3 or 4 on instances in pixels of the photograph."""
         if number == 2:
             target = replace(target, masks=None)
-        extra = self.boxes if self.network.needs_proposals(number) else torch.zeros(0, 4)
         view = self.sample.view
         terms = self.network.module(number).losses(  # type: ignore[operator]
-            self.stem, view.pixels, view.instances(target), extra
+            self.stem, view.pixels, view.instances(target)
         )
         return torch.stack([value.float() for value in terms.values()]).sum()
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,7 +23,6 @@ from labelpenet.data.images import read_image
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import MODULES, LabelPEnet, View, calibration_settings
-from labelpenet.models.classification import frame_boxes
 from labelpenet.training.checkpoint import write_atomically
 from labelpenet.training.inferred import infer_all, read_inferred
 from labelpenet.training.logging import Progress
@@ -216,7 +215,7 @@ def stage(training: Training, number: int, targets: Mapping[str, Instances] | No
     }
     if number == 1:
         choice = training.recipe.classification
-        if choice.freeze_head and not choice.contrast:
+        if choice.freeze_head:
             cache_features(training)
             return Stage(**common, loss=cached_loss(training))
         return Stage(**common, load=load_tagged(training), loss=classification_loss(training))
@@ -359,11 +358,7 @@ def classification_loss(training: Training) -> Callable[[Any, int], dict[str, Te
         for sample in samples:
             stem = network.stem_map(sample.view)
             features = module.features(stem, sample.proposals)
-            frames = None
-            if module.contrast:
-                size = (int(sample.view.pixels.shape[-2]), int(sample.view.pixels.shape[-1]))
-                frames = module.features(stem, frame_boxes(sample.proposals, size))
-            x_c, x_p = module(features, frames)
+            x_c, x_p = module(features)
             total.append(module.loss(x_c, x_p, sample.present.to(x_c.device)))
         return {"multi_label": torch.stack(total).mean()}
 
@@ -376,22 +371,19 @@ def classification_loss(training: Training) -> Callable[[Any, int], dict[str, Te
 def load_targets(
     training: Training, targets: Mapping[str, Instances], number: int
 ) -> Callable[[list[int], torch.Generator], list[Sample]]:
-    """Images, proposals and the instances that the module before inferred."""
+    """Images and the instances that the module before inferred."""
     wants_masks = number > 2
 
     def load(indices: list[int], generator: torch.Generator) -> list[Sample]:
         samples = []
         for index in indices:
             image = training.images.images[index]
-            view, pixels = _view(training, image, generator)
+            view, _ = _view(training, image, generator)
             found = targets[image.id]
             if not wants_masks:
                 found = Instances(found.boxes, found.labels, found.weights, found.image_size)
-            boxes = torch.zeros(0, 4)
-            if training.network.needs_proposals(number):
-                boxes = view.boxes(training.boxes(image, pixels.shape))
             present = present_classes(image, len(training.images.classes))
-            samples.append(Sample(view, present, boxes, view.instances(found)))
+            samples.append(Sample(view, present, torch.zeros(0, 4), view.instances(found)))
         return samples
 
     return load
@@ -405,9 +397,8 @@ def detector_loss(training: Training, number: int) -> Callable[[Any, int], dict[
         terms: dict[str, list[Tensor]] = {}
         for sample in samples:
             assert sample.target is not None
-            own = module.losses(  # type: ignore[operator]
-                network.stem_map(sample.view), sample.view.pixels, sample.target, sample.proposals
-            )
+            stem = network.stem_map(sample.view)
+            own = module.losses(stem, sample.view.pixels, sample.target)  # type: ignore[operator]
             for name, value in own.items():
                 terms.setdefault(name, []).append(value)
         return {name: torch.stack(values).mean() for name, values in terms.items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,8 +18,8 @@ from labelpenet.config import Recipe, override, recipe
 from labelpenet.data.dataset import TaggedImages
 from labelpenet.data.images import read_image
 from labelpenet.data.scenes import write_scenes
-from labelpenet.data.voc import open_tagged
 from labelpenet.errors import InputError
+from labelpenet.formats.voc import open_tagged
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.training.inferred import read_inferred
 from labelpenet.training.pretrain import Training, cache_features, cached_loss, pretrain, run_facts, start_run
@@ -215,7 +215,7 @@ def test_the_seed_matters(straight, scenes, tmp_path):
 
 @pytest.mark.parametrize("changes", [
     ("classification.freeze_head=false",),
-    ("classification.contrast=true", "classification.form=wsddn", "classification.pool=max"),
+    ("classification.freeze_head=false", "classification.pool=max"),
 ])  # fmt: skip
 def test_module_one_is_also_trained_through_its_head(scenes, tmp_path, changes):
     train(scenes, tmp_path / "run", *changes, "schedule1.steps=1", until=1)
