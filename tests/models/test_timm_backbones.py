@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from labelpenet import config
 from labelpenet.calibration.excitation import excitation_backprop, layer_without_rule
-from labelpenet.data import open_tagged
 from labelpenet.data.images import read_image
 from labelpenet.errors import InputError
+from labelpenet.formats.open import open_tagged
 from labelpenet.models.attention import roi_attention
 from labelpenet.models.backbones import SameConv2d, build_backbone
 from labelpenet.models.cascade import LabelPEnet
