@@ -134,6 +134,7 @@ def test_excitation_reaches_the_roi_through_residual_sums(name):
 def test_gradient_attention_works_everywhere(name):
     head, features = plug(name).roi_head()
     classifier = nn.Linear(features, 3)
+    classifier.weight.data.abs_()  # evidence for every class
     pooled = rand(3, plug(name).stem.channels, 14, 14)
     maps = roi_attention(head, classifier, pooled, torch.tensor([0, 1, 2]), torch.ones(3), "gradient")
     assert maps.shape == (3, 7, 7) and float(maps.min()) >= 0 and float(maps.sum((1, 2)).min()) > 0
