@@ -150,6 +150,7 @@ class Predict:
       labelpenet predict runs/voc photo.jpg --out predictions.json --overlays overlays/
       labelpenet predict runs/voc photos/ --out predictions.json --module 2
       labelpenet predict runs/voc --data VOCdevkit/VOC2012 --split val --out predictions.json
+      labelpenet predict runs/voc photos/ --shard 3/100 --out parts/
     """
 
     run: Positional[Path]
@@ -164,6 +165,8 @@ class Predict:
     """Folder for pictures with the instances drawn in."""
     min_score: float = 0.0
     """Instances below are left out of file and pictures."""
+    shard: str | None = None
+    """i/n: only the i-th of n parts, into the folder --out; see labelpenet merge."""
     data: Path | None = None
     """Instead of images: a data set."""
     split: str | None = None
@@ -176,6 +179,21 @@ class Predict:
     """Machines."""
     cache: Path | None = None
     """Folder of the proposals' cache (module 1). Default: the user's cache folder."""
+
+
+@dataclass
+class Merge:
+    """Put the parts of predict --shard together, as a stream.
+
+    Try:
+      labelpenet merge parts/ --out predictions.json
+      labelpenet merge parts/ --out predictions.parquet
+    """
+
+    parts: Positional[tuple[Path, ...]]
+    """Parts, or folders of parts."""
+    out: Path = Path("predictions.json")
+    """File to write: .json (COCO, as predict writes it) or .parquet (a row for each instance)."""
 
 
 @dataclass
@@ -325,6 +343,7 @@ Command = (
     Annotated[Train, subcommand("train")]
     | Annotated[ForwardBackward, subcommand("forward-backward")]
     | Annotated[Predict, subcommand("predict")]
+    | Annotated[Merge, subcommand("merge")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Proposals, subcommand("proposals")]
     | Annotated[Export, subcommand("export")]
@@ -504,9 +523,13 @@ def predict(one: Predict) -> None:
     from labelpenet.data import TaggedImage, read_image
     from labelpenet.data.images import find_images
     from labelpenet.formats import open_tagged
+    from labelpenet.formats.parts import parse_shard
     from labelpenet.instances import Instances
     from labelpenet.training.predict import Predictor, predict_images
+    from labelpenet.training.shards import predict_shard
 
+    if one.shard and (one.devices, one.nodes) != (1, 1):
+        raise InputError("--shard is for one process each; leave --devices and --nodes out")
     if bool(one.images) == bool(one.data):
         raise InputError("give either photographs (or folders of them) or --data DATA")
     predictor = Predictor(one.run, one.device, one.devices, one.nodes)
@@ -523,12 +546,28 @@ def predict(one: Predict) -> None:
             write_overlay(one.overlays, image.id, read_image(image.path), instances, predictor.network.classes)
         return instances
 
+    if one.shard:
+        choices = {"min_score": one.min_score}
+        shard = parse_shard(one.shard)
+        part, skipped = predict_shard(
+            predictor, images, one.module, one.out, shard, keep=keep, choices=choices, cache=one.cache
+        )
+        print(f"{part.path}: {len(part.images)} images" + (f", {len(skipped)} skipped" if skipped else ""))
+        return
     skipped = predict_images(predictor, images, one.module, one.out, keep=keep, cache=one.cache)
     done = len(images) - len(skipped)
     if predictor.first:
         print(f"{one.out}: {done} images" + (f", {len(skipped)} skipped" if skipped else ""))
     if skipped and not done:
         raise InputError("no image could be read; see the lines above")
+
+
+def merge(one: Merge) -> None:
+    """``labelpenet merge``."""
+    from labelpenet.formats.parts import merge_parts
+
+    photographs, instances = merge_parts(one.parts, one.out)
+    print(f"{one.out}: {photographs} images, {instances} instances")
 
 
 def evaluate(one: Evaluate) -> None:
@@ -642,6 +681,7 @@ RUN = {
     Train: train,
     ForwardBackward: forward_backward,
     Predict: predict,
+    Merge: merge,
     Evaluate: evaluate,
     Proposals: proposals,
     Export: export,
