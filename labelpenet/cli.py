@@ -513,8 +513,8 @@ def predict(one: Predict) -> None:
     from labelpenet.formats import open_tagged
     from labelpenet.instances import Instances
     from labelpenet.models.cascade import read_run
-    from labelpenet.visualize import overlay_paths, write_overlay
     from labelpenet.training.predict import Predictor, predict_images
+    from labelpenet.visualize import overlay_paths, write_overlay
 
     if bool(one.images) == bool(one.data):
         raise InputError("give either photographs (or folders of them) or --data DATA")
