@@ -128,7 +128,7 @@ def test_train_refuses_a_folder_in_use_and_changed_settings(
         (["--evaluate", "train"], "choose a split that shares no image"),
         (["--weights", "nope.pth"], "no such weights file"),
         (["--set", "schedule2.stps=3"], "choose from"),
-        (["--shorten", "0"], "positive"),
+        (["--shorten", "0"], "must be from"),
         (["--device", "cuda"], "--device cpu"),
     ],
 )
