@@ -13,7 +13,8 @@ from labelpenet.data import proposals, run_folder
 from labelpenet.demo import run_demo
 from labelpenet.engine.checkpoint import load_checkpoint
 from labelpenet.errors import InputError
-from labelpenet.models.backbones import Tiny, TinyNetwork, build_backbone
+from labelpenet.models.backbones import Tiny, TinyNetwork
+from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import LabelPEnet
 
 TRAIN, HELD_OUT = 24, 8

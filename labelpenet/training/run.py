@@ -18,7 +18,7 @@ from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.engine.distributed import build_fabric, peers, together
 from labelpenet.engine.sampler import seed_step
 from labelpenet.errors import InputError
-from labelpenet.models.backbones import build_backbone
+from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import LabelPEnet, proposal_settings
 from labelpenet.training.observe import HeldOut, Observer, check_held_out
 from labelpenet.training.pretrain import Boxes, Training, freeze_stem, pretrain, run_facts, train_module

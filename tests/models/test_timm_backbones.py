@@ -22,7 +22,8 @@ from labelpenet.data.images import read_image
 from labelpenet.errors import InputError
 from labelpenet.formats.open import open_tagged
 from labelpenet.models.attention import roi_attention
-from labelpenet.models.backbones import SameConv2d, build_backbone
+from labelpenet.models.backbones import SameConv2d
+from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.models.timm_backbones import Staged
 
