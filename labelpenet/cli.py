@@ -150,6 +150,7 @@ class Predict:
       labelpenet predict runs/voc photo.jpg --out predictions.json --overlays overlays/
       labelpenet predict runs/voc photos/ --out predictions.json --module 2
       labelpenet predict runs/voc --data VOCdevkit/VOC2012 --split val --out predictions.json
+      labelpenet predict runs/voc photos/ --shard 3/100 --out parts/
     """
 
     run: Positional[Path]
@@ -164,6 +165,8 @@ class Predict:
     """Folder for pictures with the instances drawn in."""
     min_score: float = 0.0
     """Instances below are left out of file and pictures."""
+    shard: str | None = None
+    """i/n: only the i-th of n parts, into the folder --out; see labelpenet merge."""
     overwrite: bool = False
     """Replace files that are there already; never photographs or a file of the run."""
     data: Path | None = None
@@ -178,6 +181,23 @@ class Predict:
     """Machines."""
     cache: Path | None = None
     """Folder of the proposals' cache (module 1). Default: the user's cache folder."""
+
+
+@dataclass
+class Merge:
+    """Put the parts of predict --shard together, as a stream.
+
+    Try:
+      labelpenet merge parts/ --out predictions.json
+      labelpenet merge parts/ --out predictions.parquet
+    """
+
+    parts: Positional[tuple[Path, ...]]
+    """Parts, or folders of parts."""
+    out: Path = Path("predictions.json")
+    """File to write: .json (COCO, as predict writes it) or .parquet (a row for each instance)."""
+    overwrite: bool = False
+    """Replace that file if it is there already."""
 
 
 @dataclass
@@ -331,6 +351,7 @@ Command = (
     Annotated[Train, subcommand("train")]
     | Annotated[ForwardBackward, subcommand("forward-backward")]
     | Annotated[Predict, subcommand("predict")]
+    | Annotated[Merge, subcommand("merge")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Proposals, subcommand("proposals")]
     | Annotated[Export, subcommand("export")]
@@ -511,11 +532,15 @@ def predict(one: Predict) -> None:
     from labelpenet.data.files import check_outputs
     from labelpenet.data.images import find_images
     from labelpenet.formats import open_tagged
+    from labelpenet.formats.parts import parse_shard
     from labelpenet.instances import Instances
     from labelpenet.models.cascade import read_run
     from labelpenet.training.predict import Predictor, predict_images
+    from labelpenet.training.shards import predict_shard
     from labelpenet.visualize import overlay_paths, write_overlay
 
+    if one.shard and (one.devices, one.nodes) != (1, 1):
+        raise InputError("--shard is for one process each; leave --devices and --nodes out")
     if bool(one.images) == bool(one.data):
         raise InputError("give either photographs (or folders of them) or --data DATA")
     classes = read_run(one.run)["classes"]
@@ -524,7 +549,7 @@ def predict(one: Predict) -> None:
     else:
         images = [TaggedImage(name, path, ()) for name, path in find_images(one.images)]
     reads = [one.run, *([one.data] if one.data else one.images), *(image.path for image in images)]
-    check_outputs([one.out], reads, one.overwrite)
+    check_outputs([] if one.shard else [one.out], reads, one.overwrite)
     pictures = overlay_paths(one.overlays, [image.id for image in images]) if one.overlays else {}
     check_outputs(pictures.values(), [*reads, one.out], one.overwrite)
     for folder in (path for path in reads if one.overlays and path.is_dir()):
@@ -538,12 +563,30 @@ def predict(one: Predict) -> None:
             write_overlay(pictures[image.id], read_image(image.path), instances, classes)
         return instances
 
+    if one.shard:
+        choices = {"min_score": one.min_score}
+        shard = parse_shard(one.shard)
+        part, skipped = predict_shard(
+            predictor, images, one.module, one.out, shard, keep=keep, choices=choices, cache=one.cache
+        )
+        print(f"{part.path}: {len(part.images)} images" + (f", {len(skipped)} skipped" if skipped else ""))
+        return
     skipped = predict_images(predictor, images, one.module, one.out, keep=keep, cache=one.cache)
     done = len(images) - len(skipped)
     if predictor.first:
         print(f"{one.out}: {done} images" + (f", {len(skipped)} skipped" if skipped else ""))
     if skipped and not done:
         raise InputError("no image could be read; see the lines above")
+
+
+def merge(one: Merge) -> None:
+    """``labelpenet merge``."""
+    from labelpenet.data.files import check_outputs
+    from labelpenet.formats.parts import merge_parts
+
+    check_outputs([one.out], one.parts, one.overwrite)
+    photographs, instances = merge_parts(one.parts, one.out)
+    print(f"{one.out}: {photographs} images, {instances} instances")
 
 
 def evaluate(one: Evaluate) -> None:
@@ -661,6 +704,7 @@ RUN = {
     Train: train,
     ForwardBackward: forward_backward,
     Predict: predict,
+    Merge: merge,
     Evaluate: evaluate,
     Proposals: proposals,
     Export: export,
