@@ -9,15 +9,20 @@ from labelpenet.instances import Instances
 
 if TYPE_CHECKING:
     from labelpenet.models.cascade import LabelPEnet
+    from labelpenet.models.student import Student, load
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Instances", "LabelPEnet", "__version__"]
+__all__ = ["InputError", "Instances", "LabelPEnet", "Student", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """`LabelPEnet` on first use: its imports take seconds, which ``labelpenet --help`` need not wait for."""
+    """The networks on first use: their imports take seconds, which ``labelpenet --help`` need not wait for."""
     if name == "LabelPEnet":
         from labelpenet.models.cascade import LabelPEnet
 
         return LabelPEnet
+    if name in ("Student", "load"):
+        from labelpenet.models import student
+
+        return getattr(student, name)
     raise AttributeError(f"module 'labelpenet' has no attribute {name!r}")

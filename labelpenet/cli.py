@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -19,6 +19,7 @@ from tyro.conf import Positional, arg, subcommand
 from labelpenet.errors import InputError
 
 if TYPE_CHECKING:
+    from labelpenet.instances import Instances
     from labelpenet.training.supervised import Supervision
 
 Comma = Annotated[str | None, arg(metavar="A,B,...")]
@@ -133,6 +134,57 @@ class ForwardBackward:
     """auto: bf16-mixed where the hardware has it, else 32-true."""
     cache: Path | None = None
     """Folder of the proposals' cache. Default: the user's cache folder."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between checkpoints."""
+
+
+@dataclass
+class Distill:
+    """Train a student on a run's labels: a standard detector, smaller and faster, that other programs can load.
+
+    The student is torchvision's Mask R-CNN with a feature pyramid. It learns what the run's last module found in the
+    photographs that the run was trained on, or what a file says that somebody corrected. Every command that takes a run
+    takes the student's folder, too.
+
+    Try:
+      labelpenet distill runs/voc VOCdevkit/VOC2012 --out runs/student --weights mobilenet_v2.safetensors
+      labelpenet distill runs/voc photos/ --out runs/student --labels corrected.json
+      labelpenet distill runs/voc photos/ --out runs/student --resume
+      labelpenet distill runs/voc VOCdevkit/VOC2012 --out runs/yardstick --supervision full
+    """
+
+    run: Positional[Path]
+    """Run folder of the cascade."""
+    data: Positional[Path]
+    """The photographs that it was trained on."""
+    out: Path
+    """Folder to write."""
+    labels: Path | None = None
+    """Predictions or COCO file to learn from. Default: RUN/instances/module4.json."""
+    supervision: Literal["labels", "full"] = "labels"
+    """labels: the run's. full, a yardstick: the true boxes and masks of DATA."""
+    backbone: str | None = None
+    """mobilenet_v2, vgg16 or timm/NAME. Default: the run's."""
+    weights: Path | None = None
+    """ImageNet weights of the backbone, as for `train`."""
+    split: str | None = None
+    """As for `train`."""
+    resume: bool = False
+    """Continue what OUT holds."""
+    seed: int = 0
+    """Of everything random."""
+    shorten: float = 1.0
+    """Multiply the number of steps."""
+    set: tuple[str, ...] = ()
+    """Change single choices: network, noise, images or schedule, as schedule.steps=800 noise.weighted=false ..."""
+    device: Device = "auto"
+    """Where to train."""
+    devices: int = 1
+    """Processes on this machine (one per GPU)."""
+    nodes: int = 1
+    """Machines."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    """auto: bf16-mixed where the hardware has it, else 32-true."""
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints."""
 
@@ -319,6 +371,7 @@ class Demo:
 Command = (
     Annotated[Train, subcommand("train")]
     | Annotated[ForwardBackward, subcommand("forward-backward")]
+    | Annotated[Distill, subcommand("distill")]
     | Annotated[Predict, subcommand("predict")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Proposals, subcommand("proposals")]
@@ -437,6 +490,56 @@ def forward_backward(one: ForwardBackward) -> None:
         source={"data": str(one.data), "split": split},
         held_out=held_out,
         observe_minutes=one.observe_minutes,
+    )
+    print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
+
+
+def distill(one: Distill) -> None:
+    """``labelpenet distill``."""
+    from labelpenet import config
+    from labelpenet.data import open_annotated, open_tagged, training_split
+    from labelpenet.export import read_predictions
+    from labelpenet.models.cascade import read_run
+    from labelpenet.training import distill as training
+    from labelpenet.training.inferred import path_of
+    from labelpenet.training.supervised import read_supervision
+
+    facts = read_run(one.run)
+    recipe = config.override(config.StudentRecipe(), one.set)
+    recipe = config.shorten(recipe, one.shorten)
+    split = one.split or training_split(one.data)
+    images = open_tagged(one.data, split, facts["classes"])
+    notes = images.notes
+    labels: Mapping[str, Instances]
+    if one.supervision == "full":
+        if one.labels:
+            raise InputError("--labels and --supervision full exclude each other: the labels are DATA's own")
+        found = read_supervision("full", open_annotated(one.data, split, images.classes))
+        labels, notes = found.truths, (*notes, *found.notes)
+    else:
+        path = one.labels or path_of(one.run, "module4")
+        if not path.is_file():
+            raise InputError(f"{path}: not there; train the run's module 4, or give labels with --labels")
+        labels = read_predictions(path, images, images.classes, list(range(1, len(images.classes) + 1)))
+        notes = (*notes, *labels.notes)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    training.distill(
+        images,
+        labels,
+        one.out,
+        recipe,
+        backbone=one.backbone or facts["backbone"],
+        weights=one.weights,
+        resume=one.resume,
+        seed=one.seed,
+        device=one.device,
+        devices=one.devices,
+        nodes=one.nodes,
+        precision=one.precision,
+        checkpoint_minutes=one.checkpoint_minutes,
+        source={"data": str(one.data), "split": split, "teacher": str(one.run)},
+        supervision=one.supervision,
     )
     print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
 
@@ -583,6 +686,7 @@ def _names(text: str | None) -> list[str] | None:
 RUN = {
     Train: train,
     ForwardBackward: forward_backward,
+    Distill: distill,
     Predict: predict,
     Evaluate: evaluate,
     Proposals: proposals,

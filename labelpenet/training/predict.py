@@ -17,13 +17,14 @@ from labelpenet.errors import InputError
 from labelpenet.export import read_predictions, write_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet, proposal_settings, read_run
+from labelpenet.models.student import load
 from labelpenet.training.logging import Progress
 from labelpenet.training.machine import build_fabric, map_images
 from labelpenet.training.pretrain import Boxes
 
 
 class Predictor:
-    """The cascade of a run folder on a device, in the precision that it was trained in where the device has it.
+    """The cascade or student of a run folder on a device, in the precision that it was trained in where the device has it.
 
     Args:
         run: the run folder.
@@ -33,7 +34,7 @@ class Predictor:
     def __init__(self, run: Path, device: str = "auto", devices: int = 1, nodes: int = 1):
         read_run(run)
         self.fabric = build_fabric(device, devices, nodes)
-        self.network = LabelPEnet.from_run(run, self.fabric.device)
+        self.network = load(run, self.fabric.device)
 
     @property
     def first(self) -> bool:
