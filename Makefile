@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test lint types slow demo clean
+.PHONY: install test lint types slow test-oldest demo clean
 
 install: .venv/.installed
 
@@ -22,6 +22,13 @@ test: lint types
 
 slow: install
 	$(BIN)/python -m pytest -m slow
+
+# The tests with the oldest versions that pyproject.toml allows, in an environment of their own.
+test-oldest:
+	test -x .venv-oldest/bin/python || $(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest/bin/python --resolution lowest-direct -e '.[dev]'
+	.venv-oldest/bin/python -m pytest
 
 demo: install
 	$(BIN)/labelpenet demo --out demo

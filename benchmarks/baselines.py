@@ -7,7 +7,7 @@ In the setting of a run (classes, stem, size of the images, tags only):
 - **class activation map**: a linear classifier on the globally pooled last feature map, trained on the tags. A class's
   map is that map weighted by the class's weights, added over the image's size and half of it, and divided by its
   maximum; above a threshold, its largest component is the mask, and the mask's tight box the box. With dense CRF
-  (settings ``infer1``), the threshold is its background.
+  (settings ``infer1``), the threshold is its own.
 - **whole image**: one box, and mask, for each class.
 - **module 1, top proposals**: the run's module 1 before calibration.
 
@@ -38,11 +38,12 @@ from torch import Tensor, nn
 
 from labelpenet.calibration import CalibrationSettings
 from labelpenet.calibration.calibrate import segment, settle, working_canvas
-from labelpenet.data import AnnotatedImages, Truth, open_annotated, read_image
+from labelpenet.data import AnnotatedImages, Truth, read_image
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou, cascade_table, classification_ap, evaluate, mask_iou
+from labelpenet.formats import open_annotated
 from labelpenet.instances import Instances, encode_masks
 from labelpenet.models.cascade import calibration_settings, proposal_settings, read_run
 from labelpenet.models.classification import Classification
@@ -200,7 +201,7 @@ def variants(network: Any, thresholds: Mapping[str, float], tagged: bool) -> dic
     """The settings of `cut` by name; classes compete for pixels where they are known to be there."""
     base = replace(calibration_settings(network.recipe.infer1), box="mask", part=1.0, joint=tagged)
     return {
-        name: replace(base, background=threshold, iterations=base.iterations if name.endswith("CRF") else 0)
+        name: replace(base, threshold=threshold, iterations=base.iterations if name.endswith("CRF") else 0)
         for name, threshold in thresholds.items()
     }
 

@@ -26,9 +26,10 @@ from torch import Tensor
 from labelpenet import config
 from labelpenet.calibration.calibrate import calibrate, segment, working_canvas
 from labelpenet.config import InferenceChoice
-from labelpenet.data import open_tagged, read_image
+from labelpenet.data import read_image
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.formats import open_tagged
 from labelpenet.models.attention import roi_attention
 from labelpenet.models.cascade import LabelPEnet, calibration_settings, proposal_settings
 from labelpenet.training.predict import Predictor

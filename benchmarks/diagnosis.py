@@ -53,7 +53,7 @@ from torch import Tensor
 
 from labelpenet.calibration import project_maps
 from labelpenet.calibration.calibrate import grow_masks, largest_parts, segment, working_canvas
-from labelpenet.data import AnnotatedImages, Truth, open_annotated, read_image
+from labelpenet.data import AnnotatedImages, Truth, read_image
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.errors import InputError
@@ -68,7 +68,7 @@ from labelpenet.evaluation import (
     match_masks,
     record,
 )
-from labelpenet.export import read_predictions
+from labelpenet.formats import open_annotated, read_predictions
 from labelpenet.instances import Instances, encode_masks
 from labelpenet.models.cascade import calibration_settings, proposal_settings, read_run
 from labelpenet.training.inferred import path_of, read_inferred

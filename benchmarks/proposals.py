@@ -20,7 +20,7 @@ import cv2
 from labelpenet.data.dataset import TaggedImage, Truth
 from labelpenet.data.images import read_image
 from labelpenet.data.proposals import ProposalSettings, compute_proposals, propose, recall
-from labelpenet.data.recognise import open_annotated
+from labelpenet.formats import open_annotated
 
 COUNTS = (100, 300, 1000, 10**6)
 GRID = [

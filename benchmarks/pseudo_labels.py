@@ -44,10 +44,11 @@ from labelpenet.calibration.calibrate import (
     unaries,
     working_canvas,
 )
-from labelpenet.data import open_annotated, read_image
+from labelpenet.data import read_image
 from labelpenet.data.dataset import TaggedImage, Truth
 from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.evaluation import box_iou, mask_iou
+from labelpenet.formats import open_annotated
 from labelpenet.instances import Instances, encode_masks
 from labelpenet.models.attention import roi_attention
 from labelpenet.models.cascade import LabelPEnet, calibration_settings, proposal_settings
@@ -120,13 +121,13 @@ class Result:
 # -- the variants ----------------------------------------------------------------------------------------------------
 
 
-def vary(base: Variant, name: str, backgrounds: tuple[float, ...] = (), **changes: Any) -> list[Variant]:
-    """The variant with fields of its own or of its settings changed, one for each background if there are any."""
+def vary(base: Variant, name: str, thresholds: tuple[float, ...] = (), **changes: Any) -> list[Variant]:
+    """The variant with fields of its own or of its settings changed, one for each threshold if there are any."""
     own = {key: value for key, value in changes.items() if key in ("score", "kind", "before", "after", "every")}
     settings = replace(base.settings, **{key: value for key, value in changes.items() if key not in own})
     one = replace(base, name=name, settings=settings, **own)
     return [
-        replace(one, name=f"{name}, background {b:g}", settings=replace(settings, background=b)) for b in backgrounds
+        replace(one, name=f"{name}, threshold {t:g}", settings=replace(settings, threshold=t)) for t in thresholds
     ] or [one]
 
 
@@ -140,14 +141,14 @@ def classification_variants(settings: CalibrationSettings, sample: int) -> list[
     excited: dict[str, Any] = {"kind": "excitation", "every": sample}
     return [
         base,
-        *vary(base, "background", (0.25, 0.35, 0.4)),
-        *vary(base, "background 1 - sum", background=None),
+        *vary(base, "threshold", (0.25, 0.35, 0.4)),
+        *vary(base, "1 - sum", threshold=None),
         *vary(base, "score: logit", (0.3, 0.4), score="logit"),
         *vary(base, "score: softmax times w", (0.2, 0.3), score="softmax w"),
         *vary(base, "score: logit times w", (0.3,), score="logit w"),
         *vary(base, "score: w", (0.3,), score="w"),
         *vary(base, "product", (0.05, 0.1, 0.15), combine="product"),
-        *vary(base, "product, 1 - sum", combine="product", background=None),
+        *vary(base, "product, 1 - sum", combine="product", threshold=None),
         *vary(base, "product, not scaled after", (0.1,), combine="product", after=False),
         *vary(base, "mean, not scaled after", (0.3, 0.4), after=False),
         *vary(base, "mean of sums, scaled after", (0.3,), before=False),
@@ -175,10 +176,10 @@ def detection_variants(settings: CalibrationSettings, sample: int) -> list[Varia
     excited: dict[str, Any] = {"kind": "excitation", "every": sample}
     return [
         base,
-        *vary(base, "background", (0.3, 0.35, 0.45, 0.5)),
-        *vary(base, "background 1 - sum", background=None),
+        *vary(base, "threshold", (0.3, 0.35, 0.45, 0.5)),
+        *vary(base, "1 - sum", threshold=None),
         *vary(base, "product", (0.05, 0.1, 0.15, 0.2), combine="product"),
-        *vary(base, "product, 1 - sum", combine="product", background=None),
+        *vary(base, "product, 1 - sum", combine="product", threshold=None),
         *vary(base, "mean, not scaled after", (0.3,), after=False),
         *vary(base, "mean of sums, scaled after", (0.4,), before=False),
         *vary(base, "heat-map alone", (0.4, 0.5), combine="heat"),
@@ -357,7 +358,7 @@ def label(scene: Scene, variants: list[Variant]) -> list[Result]:
     canvas, scale = working_canvas(scene.image, variants[0].settings.side)
     shared = Shared(scene, canvas, torch.tensor([*scale, *scale]))
     shared.attend(variants)
-    started = [unaries(shared.confidence(v), v.settings) for v in variants]
+    started = [unaries(shared.confidence(v), v.settings, shared.attention(v)) for v in variants]
     settled: dict[int, Tensor] = {}
     widths = lambda s: (s.sxy_gaussian, s.compat_gaussian, s.sxy_bilateral, s.srgb, s.compat_bilateral)  # noqa: E731
     for crf_of in {widths(v.settings) for v in variants if v.settings.iterations}:

@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -46,8 +46,9 @@ from torchvision.ops import MultiScaleRoIAlign
 from labelpenet import config
 from labelpenet.calibration import DenseCRF
 from labelpenet.config import Recipe, Schedule
-from labelpenet.data import TaggedImages, open_tagged, read_image, training_split, write_scenes
+from labelpenet.data import TaggedImages, read_image, write_scenes
 from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.formats import open_tagged, training_split
 from labelpenet.instances import Instances
 from labelpenet.models.backbones import Backbone, build_backbone
 from labelpenet.models.cascade import MODULES, LabelPEnet, proposal_settings

@@ -410,7 +410,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train(one: Train) -> None:
     """``labelpenet train``."""
     from labelpenet import config
-    from labelpenet.data import open_annotated, open_tagged, training_split
+    from labelpenet.formats import open_annotated, open_tagged, training_split
 
     recipe = config.override(config.shorten(config.recipe(one.recipe), one.shorten), one.set)
     split = one.split or training_split(one.data)
@@ -449,8 +449,8 @@ def _supervision(one: Train, split: str | None, classes: Sequence[str]) -> Super
         raise InputError("--supervised goes with --supervision mixed; to train on other photographs use --split")
     if one.supervision == "tags":
         return None
-    from labelpenet.data import open_annotated
     from labelpenet.data.files import read_names
+    from labelpenet.formats import open_annotated
     from labelpenet.training.supervised import read_supervision
 
     listed = read_names(one.supervised) if one.supervised else None
@@ -463,7 +463,7 @@ def _supervision(one: Train, split: str | None, classes: Sequence[str]) -> Super
 def forward_backward(one: ForwardBackward) -> None:
     """``labelpenet forward-backward``."""
     from labelpenet import config
-    from labelpenet.data import open_annotated, open_tagged, training_split
+    from labelpenet.formats import open_annotated, open_tagged, training_split
     from labelpenet.models.cascade import read_run
     from labelpenet.training import curriculum
 
@@ -546,8 +546,9 @@ def distill(one: Distill) -> None:
 
 def predict(one: Predict) -> None:
     """``labelpenet predict``."""
-    from labelpenet.data import TaggedImage, open_tagged, read_image
+    from labelpenet.data import TaggedImage, read_image
     from labelpenet.data.images import find_images
+    from labelpenet.formats import open_tagged
     from labelpenet.instances import Instances
     from labelpenet.training.predict import Predictor, predict_images
 
@@ -577,11 +578,10 @@ def predict(one: Predict) -> None:
 
 def evaluate(one: Evaluate) -> None:
     """``labelpenet evaluate``."""
-    from labelpenet.data import open_annotated
+    from labelpenet.data.files import write_bytes
     from labelpenet.evaluation import evaluate as measure
     from labelpenet.evaluation import paper_tables, summary_table
-    from labelpenet.export import read_predictions
-    from labelpenet.export.files import write_bytes
+    from labelpenet.formats import open_annotated, read_predictions
 
     annotated = open_annotated(one.data, one.split, _names(one.classes))
     tagged = annotated.tagged
@@ -600,8 +600,8 @@ def evaluate(one: Evaluate) -> None:
 
 def proposals(one: Proposals) -> None:
     """``labelpenet proposals``."""
-    from labelpenet.data import open_annotated, open_tagged
     from labelpenet.data.proposals import ProposalSettings, compute_proposals, default_cache, recall, recall_table
+    from labelpenet.formats import open_annotated, open_tagged
 
     images = open_tagged(one.data, one.split, _names(one.classes))
     settings = ProposalSettings(method=one.method, side=one.side, model=one.model)
@@ -619,9 +619,8 @@ def proposals(one: Proposals) -> None:
 
 def export(one: Export) -> None:
     """``labelpenet export``."""
-    from labelpenet.data import open_tagged
-    from labelpenet.export import export as write
-    from labelpenet.export import read_predictions
+    from labelpenet.formats import export as write
+    from labelpenet.formats import open_tagged, read_predictions
 
     images = open_tagged(one.data, one.split, _names(one.classes))
     predictions = read_predictions(one.predictions, images, images.classes, list(range(1, len(images.classes) + 1)))
@@ -642,7 +641,8 @@ def measure(one: Measure) -> None:
 
 def report(one: Report) -> None:
     """``labelpenet report``."""
-    from labelpenet.data import AnnotatedImages, TaggedImages, open_annotated, open_tagged
+    from labelpenet.data import AnnotatedImages, TaggedImages
+    from labelpenet.formats import open_annotated, open_tagged
     from labelpenet.models.cascade import read_run
     from labelpenet.report import write_report
 

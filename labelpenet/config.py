@@ -105,7 +105,7 @@ class InferenceChoice:
     per_class: int = 20
     min_score: float = 0.5
     attended: int = 1000
-    background: float | None = None
+    threshold: float | None = None
     joint: bool = True
     side: int | None = None
     sxy_gaussian: float = 3.0
@@ -271,15 +271,15 @@ def best() -> Recipe:
         classification=ClassificationChoice(pool="align", freeze_head=True, attention="gradient"),
         detection=detector,
         segmentation=detector,
-        infer1=InferenceChoice(combine="mean", members="class", per_class=1, attended=120, background=0.3, **crf),
-        infer2=InferenceChoice(combine="mean", per_class=5, attended=80, background=0.4, duplicate=0.5, **crf),
-        infer3=replace(label, background=0.4),
-        infer4=replace(label, background=0.2),
+        infer1=InferenceChoice(combine="mean", members="class", per_class=1, attended=120, threshold=0.3, **crf),
+        infer2=InferenceChoice(combine="mean", per_class=5, attended=80, threshold=0.4, duplicate=0.5, **crf),
+        infer3=replace(label, threshold=0.4),
+        infer4=replace(label, threshold=0.2),
         predict2=InferenceChoice(
-            combine="mean", min_score=0.05, box="proposal", joint=False, attended=80, background=0.4, vote=True, **crf
+            combine="mean", min_score=0.05, box="proposal", joint=False, attended=80, threshold=0.4, vote=True, **crf
         ),
-        predict3=replace(answer, background=0.3),
-        predict4=replace(answer, background=0.2),
+        predict3=replace(answer, threshold=0.3),
+        predict4=replace(answer, threshold=0.2),
         schedule1=Schedule(steps=1200, lr=1e-3, kind="adam", weight_decay=0.0, batch_size=8),
         schedule2=schedule,
         schedule3=replace(schedule, steps=800),
@@ -304,7 +304,7 @@ def recipe(name: str) -> Recipe:
 def demo() -> Recipe:
     """A tiny schedule for generated scenes of about 160 pixels and the backbone `tiny`: minutes on two cores."""
     crf: dict[str, Any] = {
-        "sxy_bilateral": 30.0, "srgb": 8.0, "compat_bilateral": 5.0, "iterations": 5, "background": 0.45, "part": 1.0,
+        "sxy_bilateral": 30.0, "srgb": 8.0, "compat_bilateral": 5.0, "iterations": 5, "threshold": 0.45, "part": 1.0,
         "attended": 40, "duplicate": 0.5,
     }  # fmt: skip
     detector = DetectorChoice(

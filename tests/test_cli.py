@@ -95,7 +95,7 @@ def test_measure_passes_over_photographs_that_it_cannot_read(run: Path, kit: Pat
 
 
 def test_the_pseudo_labels_hold_only_tags(run: Path, kit: Path) -> None:
-    from labelpenet.data import open_tagged
+    from labelpenet.formats import open_tagged
 
     images = open_tagged(kit, "train")
     tags = {image.id: {images.classes[tag] for tag in image.tags} for image in images.images}

@@ -59,14 +59,14 @@ def test_override_changes_one_choice_and_leaves_the_rest():
             "images.sides=480,576",
             "images.flip=false",
             "images.test_side=320",
-            "infer1.background=0.25",
+            "infer1.threshold=0.25",
             "schedule3.decay=0.5:0.1,0.9:0.01",
             "schedule3.kind=adamw",
         ],
     )
     assert after.schedule2.steps == 800
     assert after.images.sides == (480, 576) and after.images.flip is False and after.images.test_side == 320
-    assert after.infer1.background == 0.25
+    assert after.infer1.threshold == 0.25
     assert after.schedule3.decay == ((0.5, 0.1), (0.9, 0.01)) and after.schedule3.kind == "adamw"
     assert (after.schedule1, after.schedule4, after.infer2) == (before.schedule1, before.schedule4, before.infer2)
     assert override(after, ["images.test_side=none"]).images.test_side is None

@@ -22,9 +22,9 @@ from PIL import Image
 from torch import nn
 
 from labelpenet.cli import main
-from labelpenet.data import open_annotated, open_tagged, proposals, write_scenes
-from labelpenet.data.voc import VOC_CLASSES
-from labelpenet.export import export_voc, read_predictions
+from labelpenet.data import proposals, write_scenes
+from labelpenet.data.dataset import VOC_CLASSES
+from labelpenet.formats import export_voc, open_annotated, open_tagged, read_predictions
 from labelpenet.models import backbones
 
 PAGE = Path(__file__).parents[1] / "docs" / "reproduce.md"

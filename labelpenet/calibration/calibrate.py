@@ -5,6 +5,7 @@ Shape letters: ``R`` proposals, ``C`` foreground classes, ``K`` instances, ``H, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -30,6 +31,9 @@ from labelpenet.instances import Instances, masks_to_boxes
 Attend = Callable[[Tensor, Tensor], Tensor]
 """(n,) indices of proposals and (n,) their class indices to (n, a, a) attention maps >= 0 of those proposals."""
 
+SURE = 1e-3
+"""Confidences are taken to be in [SURE, 1 - SURE]: no map is ever surer than that."""
+
 COMBINE = ("product", "mean", "heat")
 MEMBERS = ("suppressed", "class")
 BOX = ("mask", "proposal")
@@ -49,8 +53,9 @@ class CalibrationSettings:
         per_class: instances kept for each class, at most.
         min_score: a further instance of a class needs this score; the first is kept in any case.
         attended: proposals of each class, best first, whose attention map is computed.
-        background: None for the paper's background map ``max(0, 1 - sum of the maps)``; a number for a constant
-            confidence of the background, which is the confidence at which a pixel is equally likely either.
+        threshold: confidence in (0, 1) at which a pixel is as likely the object's as the background's; the CRF starts
+            from the log-odds against it. None for the paper's background map ``max(0, 1 - sum of the attention maps)``
+            (of the confidence maps where there is no attention map).
         joint: one CRF with a label for every instance and the background, so that instances compete for pixels;
             otherwise each instance against background alone.
         side: longer side of the canvas that maps and CRF live on, in pixels; None for the image's own.
@@ -70,7 +75,7 @@ class CalibrationSettings:
     per_class: int = 1
     min_score: float = 0.5
     attended: int = 1000
-    background: float | None = None
+    threshold: float | None = None
     joint: bool = True
     side: int | None = None
     sxy_gaussian: float = 3.0
@@ -171,7 +176,7 @@ def calibrate(
         confidence = heat
     else:
         confidence = normalise(confidence_map(attention, heat, "product" if settings.combine == "product" else "mean"))
-    marginals = segment(canvas, confidence, settings)
+    marginals = segment(canvas, confidence, settings, attention)
     found = settle(marginals, boxes[seeds].float(), labels, scores[seeds, labels], size, settings)
     alive = distinct(found, settings.duplicate)
     found, trace = found[alive], Trace(normalise(attention)[alive], heat[alive], confidence[alive], marginals[alive])
@@ -316,13 +321,18 @@ def instance_heat(
     return normalise(heat_map(boxes, (member * scores[:, labels].T).T, canvas))
 
 
-def segment(canvas: np.ndarray, confidence: Tensor, settings: CalibrationSettings) -> Tensor:
+def segment(
+    canvas: np.ndarray, confidence: Tensor, settings: CalibrationSettings, attention: Tensor | None = None
+) -> Tensor:
     """Foreground probabilities (K, h, w) of the instances after the dense CRF.
 
     Args:
-        canvas: (h, w, 3) uint8; confidence: (K, h, w) in [0, 1].
+        canvas: (h, w, 3) uint8.
+        confidence: (K, h, w) in [0, 1].
+        attention: (K, h, w) >= 0, the instance attention maps that the paper's background map is made of; the
+            confidence maps if None.
     """
-    p = unaries(confidence, settings)
+    p = unaries(confidence, settings, attention)
     if settings.iterations:
         crf = DenseCRF(
             torch.as_tensor(canvas).to(confidence.device),
@@ -337,23 +347,30 @@ def segment(canvas: np.ndarray, confidence: Tensor, settings: CalibrationSetting
     return foreground(p, settings.joint)
 
 
-def unaries(confidence: Tensor, settings: CalibrationSettings) -> Tensor:
+def unaries(confidence: Tensor, settings: CalibrationSettings, attention: Tensor | None = None) -> Tensor:
     """What the CRF starts from: probabilities of the background, the first label, and the instances.
+
+    With a threshold t an instance of confidence c has the odds ``c / (1 - c) : t / (1 - t)`` against the background, so
+    that both sides can become equally sure; alone it has the probability sigmoid(logit(c) - logit(t)). A constant
+    background b against c, as one might write first, would leave the object at most 1 / (1 + b).
 
     Args:
         confidence: (K, h, w) in [0, 1].
+        attention: as for `segment`.
 
     Returns:
         (1, K + 1, h, w) where the instances compete (``joint``), else (K, 2, h, w), each against the background alone.
     """
-    if settings.background is None:
-        background = background_map(confidence)
+    if settings.threshold is None:
+        background = background_map(confidence if attention is None else normalise(attention))
+        object_ = confidence
     else:
-        background = torch.full_like(confidence[0], settings.background)
+        background = torch.ones_like(confidence[0])
+        object_ = (torch.logit(confidence, SURE) - math.log(settings.threshold / (1 - settings.threshold))).exp()
     if settings.joint:
-        p = torch.cat([background[None], confidence])[None]
+        p = torch.cat([background[None], object_])[None]
     else:
-        p = torch.stack([background.expand_as(confidence), confidence], 1)
+        p = torch.stack([background.expand_as(object_), object_], 1)
     return (p / p.sum(1, keepdim=True).clamp(min=1e-8)).clamp(0, 1)
 
 

@@ -1,8 +1,7 @@
-"""Where images and tags come from: VOC, COCO, folders, Label Studio and generated scenes; and proposals for them."""
+"""Images, tags and truth as the rest of the project knows them; photographs, generated scenes, proposals, files."""
 
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, Truth
 from labelpenet.data.images import read_image
-from labelpenet.data.recognise import open_annotated, open_tagged, training_split
 from labelpenet.data.scenes import write_scenes
 
 __all__ = [
@@ -10,9 +9,6 @@ __all__ = [
     "TaggedImage",
     "TaggedImages",
     "Truth",
-    "open_annotated",
-    "open_tagged",
     "read_image",
-    "training_split",
     "write_scenes",
 ]

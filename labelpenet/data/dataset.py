@@ -18,6 +18,12 @@ from labelpenet.data.files import brief, listing
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 
+# Index i + 1 in VOC's class maps.
+VOC_CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+
 
 @dataclass(frozen=True)
 class TaggedImage:

@@ -1,11 +1,15 @@
-"""Reading files that somebody else wrote, without trusting them.
+"""Files: read without trusting them, written whole or not at all.
 
-Everything here turns a missing, damaged or hostile file into one `InputError` that names the file and the remedy.
+Everything here turns a missing, damaged or hostile file, and a disk that fails, into one `InputError` that names the
+file and the remedy.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -120,3 +124,45 @@ def listing(names: Iterable[str], limit: int = 30) -> str:
     """Names for an error message: comma-separated, in order, at most ``limit`` of them."""
     names = [one_line(name) for name in names]
     return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "") or "none"
+
+
+def write_bytes(path: Path, content: bytes) -> Path:
+    """Writes a file, and its folder where that is missing: by a temporary file beside it, which then takes its name.
+
+    Raises:
+        InputError: the file cannot be written (full disk, no permission, a folder of that name); the old file, if any,
+            is as it was.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(temporary).chmod(0o666 & ~mask)  # mkstemp's 0600 would hide the file from the user's other tools
+        os.replace(temporary, path)  # noqa: PTH105
+        temporary = None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+    return path
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes a UTF-8 file as `write_bytes` does."""
+    return write_bytes(path, text.encode("utf-8"))
+
+
+def safe_name(name: str) -> str:
+    """A name as one plain file name: letters, digits, ``.``, ``-`` and ``_`` stay, anything else becomes ``_``.
+
+    Neither a slash, a drive, ``..``, a hidden file nor a name longer than file systems take comes out.
+    """
+    plain = re.sub(r"[^\w.-]", "_", name).strip("._-") or "unnamed"
+    while len(plain.encode()) > 150:
+        plain = plain[:-1]
+    return plain

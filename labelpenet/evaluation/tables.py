@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from labelpenet.data.voc import VOC_CLASSES
+from labelpenet.data.dataset import VOC_CLASSES
 from labelpenet.errors import InputError
 
 Style = Literal["text", "markdown", "latex"]

@@ -69,7 +69,7 @@ class View:
         if one.masks is not None:
             masks = torch.zeros(len(one), height, width, dtype=torch.bool)
             for index, mask in enumerate(one.masks.cpu().numpy()):
-                resized = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
+                resized = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
                 masks[index] = torch.from_numpy(resized.astype(bool))
             masks = masks.flip(-1) if self.flipped else masks
             masks = masks.to(self.pixels.device)

@@ -67,6 +67,26 @@ class RPNHead(nn.Module):
         return [self.objectness(h).float() for h in hidden], [self.regression(h).float() for h in hidden]
 
 
+class StrideAnchors(AnchorGenerator):
+    """Anchors of one map at multiples of the map's true stride.
+
+    torchvision divides the image's side by the number of cells, which is another stride where the map was rounded up:
+    for 721 pixels in 46 cells 15 instead of 16, 41 pixels off at the far edge.
+    """
+
+    def __init__(self, sides: tuple[int, ...], ratios: tuple[float, ...], stride: int):
+        super().__init__((sides,), (ratios,))
+        self.stride = stride
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """Anchors (A, 4) in pixels for each image; the same for all, as they share the map."""
+        features = feature_maps[0]
+        self.set_cell_anchors(features.dtype, features.device)
+        stride = torch.tensor(self.stride, device=features.device)
+        anchors = self.grid_anchors([list(features.shape[-2:])], [[stride, stride]])
+        return [torch.cat(anchors)] * len(image_list.image_sizes)
+
+
 class WeightedRPN(RegionProposalNetwork):
     """torchvision's RPN with the instance's weight as soft target and regression weight (equation 3).
 
@@ -160,7 +180,7 @@ class Detector(nn.Module):
         self.num_classes, self.settings = num_classes, settings
         self.tail = tail.module
         self.rpn = WeightedRPN(
-            AnchorGenerator((settings.anchor_sides,), (ANCHOR_RATIOS,)),
+            StrideAnchors(settings.anchor_sides, ANCHOR_RATIOS, tail.stride),
             RPNHead(tail.channels, len(settings.anchor_sides) * len(ANCHOR_RATIOS)),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,

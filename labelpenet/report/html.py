@@ -14,11 +14,10 @@ import jinja2
 from markupsafe import Markup
 
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
-from labelpenet.data.files import read_json
+from labelpenet.data.files import read_json, write_text
 from labelpenet.errors import InputError
 from labelpenet.evaluation import Table, cascade_table, summary_table
-from labelpenet.export import read_predictions
-from labelpenet.export.files import write_text
+from labelpenet.formats import read_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import MODULES, LabelPEnet, read_run
 from labelpenet.report.overlays import encode_picture

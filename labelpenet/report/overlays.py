@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from labelpenet.export.files import write_bytes
+from labelpenet.data.files import write_bytes
 from labelpenet.instances import Instances
 
 # Okabe and Ito's palette, without black: distinct in the three common kinds of colour blindness.

@@ -198,7 +198,7 @@ def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
     """(N, H, W) bool masks resized to the nearest pixel: (N, *size) bool on the CPU."""
     resized = torch.zeros(len(masks), *size, dtype=torch.bool)
     for index, mask in enumerate(masks.cpu().numpy().astype(np.uint8)):
-        small = cv2.resize(mask, (size[1], size[0]), interpolation=cv2.INTER_NEAREST)
+        small = cv2.resize(mask, (size[1], size[0]), interpolation=cv2.INTER_NEAREST_EXACT)
         resized[index] = torch.from_numpy(small.astype(bool))
     return resized
 
@@ -235,7 +235,9 @@ def _map_rows(source: Source, canvas: np.ndarray, found: Instances, trace: Trace
     settings = replace(calibration_settings(source.network.recipe.infer1), iterations=0)
     blank = np.zeros((*trace.confidence.shape[-2:], 3), np.uint8)  # without iterations the CRF's image is not looked at
     size = (canvas.shape[0], canvas.shape[1])
-    before = resize_masks(grow_masks(segment(blank, trace.confidence, settings), found.image_size), size)
+    before = resize_masks(
+        grow_masks(segment(blank, trace.confidence, settings, trace.attention), found.image_size), size
+    )
     after = resize_masks(found.masks, size)
     shown = [
         index

@@ -130,7 +130,7 @@ def plain(config: Mapping[str, Any]) -> dict[str, Any]:
 def versions() -> dict[str, str | None]:
     """The versions of what decides a result: python, labelpenet and the libraries that compute."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("labelpenet", "torch", "torchvision", "lightning", "numpy", "opencv-contrib-python-headless"):
+    for name in ("labelpenet", "torch", "torchvision", "lightning-fabric", "numpy", "opencv-contrib-python-headless"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

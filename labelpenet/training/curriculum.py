@@ -216,14 +216,17 @@ class Phase:
         """Module 1's ``x^c`` (R, C + 1) and ``x^p`` (R, C), for its losses."""
         module = self.network.classification
         learns = any(parameter.requires_grad for parameter in module.head.parameters())
-        # Behind a frozen RoI head the features of hundreds of RoIs would send the stem a gradient at great cost.
+        # Behind a frozen RoI head the features of hundreds of RoIs would send the stem a gradient at great cost. They
+        # are also those of inference, for a head that does not learn needs no dropout.
+        module.head.train(learns)
         with torch.set_grad_enabled(learns):
-            self.features = module.features(self.stem, self.boxes)
+            features = module.features(self.stem, self.boxes)
             frames = None
             if module.contrast:
                 size = (int(self.sample.view.pixels.shape[-2]), int(self.sample.view.pixels.shape[-1]))
                 frames = module.features(self.stem, frame_boxes(self.boxes, size))
-        return module(self.features, frames)
+        self.features = None if learns else features
+        return module(features, frames)
 
     def multi_label(self, x_c: Tensor, x_p: Tensor) -> Tensor:
         """Equation 2."""

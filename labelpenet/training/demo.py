@@ -8,9 +8,9 @@ from pathlib import Path
 
 from labelpenet import config
 from labelpenet.config import Recipe
-from labelpenet.data import open_annotated, open_tagged
 from labelpenet.data.scenes import write_scenes
 from labelpenet.errors import InputError
+from labelpenet.formats import open_annotated, open_tagged
 from labelpenet.training.measure import measure_run, render
 from labelpenet.training.run import train_run
 

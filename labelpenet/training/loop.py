@@ -46,7 +46,7 @@ from labelpenet.training.checkpoint import (
 from labelpenet.training.logging import MetricsLog, Progress, Row, memory_mb, write_environment
 
 if TYPE_CHECKING:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
 MAX_SKIPPED_IN_A_ROW = 20
 _BUCKET = 16 * 2**20  # numbers in one message when gradients are summed over processes
@@ -584,11 +584,9 @@ class _Trainer:
     def _update_average(self) -> None:
         if self.stage.ema is None:
             return
-        # A short memory at first, or the random start would weigh on the average for 1 / (1 - ema) steps.
-        decay = min(self.stage.ema, (1 + self.step) / (10 + self.step))
         for name, parameter in self.stage.module.named_parameters():
             if name in self.average:
-                self.average[name].lerp_(parameter.detach(), 1 - decay)
+                self.average[name].lerp_(parameter.detach(), 1 - self.stage.ema)
 
     def _draw(self) -> tuple[int, int, int, str]:
         return len(self.stage.images), self.stage.batch_size, self.seed, self.stage.name

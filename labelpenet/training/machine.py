@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 
 from labelpenet.errors import InputError
 
@@ -42,8 +42,7 @@ def build_fabric(device: str = "auto", devices: int = 1, nodes: int = 1, precisi
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "auto":
         precision = "bf16-mixed" if _multiplies_bfloat16(device) else "32-true"
-    for name in ("lightning.fabric", "lightning.pytorch"):  # what they would say, run.json and environment.json say
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # what it says, run.json and environment.json say
     try:
         fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes, precision=precision)  # type: ignore[arg-type]
         fabric.launch()

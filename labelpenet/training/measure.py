@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from labelpenet.data import open_annotated, open_tagged, read_image
+from labelpenet.data import read_image
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.evaluation import cascade_table, classification_ap, evaluate
-from labelpenet.export import read_predictions, write_predictions
+from labelpenet.formats import open_annotated, open_tagged, read_predictions, write_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import proposal_settings, read_run
 from labelpenet.training.checkpoint import write_atomically

@@ -14,7 +14,7 @@ from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.images import read_image
 from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.errors import InputError
-from labelpenet.export import read_predictions, write_predictions
+from labelpenet.formats import read_predictions, write_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet, proposal_settings, read_run
 from labelpenet.models.student import load

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 
 from labelpenet.config import Recipe
 from labelpenet.data.dataset import AnnotatedImages, TaggedImages

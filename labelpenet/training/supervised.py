@@ -135,8 +135,8 @@ def fully_supervised(one: Recipe) -> Recipe:
     return replace(
         one,
         schedule4=replace(one.schedule4, steps=steps),
-        infer4=replace(one.infer4, background=one.predict3.background),
-        predict4=replace(one.predict4, background=one.predict3.background),
+        infer4=replace(one.infer4, threshold=one.predict3.threshold),
+        predict4=replace(one.predict4, threshold=one.predict3.threshold),
     )
 
 

@@ -25,11 +25,11 @@ from labelpenet.instances import Instances, masks_to_boxes
 SIZE = (24, 32)
 CHOICES = [
     CalibrationSettings(iterations=2),
-    CalibrationSettings(iterations=2, combine="mean", members="class", background=0.3, side=16, part=0.2),
+    CalibrationSettings(iterations=2, combine="mean", members="class", threshold=0.3, side=16, part=0.2),
     CalibrationSettings(iterations=2, combine="heat", joint=False, per_class=3, duplicate=0.5, min_score=0.1),
-    CalibrationSettings(iterations=0, combine="mean", background=0.4, box="proposal"),
-    CalibrationSettings(iterations=1, combine="mean", background=0.4, weight="agreement"),
-    CalibrationSettings(iterations=1, combine="mean", background=0.4, weight="overlap"),
+    CalibrationSettings(iterations=0, combine="mean", threshold=0.4, box="proposal"),
+    CalibrationSettings(iterations=1, combine="mean", threshold=0.4, weight="agreement"),
+    CalibrationSettings(iterations=1, combine="mean", threshold=0.4, weight="overlap"),
 ]
 
 

@@ -500,7 +500,7 @@ PHOTOGRAPHS = REPOSITORY.parent / "shared/data/voc-animals/VOCdevkit/VOC2012"
 @pytest.mark.photographs
 @pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason="the photographs are not here")
 def test_the_default_covers_nearly_all_animals(tmp_path: Path) -> None:
-    from labelpenet.data.recognise import open_annotated
+    from labelpenet.formats import open_annotated
 
     annotated = open_annotated(PHOTOGRAPHS, "val", ["cat", "cow", "dog", "horse", "person", "sheep"])
     images = annotated.tagged.images[::30]

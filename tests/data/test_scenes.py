@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from labelpenet import InputError
-from labelpenet.data import open_annotated, open_tagged, read_image, write_scenes
+from labelpenet.data import read_image, write_scenes
 from labelpenet.data import scenes as module
 from labelpenet.data.scenes import CLASSES, render_scene
+from labelpenet.formats import open_annotated, open_tagged
 from labelpenet.instances import masks_to_boxes
 
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from labelpenet.data import TaggedImages, open_tagged, read_image, write_scenes
-from tests.data.kits import coco_content, coco_set, voc_kit
+from labelpenet.data import TaggedImages, read_image, write_scenes
+from labelpenet.formats import open_tagged
+from tests.formats.kits import coco_content, coco_set, voc_kit
 
 
 def leaves(kind: object) -> set[object]:

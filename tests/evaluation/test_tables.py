@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from labelpenet.data.voc import VOC_CLASSES
+from labelpenet.data.dataset import VOC_CLASSES
 from labelpenet.errors import InputError
 from labelpenet.evaluation import beside_paper, cascade_table, evaluate, paper_table, paper_tables, summary_table
 

@@ -110,6 +110,25 @@ def test_an_instances_mask_and_box_stay_together_in_a_view(flipped, factor):
     assert len(view.instances(one[[]])) == 0
 
 
+@pytest.mark.parametrize(("height", "width"), [(27, 41), (93, 139), (61, 50)])
+def test_a_mask_keeps_its_place_at_odd_factors(height, width):
+    """On average over many masks neither edge moves against the box: nearest pixels are sought from the centres."""
+    rng = np.random.default_rng(0)
+    shifts = []
+    for _ in range(200):
+        (y1, y2), (x1, x2) = (np.sort(rng.choice(size + 1, 2, replace=False)) for size in (40, 60))
+        if min(y2 - y1, x2 - x1) < 4:
+            continue
+        masks = torch.zeros(1, 40, 60, dtype=torch.bool)
+        masks[0, y1:y2, x1:x2] = True
+        one = Instances(masks_to_boxes(masks), torch.tensor([0]), torch.tensor([1.0]), (40, 60), masks)
+        seen = View(torch.zeros(1, 3, height, width), (width / 60, height / 40)).instances(one)
+        shifts.append(masks_to_boxes(seen.masks)[0] - seen.boxes[0])
+    moved = torch.stack(shifts)
+    assert moved.mean(0).abs().max() < 0.15
+    assert moved.abs().max() <= 0.5 * max(1, width / 60, height / 40) + 1e-3
+
+
 def test_the_whole_image_is_the_first_proposal_and_the_rest_are_the_recipes(network):
     boxes = torch.tensor([[0.0, 0, 2, 2], [0, 0, 100, 50], [10, 10, 60, 40], [5, 5, 95, 45]])
     chosen = network.select(boxes, (50, 100))
@@ -188,7 +207,7 @@ def test_inference_repeats_itself(network):
 def test_every_kept_detection_has_a_mask_of_its_own():
     """However few masks are asked for: one that many better detections precede must not fall back to its box."""
     one = build("predict4.attended=1", "predict4.per_class=50", "predict4.min_score=0.01", "predict4.iterations=0",
-                "predict4.score_threshold=0.01", "predict4.background=0.01", "predict4.part=none",
+                "predict4.score_threshold=0.01", "predict4.threshold=0.01", "predict4.part=none",
                 "predict4.duplicate=none", "predict4.box=proposal")  # fmt: skip
     with torch.no_grad():  # masks of the left half of each box
         one.segmentation.masks = lambda features, boxes, labels: (  # type: ignore[method-assign]

@@ -8,13 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou
 
 from labelpenet.instances import Instances
-from labelpenet.models.detection import Detector, DetectorSettings, rcnn_loss
+from labelpenet.models.backbones import build_backbone
+from labelpenet.models.detection import ANCHOR_RATIOS, Detector, DetectorSettings, StrideAnchors, rcnn_loss
 from tests.models.tiny import CHANNELS, TinyBackbone
 
 C, H, W = 3, 96, 128
@@ -269,3 +271,38 @@ def test_training_and_inference_leave_the_layers_alone():
     one.train()
     one.losses(stem_map(), IMAGE, target())
     assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size"),
+    [
+        ("mobilenet_v2", (97, 143)),
+        ("mobilenet_v2", (65, 100)),
+        ("tiny", (80, 129)),
+        ("tiny", (33, 47)),
+        ("vgg16", (65, 100)),
+    ],
+)
+def test_anchors_stand_where_the_map_looks(backbone, size):
+    """Whatever the photograph's sides, the anchors of a cell are centred where a step of the map says."""
+    parts = build_backbone(backbone, pretrained=False)
+    for tail in (parts.region_tail(), parts.detection_tail()):
+        image = torch.zeros(1, 3, *size)
+        with torch.no_grad():
+            features = tail.module(parts.stem.module(image))
+        rows, columns = features.shape[-2:]
+        (anchors,) = StrideAnchors((16, 32), ANCHOR_RATIOS, tail.stride)(ImageList(image, [size]), [features])
+        centres = ((anchors[:, :2] + anchors[:, 2:]) / 2).reshape(rows, columns, -1, 2)
+        x = torch.arange(columns) * float(tail.stride)
+        y = torch.arange(rows) * float(tail.stride)
+        assert torch.equal(centres[..., 0], x[None, :, None].expand(rows, columns, 6))
+        assert torch.equal(centres[..., 1], y[:, None, None].expand(rows, columns, 6))
+        # the last cells look at the photograph's far edge, not beyond and not short of it
+        assert 0 <= size[1] - x[-1] < 2 * tail.stride and 0 <= size[0] - y[-1] < 2 * tail.stride
+
+
+def test_on_an_even_grid_the_anchors_are_torchvisions():
+    own = detector()
+    plain = AnchorGenerator(((16, 32, 64),), ((0.5, 1.0, 2.0),))
+    images = ImageList(IMAGE, [(H, W)])
+    assert torch.equal(own.rpn.anchor_generator(images, [stem_map()])[0], plain(images, [stem_map()])[0])

@@ -20,7 +20,7 @@ from labelpenet.calibration import Trace
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, Truth
 from labelpenet.errors import InputError
 from labelpenet.evaluation import Table, evaluate
-from labelpenet.export import write_predictions
+from labelpenet.formats import write_predictions
 from labelpenet.instances import Instances
 from labelpenet.report import html, write_report
 from labelpenet.report.html import class_table, flatten, module_table, result_table

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from torch import Tensor
 
 from labelpenet.data.dataset import TaggedImages
 from labelpenet.data.images import read_image
 from labelpenet.data.scenes import write_scenes
-from labelpenet.data.voc import open_tagged
 from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou
+from labelpenet.formats.voc import open_tagged
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.models.detection import Detector
@@ -312,3 +312,22 @@ def test_what_it_cannot_start_from_is_named(improved, start, images, tmp_path):
     with pytest.raises(InputError, match="another recipe"):
         improve(images, start, improved, "schedule5.steps=4", resume=True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_module_1_labels_without_dropout_after_its_losses(start, images, learns):
+    """What `classify` computed in training mode must not become what module 1 infers."""
+    network = trainable(start)
+    network.classification.head.insert(0, torch.nn.Dropout(0.5))
+    network.classification.head.requires_grad_(learns)
+    one = sample(network, images)
+    phase = Phase(network, one)
+    torch.manual_seed(1)
+    x_c, _ = phase.classify()
+    network.eval()
+    expected, _ = network.infer(1, one.image, one.proposals, one.tags, seen=(one.view, phase.stem.detach()))
+    network.train()
+    assert same(phase.infer(1), expected)
+    with torch.no_grad():
+        quiet, _ = network.eval().class_scores(one.view, one.proposals)
+    assert torch.allclose(x_c, quiet, atol=1e-5) != learns  # a head that learns does drop out in its losses

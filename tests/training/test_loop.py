@@ -174,9 +174,8 @@ def reference(net: Net, steps: int, kind: str, clip: float | None, ema: float | 
         optimiser.param_groups[0]["lr"] = 0.05 * min(1, (step + 1) / 4) * (0.1 if step >= 8 else 1)
         optimiser.step()
         if ema is not None:
-            decay = min(ema, (1 + step) / (10 + step))
             for name, p in trained.items():
-                average[name] = decay * average[name] + (1 - decay) * p.detach()
+                average[name] = ema * average[name] + (1 - ema) * p.detach()
     result = weights(net)
     return result | average if ema is not None else result
 
@@ -540,7 +539,7 @@ def test_observing_changes_nothing(tmp_path):
 
 
 def test_half_precision_on_the_cpu(tmp_path):
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
     net = nn.Linear(4, 4)
     types = []
@@ -564,7 +563,7 @@ class HalfFabric:
     device, global_rank, world_size = torch.device("cpu"), 0, 1
 
     def __init__(self) -> None:
-        from lightning.fabric.plugins import MixedPrecision
+        from lightning_fabric.plugins import MixedPrecision
 
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=4)
         self.strategy = SimpleNamespace(precision=MixedPrecision("16-mixed", "cpu", scaler))
@@ -627,7 +626,7 @@ def poisoned_for(stage: Stage, bad: int, position: int) -> Stage:
 
 
 def run_fabric(run_dir: str, devices: int) -> None:
-    from lightning.fabric import Fabric
+    from lightning_fabric import Fabric
 
     fabric = Fabric(accelerator="cpu", devices=devices, strategy="ddp_fork" if devices > 1 else "auto")
     fabric.launch(_train_on, run_dir)

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from labelpenet.data import AnnotatedImages, TaggedImages, open_annotated, open_tagged, read_image, write_scenes
+from labelpenet.data import AnnotatedImages, TaggedImages, read_image, write_scenes
 from labelpenet.errors import InputError
 from labelpenet.evaluation import evaluate
+from labelpenet.formats import open_annotated, open_tagged
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.training import observe
 from labelpenet.training.logging import MetricsLog, read_metrics

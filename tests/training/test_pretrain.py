@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -18,8 +18,8 @@ from labelpenet.config import Recipe, override, recipe
 from labelpenet.data.dataset import TaggedImages
 from labelpenet.data.images import read_image
 from labelpenet.data.scenes import write_scenes
-from labelpenet.data.voc import open_tagged
 from labelpenet.errors import InputError
+from labelpenet.formats.voc import open_tagged
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.training.inferred import read_inferred
 from labelpenet.training.pretrain import Training, cache_features, cached_loss, pretrain, run_facts, start_run

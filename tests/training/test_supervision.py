@@ -11,16 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.fabric import Fabric
+from lightning_fabric import Fabric
 from PIL import Image
 
 from labelpenet import config
 from labelpenet.calibration import CalibrationSettings
 from labelpenet.cli import main
 from labelpenet.config import override, recipe
-from labelpenet.data import AnnotatedImages, Truth, open_annotated, open_tagged, write_scenes
+from labelpenet.data import AnnotatedImages, Truth, write_scenes
 from labelpenet.errors import InputError
 from labelpenet.evaluation import evaluate
+from labelpenet.formats import open_annotated, open_tagged
 from labelpenet.instances import Instances, masks_to_boxes
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.training.inferred import read_inferred
@@ -76,8 +77,8 @@ def tags_run(kit, folder) -> Path:
         raise AssertionError("annotation was opened")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("labelpenet.data.voc.read_objects", refuse)
-        patch.setattr("labelpenet.data.voc.read_index_map", refuse)
+        patch.setattr("labelpenet.formats.voc.read_objects", refuse)
+        patch.setattr("labelpenet.formats.voc.read_index_map", refuse)
         main(train_arguments(kit, folder / "tags"))
     return folder / "tags"
 
@@ -172,8 +173,8 @@ def test_full_supervision_has_as_many_presentations_as_the_weak_detectors_togeth
         assert (
             abs(full.schedule4.steps * full.schedule4.batch_size - presentations(one)) <= one.schedule4.batch_size / 2
         )
-        assert full.infer4.background == one.predict3.background
-        assert full.predict4.background == one.predict3.background
+        assert full.infer4.threshold == one.predict3.threshold
+        assert full.predict4.threshold == one.predict3.threshold
         assert replace(full, schedule4=one.schedule4, infer4=one.infer4, predict4=one.predict4) == one
     assert presentations(config.best()) == sum(
         getattr(config.best(), f"schedule{k}").steps * getattr(config.best(), f"schedule{k}").batch_size
@@ -220,7 +221,7 @@ def test_a_true_box_takes_the_mask_that_was_inferred_for_it_or_what_the_crf_find
     masks = torch.stack([own, square(size, 36, 12, 60, 36), square(size, 0, 0, 5, 5)])
     # the second is of another class than the box that it fits, the third of the right one elsewhere
     found = Instances(masks_to_boxes(masks), torch.tensor([0, 2, 1]), torch.rand(3), size, masks)
-    settings = CalibrationSettings(background=0.5, sxy_bilateral=20.0, srgb=8.0, compat_bilateral=5.0)
+    settings = CalibrationSettings(threshold=0.5, sxy_bilateral=20.0, srgb=8.0, compat_bilateral=5.0)
     result = with_masks(truth, found, image, settings)
     assert torch.equal(result.boxes, boxes) and torch.equal(result.labels, truth.labels)
     assert result.weights.tolist() == [1, 1, 1]

@@ -6,16 +6,21 @@ Tags come from the names of an image's objects alone (difficult ones included). 
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
+from PIL import Image
 
 from labelpenet.data.dataset import (
+    VOC_CLASSES,
     AnnotatedImages,
     NamedImage,
     TaggedImage,
@@ -24,16 +29,30 @@ from labelpenet.data.dataset import (
     choose_classes,
     tag_images,
 )
-from labelpenet.data.files import inside, is_file, listing, read_names, read_text, read_xml
-from labelpenet.data.images import SUFFIXES, image_size, read_index_map
+from labelpenet.data.files import (
+    inside,
+    is_file,
+    listing,
+    read_names,
+    read_text,
+    read_xml,
+    safe_name,
+    write_bytes,
+    write_text,
+)
+from labelpenet.data.images import SUFFIXES, image_size, read_index_map, voc_palette
 from labelpenet.errors import InputError
+from labelpenet.evaluation.semantic import paint
+from labelpenet.formats.selection import (
+    Exported,
+    check_class_count,
+    clipped_boxes,
+    copy_photographs,
+    selected,
+    stems,
+)
 from labelpenet.instances import Instances
 
-# Index i + 1 in the official class maps.
-VOC_CLASSES = (
-    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
-    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
-)
 IGNORE = 255
 
 
@@ -362,3 +381,145 @@ def _chosen_classes(class_map: np.ndarray, order: Sequence[str], classes: Sequen
     for number, name in enumerate(order, 1):
         table[number] = label[name] + 1 if name in label else 0
     return table[class_map]
+
+
+def export_voc(
+    predictions: Mapping[str, Instances],
+    images: Sequence[TaggedImage],
+    classes: Sequence[str],
+    out: Path | str,
+    *,
+    split: str = "train",
+    copy_images: bool = False,
+    min_score: float = 0.0,
+) -> Exported:
+    """Writes the folders of a VOC year: Annotations, SegmentationClass, SegmentationObject and ImageSets.
+
+    With masks also ``classes.txt`` and, for CVAT, ``labelmap.txt``: the classes in the order of the class maps' values.
+
+    The photographs belong into ``out/JPEGImages`` under the names of the XML files. What VOC cannot hold: scores; parts
+    of boxes beyond whole pixels (corners are rounded); overlaps of masks (where two overlap, the higher score is on
+    top); more than 254 masks in an image (the highest scores stay).
+
+    Args:
+        predictions: by image id.
+        images: the photographs; those without a prediction are left out.
+        classes: names of the C classes, in label order.
+        out: the folder.
+        split: name of the list in ``ImageSets``.
+        copy_images: copies the photographs, too.
+        min_score: instances below are left out.
+
+    Raises:
+        InputError: a file cannot be written, or there are more than 254 classes and masks.
+    """
+    done, out = Exported(), Path(out)
+    names = stems(images)
+    listed: dict[str, list[str]] = {"Main": [], "Segmentation": []}
+    written: list[TaggedImage] = []
+    rounded = covered = 0
+    for image, found in selected(predictions, images, min_score, done.notes):
+        name = names[image.id]
+        if found.masks is not None and len(found) > 254:
+            done.notes.append(f"{image.id}: {len(found)} masks, of which the 254 of highest score are kept")
+            found = found[torch.sort(found.weights.argsort(descending=True, stable=True)[:254]).values]
+        boxes = voc_boxes(found)
+        rounded += int((found.boxes != found.boxes.round()).any(1).sum())
+        xml = annotation_xml(f"{name}{image.path.suffix}", found, boxes, classes)
+        done.paths.append(write_bytes(out / "Annotations" / f"{name}.xml", xml))
+        if found.masks is not None:
+            check_class_count(classes)
+            objects = paint_objects(found)
+            covered += len(found) - len(np.unique(objects[objects > 0]))
+            for folder, pixels in (("SegmentationClass", paint(found)), ("SegmentationObject", objects)):
+                done.paths.append(write_bytes(out / folder / f"{name}.png", palette_png(pixels)))
+            listed["Segmentation"].append(name)
+        listed["Main"].append(name)
+        written.append(image)
+    for folder, lines in listed.items():
+        if lines:
+            text = "".join(f"{line}\n" for line in lines)
+            done.paths.append(write_text(out / "ImageSets" / folder / f"{safe_name(split)}.txt", text))
+    if listed["Segmentation"]:
+        plain = [" ".join(name.split()) for name in classes]
+        done.paths.append(write_text(out / "classes.txt", "".join(f"{name}\n" for name in plain)))
+        done.paths.append(write_text(out / "labelmap.txt", label_map(plain)))
+    if copy_images:
+        copy_photographs(written, names, out / "JPEGImages", done)
+        odd = sum(image.path.suffix.lower() not in (".jpg", ".jpeg") for image in written)
+        if odd:
+            done.notes.append(f"{odd} photographs are no JPEG files, which VOC's tools expect")
+    else:
+        done.notes.append("put the photographs into JPEGImages under the names of the XML files, or export with copies")
+    done.notes.append("VOC holds no scores")
+    if rounded:
+        done.notes.append(f"{rounded} boxes are rounded to whole pixels")
+    if listed["Segmentation"]:
+        done.notes.append(f"masks that overlap are cut by the one of higher score; {covered} are covered entirely")
+    return done
+
+
+def voc_boxes(instances: Instances) -> np.ndarray:
+    """(N, 4) int64 ``xmin, ymin, xmax, ymax`` as VOC counts: from 1, inclusive, inside the image, at least a pixel."""
+    height, width = instances.image_size
+    boxes = clipped_boxes(instances).round().long().numpy()
+    low = np.minimum(boxes[:, :2] + 1, [width, height])
+    return np.concatenate([low, np.maximum(boxes[:, 2:], low)], 1)
+
+
+def annotation_xml(filename: str, instances: Instances, boxes: np.ndarray, classes: Sequence[str]) -> bytes:
+    """One image's annotation; the k-th object is the one with value k in the SegmentationObject PNG."""
+    height, width = instances.image_size
+    root = ElementTree.Element("annotation")
+
+    def add(parent: ElementTree.Element, tag: str, text: object = None) -> ElementTree.Element:
+        element = ElementTree.SubElement(parent, tag)
+        # XML has no way to write control characters.
+        element.text = (
+            None if text is None else re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", str(text))
+        )
+        return element
+
+    add(root, "filename", filename)
+    size = add(root, "size")
+    for tag, value in (("width", width), ("height", height), ("depth", 3)):
+        add(size, tag, value)
+    add(root, "segmented", int(instances.masks is not None))
+    for label, box in zip(instances.labels.tolist(), boxes.tolist(), strict=True):
+        item = add(root, "object")
+        add(item, "name", classes[label])
+        for tag, default in (("pose", "Unspecified"), ("truncated", "0"), ("difficult", "0")):
+            add(item, tag, default)
+        corners = add(item, "bndbox")
+        for tag, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True):
+            add(corners, tag, value)
+    ElementTree.indent(root, "\t")
+    return ElementTree.tostring(root, encoding="utf-8") + b"\n"
+
+
+def paint_objects(instances: Instances) -> np.ndarray:
+    """(H, W) uint8, 0 background, k the k-th of at most 254 instances; painted in ascending order of score."""
+    painted = np.zeros(instances.image_size, dtype=np.uint8)
+    if instances.masks is not None:
+        masks = instances.masks.cpu().numpy()
+        for index in np.argsort(instances.weights.cpu().numpy(), kind="stable"):
+            painted[masks[index]] = index + 1
+    return painted
+
+
+def label_map(classes: Sequence[str]) -> str:
+    """CVAT's list of classes and their colours; a colon, which separates its fields, becomes a space."""
+    colours = voc_palette().tolist()
+    lines = ["# label:color_rgb:parts:actions"]
+    for name, colour in zip(["background", *classes], colours, strict=False):
+        lines.append(f"{name.replace(':', ' ')}:{','.join(map(str, colour))}::")
+    return "\n".join(lines) + "\n"
+
+
+def palette_png(pixels: np.ndarray) -> bytes:
+    """(H, W) values 0..255 as an indexed PNG in VOC's colours."""
+    image = Image.fromarray(pixels.astype(np.uint8), mode="P")
+    image.putpalette(voc_palette().tobytes())
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from labelpenet import InputError
-from labelpenet.data import open_annotated, open_tagged
-from tests.data.kits import photograph
+from labelpenet.formats import open_annotated, open_tagged
+from tests.formats.kits import photograph
 
 
 def pets(root: Path) -> Path:

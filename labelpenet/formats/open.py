@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from labelpenet.data import coco, folder, label_studio, voc
 from labelpenet.data.dataset import AnnotatedImages, TaggedImages
 from labelpenet.data.files import read_json
 from labelpenet.errors import InputError
+from labelpenet.formats import coco, folder, label_studio, voc
 
 KINDS = (
     "a VOC year folder (Annotations, JPEGImages, ImageSets), a COCO instances.json, tags.csv (file,tags), tags.json, "

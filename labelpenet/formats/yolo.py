@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from labelpenet.data.dataset import TaggedImage
-from labelpenet.export.files import Exported, stems, write_text
-from labelpenet.export.polygons import joined, rings
-from labelpenet.export.selection import clipped_boxes, copy_photographs, mask_arrays, selected
+from labelpenet.data.files import write_text
+from labelpenet.formats.polygons import joined, rings
+from labelpenet.formats.selection import Exported, clipped_boxes, copy_photographs, mask_arrays, selected, stems
 from labelpenet.instances import Instances
 
 

@@ -6,8 +6,9 @@ which no single object can be told, often at the edge of sight. In the truth it 
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImages, Truth, choose_classes, tag_images
-from labelpenet.data.files import brief, inside, is_file, listing, read_json, read_names
+from labelpenet.data.dataset import (
+    AnnotatedImages,
+    NamedImage,
+    TaggedImage,
+    TaggedImages,
+    Truth,
+    choose_classes,
+    tag_images,
+)
+from labelpenet.data.files import brief, inside, is_file, listing, read_json, read_names, write_text
 from labelpenet.data.images import PIXEL_LIMIT, image_size
 from labelpenet.errors import InputError
+from labelpenet.formats.polygons import coco_polygons
+from labelpenet.formats.predictions import file_name, image_numbers
+from labelpenet.formats.selection import Exported, mask_arrays, selected
 from labelpenet.instances import Instances
 
 _PROBE = 50  # images by which an image folder is judged
@@ -274,3 +286,64 @@ def _is_crowd(row: dict[str, Any]) -> bool:
 
 def _is_id(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def export_coco(
+    predictions: Mapping[str, Instances],
+    images: Sequence[TaggedImage],
+    classes: Sequence[str],
+    out: Path | str,
+    *,
+    category_ids: Sequence[int] | None = None,
+    polygons: bool = False,
+    min_score: float = 0.0,
+) -> Exported:
+    """Writes ``out/annotations.json``: images, categories and annotations with unique ids.
+
+    CVAT takes the file as "COCO 1.0" (with ``polygons``, as it reads RLE as crowd masks), and so does everything else
+    that reads COCO's instance annotation. Every annotation has ``score`` beside COCO's keys. Polygons run along pixel
+    borders and are rasterised to the same mask; a mask with holes becomes one polygon with bridges of no width.
+
+    Args:
+        predictions: by image id.
+        images: the photographs; those without a prediction are not listed.
+        classes: names of the C classes, in label order.
+        out: the folder.
+        category_ids: (C,) ids of the categories; None for 1..C.
+        polygons: segmentations as polygons instead of RLE.
+        min_score: instances below are left out.
+
+    Raises:
+        InputError: the file cannot be written, or a score or box is not finite.
+    """
+    done = Exported()
+    numbers = image_numbers(images)
+    ids = list(range(1, len(classes) + 1) if category_ids is None else category_ids)
+    entries: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image, found in selected(predictions, images, min_score, done.notes):
+        height, width = found.image_size
+        number = numbers[image.id]
+        entries.append({"id": number, "file_name": file_name(image), "width": width, "height": height})
+        for row, mask in zip(found.to_coco(number, ids), mask_arrays(found), strict=True):
+            area = row["bbox"][2] * row["bbox"][3] if mask is None else int(mask.sum())
+            if polygons and mask is not None:
+                row["segmentation"] = coco_polygons(mask)
+            elif mask is None:
+                row["segmentation"] = []
+            annotations.append({"id": len(annotations) + 1, **row, "area": area, "iscrowd": 0})
+    categories = [{"id": i, "name": name, "supercategory": ""} for i, name in zip(ids, classes, strict=True)]
+    content = {
+        "info": {"description": "pseudo-labels by Label-PEnet"},
+        "licenses": [],
+        "images": entries,
+        "categories": categories,
+        "annotations": annotations,
+    }
+    path = Path(out) / "annotations.json"
+    try:
+        text = json.dumps(content, allow_nan=False)
+    except ValueError as error:
+        raise InputError(f"{path}: a score or box is NaN or infinite; remove it from the predictions") from error
+    done.paths.append(write_text(path, text))
+    return done

@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from labelpenet.data.dataset import TaggedImage
+from labelpenet.data.files import safe_name, write_bytes
 from labelpenet.errors import InputError
-from labelpenet.export.files import Exported, write_bytes
 from labelpenet.instances import Instances
+
+
+@dataclass
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        paths: the files, in the order of writing.
+        notes: one line each about what the format cannot hold, as far as this data met it.
+    """
+
+    paths: list[Path] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def stems(images: Iterable[TaggedImage]) -> dict[str, str]:
+    """For each image id a file name without suffix, unique also on file systems that ignore case.
+
+    The id without the image's suffix, made safe; the second image of the same name gets ``-2`` and so on.
+    """
+    taken: set[str] = set()
+    names: dict[str, str] = {}
+    for image in images:
+        base = safe_name(image.id.removesuffix(image.path.suffix))
+        name, number = base, 1
+        while name.casefold() in taken:
+            number += 1
+            name = f"{base}-{number}"
+        taken.add(name.casefold())
+        names[image.id] = name
+    return names
 
 
 def selected(

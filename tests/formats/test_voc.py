@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from labelpenet import InputError
-from labelpenet.data import open_annotated, open_tagged
 from labelpenet.data.images import voc_palette
+from labelpenet.formats import open_annotated, open_tagged
 from labelpenet.instances import masks_to_boxes
-from tests.data.kits import SIZE, voc_kit, voc_xml
+from tests.formats.kits import SIZE, voc_kit, voc_xml
 
 ANIMALS = Path(__file__).parents[2] / "../shared/data/voc-animals"
 SIX = ["cat", "cow", "dog", "horse", "person", "sheep"]

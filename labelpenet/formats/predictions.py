@@ -21,10 +21,9 @@ import numpy as np
 import torch
 
 from labelpenet.data.dataset import TaggedImage, TaggedImages
-from labelpenet.data.files import brief, listing, read_json
+from labelpenet.data.files import brief, listing, read_json, write_text
 from labelpenet.data.images import PIXEL_LIMIT, image_size
 from labelpenet.errors import InputError
-from labelpenet.export.files import write_text
 from labelpenet.instances import Instances, decode_mask, masks_to_boxes
 
 _COORDINATE_LIMIT = 1e6  # pixels; beyond, float32 loses whole pixels

@@ -23,10 +23,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from labelpenet import InputError
-from labelpenet.data import AnnotatedImages, TaggedImages, open_annotated, open_tagged, read_image
+from labelpenet.data import AnnotatedImages, TaggedImages, read_image
 from labelpenet.data.images import image_size, read_index_map
+from labelpenet.formats import open_annotated, open_tagged
 from labelpenet.instances import decode_mask
-from tests.data.kits import coco_set, photograph, voc_kit
+from tests.formats.kits import coco_set, photograph, voc_kit
 
 SECONDS_A_CASE = 20
 PROFILES = [

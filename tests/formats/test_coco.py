@@ -13,8 +13,8 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from labelpenet import InputError
-from labelpenet.data import open_annotated, open_tagged
-from tests.data.kits import coco_content, coco_set, photograph
+from labelpenet.formats import open_annotated, open_tagged
+from tests.formats.kits import coco_content, coco_set, photograph
 
 MINI = Path(__file__).parents[2] / "../shared/data/coco-mini"
 

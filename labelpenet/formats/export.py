@@ -8,11 +8,12 @@ from typing import Literal
 
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.errors import InputError
-from labelpenet.export.coco import export_coco
-from labelpenet.export.files import Exported
-from labelpenet.export.label_studio import export_label_studio
-from labelpenet.export.voc import export_voc, export_voc_submission
-from labelpenet.export.yolo import export_yolo
+from labelpenet.formats.coco import export_coco
+from labelpenet.formats.label_studio import export_label_studio
+from labelpenet.formats.selection import Exported
+from labelpenet.formats.voc import export_voc
+from labelpenet.formats.voc_submission import export_voc_submission
+from labelpenet.formats.yolo import export_yolo
 from labelpenet.instances import Instances
 
 Format = Literal["coco", "coco-polygons", "voc", "yolo", "label-studio", "voc-submission"]

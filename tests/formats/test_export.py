@@ -23,8 +23,10 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from labelpenet.data.dataset import TaggedImage
+from labelpenet.data.files import safe_name
+from labelpenet.data.images import voc_palette
 from labelpenet.errors import InputError
-from labelpenet.export import (
+from labelpenet.formats import (
     export,
     export_coco,
     export_voc,
@@ -33,10 +35,10 @@ from labelpenet.export import (
     from_supervision,
     read_predictions,
     to_supervision,
+    voc,
 )
-from labelpenet.export.files import safe_name, stems
-from labelpenet.export.polygons import coco_polygons, joined, rings, signed_area
-from labelpenet.export.voc import voc_palette
+from labelpenet.formats.polygons import coco_polygons, joined, rings, signed_area
+from labelpenet.formats.selection import stems
 from labelpenet.instances import Instances
 
 from .photographs import CLASSES, assert_same, instances, photographs, predictions
@@ -122,7 +124,6 @@ def test_voc_round_trip(tmp_path):
 
 
 def test_voc_export_is_a_data_set_that_the_reader_takes(tmp_path):
-    voc = pytest.importorskip("labelpenet.data.voc")
     images = photographs(tmp_path / "in", NAMES)
     one = instances((10, 14), 5, 1)
     found = {image.id: Instances.empty((10 + k, 14), with_masks=True) for k, image in enumerate(images.images)}
@@ -149,7 +150,7 @@ def test_voc_boxes_are_rounded_and_stay_inside(tmp_path):
 
 
 def test_voc_palette_is_the_official_one():
-    colours = np.reshape(voc_palette(), (256, 3)).tolist()
+    colours = voc_palette().tolist()
     assert colours[:4] == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
     assert (colours[15], colours[20], colours[255]) == ([192, 128, 128], [0, 64, 128], [224, 224, 192])
 
