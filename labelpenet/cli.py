@@ -497,8 +497,8 @@ def forward_backward(one: ForwardBackward) -> None:
 def distill(one: Distill) -> None:
     """``labelpenet distill``."""
     from labelpenet import config
-    from labelpenet.data import open_annotated, open_tagged, training_split
-    from labelpenet.export import read_predictions
+    from labelpenet.formats import open_annotated, open_tagged, training_split
+    from labelpenet.formats import read_predictions
     from labelpenet.models.cascade import read_run
     from labelpenet.training import distill as training
     from labelpenet.training.inferred import path_of
