@@ -231,7 +231,7 @@ class Evaluate:
 
     Try:
       labelpenet evaluate predictions.json VOCdevkit/VOC2012 --split val --protocol voc12
-      labelpenet evaluate predictions.json VOCdevkit/VOC2007 --split test --protocol voc07 --json result.json --table
+      labelpenet evaluate predictions.json VOCdevkit/VOC2007 --split test --protocol voc07 --json out.json --table text
     """
 
     predictions: Positional[Path]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ import jinja2
 from markupsafe import Markup
 
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
-from labelpenet.data.files import read_json, write_text
+from labelpenet.data.files import read_json, read_text, write_text
 from labelpenet.errors import InputError
 from labelpenet.evaluation import Table, cascade_table, summary_table
 from labelpenet.formats import read_predictions
@@ -359,10 +360,15 @@ def _render(run: Path, facts: Facts, sections: Sequence[Section], problems: Sequ
     )
     environment.filters["picture"] = _picture
     recipe = facts.run["recipe"]
+    script = read_text(Path(__file__).parent / "report.js")
     stages = curves(read_metrics(run))
     return environment.get_template("report.html").render(
-        title=run.resolve().name,
+        folder=run.resolve().name,
+        learnt=_learnt(facts.run["classes"]),
+        trained=_trained(facts),
         learnt_from=_LEARNT_FROM.get(facts.run.get("supervision", "tags"), "image tags alone"),
+        script=Markup(script),
+        script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
         missing=[*facts.missing, *problems],
         table=module_table(facts.results),
         by_class=class_table(facts.results),
@@ -395,10 +401,31 @@ def _key_figures(facts: Facts) -> list[tuple[str, str]]:
         ("backbone", str(run["backbone"])),
         ("seed", str(run.get("seed", "?"))),
     ]
+    measured = {number: result for number, result in _by_module(results.get("val")).items() if result}
+    last = max(measured, default="")
+    for title, part, name in (("mask mAP .5", "mask", "mAP@0.5"), ("box mAP .5", "box", "mAP")):
+        value = (measured[last].get(part) or {}).get(name) if last else None
+        if isinstance(value, (int, float)):
+            figures.insert(0, (f"{title} of module {last}, %", f"{100 * value:.1f}"))
     accuracy = results.get("classification_mAP")
     if isinstance(accuracy, (int, float)):
-        figures.insert(1, ("classification mAP", f"{100 * accuracy:.1f}"))
+        figures.insert(2, ("classification mAP, %", f"{100 * accuracy:.1f}"))
     return figures
+
+
+def _learnt(classes: Sequence[str], limit: int = 6) -> str:
+    """The classes as a title: ``cat, dog and sheep``."""
+    names = list(classes) if len(classes) <= limit else [*classes[: limit - 1], f"{len(classes) - limit + 1} more"]
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+
+
+def _trained(facts: Facts) -> str:
+    """Which modules on which backbone, in words."""
+    numbers = facts.trained
+    if not numbers:
+        return f"no module trained yet, backbone {facts.run['backbone']}"
+    several = f"modules {numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"module {numbers[0]}"
+    return f"{several} on {facts.run['backbone']}"
 
 
 def _minutes(part: Any) -> list[tuple[str, str]]:
