@@ -497,8 +497,7 @@ def forward_backward(one: ForwardBackward) -> None:
 def distill(one: Distill) -> None:
     """``labelpenet distill``."""
     from labelpenet import config
-    from labelpenet.formats import open_annotated, open_tagged, training_split
-    from labelpenet.formats import read_predictions
+    from labelpenet.formats import open_annotated, open_tagged, read_predictions, training_split
     from labelpenet.models.cascade import read_run
     from labelpenet.training import distill as training
     from labelpenet.training.inferred import path_of
@@ -549,7 +548,6 @@ def predict(one: Predict) -> None:
     from labelpenet.data import TaggedImage, read_image
     from labelpenet.data.images import find_images
     from labelpenet.formats import open_tagged
-    from labelpenet.instances import Instances
     from labelpenet.training.predict import Predictor, predict_images
 
     if bool(one.images) == bool(one.data):

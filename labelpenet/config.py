@@ -347,7 +347,7 @@ def shorten(one: R, factor: float) -> R:
     """The recipe with every stage's steps multiplied by ``factor``, at least one step each."""
     if not factor > 0:
         raise InputError(f"--shorten must be positive, but got {factor}")
-    changes = {
+    changes: dict[str, typing.Any] = {
         name: replace(schedule, steps=max(1, round(schedule.steps * factor)), warmup=round(schedule.warmup * factor))
         for name, schedule in vars(one).items()
         if isinstance(schedule, Schedule)

@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -109,7 +109,7 @@ class Student(nn.Module):
         if state is not None:
             self.network.load_state_dict(state)
         self.network.rpn = DoubtingRPN.like(self.network.rpn)
-        body = self.network.backbone.body.eval()
+        body = cast(nn.ModuleDict, self.network.backbone.body).eval()
         self.folded = fold_norms(body)
         for module in [*(body[name] for name in self.levels.early), *_norms(body)]:
             module.requires_grad_(False)
@@ -170,7 +170,7 @@ class Student(nn.Module):
         """The losses of RPN, boxes, classes and masks, over the RoIs of all images.
 
         Args:
-            limit: a RoI whose class or box loss exceeds it is left out; None for none.
+            limit: a RoI whose class or box loss exceeds it is left out (`trusted`); None for none.
         """
         network = self.network
         images = [network.transform.normalize(lesson.pixels.to(self.device)) for lesson in lessons]
@@ -196,7 +196,7 @@ class Student(nn.Module):
         weights, encoded = torch.cat([one.weights for one in rois]), torch.cat([one.encoded for one in rois])
         logits, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, boxes, sizes)))
         if limit is not None:
-            weights = weights * (roi_loss(logits.detach(), deltas.detach(), labels, encoded) <= limit)
+            weights = weights * trusted(roi_loss(logits.detach(), deltas.detach(), labels, encoded), labels > 0, limit)
         losses = dict(zip(("class", "box"), rcnn_loss(logits, deltas, labels, encoded, weights), strict=True))
         masks = []
         kept = weights.split([len(one) for one in boxes])
@@ -269,10 +269,6 @@ class Student(nn.Module):
         """Raises InputError unless the module asked for is the last one, in whose place a student stands."""
         if module != 4:
             raise InputError(f"a student has no module {module}; leave --module out")
-
-    def needs_proposals(self, module: int) -> bool:
-        """False: as `LabelPEnet.needs_proposals`."""
-        return False
 
     # -- folders -----------------------------------------------------------------------------------------------------
 
@@ -374,6 +370,17 @@ def roi_loss(logits: Tensor, deltas: Tensor, labels: Tensor, encoded: Tensor) ->
     return torch.maximum(classification, distance)
 
 
+def trusted(loss: Tensor, positive: Tensor, limit: float) -> Tensor:
+    """(R,) whether a RoI stays in the loss: those up to ``limit``, and the better half of the ``positive`` ones.
+
+    Without that half, a network that is sure of nothing but background would leave out all that contradicts it.
+    """
+    kept = loss <= limit
+    if bool(positive.any()):
+        kept |= positive & (loss <= loss[positive].median())
+    return kept
+
+
 # -- the network -----------------------------------------------------------------------------------------------------
 
 
@@ -411,9 +418,9 @@ def build_body(
     network = build(weights="IMAGENET1K_V1" if download else None)
     if weights is not None:
         load_weights(network, weights, name)
-    body = network.features if hasattr(network, "features") else network
+    body: Any = getattr(network, "features", network)
     if name == "mobilenet_v2":
-        body = body[:-1]  # what the classifier alone needs
+        body = body[:-1]  # the last layer serves the classifier alone
     return body, {"mean": plug.mean, "std": plug.std}
 
 
@@ -433,7 +440,7 @@ def _timm_body(name: str, weights: Path | None, pretrained: bool) -> tuple[nn.Mo
     body = timm_features(name)
     full = network.state_dict()
     body.load_state_dict({key: full[_timm_key(network, key)] for key in body.state_dict()})
-    settings = network.pretrained_cfg
+    settings: Any = network.pretrained_cfg
     return body, {"mean": settings["mean"], "std": settings["std"]}
 
 
@@ -441,7 +448,8 @@ def timm_features(name: str) -> nn.Module:
     """A model of timm as a chain of its stages, without weights."""
     import timm
 
-    for options in ({"feature_cfg": {"flatten_sequential": True}}, {}):
+    choices: tuple[dict[str, Any], ...] = ({"feature_cfg": {"flatten_sequential": True}}, {})
+    for options in choices:
         try:
             body = timm.create_model(name, features_only=True, **options)
         except Exception:  # each family takes one of the two, and says no in its own way

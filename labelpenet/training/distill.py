@@ -10,7 +10,7 @@ Shape letters: ``N`` instances, ``h, w`` the network's input.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 

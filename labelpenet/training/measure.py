@@ -17,7 +17,8 @@ from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.evaluation import cascade_table, classification_ap, evaluate
 from labelpenet.formats import open_annotated, open_tagged, read_predictions, write_predictions
 from labelpenet.instances import Instances
-from labelpenet.models.cascade import proposal_settings, read_run
+from labelpenet.models.cascade import LabelPEnet, proposal_settings, read_run
+from labelpenet.models.student import Student, weights_path
 from labelpenet.training.checkpoint import write_atomically
 from labelpenet.training.inferred import path_of, read_inferred
 from labelpenet.training.logging import Progress
@@ -38,7 +39,8 @@ def measure_run(
 ) -> str:
     """Predicts a held-out split with every module and measures it, and the instances of the training images.
 
-    Writes ``RUN/predictions/SPLIT-moduleK.json`` (kept if it is there) and ``RUN/results.json``.
+    Writes ``RUN/predictions/SPLIT-moduleK.json`` (kept if it is there) and ``RUN/results.json``. Of a student only the
+    held-out split is measured; it stands in the place of module 4.
 
     Returns:
         The table, one row a module; the first row is module 1 before calibration.
@@ -46,30 +48,34 @@ def measure_run(
     facts = read_run(run)
     classes = facts["classes"]
     predictor = Predictor(run, device)
+    student = isinstance(predictor.network, Student)
+    modules = (4,) if student else modules
     held_out = open_annotated(data, split, classes)
     train = open_annotated(data, train_split, classes)
     images = held_out.tagged.images
-    boxes = compute_proposals(
-        images, proposal_settings(predictor.network.recipe), cache or default_cache(), progress=True
-    )
+    boxes: Boxes = {}
+    if isinstance(predictor.network, LabelPEnet):
+        settings = proposal_settings(predictor.network.recipe)
+        boxes = compute_proposals(images, settings, cache or default_cache(), progress=True)
     truths, _ = held_out.readable_truths()
     train_truths, _ = train.readable_truths()
     results: dict[str, Any] = {"split": split, "protocol": protocol, "train": {}, "val": {}}
     for number in modules:
         inferred = path_of(run, f"module{number}")
-        if not inferred.is_file():
+        if not student and not inferred.is_file():
             continue
-        results["train"][str(number)] = evaluate(
-            read_inferred(run, f"module{number}", len(classes)), train_truths, classes, "voc12"
-        )
+        if not student:
+            labels = read_inferred(run, f"module{number}", len(classes))
+            results["train"][str(number)] = evaluate(labels, train_truths, classes, "voc12")
         path = run / "predictions" / f"{Path(split).stem}-module{number}.json"
-        if not path.is_file() or path.stat().st_mtime < inferred.stat().st_mtime:
+        made_of = weights_path(run) if student else inferred
+        if not path.is_file() or path.stat().st_mtime < made_of.stat().st_mtime:
             path.parent.mkdir(exist_ok=True)
             pairs = ((image.id, found) for image, found in predictor.run(images, number, [], boxes))
             write_predictions(path, pairs, images, classes)
         found = read_predictions(path, images, classes, list(range(1, len(classes) + 1)))
-        results["val"][str(number)] = evaluate(found, truths, classes, protocol)  # type: ignore[arg-type]
-    if 1 in modules and path_of(run, "module1").is_file():
+        results["val"]["student" if student else str(number)] = evaluate(found, truths, classes, protocol)  # type: ignore[arg-type]
+    if isinstance(predictor.network, LabelPEnet) and 1 in modules and path_of(run, "module1").is_file():
         readable = [image for image in images if image.id in boxes]
         ranked, probabilities = rank_images(predictor, readable, boxes)
         tags = np.array([[label in image.tags for label in range(len(classes))] for image in readable])
@@ -97,6 +103,7 @@ def rank_images(
         features: folder of the training images' cached RoI features, in their order; used where complete.
     """
     network = predictor.network
+    assert isinstance(network, LabelPEnet)
     cached = features is not None and features.is_dir() and len(list(features.glob("*.npy"))) == len(images)
 
     def rank(index: int) -> tuple[Instances, np.ndarray]:

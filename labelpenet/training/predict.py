@@ -17,14 +17,14 @@ from labelpenet.errors import InputError
 from labelpenet.formats import read_predictions, write_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet, proposal_settings, read_run
-from labelpenet.models.student import load
+from labelpenet.models.student import Student, load
 from labelpenet.training.logging import Progress
 from labelpenet.training.machine import build_fabric, map_images
 from labelpenet.training.pretrain import Boxes
 
 
 class Predictor:
-    """The cascade or student of a run folder on a device, in the precision that it was trained in where the device has it.
+    """The cascade or student of a run folder on a device, in that precision of its training which the device has.
 
     Args:
         run: the run folder.
@@ -48,11 +48,11 @@ class Predictor:
             boxes: its proposals, computed before; None to compute them where the module needs them.
         """
         pixels = read_image(image.path)
-        proposals = None
-        if boxes is not None and image.id in boxes and self.network.needs_proposals(module):
-            proposals = self.network.select(torch.from_numpy(boxes[image.id].copy()), pixels.shape)
+        proposals, network = None, self.network
+        if boxes is not None and image.id in boxes and isinstance(network, LabelPEnet):
+            proposals = network.select(torch.from_numpy(boxes[image.id].copy()), pixels.shape)
         with self.fabric.autocast():
-            return self.network.predict(pixels, module, proposals)
+            return network.predict(pixels, module, proposals)
 
     def run(
         self, images: Sequence[TaggedImage], module: int, skipped: list[str], boxes: Boxes | None = None
@@ -67,7 +67,7 @@ class Predictor:
                 return image, None, f"skipped: {error}"
 
         with (
-            Progress(f"module {module} predicts", len(images), 0, None if self.first else _silent) as progress,
+            Progress("predicting", len(images), 0, None if self.first else _silent) as progress,
             contextlib.closing(map_images(attempt, images, self.fabric.device)) as results,
         ):
             for done, (image, found, note) in enumerate(results):
@@ -80,7 +80,7 @@ class Predictor:
 
     def proposals(self, images: Sequence[TaggedImage], module: int, cache: Path | None = None) -> Boxes | None:
         """The photographs' proposals, on all of this process's cores; None where the module needs none."""
-        if not self.network.needs_proposals(module):
+        if isinstance(self.network, Student) or not self.network.needs_proposals(module):
             return None
         settings = proposal_settings(self.network.recipe)
         # Of several processes on a machine each has its share of the cores, which Fabric or torchrun told torch.
