@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from labelpenet.calibration import CalibrationSettings, DenseCRF, agreement, confidence_map, normalise, proposal_scores
+from labelpenet.calibration import CalibrationSettings, DenseCRF, confidence_map, normalise
 from labelpenet.calibration.calibrate import (
     choose_instances,
     distinct,
@@ -47,12 +47,14 @@ from labelpenet.calibration.calibrate import (
 from labelpenet.data import read_image
 from labelpenet.data.dataset import TaggedImage, Truth
 from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.engine.distributed import map_images
+from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou, mask_iou
 from labelpenet.formats import open_annotated
 from labelpenet.instances import Instances, encode_masks
 from labelpenet.models.attention import roi_attention
 from labelpenet.models.cascade import LabelPEnet, calibration_settings, proposal_settings
-from labelpenet.training.machine import map_images
+from labelpenet.training.features import RoIFeatures
 from labelpenet.training.predict import Predictor
 
 RECIPE = "recipe"
@@ -65,19 +67,14 @@ class Variant:
 
     Attributes:
         name: as printed.
-        settings: of calibration; ``combine`` may also be ``attention``, the heat-map left out.
-        score: which of the scene's scores ranks the proposals, is summed to the heat-map and weighs the attention maps.
+        settings: of calibration.
         kind: of the attention maps, see `roi_attention`.
-        before, after: whether the maps are divided by their maximum before they are combined, and their combination is.
         every: measured on every so many-th photograph only.
     """
 
     name: str
     settings: CalibrationSettings
-    score: str = "softmax"
     kind: str = "gradient"
-    before: bool = True
-    after: bool = True
     every: int = 1
 
 
@@ -89,7 +86,7 @@ class Scene:
         image: (H, W, 3) uint8.
         proposals: (R, 4) in pixels of the photograph.
         areas: (R, 4) where the attention maps lie, likewise.
-        scores: by name, (R, C) in [0, 1].
+        scores: (R, C) in [0, 1].
         tags: the classes that get instances.
         attend: kind, (n,) proposals and (n,) classes to (n, a, a) attention maps, not weighted by any score.
         share: (R, C) the proposals' shares in the image's score of each class, summing to one.
@@ -99,7 +96,7 @@ class Scene:
     image: np.ndarray
     proposals: Tensor
     areas: Tensor
-    scores: dict[str, Tensor]
+    scores: Tensor
     tags: tuple[int, ...]
     attend: Callable[[str, Tensor, Tensor], Tensor]
     share: Tensor
@@ -123,7 +120,7 @@ class Result:
 
 def vary(base: Variant, name: str, thresholds: tuple[float, ...] = (), **changes: Any) -> list[Variant]:
     """The variant with fields of its own or of its settings changed, one for each threshold if there are any."""
-    own = {key: value for key, value in changes.items() if key in ("score", "kind", "before", "after", "every")}
+    own = {key: value for key, value in changes.items() if key in ("kind", "every")}
     settings = replace(base.settings, **{key: value for key, value in changes.items() if key not in own})
     one = replace(base, name=name, settings=settings, **own)
     return [
@@ -143,17 +140,8 @@ def classification_variants(settings: CalibrationSettings, sample: int) -> list[
         base,
         *vary(base, "threshold", (0.25, 0.35, 0.4)),
         *vary(base, "1 - sum", threshold=None),
-        *vary(base, "score: logit", (0.3, 0.4), score="logit"),
-        *vary(base, "score: softmax times w", (0.2, 0.3), score="softmax w"),
-        *vary(base, "score: logit times w", (0.3,), score="logit w"),
-        *vary(base, "score: w", (0.3,), score="w"),
         *vary(base, "product", (0.05, 0.1, 0.15), combine="product"),
         *vary(base, "product, 1 - sum", combine="product", threshold=None),
-        *vary(base, "product, not scaled after", (0.1,), combine="product", after=False),
-        *vary(base, "mean, not scaled after", (0.3, 0.4), after=False),
-        *vary(base, "mean of sums, scaled after", (0.3,), before=False),
-        *vary(base, "heat-map alone", (0.4, 0.5, 0.6), combine="heat"),
-        *vary(base, "attention alone", (0.1, 0.2), combine="attention"),
         *vary(base, "members suppressed, NMS .3", (0.3, 0.4), members="suppressed", nms=0.3),
         *vary(base, "members suppressed, NMS .5", (0.3, 0.4), members="suppressed", nms=0.5),
         *vary(base, "best 40 attended", attended=40),
@@ -165,7 +153,6 @@ def classification_variants(settings: CalibrationSettings, sample: int) -> list[
         *some,
         *vary(base, "excitation, mean", (0.3, 0.4), **excited),
         *vary(base, "excitation, product", (0.05,), combine="product", **excited),
-        *vary(base, "excitation, alone", (0.1,), combine="attention", **excited),
     ]
 
 
@@ -180,13 +167,8 @@ def detection_variants(settings: CalibrationSettings, sample: int) -> list[Varia
         *vary(base, "1 - sum", threshold=None),
         *vary(base, "product", (0.05, 0.1, 0.15, 0.2), combine="product"),
         *vary(base, "product, 1 - sum", combine="product", threshold=None),
-        *vary(base, "mean, not scaled after", (0.3,), after=False),
-        *vary(base, "mean of sums, scaled after", (0.4,), before=False),
-        *vary(base, "heat-map alone", (0.4, 0.5), combine="heat"),
-        *vary(base, "attention alone", (0.1, 0.2), combine="attention"),
         *vary(base, "members class, one each", (0.4,), members="class", per_class=1),
         *vary(base, "NMS .5", nms=0.5),
-        *vary(base, "candidates from .2", score="from .2"),
         *vary(base, "further from .2", min_score=0.2),
         *vary(base, "further from .3", min_score=0.3),
         *vary(base, "further from .7", min_score=0.7),
@@ -214,8 +196,6 @@ def classified(network: LabelPEnet, pixels: np.ndarray, proposals: Tensor, known
     tail, regions = one.tail(stem), view.boxes(proposals)
     x_c, x_p = network.class_scores(view, proposals, known)
     own, w = x_c[:, 1:], x_p.softmax(0)
-    softmax, logit, weighted = (proposal_scores(own, w, how, image.tags) for how in ("softmax", "logit", "weighted"))
-    peak = w / w.amax(0)
     positive = own.clamp(min=0) * w
 
     def attend(kind: str, index: Tensor, labels: Tensor) -> Tensor:
@@ -226,13 +206,7 @@ def classified(network: LabelPEnet, pixels: np.ndarray, proposals: Tensor, known
         image=pixels,
         proposals=proposals,
         areas=proposals,
-        scores={
-            "softmax": softmax,
-            "logit": logit,
-            "softmax w": weighted,
-            "logit w": logit * peak,
-            "w": peak,
-        },
+        scores=own.softmax(1),
         tags=image.tags,
         attend=attend,
         share=positive / positive.sum(0).clamp(min=1e-9),
@@ -245,7 +219,7 @@ def detected(network: LabelPEnet, pixels: np.ndarray, proposals: Tensor, known: 
     two, choice = network.detection, network.recipe.infer2
     view = network.view(pixels)
     features = two.features(network.stem_map(view))
-    rois, _ = two.propose(features, view.pixels, extra=view.boxes(proposals))
+    rois, _ = two.propose(features, view.pixels)
     pooled = two.pool(features, rois)
     logits, deltas = two.classify(two.head(pooled))
     size = (int(view.pixels.shape[-2]), int(view.pixels.shape[-1]))
@@ -261,7 +235,7 @@ def detected(network: LabelPEnet, pixels: np.ndarray, proposals: Tensor, known: 
         image=pixels,
         proposals=view.back(found.boxes),
         areas=view.back(rois[found.rois]),
-        scores={"softmax": scores, "from .2": scores * (scores >= 0.2)},
+        scores=scores,
         tags=tuple(sorted(set(found.labels.tolist()))),
         attend=attend,
         share=scores / scores.sum(0).clamp(min=1e-9),
@@ -288,21 +262,19 @@ class Shared:
         key = self.key(variant)
         if key not in self.choices:
             scene = self.scene
-            self.choices[key] = choose_instances(
-                scene.proposals, scene.scores[variant.score], scene.tags, variant.settings
-            )
+            self.choices[key] = choose_instances(scene.proposals, scene.scores, scene.tags, variant.settings)
         return self.choices[key]
 
     def key(self, variant: Variant) -> Any:
         s = variant.settings
-        return variant.score, s.members, s.nms, s.per_class, s.min_score, s.attended
+        return s.members, s.nms, s.per_class, s.min_score, s.attended
 
     def attend(self, variants: list[Variant]) -> None:
         """The attention maps of every proposal that some variant sums, each once."""
         for kind in sorted({v.kind for v in variants}):
             wanted = torch.zeros_like(self.scene.share, dtype=torch.bool)
             for variant in variants:
-                if variant.kind == kind and variant.settings.combine != "heat":
+                if variant.kind == kind:
                     _, labels, member = self.choice(variant)
                     for label, row in zip(labels.tolist(), member, strict=True):
                         wanted[:, label] |= row
@@ -315,7 +287,7 @@ class Shared:
         """Instance attention maps, not normalised."""
         key = ("attention", variant.kind, self.key(variant))
         if key not in self.maps:
-            scores, table = self.scene.scores[variant.score], self.tables[variant.kind]
+            scores, table = self.scene.scores, self.tables[variant.kind]
             _, labels, member = self.choice(variant)
             self.maps[key] = instance_attention(
                 self.scene.areas * self.scale,
@@ -331,25 +303,15 @@ class Shared:
         key = ("heat", self.key(variant))
         if key not in self.maps:
             _, labels, member = self.choice(variant)
-            scores, small = self.scene.scores[variant.score], (self.canvas.shape[0], self.canvas.shape[1])
+            scores, small = self.scene.scores, (self.canvas.shape[0], self.canvas.shape[1])
             boxes = self.scene.proposals * self.scale
             self.maps[key] = instance_heat(boxes, scores, labels, member, small, variant.settings)
         return self.maps[key]
 
     def confidence(self, variant: Variant) -> Tensor:
         """Instance confidence maps in [0, 1]."""
-        how = variant.settings.combine
-        if how == "heat":
-            return self.heat(variant)
-        if how == "attention":
-            return normalise(self.attention(variant))
-        attention, heat = self.attention(variant), self.heat(variant)
-        if variant.before or how == "product":  # a product does not see the scale of its factors
-            both = confidence_map(attention, heat, "product" if how == "product" else "mean")
-        else:
-            # the heat-map is the sum of scores, the attention map of those shared out over 7x7 cells
-            both = attention / attention.mean().clamp(min=1e-9) + heat / heat.mean().clamp(min=1e-9)
-        return normalise(both) if variant.after else both
+        how = "product" if variant.settings.combine == "product" else "mean"
+        return normalise(confidence_map(self.attention(variant), self.heat(variant), how))  # type: ignore[arg-type]
 
 
 def label(scene: Scene, variants: list[Variant]) -> list[Result]:
@@ -372,11 +334,10 @@ def label(scene: Scene, variants: list[Variant]) -> list[Result]:
     for i, variant in enumerate(variants):
         marginals = foreground(settled.get(i, started[i]), variant.settings.joint)
         seeds, labels_, _ = shared.choice(variant)
-        weights = scene.scores[variant.score][seeds, labels_]
+        weights = scene.scores[seeds, labels_]
         found = settle(marginals, scene.proposals[seeds].float(), labels_, weights, size, variant.settings)
         alive = distinct(found, variant.settings.duplicate)
-        attention = shared.heat(variant) if variant.settings.combine == "heat" else shared.attention(variant)
-        maps = (normalise(attention), shared.heat(variant), shared.confidence(variant), marginals)
+        maps = (normalise(shared.attention(variant)), shared.heat(variant), shared.confidence(variant), marginals)
         results.append(Result(found[alive], seeds[alive], *(one[alive] for one in maps)))
     return results
 
@@ -417,7 +378,7 @@ def candidates_for_weight(result: Result, scene: Scene) -> dict[str, Tensor]:
 
     kept = torch.from_numpy(box_iou(found.boxes.numpy(), scene.proposals[seeds].numpy())).float().diagonal()
     overlap = torch.from_numpy(box_iou(found.boxes.numpy(), scene.proposals.numpy())).float()
-    score = scene.scores["softmax"][:, labels].T
+    score = scene.scores[:, labels].T
     masks = found.masks
     assert masks is not None
     return {
@@ -432,7 +393,6 @@ def candidates_for_weight(result: Result, scene: Scene) -> dict[str, Tensor]:
         "confidence inside less outside": (mean(confidence, inside) - mean(confidence, ~inside)).clamp(min=0),
         "confidence inside": mean(confidence, inside),
         "marginal inside": mean(result.marginals, inside),
-        "agreement of attention and heat-map": agreement(result.attention, result.heat),
         "mask's share of its box": masks.sum((1, 2))
         / ((found.boxes[:, 2] - found.boxes[:, 0]) * (found.boxes[:, 3] - found.boxes[:, 1])).clamp(min=1),
         "box's share of the image": (found.boxes[:, 2] - found.boxes[:, 0])
@@ -521,13 +481,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keeps the rows behind the tables (.npz) and goes on from there")
     one = parser.parse_args()
     predictor = Predictor(one.run, "cpu")
-    network = predictor.network
+    network = predictor.cascade
     annotated = open_annotated(one.data, one.split, network.classes)
     images = annotated.tagged.images
-    features = one.run / "cache" / "features"
-    if len(list(features.glob("*.npy"))) != len(images):
-        parser.error(f"{features} does not hold the RoI features of this split's {len(images)} images")
     boxes = compute_proposals(images, proposal_settings(network.recipe), one.cache or default_cache())
+    features = RoIFeatures(one.run, network, boxes, predictor.fabric)
     chosen = [index for index, image in enumerate(images) if image.tags]
     random.Random(one.seed).shuffle(chosen)  # what is there after any time is a fair sample
     chosen = chosen[: one.images or None]
@@ -541,7 +499,9 @@ def main() -> None:
         truth = annotated.read(image.id)
         pixels = read_image(image.path)
         proposals = network.select(torch.from_numpy(boxes[image.id].copy()), pixels.shape).float()
-        known = torch.from_numpy(np.load(features / f"{chosen[place]}.npy")).float()
+        known = features.kept(image)
+        if known is None:
+            raise InputError(f"{one.run} does not hold the RoI features of {image.id}; choose the run's --split")
         mine = [number for number, variant in enumerate(variants) if place % variant.every == 0]
         with torch.no_grad(), predictor.fabric.autocast():
             scene = (classified if one.module == 1 else detected)(network, pixels, proposals, known, image)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from labelpenet.errors import InputError
-from labelpenet.instances import Instances
 
 if TYPE_CHECKING:
+    from labelpenet.instances import Instances
     from labelpenet.models.cascade import LabelPEnet
     from labelpenet.models.student import Student, load
 
@@ -16,7 +16,11 @@ __all__ = ["InputError", "Instances", "LabelPEnet", "Student", "__version__", "l
 
 
 def __getattr__(name: str) -> Any:
-    """The networks on first use: their imports take seconds, which ``labelpenet --help`` need not wait for."""
+    """What needs torch on first use: its import takes seconds, which ``labelpenet --help`` need not wait for."""
+    if name == "Instances":
+        from labelpenet.instances import Instances
+
+        return Instances
     if name == "LabelPEnet":
         from labelpenet.models.cascade import LabelPEnet
 

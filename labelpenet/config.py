@@ -15,7 +15,6 @@ from labelpenet.errors import InputError
 
 Pool = typing.Literal["max", "align"]
 Attention = typing.Literal["excitation", "gradient"]
-Score = typing.Literal["softmax", "logit", "weighted"]
 
 
 @dataclass(frozen=True)
@@ -57,19 +56,14 @@ class ClassificationChoice:
     """Module 1 (see `models.classification.Classification`).
 
     Attributes:
-        form, contrast, pool, freeze_head: of `Classification`.
+        pool, freeze_head: of `Classification`.
         attention: ``excitation`` (excitation backprop) or ``gradient`` (activation times gradient of the class logit at
             the last spatial layer of the RoI head).
-        score: what ranks the proposals, makes the heat-maps and weighs the attention maps, see
-            `calibration.proposal_scores`.
     """
 
-    form: typing.Literal["paper", "wsddn"] = "paper"
-    contrast: bool = False
     pool: Pool = "max"
     freeze_head: bool = False
     attention: Attention = "excitation"
-    score: Score = "softmax"
 
 
 @dataclass(frozen=True)
@@ -79,10 +73,8 @@ class DetectorChoice:
     anchor_sides: tuple[int, ...] = (128, 256, 512)
     rois: int = 128
     rpn_proposals: int = 300
-    extra_proposals: bool = False
     pool: Pool = "max"
     cells: int = 1
-    freeze_head: bool = False
     mask_width: int = 256
     mask_depth: int = 4
     attention: Attention = "excitation"
@@ -90,16 +82,14 @@ class DetectorChoice:
 
 @dataclass(frozen=True)
 class InferenceChoice:
-    """From scores to instances, for one module (see `calibration.CalibrationSettings` for all but the last three).
+    """From scores to instances, for one module (see `calibration.CalibrationSettings` for all but the last two).
 
     Attributes:
-        weight: modules 1 and 2; an instance of modules 3 and 4 weighs its score in any case.
-        affiliated: modules 3 and 4: whether the masks of the detections that a kept one suppressed join its own.
         score_threshold: modules 2 to 4: a detection needs this softmax score to be a candidate.
         vote: answers of modules 2 to 4: whether modules 1 and 2 have a say in the weights (`LabelPEnet.vote`).
     """
 
-    combine: typing.Literal["product", "mean", "heat"] = "product"
+    combine: typing.Literal["product", "mean"] = "product"
     members: typing.Literal["suppressed", "class"] = "suppressed"
     nms: float = 0.3
     per_class: int = 20
@@ -117,8 +107,6 @@ class InferenceChoice:
     box: typing.Literal["mask", "proposal"] = "mask"
     part: float | None = None
     duplicate: float | None = None
-    weight: typing.Literal["score", "agreement", "overlap"] = "score"
-    affiliated: bool = True
     score_threshold: float = 0.05
     vote: bool = False
 
@@ -129,7 +117,7 @@ class Schedule:
 
     Attributes:
         steps: optimiser steps; decay: (fraction of the steps, factor) pairs of the learning rate.
-        lr, kind, momentum, weight_decay, warmup, clip: of `training.loop.Optimiser`.
+        lr, kind, momentum, weight_decay, warmup, clip: of `engine.stage.Optimiser`.
         batch_size: images a step, over all processes.
     """
 
@@ -255,7 +243,7 @@ def best() -> Recipe:
         "side": 250, "sxy_bilateral": 40.0, "srgb": 5.0, "compat_bilateral": 5.0, "part": 0.2,
     }  # fmt: skip
     detector = DetectorChoice(
-        anchor_sides=(64, 128, 256), rois=64, rpn_proposals=200, extra_proposals=False, pool="align", cells=3,
+        anchor_sides=(64, 128, 256), rois=64, rpn_proposals=200, pool="align", cells=3,
         mask_width=128, mask_depth=2, attention="gradient",
     )  # fmt: skip
     schedule = Schedule(
@@ -308,7 +296,7 @@ def demo() -> Recipe:
         "attended": 40, "duplicate": 0.5,
     }  # fmt: skip
     detector = DetectorChoice(
-        anchor_sides=(48, 80, 112), rois=48, rpn_proposals=60, extra_proposals=False, pool="align", cells=3,
+        anchor_sides=(48, 80, 112), rois=48, rpn_proposals=60, pool="align", cells=3,
         mask_width=64, mask_depth=1, attention="gradient",
     )  # fmt: skip
     schedule = Schedule(
@@ -411,9 +399,23 @@ def student_from_dict(values: dict[str, Any]) -> StudentRecipe:
         raise InputError(f"the student's recipe cannot be read ({error}); it was made by another version") from error
 
 
+# Choices that runs of earlier versions name, and the only value of each that can still be followed.
+_GONE = {
+    "form": "paper", "contrast": False, "score": "softmax", "extra_proposals": False, "freeze_head": False,
+    "weight": "score", "affiliated": True,
+}  # fmt: skip
+
+_RENAMED = {"background": "threshold"}
+
+
 def _build(base: Any, values: dict[str, Any]) -> Any:
     changes = {}
     for key, value in values.items():
+        key = _RENAMED.get(key, key)
+        if key in _GONE and not hasattr(base, key):
+            if value != _GONE[key]:
+                raise InputError(f"{key}={value} is no choice any more")
+            continue
         own = getattr(base, key)
         changes[key] = _build(own, value) if dataclasses.is_dataclass(own) else _tupled(value)
     return replace(base, **changes)

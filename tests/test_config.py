@@ -89,7 +89,6 @@ def test_override_changes_one_choice_and_leaves_the_rest():
         ("images.sides=", "at least one"),
         ("schedule2.decay=0.8", "pairs"),
         ("name.x=3", "choose from"),
-        ("classification.form=papper", "wsddn"),
         ("classification.pool=mean", "align"),
         ("classification.attention=grad", "gradient"),
         ("detection.pool=mean", "align"),
@@ -133,6 +132,15 @@ def test_a_recipe_of_another_version_is_refused():
     for damaged in (unknown, nested, values | {"images": 3}, values | {"name": "worst"}, {}):
         with pytest.raises(InputError, match="another version"):
             from_dict(damaged)
+
+
+def test_choices_that_are_gone_are_read_where_they_did_nothing():
+    values = to_dict(recipe("best"))
+    old = values | {"classification": values["classification"] | {"form": "paper", "contrast": False}}
+    assert from_dict(old) == recipe("best")
+    old["detection"] = values["detection"] | {"extra_proposals": True}
+    with pytest.raises(InputError, match="extra_proposals=True"):
+        from_dict(old)
 
 
 def test_a_choice_that_a_run_does_not_know_yet_is_that_of_its_recipe():

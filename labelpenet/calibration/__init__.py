@@ -1,10 +1,9 @@
 """Proposal calibration: excitation backprop, attention and heat-maps, dense CRF, and the chain of them."""
 
-from labelpenet.calibration.calibrate import CalibrationSettings, Trace, calibrate, proposal_scores
+from labelpenet.calibration.calibrate import CalibrationSettings, Trace, calibrate
 from labelpenet.calibration.crf import DenseCRF, dense_crf
 from labelpenet.calibration.excitation import excitation_backprop, excitation_roi, forward_with_activations
 from labelpenet.calibration.maps import (
-    agreement,
     background_map,
     confidence_map,
     heat_map,
@@ -16,7 +15,6 @@ __all__ = [
     "CalibrationSettings",
     "DenseCRF",
     "Trace",
-    "agreement",
     "background_map",
     "calibrate",
     "confidence_map",
@@ -27,5 +25,4 @@ __all__ = [
     "heat_map",
     "normalise",
     "project_maps",
-    "proposal_scores",
 ]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -18,7 +18,6 @@ from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
 from labelpenet.calibration.crf import DenseCRF
 from labelpenet.calibration.maps import (
-    agreement,
     background_map,
     confidence_map,
     full_precision,
@@ -34,10 +33,9 @@ Attend = Callable[[Tensor, Tensor], Tensor]
 SURE = 1e-3
 """Confidences are taken to be in [SURE, 1 - SURE]: no map is ever surer than that."""
 
-COMBINE = ("product", "mean", "heat")
+COMBINE = ("product", "mean")
 MEMBERS = ("suppressed", "class")
 BOX = ("mask", "proposal")
-WEIGHT = ("score", "agreement", "overlap")
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,7 @@ class CalibrationSettings:
     """What the paper leaves open, each choice a field; the defaults are the literal reading (recipe ``paper``).
 
     Attributes:
-        combine: how instance attention map and heat-map become the confidence map: ``product``, ``mean`` or ``heat``
-            (the attention map left out).
+        combine: how instance attention map and heat-map become the confidence map: ``product`` or ``mean``.
         members: whose attention maps make up an instance's: those of the proposals that it ``suppressed``, or of all
             proposals of its ``class`` (for one instance a class).
         nms: IoU above which proposals of a class suppress one another.
@@ -64,9 +61,6 @@ class CalibrationSettings:
         box: where the box comes from: tight around the ``mask``, or that of the kept ``proposal``.
         part: components of a mask smaller than this fraction of its largest one are dropped; None keeps all.
         duplicate: instances of a class whose masks overlap by a larger IoU are one; None keeps all.
-        weight: of an instance: the ``score`` of the kept proposal; ``agreement``, the geometric mean of the image's
-            probability of its class and of how far attention map and heat-map agree (`maps.agreement`); ``overlap``,
-            that of the score and the IoU of the kept proposal with the mask's tight box.
     """
 
     combine: str = "product"
@@ -87,7 +81,6 @@ class CalibrationSettings:
     box: str = "mask"
     part: float | None = None
     duplicate: float | None = None
-    weight: str = "score"
 
 
 @dataclass(frozen=True)
@@ -100,33 +93,6 @@ class Trace:
     marginals: Tensor
 
 
-def proposal_scores(logits: Tensor, shares: Tensor, how: str, tags: tuple[int, ...] | None = None) -> Tensor:
-    """The scores of module 1's proposals for `calibrate`, (R, C) in [0, 1].
-
-    Args:
-        logits: (R, C) ``x^c``, without the background.
-        shares: (R, C) the proposal weights ``w``, the softmax of ``x^p`` over the proposals.
-        how: ``softmax`` of the logits over the classes, as the paper says; ``logit``, moved and scaled so that the
-            smallest of an image becomes 0 and the largest 1; ``weighted``, the softmax times the proposal's weight,
-            which is divided by its largest value for the class.
-        tags: the classes that the image shows, the only ones that the smallest and the largest logit are sought in.
-
-    Raises:
-        ValueError: another ``how``.
-    """
-    if how == "softmax":
-        return logits.softmax(1)
-    if how == "weighted":
-        return logits.softmax(1) * shares / shares.amax(0, keepdim=True).clamp(min=1e-30) if len(logits) else logits
-    if how != "logit":
-        raise ValueError(f"score must be 'softmax', 'logit' or 'weighted', but got {how!r}")
-    ours = logits if tags is None else logits[:, list(tags)]
-    if not ours.numel():
-        return torch.zeros_like(logits)
-    low, high = ours.min(), ours.max()
-    return ((logits - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
-
-
 def calibrate(
     image: np.ndarray,
     boxes: Tensor,
@@ -135,7 +101,6 @@ def calibrate(
     attend: Attend,
     settings: CalibrationSettings,
     regions: Tensor | None = None,
-    probabilities: Tensor | None = None,
 ) -> tuple[Instances, Trace]:
     """Instances of an image from its scored proposals.
 
@@ -147,7 +112,6 @@ def calibrate(
         attend: computes the proposals' attention maps; only asked for those that are summed into some instance.
         settings: the recipe's choices.
         regions: (R, 4) where the attention maps lie, if not in the boxes (a detector regresses its RoIs to boxes).
-        probabilities: (C,) in [0, 1] that the image shows each class, for ``weight="agreement"``; 1 if None.
 
     Returns:
         The instances, within each class the best kept proposal first; none if there is no proposal or no tag. And the
@@ -167,29 +131,13 @@ def calibrate(
         return Instances.empty(size, with_masks=True).to(boxes.device), Trace(nothing, nothing, nothing, nothing)
     scaled = boxes.float() * boxes.new_tensor([*scale, *scale]).float()
     areas = scaled if regions is None else regions.float() * scaled.new_tensor([*scale, *scale])
-    if settings.combine == "heat":
-        attention = heat_map(scaled[:0], scores[:0, labels], small)
-    else:
-        attention = instance_attention(areas, labels, member, attend, small)
+    attention = instance_attention(areas, labels, member, attend, small)
     heat = instance_heat(scaled, scores, labels, member, small, settings)
-    if settings.combine == "heat":
-        confidence = heat
-    else:
-        confidence = normalise(confidence_map(attention, heat, "product" if settings.combine == "product" else "mean"))
+    confidence = normalise(confidence_map(attention, heat, "product" if settings.combine == "product" else "mean"))
     marginals = segment(canvas, confidence, settings, attention)
     found = settle(marginals, boxes[seeds].float(), labels, scores[seeds, labels], size, settings)
     alive = distinct(found, settings.duplicate)
-    found, trace = found[alive], Trace(normalise(attention)[alive], heat[alive], confidence[alive], marginals[alive])
-    if settings.weight == "overlap":
-        assert found.masks is not None
-        same = box_iou(masks_to_boxes(found.masks), boxes[seeds[alive]].float()).diagonal().nan_to_num()
-        found = replace(found, weights=(found.weights * same.clamp(0, 1)).sqrt())
-    elif settings.weight == "agreement":
-        weights = agreement(trace.attention, trace.heat)
-        if probabilities is not None:
-            weights = weights * probabilities[found.labels]
-        found = replace(found, weights=weights.sqrt().clamp(0, 1))
-    return found, trace
+    return found[alive], Trace(normalise(attention)[alive], heat[alive], confidence[alive], marginals[alive])
 
 
 def _check(
@@ -210,11 +158,9 @@ def _check(
         raise ValueError(f"regions must be ({len(boxes)}, 4), but got {tuple(regions.shape)}")
     if tags is not None and not all(0 <= tag < scores.shape[1] for tag in tags):
         raise ValueError(f"tags must be in [0, {scores.shape[1]}), but got {tags}")
-    for name, known in (("combine", COMBINE), ("members", MEMBERS), ("box", BOX), ("weight", WEIGHT)):
+    for name, known in (("combine", COMBINE), ("members", MEMBERS), ("box", BOX)):
         if getattr(settings, name) not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, but got {getattr(settings, name)!r}")
-    if settings.weight == "agreement" and settings.combine == "heat":
-        raise ValueError("weight 'agreement' needs attention maps, which combine 'heat' leaves out; choose another")
     for name, values in (("boxes", boxes), ("scores", scores), ("regions", regions)):
         if values is not None and not bool(torch.isfinite(values).all()):
             raise ValueError(f"{name} must be finite, but hold NaN or infinity")

@@ -6,7 +6,6 @@ Shape letters: ``H, W`` the photograph, ``h, w`` the network's input, ``R`` prop
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,21 +14,22 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.ops import nms
 
 from labelpenet import config
-from labelpenet.calibration import CalibrationSettings, Trace, calibrate, project_maps, proposal_scores
+from labelpenet.calibration import CalibrationSettings, Trace, calibrate, project_maps
 from labelpenet.calibration.calibrate import distinct, segment, settle, working_canvas
 from labelpenet.config import InferenceChoice, Recipe
+from labelpenet.data import run_folder
+from labelpenet.data.files import read_tensors
 from labelpenet.data.images import read_image
 from labelpenet.data.proposals import ProposalSettings, propose
-from labelpenet.errors import InputError
+from labelpenet.errors import DamagedError, InputError
 from labelpenet.instances import Instances
 from labelpenet.models.attention import roi_attention
 from labelpenet.models.backbones import Backbone, build_backbone
-from labelpenet.models.classification import Classification, frame_boxes
+from labelpenet.models.classification import Classification
 from labelpenet.models.detection import Candidates, Detector, DetectorSettings
 from labelpenet.models.segmentation import Segmenter
 
@@ -99,7 +99,7 @@ class LabelPEnet(nn.Module):
         c = len(self.classes)
         self.stem = backbone.stem.module
         one = recipe.classification
-        self.classification = Classification(backbone, c, one.pool, one.form, one.contrast, one.freeze_head)
+        self.classification = Classification(backbone, c, one.pool, one.freeze_head)
         self.detection = Detector(backbone, c, backbone.region_tail(), _settings(recipe.detection, weighted=True))
         choice = recipe.segmentation
         self.refinement = Segmenter(backbone, c, _settings(choice, weighted=True), choice.mask_width, choice.mask_depth)
@@ -181,17 +181,9 @@ class LabelPEnet(nn.Module):
             stem: the stem's map of the view, where it is known.
         """
         one = self.classification
-        boxes = view.boxes(proposals)
-        if stem is None and (features is None or one.contrast):
-            stem = self.stem_map(view)
         if features is None:
-            assert stem is not None
-            features = one.features(stem, boxes)
-        frames = None
-        if one.contrast:
-            assert stem is not None
-            frames = one.features(stem, frame_boxes(boxes, (view.pixels.shape[-2], view.pixels.shape[-1])))
-        return one(features, frames)
+            features = one.features(self.stem_map(view) if stem is None else stem, view.boxes(proposals))
+        return one(features)
 
     def infer_classification(
         self,
@@ -203,8 +195,7 @@ class LabelPEnet(nn.Module):
     ) -> tuple[Instances, Trace, Tensor]:
         """Module 1, calibrated: one instance for each tag.
 
-        Without tags every class gets an instance, its weight multiplied by the image's probability of the class
-        (which the weight ``agreement`` holds anyway).
+        Without tags every class gets an instance, its weight multiplied by the image's probability of the class.
 
         Returns:
             The instances, the maps behind them, and the image's class probabilities (C,).
@@ -212,7 +203,7 @@ class LabelPEnet(nn.Module):
         view, stem = seen or self.see(image)
         x_c, x_p = self.class_scores(view, proposals, features, stem)
         probabilities = self.classification.image_probabilities(x_c, x_p)
-        scores = proposal_scores(x_c[:, 1:], x_p.softmax(0), self.recipe.classification.score, tags)
+        scores = x_c[:, 1:].softmax(1)
         one = self.classification
         regions = view.boxes(proposals)
 
@@ -237,9 +228,8 @@ class LabelPEnet(nn.Module):
             wanted,
             attend,
             calibration_settings(choice),
-            probabilities=probabilities,
         )
-        if tags is None and choice.weight == "score":
+        if tags is None:
             found = replace(found, weights=found.weights * probabilities[found.labels])
         return found, trace, probabilities
 
@@ -270,7 +260,6 @@ class LabelPEnet(nn.Module):
         self,
         module: Detector,
         image: np.ndarray,
-        proposals: Tensor | None,
         tags: tuple[int, ...] | None,
         choice: InferenceChoice,
         seen: Seen | None,
@@ -278,8 +267,7 @@ class LabelPEnet(nn.Module):
         """View, stem map, RoIs (R, 4), pooled RoI features and candidates of a detector."""
         view, stem = seen or self.see(image)
         features = module.features(stem)
-        extra = None if proposals is None else view.boxes(proposals)
-        rois, _ = module.propose(features, view.pixels, extra=extra)
+        rois, _ = module.propose(features, view.pixels)
         pooled = module.pool(features, rois)
         logits, deltas = module.classify(module.head(pooled))
         size = (int(view.pixels.shape[-2]), int(view.pixels.shape[-1]))
@@ -289,7 +277,6 @@ class LabelPEnet(nn.Module):
     def infer_detection(
         self,
         image: np.ndarray,
-        proposals: Tensor | None,
         tags: tuple[int, ...] | None,
         choice: InferenceChoice | None = None,
         seen: Seen | None = None,
@@ -297,7 +284,7 @@ class LabelPEnet(nn.Module):
         """Module 2, calibrated: several instances for each class."""
         choice = choice or self.recipe.infer2
         module = self.detection
-        view, _, rois, pooled, found = self._candidates(module, image, proposals, tags, choice, seen)
+        view, _, rois, pooled, found = self._candidates(module, image, tags, choice, seen)
         scores = found.scores.new_zeros(len(found.scores), len(self.classes))
         scores[torch.arange(len(scores), device=scores.device), found.labels] = found.scores
 
@@ -330,7 +317,6 @@ class LabelPEnet(nn.Module):
         self,
         number: int,
         image: np.ndarray,
-        proposals: Tensor | None,
         tags: tuple[int, ...] | None,
         choice: InferenceChoice | None = None,
         seen: Seen | None = None,
@@ -338,7 +324,7 @@ class LabelPEnet(nn.Module):
         """Module 3 or 4: detections, their masks (and those of the detections that they suppressed), dense CRF."""
         choice = choice or (self.recipe.infer3 if number == 3 else self.recipe.infer4)
         module = self.refinement if number == 3 else self.segmentation
-        view, stem, _, _, found = self._candidates(module, image, proposals, tags, choice, seen)
+        view, stem, _, _, found = self._candidates(module, image, tags, choice, seen)
         size = (image.shape[0], image.shape[1])
         canvas, scale = working_canvas(image, choice.side)
         small = (canvas.shape[0], canvas.shape[1])
@@ -352,10 +338,6 @@ class LabelPEnet(nn.Module):
         position = torch.full((len(found.keep),), -1, device=chosen.device)
         position[chosen] = torch.arange(len(chosen), device=chosen.device)
         group = position[found.group]
-        if not choice.affiliated:
-            own = torch.zeros_like(group, dtype=torch.bool)
-            own[found.keep] = True
-            group = torch.where(own, group, -1)
         kept_itself = torch.zeros_like(group, dtype=torch.bool)
         kept_itself[found.keep[chosen]] = True
         belongs = group >= 0  # the best so many, and each kept detection in any case
@@ -400,8 +382,8 @@ class LabelPEnet(nn.Module):
             found, trace, _ = self.infer_classification(image, proposals, tags, features, seen)
             return found, trace
         if number == 2:
-            return self.infer_detection(image, proposals, tags, seen=seen)
-        return self.infer_segmentation(number, image, proposals, tags, seen=seen)
+            return self.infer_detection(image, tags, seen=seen)
+        return self.infer_segmentation(number, image, tags, seen=seen)
 
     @torch.no_grad()
     def predict(self, image: np.ndarray | str | Path, module: int = 4, proposals: Tensor | None = None) -> Instances:
@@ -429,9 +411,9 @@ class LabelPEnet(nn.Module):
             assert proposals is not None
             found, _, _ = self.infer_classification(pixels, proposals, None, seen=seen)
         elif module == 2:
-            found, _ = self.infer_detection(pixels, proposals, None, choice, seen)
+            found, _ = self.infer_detection(pixels, None, choice, seen)
         else:
-            found, _ = self.infer_segmentation(module, pixels, proposals, None, choice, seen)
+            found, _ = self.infer_segmentation(module, pixels, None, choice, seen)
         if choice is not None and choice.vote:
             found = self.vote(module, found, seen)
         found = found.to("cpu")
@@ -470,9 +452,7 @@ class LabelPEnet(nn.Module):
 
     def needs_proposals(self, module: int) -> bool:
         """Whether a module works on selective-search proposals."""
-        if module == 1:
-            return True
-        return (self.recipe.detection if module == 2 else self.recipe.segmentation).extra_proposals
+        return module == 1
 
     # -- runs --------------------------------------------------------------------------------------------------------
 
@@ -492,8 +472,10 @@ class LabelPEnet(nn.Module):
         backbone.mean, backbone.std = tuple(facts["normalisation"]["mean"]), tuple(facts["normalisation"]["std"])
         network = cls(backbone, facts["classes"], recipe or config.from_dict(facts["recipe"]))
         loaded = [part for part in ("stem", *MODULES) if network.load_part(run, part)]
-        if "stem" not in loaded or len(loaded) < 2:
+        if len(loaded) < 2:
             raise InputError(f"{run}: holds no trained module yet; finish it with labelpenet train ... --resume")
+        if "stem" not in loaded:
+            raise InputError(f"{run_folder.weights(run, 'stem')}: gone; labelpenet train ... --resume restores it")
         network.untrained = tuple(name for name in MODULES if name not in loaded)
         return network.to(device)
 
@@ -503,13 +485,15 @@ class LabelPEnet(nn.Module):
         Raises:
             InputError: the file is damaged or belongs to another configuration.
         """
-        path = run / "weights" / f"{part}.safetensors"
+        path = run_folder.weights(run, part)
         if not path.is_file():
             return False
         try:
-            getattr(self, part).load_state_dict(load_file(path))
-        except Exception as error:
-            line = (str(error) or type(error).__name__).splitlines()[0]
+            getattr(self, part).load_state_dict(read_tensors(path))
+        except (OSError, ValueError) as error:
+            raise DamagedError(f"{path}: {error}; labelpenet train ... --resume restores it") from error
+        except RuntimeError as error:
+            line = str(error).splitlines()[0]
             raise InputError(f"{path}: does not fit this run ({line}); delete it and train with --resume") from error
         return True
 
@@ -520,15 +504,9 @@ def read_run(run: Path) -> dict[str, Any]:
     Raises:
         InputError: not a run folder.
     """
-    path = run / "run.json"
-    if not path.is_file():
-        raise InputError(f"{run}: not a run folder (no run.json); give what labelpenet train wrote with --out")
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(facts, dict) or not {"classes", "backbone", "recipe", "normalisation"} <= set(facts):
-            raise ValueError("entries are missing")
-    except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}); train again into a new folder") from error
+    facts = run_folder.read_facts(run)
+    if not {"classes", "backbone", "recipe", "normalisation"} <= set(facts):
+        raise InputError(f"{run_folder.facts(run)}: damaged (entries are missing); train again into a new folder")
     return facts
 
 

@@ -34,21 +34,17 @@ class DetectorSettings:
         anchor_sides: square roots of the anchors' areas in pixels of the network's input.
         rois: RoIs sampled for each image in training, a quarter of them positive at most.
         rpn_proposals: boxes that the RPN passes on, in training and at inference.
-        extra_proposals: whether selective-search proposals join the RPN's, in training and at inference.
         pool: kind of RoI pooling, ``max`` or ``align``.
         cells: cells per side of the pooling behind a convolutional RoI head (`Backbone.roi_head`).
         weighted: whether the instances' weights enter the losses (False in module 4).
-        freeze_head: whether the RoI head keeps its pretrained weights.
     """
 
     anchor_sides: tuple[int, ...] = ANCHOR_SIDES
     rois: int = 128
     rpn_proposals: int = 300
-    extra_proposals: bool = False
     pool: str = "max"
     cells: int = 1
     weighted: bool = True
-    freeze_head: bool = False
 
 
 class RPNHead(nn.Module):
@@ -192,8 +188,6 @@ class Detector(nn.Module):
         )
         self.pool = RoIPooling(backbone.pool_size, tail.stride, settings.pool)
         self.head, features = backbone.roi_head(settings.cells)
-        if settings.freeze_head:
-            self.head.requires_grad_(False)
         self.classifier = nn.Linear(features, num_classes + 1)
         self.regressor = nn.Linear(features, 4 * (num_classes + 1))
         initialise(self.classifier)
@@ -207,7 +201,7 @@ class Detector(nn.Module):
         return self.tail(stem)
 
     def propose(
-        self, features: Tensor, image: Tensor, target: Instances | None = None, extra: Tensor | None = None
+        self, features: Tensor, image: Tensor, target: Instances | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Region proposals (R, 4) of the image (1, 3, H, W), and the RPN's losses if there is a target."""
         size = (image.shape[-2], image.shape[-1])
@@ -217,12 +211,9 @@ class Detector(nn.Module):
             weights = target.weights if self.settings.weighted else torch.ones_like(target.weights)
             targets = [{"boxes": target.boxes, "weights": weights}]
         boxes, losses = self.rpn(ImageList(image, [size]), {"0": features}, targets)
-        proposals = boxes[0]
-        if extra is not None and self.settings.extra_proposals:
-            proposals = torch.cat([proposals, extra.to(proposals)])
-        return proposals, {"rpn_objectness": losses["loss_objectness"], "rpn_box": losses["loss_rpn_box_reg"]} if (
-            target is not None
-        ) else {}
+        if target is None:
+            return boxes[0], {}
+        return boxes[0], {"rpn_objectness": losses["loss_objectness"], "rpn_box": losses["loss_rpn_box_reg"]}
 
     def sample(self, proposals: Tensor, target: Instances) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """RoIs to train on: boxes (R, 4), labels (R,), encoded targets (R, 4), weights (R,), matched instance (R,).
@@ -247,15 +238,15 @@ class Detector(nn.Module):
         encoded = self.coder.encode_single(target.boxes[matched[chosen]], proposals[chosen])
         return proposals[chosen], labels[chosen], encoded, weights[chosen], matched[chosen]
 
-    def losses(self, stem: Tensor, image: Tensor, target: Instances, extra: Tensor | None = None) -> dict[str, Tensor]:
+    def losses(self, stem: Tensor, image: Tensor, target: Instances) -> dict[str, Tensor]:
         """Losses of one image: equations 3 and 4.
 
         Args:
             stem: the stem's map (1, D, h, w); image: (1, 3, H, W), only its size counts; target: the instances that the
-            module before inferred, in pixels of ``image``; extra: (R, 4) proposals of another source.
+            module before inferred, in pixels of ``image``.
         """
         features = self.features(stem)
-        proposals, losses = self.propose(features, image, target, extra)
+        proposals, losses = self.propose(features, image, target)
         boxes, labels, encoded, weights, _ = self.sample(proposals, target)
         logits, deltas = self.classify(self.head(self.pool(features, boxes)))
         losses["class"], losses["box"] = rcnn_loss(logits, deltas, labels, encoded, weights)

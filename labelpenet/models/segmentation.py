@@ -83,10 +83,10 @@ class Segmenter(Detector):
         logits = self.mask_head(self.mask_pool(mask_features, boxes))
         return logits[torch.arange(len(boxes), device=boxes.device), labels].float().sigmoid()
 
-    def losses(self, stem: Tensor, image: Tensor, target: Instances, extra: Tensor | None = None) -> dict[str, Tensor]:
+    def losses(self, stem: Tensor, image: Tensor, target: Instances) -> dict[str, Tensor]:
         """As `Detector.losses`, and the masks' weighted binary cross-entropy over the positive RoIs."""
         features = self.features(stem)
-        proposals, losses = self.propose(features, image, target, extra)
+        proposals, losses = self.propose(features, image, target)
         boxes, labels, encoded, weights, matched = self.sample(proposals, target)
         logits, deltas = self.classify(self.head(self.pool(features, boxes)))
         losses["class"], losses["box"] = rcnn_loss(logits, deltas, labels, encoded, weights)

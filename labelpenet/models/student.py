@@ -21,7 +21,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models.detection import MaskRCNN
@@ -35,6 +34,8 @@ from torchvision.ops import box_area, box_iou
 
 from labelpenet import config
 from labelpenet.config import StudentRecipe
+from labelpenet.data import run_folder
+from labelpenet.data.files import read_tensors
 from labelpenet.data.images import read_image
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
@@ -42,9 +43,9 @@ from labelpenet.models.backbones import BACKBONES, build_backbone, load_weights
 from labelpenet.models.cascade import LabelPEnet, read_run
 from labelpenet.models.detection import ANCHOR_RATIOS, rcnn_loss
 from labelpenet.models.segmentation import mask_loss
+from labelpenet.models.weights import torchvision_weights
 
-KIND = "student"  # what ``run.json`` says of such a folder
-WEIGHTS = "student"  # RUN/weights/student.safetensors
+KIND = "student"  # what ``run.json`` says of such a folder, and the name of its weights
 STRIDES = (8, 16, 32)  # of the pyramid's maps; the last one, subsampled, is the fourth
 _ANCHOR = 6  # an anchor's side over its map's stride: 48, 96, 192 and 384 pixels
 
@@ -289,13 +290,14 @@ class Student(nn.Module):
         facts = read_run(run)
         if facts.get("kind") != KIND:
             raise InputError(f"{run}: holds a cascade, no student; open it with LabelPEnet.from_run")
-        path = weights_path(run)
+        path = run_folder.weights(run, KIND)
         if not path.is_file():
             raise InputError(f"{run}: the student is not trained yet; finish it with labelpenet distill ... --resume")
         body, _ = build_body(facts["backbone"], pretrained=False)
         recipe = config.student_from_dict(facts["recipe"])
         try:
-            student = cls(body, facts["classes"], recipe, facts["backbone"], facts["normalisation"], load_file(path))
+            state = read_tensors(path)
+            student = cls(body, facts["classes"], recipe, facts["backbone"], facts["normalisation"], state)
         except Exception as error:
             line = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(f"{path}: does not fit this run ({line}); delete it and train with --resume") from error
@@ -310,11 +312,6 @@ def load(run: str | Path, device: str | torch.device = "cpu") -> LabelPEnet | St
     """
     facts = read_run(Path(run))
     return (Student if facts.get("kind") == KIND else LabelPEnet).from_run(run, device)
-
-
-def weights_path(run: Path) -> Path:
-    """Where a student's folder keeps the weights."""
-    return run / "weights" / f"{WEIGHTS}.safetensors"
 
 
 @dataclass
@@ -414,10 +411,11 @@ def build_body(
         return _timm_body(name.removeprefix("timm/"), weights, pretrained)
     plug = build_backbone(name, weights, pretrained)
     build, kind = BACKBONES[name]
-    download = pretrained and weights is None and kind.imagenet
-    network = build(weights="IMAGENET1K_V1" if download else None)
+    network = build(weights=None)
     if weights is not None:
         load_weights(network, weights, name)
+    elif pretrained and kind.imagenet:
+        network.load_state_dict(torchvision_weights(name))
     body: Any = getattr(network, "features", network)
     if name == "mobilenet_v2":
         body = body[:-1]  # the last layer serves the classifier alone

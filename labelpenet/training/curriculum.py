@@ -23,24 +23,24 @@ from labelpenet import config
 from labelpenet.config import Recipe
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.images import read_image
+from labelpenet.engine.distributed import build_fabric
+from labelpenet.engine.stage import Stage
+from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import MODULES, LabelPEnet, View, read_run
-from labelpenet.models.classification import frame_boxes
-from labelpenet.training.loop import Stage, train_stage
-from labelpenet.training.machine import build_fabric
 from labelpenet.training.observe import check_held_out
 from labelpenet.training.pretrain import (
     Training,
     digest,
     label_images,
+    load_trained,
     optimiser,
     present_classes,
     run_facts,
     save_part,
-    start_run,
 )
-from labelpenet.training.run import build_observer, read_proposals
+from labelpenet.training.run import build_observer, open_run, read_proposals
 
 STAGE = "forward-backward"
 
@@ -95,33 +95,31 @@ def forward_backward(
         network.require(number)
     weights = digest(value.numpy().tobytes() for value in network.state_dict().values())
     own = {**run_facts(network, images, seed, str(fabric._precision.precision)), "start": weights}
-    if fabric.global_rank == 0:
-        start_run(run, {**own, "source": source or {}}, resume)
-    fabric.barrier()
-    network.to(fabric.device)
-    images, boxes = read_proposals(images, recipe, cache, fabric)
-    training = Training(network, images, boxes, run, seed, fabric, resume, checkpoint_minutes, own)
-    observer = build_observer(training, cache, held_out, observe_minutes)
-    parts = ("stem", *MODULES)
-    if not all(network.load_part(run, part) for part in parts):
-        one = stage(training)
-        train_stage(
-            observer.watch(one, range(1, len(MODULES) + 1)),
-            run,
-            seed=seed,
-            config=own,
-            fabric=fabric,
-            resume=resume,
-            checkpoint_minutes=checkpoint_minutes,
-        )
-        observer.conclude(one, range(1, len(MODULES) + 1))
-        if fabric.global_rank == 0:
-            for part in parts:
-                save_part(network, run, part)
-    fabric.barrier()
-    for number in range(1, len(MODULES) + 1):
-        label_images(training, number)
-    return network
+    with open_run(run, {**own, "source": source or {}}, resume, images, fabric):
+        network.to(fabric.device)
+        images, boxes = read_proposals(images, recipe, cache, fabric)
+        training = Training(network, images, boxes, run, seed, fabric, resume, checkpoint_minutes, own)
+        observer = build_observer(training, cache, held_out, observe_minutes)
+        parts = ("stem", *MODULES)
+        if not all(load_trained(training, part) for part in parts):
+            one = stage(training)
+            train_stage(
+                observer.watch(one, range(1, len(MODULES) + 1)),
+                run,
+                seed=seed,
+                config=own,
+                fabric=fabric,
+                resume=resume,
+                checkpoint_minutes=checkpoint_minutes,
+            )
+            observer.conclude(one, range(1, len(MODULES) + 1))
+            if fabric.global_rank == 0:
+                for part in parts:
+                    save_part(network, run, part)
+        fabric.barrier()
+        for number in range(1, len(MODULES) + 1):
+            label_images(training, number)
+        return network
 
 
 def stage(training: Training) -> Stage:
@@ -221,12 +219,8 @@ class Phase:
         module.head.train(learns)
         with torch.set_grad_enabled(learns):
             features = module.features(self.stem, self.boxes)
-            frames = None
-            if module.contrast:
-                size = (int(self.sample.view.pixels.shape[-2]), int(self.sample.view.pixels.shape[-1]))
-                frames = module.features(self.stem, frame_boxes(self.boxes, size))
         self.features = None if learns else features
-        return module(features, frames)
+        return module(features)
 
     def multi_label(self, x_c: Tensor, x_p: Tensor) -> Tensor:
         """Equation 2."""
@@ -236,10 +230,9 @@ class Phase:
         """The loss of module 2, 3 or 4 on instances in pixels of the photograph."""
         if number == 2:
             target = replace(target, masks=None)
-        extra = self.boxes if self.network.needs_proposals(number) else torch.zeros(0, 4)
         view = self.sample.view
         terms = self.network.module(number).losses(  # type: ignore[operator]
-            self.stem, view.pixels, view.instances(target), extra
+            self.stem, view.pixels, view.instances(target)
         )
         return torch.stack([value.float() for value in terms.values()]).sum()
 

@@ -18,21 +18,23 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from labelpenet import config
 from labelpenet.config import Images, Noise, StudentRecipe
+from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImages
+from labelpenet.data.files import write_tensors
 from labelpenet.data.images import read_image
+from labelpenet.engine.distributed import build_fabric
+from labelpenet.engine.sampler import seed_step
+from labelpenet.engine.stage import Stage
+from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
-from labelpenet.models.student import KIND, Lesson, Student, inside, weights_path
-from labelpenet.training.loop import Stage, seed_step, train_stage
-from labelpenet.training.machine import build_fabric
-from labelpenet.training.pretrain import digest, optimiser, start_run
-
-STAGE = "student"
+from labelpenet.models.student import KIND, Lesson, Student, inside
+from labelpenet.training.pretrain import digest, optimiser
+from labelpenet.training.run import open_run
 
 
 def distill(
@@ -85,22 +87,21 @@ def distill(
         "labels": digest(_fingerprint(image.id, labels[image.id]) for image in taught.images),
         "recipe": config.to_dict(recipe),
     }
-    if fabric.global_rank == 0:
-        start_run(out, {**facts, "source": dict(source or {})}, resume)
-    fabric.barrier()
-    if not weights_path(out).is_file():
-        train_stage(
-            stage(student, taught, labels),
-            out,
-            seed=seed,
-            config=facts,
-            fabric=fabric,
-            resume=resume,
-            checkpoint_minutes=checkpoint_minutes,
-        )
-        if fabric.global_rank == 0:
-            save_weights(student, out)
-        fabric.barrier()
+    weights_file = run_folder.weights(out, KIND)
+    with open_run(out, {**facts, "source": dict(source or {})}, resume, taught, fabric):
+        if not weights_file.is_file():
+            train_stage(
+                stage(student, taught, labels),
+                out,
+                seed=seed,
+                config=facts,
+                fabric=fabric,
+                resume=resume,
+                checkpoint_minutes=checkpoint_minutes,
+            )
+            if fabric.global_rank == 0:
+                write_tensors(weights_file, student.plain_state(), "free some space and use --resume")
+            fabric.barrier()
     return Student.from_run(out, fabric.device)
 
 
@@ -118,7 +119,7 @@ def stage(student: Student, images: TaggedImages, labels: Mapping[str, Instances
         return student.losses(lessons, noise.limit if late else None)
 
     return Stage(
-        name=STAGE,
+        name=KIND,
         module=student,
         steps=schedule.steps,
         images=[image.id for image in images.images],
@@ -170,19 +171,6 @@ def sort_out(labels: Instances, noise: Noise) -> tuple[Instances, Tensor]:
     if not noise.weighted:
         taught = Instances(taught.boxes, taught.labels, torch.ones(len(taught)), taught.image_size, taught.masks)
     return taught, labels.boxes[~sure]
-
-
-def save_weights(student: Student, out: Path) -> None:
-    """Writes the weights in torchvision's plain form, whole or not at all."""
-    path = weights_path(out)
-    temporary = path.with_suffix(".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(student.plain_state(), temporary)
-        temporary.replace(path)
-    except Exception as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error}); free some space and use --resume") from error
 
 
 def _mirror(boxes: Tensor, width: int) -> Tensor:

@@ -22,7 +22,6 @@ from labelpenet.calibration.calibrate import (
     instance_attention,
     instance_heat,
     largest_parts,
-    proposal_scores,
     segment,
     unaries,
     working_canvas,
@@ -68,7 +67,7 @@ def falling(n: int, top: float = 0.95) -> Tensor:
 # ------------------------------------------------------------------------------------------------- known answers
 
 
-@pytest.mark.parametrize("combine", ["product", "mean", "heat"])
+@pytest.mark.parametrize("combine", ["product", "mean"])
 @pytest.mark.parametrize("joint", [True, False])
 def test_an_object_is_recovered_from_proposals_around_it(combine, joint):
     image, (truth,) = scene(SQUARE)
@@ -82,7 +81,7 @@ def test_an_object_is_recovered_from_proposals_around_it(combine, joint):
     assert torch.equal(found.boxes, masks_to_boxes(found.masks))
     for maps in (trace.attention, trace.heat, trace.confidence, trace.marginals):
         assert maps.shape == (1, *SIZE) and maps.dtype == torch.float32
-        assert (combine == "heat" and maps is trace.attention) or float(maps.max()) > 0
+        assert float(maps.max()) > 0
 
 
 def test_the_attention_decides_where_the_heat_cannot():
@@ -99,8 +98,6 @@ def test_the_attention_decides_where_the_heat_cannot():
         choice = replace(PLAIN, combine=combine, threshold=0.6)
         found, _ = calibrate(image, boxes, falling(3)[:, None], (0,), attend, choice)
         assert iou(found.masks[0], truth) > 0.9
-    heat, _ = calibrate(image, boxes, falling(3)[:, None], (0,), attend, replace(PLAIN, combine="heat"))
-    assert heat.masks.all()
 
 
 def test_each_tag_gets_one_instance_whatever_the_scores():
@@ -256,48 +253,6 @@ def test_a_smaller_canvas_gives_nearly_the_same():
     assert working_canvas(np.zeros((1, 300, 3), np.uint8), 30)[0].shape == (1, 30, 3)
 
 
-def test_the_weight_may_be_the_agreement_of_the_maps_and_the_images_probability():
-    image, _ = scene(SQUARE)
-    boxes = torch.tensor([[0.0, 0, 64, 48]]).repeat(2, 1)
-    scores, probabilities = torch.tensor([[0.9, 0.0], [0.8, 0.0]]), torch.tensor([0.36, 1])
-
-    def attend(index: Tensor, labels: Tensor) -> Tensor:
-        maps = torch.zeros(len(index), 48, 64)
-        maps[:, :, :16] = 1  # a quarter of what the heat-map shows
-        return maps
-
-    choice = replace(PLAIN, combine="mean", weight="agreement")
-    found, _ = calibrate(image, boxes, scores, (0,), attend, choice, probabilities=probabilities)
-    assert found.weights.tolist() == pytest.approx([0.3])
-    found, _ = calibrate(image, boxes, scores, (0,), attend, choice)
-    assert found.weights.tolist() == pytest.approx([0.5])
-
-
-def test_the_weight_may_be_the_score_and_the_overlap_of_box_and_proposal():
-    image, _ = scene(SQUARE)
-    boxes, region = torch.tensor([[0.0, 0, 64, 48]]), torch.tensor([[32.0, 24, 64, 48]])
-    choice = replace(PLAIN, weight="overlap")  # the mask is the region, a quarter of the proposal
-    found, _ = calibrate(image, boxes, torch.tensor([[0.64]]), (0,), full, choice, regions=region)
-    assert found.boxes[0].tolist() == region[0].tolist() and found.weights.tolist() == pytest.approx([0.4])
-
-
-def test_scores_of_proposals() -> None:
-    logits, shares = torch.tensor([[2.0, -1, 9], [0.0, 1, 3]]), torch.tensor([[0.75, 0.1, 0.5], [0.25, 0.9, 0.5]])
-    softmax = proposal_scores(logits, shares, "softmax")
-    assert torch.allclose(softmax, logits.softmax(1))
-    weighted = proposal_scores(logits, shares, "weighted")
-    assert torch.allclose(weighted, softmax * torch.tensor([[1.0, 1 / 9, 1], [1 / 3, 1, 1]]))
-    ours = proposal_scores(logits, shares, "logit", (0, 1))
-    assert torch.allclose(ours[:, :2], torch.tensor([[1.0, 0], [1 / 3, 2 / 3]])) and float(ours.max()) == 1
-    assert torch.allclose(proposal_scores(logits, shares, "logit"), (logits + 1) / 10)
-    for how in ("softmax", "logit", "weighted"):
-        for size in ((0, 3), (1, 3), (4, 1)):
-            scores = proposal_scores(torch.zeros(size), torch.zeros(size), how, (0,))
-            assert scores.shape == size and bool(((scores >= 0) & (scores <= 1)).all())
-    with pytest.raises(ValueError, match="score must be"):
-        proposal_scores(logits, shares, "sigmoid")
-
-
 # --------------------------------------------------------------------------------------------- what must always hold
 
 
@@ -338,7 +293,7 @@ def test_attention_of_zero_falls_back_to_the_proposal():
 @given(
     st.integers(0, 10_000),
     st.sampled_from([(0,), (0, 2), (1, 2), (0, 1, 2), None]),
-    st.sampled_from(["product", "mean", "heat"]),
+    st.sampled_from(["product", "mean"]),
     st.sampled_from(["suppressed", "class"]),
     st.booleans(),
     st.sampled_from([None, 20]),

@@ -93,7 +93,8 @@ def test_from_a_file_of_labels_to_predictions_on_the_command_line(tmp_path, caps
     teacher, out = tmp_path / "run", tmp_path / "student"
     teacher.mkdir()
     facts = json.loads((folder / "run.json").read_text())
-    (teacher / "run.json").write_text(json.dumps(facts | {"recipe": config.to_dict(config.demo())}))
+    del facts["checksum"]
+    (teacher / "run.json").write_text(json.dumps(facts))
     common = ["distill", str(teacher), str(year), "--out", str(out), "--set", *CHOICES, "schedule.steps=2"]
     with pytest.raises(SystemExit):
         cli.main(common)
