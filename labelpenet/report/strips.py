@@ -234,7 +234,7 @@ def _first_module(
 
 def _map_rows(source: Source, canvas: np.ndarray, found: Instances, trace: Trace) -> list[PanelRow]:
     """Attention map, heat-map, confidence and masks of module 1's best instances: a row each."""
-    if not len(found) or not isinstance(source.network, LabelPEnet) or found.masks is None:
+    if not len(found) or source.network is None or isinstance(source.network, Student) or found.masks is None:
         return []
     settings = replace(calibration_settings(source.network.recipe.infer1), iterations=0)
     blank = np.zeros((*trace.confidence.shape[-2:], 3), np.uint8)  # without iterations the CRF's image is not looked at
