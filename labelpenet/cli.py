@@ -19,6 +19,7 @@ from tyro.conf import Positional, arg, subcommand
 from labelpenet.errors import InputError
 
 if TYPE_CHECKING:
+    from labelpenet.data import TaggedImages
     from labelpenet.training.supervised import Supervision
 
 Comma = Annotated[str | None, arg(metavar="A,B,...")]
@@ -41,6 +42,7 @@ class Train:
       labelpenet train photos/ --out runs/quick --shorten 0.1 --set images.sides=320 images.test_side=320
       labelpenet train VOCdevkit/VOC2012 --out runs/voc-full --supervision full
       labelpenet train VOCdevkit/VOC2012 --out runs/voc-mixed --supervision mixed --supervised annotated.txt
+      labelpenet train photos/ --out runs/better --supervision mixed --corrected runs/mine/review.json
     """
 
     data: Positional[Path]
@@ -68,6 +70,9 @@ class Train:
     best that it has: masks, boxes or tags."""
     supervised: Path | None = None
     """mixed: a file of image names, one a line; the other photographs count as tagged only. Default: all."""
+    corrected: tuple[Path, ...] = ()
+    """mixed: files or folders of corrected labels (of `labelpenet review` or an annotation tool). Their objects are the
+    truth of their photographs; DATA's own annotation is then read only for --supervised."""
     resume: bool = False
     """Continue what RUN holds."""
     seed: int = 0
@@ -283,6 +288,29 @@ class Measure:
 
 
 @dataclass
+class Review:
+    """Look at a run's labels in the browser, the doubtful ones first; accept, correct or drop them by keys.
+
+    Serves a page on this machine's loopback address until Ctrl-C. Every verdict is saved at once.
+
+    Try:
+      labelpenet review runs/mine photos/
+      labelpenet train photos/ --out runs/better --supervision mixed --corrected runs/mine/review.json
+    """
+
+    run: Positional[Path]
+    """Run folder of `labelpenet train`."""
+    data: Positional[Path]
+    """The photographs that it was trained on."""
+    out: Path | None = None
+    """File of the verdicts; an earlier one is continued. Default: RUN/review.json."""
+    split: str | None = None
+    """As for `train`."""
+    port: int = 8765
+    """Of 127.0.0.1; 0 for any free one."""
+
+
+@dataclass
 class Report:
     """Write RUN/report.html: one self-contained page with table, loss curves and picture strips.
 
@@ -324,6 +352,7 @@ Command = (
     | Annotated[Proposals, subcommand("proposals")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Measure, subcommand("measure")]
+    | Annotated[Review, subcommand("review")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Demo, subcommand("demo")]
 )
@@ -383,25 +412,33 @@ def train(one: Train) -> None:
         cache=one.cache,
         checkpoint_minutes=one.checkpoint_minutes,
         source={"data": str(one.data), "split": split},
-        supervision=_supervision(one, split, images.classes),
+        supervision=_supervision(one, split, images),
         held_out=held_out,
         observe_minutes=one.observe_minutes,
     )
     print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
 
 
-def _supervision(one: Train, split: str | None, classes: Sequence[str]) -> Supervision | None:
+def _supervision(one: Train, split: str | None, images: TaggedImages) -> Supervision | None:
     """What the run may know beyond tags; nothing of it is opened unless the user asks for it."""
     if one.supervised and one.supervision != "mixed":
         raise InputError("--supervised goes with --supervision mixed; to train on other photographs use --split")
+    if one.corrected and one.supervision != "mixed":
+        raise InputError("--corrected goes with --supervision mixed; give both")
     if one.supervision == "tags":
         return None
     from labelpenet.data.files import read_names
     from labelpenet.formats import open_annotated
-    from labelpenet.training.supervised import read_supervision
+    from labelpenet.formats.corrected import read_corrected
+    from labelpenet.training.supervised import read_corrections, read_supervision
 
     listed = read_names(one.supervised) if one.supervised else None
-    found = read_supervision(one.supervision, open_annotated(one.data, split, classes), listed)
+    annotated = open_annotated(one.data, split, images.classes) if one.supervised or not one.corrected else None
+    if one.corrected:
+        found = read_corrections(images, read_corrected(one.corrected, images), annotated, listed)
+    else:
+        assert annotated is not None
+        found = read_supervision(one.supervision, annotated, listed)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     return found
@@ -536,9 +573,20 @@ def measure(one: Measure) -> None:
     print(measure_run(one.run, one.data, one.split, one.train_split, one.modules, one.protocol, one.device, one.cache))
 
 
+def review(one: Review) -> None:
+    """``labelpenet review``."""
+    from labelpenet.formats import open_tagged, training_split
+    from labelpenet.models.cascade import read_run
+    from labelpenet.review import serve
+
+    classes = read_run(one.run)["classes"]
+    images = open_tagged(one.data, one.split or training_split(one.data), classes)
+    serve(one.run, images, one.out or one.run / "review.json", one.port)
+
+
 def report(one: Report) -> None:
     """``labelpenet report``."""
-    from labelpenet.data import AnnotatedImages, TaggedImages
+    from labelpenet.data import AnnotatedImages
     from labelpenet.formats import open_annotated, open_tagged
     from labelpenet.models.cascade import read_run
     from labelpenet.report import write_report
@@ -588,6 +636,7 @@ RUN = {
     Proposals: proposals,
     Export: export,
     Measure: measure,
+    Review: review,
     Report: report,
     Demo: demo,
 }

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -26,6 +27,7 @@ from labelpenet.config import Recipe
 from labelpenet.data.dataset import AnnotatedImages, TaggedImages, Truth
 from labelpenet.data.files import brief, listing
 from labelpenet.errors import InputError
+from labelpenet.formats.corrected import Corrected, Read
 from labelpenet.instances import Instances
 from labelpenet.training.inferred import Inferred, Rows
 
@@ -43,23 +45,30 @@ class Supervision:
             is not there has tags only.
         digest: fingerprint of the truths: a resumed run must have the same.
         notes: what was found, a line each.
+        tags: of the photographs that a person has corrected, by image id: the classes of what was left in them.
+        dropped: ids of the photographs that a person wants left out.
     """
 
     kind: Kind
     truths: Mapping[str, Instances]
     digest: str
     notes: tuple[str, ...]
+    tags: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    dropped: frozenset[str] = frozenset()
 
     def facts(self) -> dict[str, Any]:
         """What ``run.json`` says of it; a run on tags has no such entries."""
         return {"supervision": self.kind, "truth": self.digest}
 
     def images(self, images: TaggedImages) -> TaggedImages:
-        """The images that are trained on: with full supervision those whose true objects are known, else all."""
-        if self.kind == "mixed":
-            return images
-        known = tuple(image for image in images.images if image.id in self.truths)
-        return TaggedImages(images.classes, known, images.notes)
+        """The images that are trained on, with corrected tags: with full supervision those whose true objects are
+        known, else all but those that were dropped."""
+        used = (
+            replace(image, tags=self.tags.get(image.id, image.tags))
+            for image in images.images
+            if image.id not in self.dropped and (self.kind == "mixed" or image.id in self.truths)
+        )
+        return TaggedImages(images.classes, tuple(used), images.notes)
 
 
 def read_supervision(kind: Kind, annotated: AnnotatedImages, listed: Collection[str] | None = None) -> Supervision:
@@ -75,6 +84,44 @@ def read_supervision(kind: Kind, annotated: AnnotatedImages, listed: Collection[
     Raises:
         InputError: none of the listed images is in the split, or no annotation can be read.
     """
+    readers, notes = _annotations(annotated, listed)
+    return _read(kind, annotated.tagged, readers, notes)
+
+
+def read_corrections(
+    images: TaggedImages,
+    corrected: Corrected,
+    annotated: AnnotatedImages | None = None,
+    listed: Collection[str] | None = None,
+) -> Supervision:
+    """Mixed supervision by what people have corrected: the objects that they left are true, and their classes the tags.
+
+    Args:
+        images: the photographs of the split.
+        corrected: what people said of some of them.
+        annotated: the photographs with annotation of their own, which is used where nobody has corrected it; None for
+            none. listed: as `read_supervision` takes it.
+
+    Raises:
+        InputError: as `read_supervision`.
+    """
+    readers, notes = _annotations(annotated, listed) if annotated is not None else ({}, [])
+    dropped = corrected.dropped
+    kept = {name: read for name, read in {**readers, **corrected.truths}.items() if name not in dropped}
+    if dropped:
+        notes.append(f"{len(dropped)} images are left out, as a person wants it")
+    if not kept:
+        raise InputError("nothing was accepted in the corrected files: mixed supervision needs at least one photograph")
+    one = _read("mixed", images, kept, [*corrected.notes, *notes])
+    labels = {name: one.truths[name].labels.tolist() for name in corrected.truths if name in one.truths}
+    tags = {name: tuple(sorted(set(found))) for name, found in labels.items()}
+    changed = sum(tags.get(image.id, image.tags) != image.tags for image in images.images)
+    said = [f"{len(tags)} corrected images, of {changed} of which the tags change"]
+    return replace(one, notes=(*one.notes, *said), tags=tags, dropped=dropped)
+
+
+def _annotations(annotated: AnnotatedImages, listed: Collection[str] | None) -> tuple[dict[str, Read], list[str]]:
+    """What reads the annotation of each image that may be read, and notes."""
     images, notes = annotated.tagged.images, list[str]()
     if listed is not None:
         images = tuple(image for image in images if image.id in listed or image.path.name in listed)
@@ -83,14 +130,21 @@ def read_supervision(kind: Kind, annotated: AnnotatedImages, listed: Collection[
         absent = len(listed) - len(images)
         if absent > 0:
             notes.append(f"{absent} of the {len(listed)} images listed as supervised are not in the split")
+    return {image.id: partial(annotated.read, image.id) for image in images}, notes
+
+
+def _read(kind: Kind, images: TaggedImages, readers: Mapping[str, Read], notes: list[str]) -> Supervision:
+    """The supervision that ``readers`` give, in the order of the images."""
     rows: dict[str, Rows] = {}
     sizes: dict[str, tuple[int, int]] = {}
     problems, boxes_only = [], 0
-    classes = len(annotated.tagged.classes)
+    classes = len(images.classes)
     found = hashlib.blake2b(digest_size=8)
-    for image in images:
+    for image in images.images:
+        if image.id not in readers:
+            continue
         try:
-            one = true_objects(annotated.read(image.id))
+            one = true_objects(readers[image.id]())
         except InputError as error:
             problems.append(str(error))
             continue
@@ -101,9 +155,9 @@ def read_supervision(kind: Kind, annotated: AnnotatedImages, listed: Collection[
     if not rows:
         raise InputError(problems[0])
     fate = "are left out" if kind == "full" else "count as tagged only"
-    tagged = len(annotated.tagged.images) - len(rows)
+    tagged = len(images.images) - len(rows)
     counts = f"{kind} supervision: {len(rows) - boxes_only} images with masks, {boxes_only} with boxes only"
-    notes += brief(problems, f"images {fate} because their annotation cannot be used")
+    notes = [*notes, *brief(problems, f"images {fate} because their annotation cannot be used")]
     notes.append(counts if kind == "full" else f"{counts}, {tagged} with tags only")
     return Supervision(kind, Inferred(rows, sizes, classes), found.hexdigest(), tuple(notes))
 
