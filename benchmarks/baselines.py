@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import json
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,17 +39,18 @@ from labelpenet.calibration import CalibrationSettings
 from labelpenet.calibration.calibrate import segment, settle, working_canvas
 from labelpenet.data import AnnotatedImages, Truth, read_image
 from labelpenet.data.dataset import TaggedImage
+from labelpenet.data.files import write_json
 from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.engine.distributed import map_images
+from labelpenet.engine.log import Progress
 from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou, cascade_table, classification_ap, evaluate, mask_iou
 from labelpenet.formats import open_annotated
 from labelpenet.instances import Instances, encode_masks
 from labelpenet.models.cascade import calibration_settings, proposal_settings, read_run
 from labelpenet.models.classification import Classification
-from labelpenet.training.checkpoint import write_atomically
+from labelpenet.training.features import RoIFeatures
 from labelpenet.training.inferred import Inferred
-from labelpenet.training.logging import Progress
-from labelpenet.training.machine import map_images
 from labelpenet.training.measure import rank_images
 from labelpenet.training.predict import Predictor
 
@@ -308,7 +308,7 @@ def measure_baselines(
         boxes = compute_proposals(
             images, proposal_settings(predictor.network.recipe), cache or default_cache(), progress=True
         )
-        features = run / "cache" / "features" if key == "train" else None
+        features = RoIFeatures(run, predictor.network, boxes, predictor.fabric) if key == "train" else None
         ranked, _ = rank_images(predictor, images, boxes, features)
         for name, one in {**found, "module 1, top proposals": ranked}.items():
             results[key][name] = evaluate(one, truth, classes, "voc12")
@@ -331,7 +331,7 @@ def main() -> int:
     try:
         results = measure_baselines(one.run, one.data, one.split, one.train_split, one.device, one.cache)
         if one.json:
-            write_atomically(one.json, json.dumps(results, indent=1))
+            write_json(one.json, results, indent=1)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -53,9 +53,10 @@ from torch import Tensor
 
 from labelpenet.calibration import project_maps
 from labelpenet.calibration.calibrate import grow_masks, largest_parts, segment, working_canvas
-from labelpenet.data import AnnotatedImages, Truth, read_image
+from labelpenet.data import AnnotatedImages, Truth, read_image, run_folder
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
 from labelpenet.evaluation import (
     Record,
@@ -71,8 +72,7 @@ from labelpenet.evaluation import (
 from labelpenet.formats import open_annotated, read_predictions
 from labelpenet.instances import Instances, encode_masks
 from labelpenet.models.cascade import calibration_settings, proposal_settings, read_run
-from labelpenet.training.inferred import path_of, read_inferred
-from labelpenet.training.machine import map_images
+from labelpenet.training.inferred import read_inferred
 from labelpenet.training.predict import Predictor
 
 KINDS = ("right", "duplicate", "wrong class", "group", "part", "loose", "misplaced", "background", "ignored")
@@ -506,14 +506,14 @@ def read_found(
     images, classes = data.tagged.images, data.tagged.classes
     found: dict[str, Mapping[str, Instances]] = {}
     for number in numbers:
-        if path_of(run, f"module{number}").is_file():
+        if run_folder.instances(run, f"module{number}").is_file():
             inferred = read_inferred(run, f"module{number}", len(classes))
             if all(image.id in inferred for image in images):
                 found[f"module {number}"] = inferred
     if found:
         return True, found
     for number in numbers:
-        path = run / "predictions" / f"{Path(split).stem}-module{number}.json"
+        path = run_folder.predictions(run, split, number)
         if path.is_file():
             found[f"module {number}"] = read_predictions(path, images, classes, list(range(1, len(classes) + 1)))
     if not found:

@@ -47,12 +47,14 @@ from labelpenet.calibration.calibrate import (
 from labelpenet.data import read_image
 from labelpenet.data.dataset import TaggedImage, Truth
 from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.engine.distributed import map_images
+from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou, mask_iou
 from labelpenet.formats import open_annotated
 from labelpenet.instances import Instances, encode_masks
 from labelpenet.models.attention import roi_attention
 from labelpenet.models.cascade import LabelPEnet, calibration_settings, proposal_settings
-from labelpenet.training.machine import map_images
+from labelpenet.training.features import RoIFeatures
 from labelpenet.training.predict import Predictor
 
 RECIPE = "recipe"
@@ -482,10 +484,8 @@ def main() -> None:
     network = predictor.network
     annotated = open_annotated(one.data, one.split, network.classes)
     images = annotated.tagged.images
-    features = one.run / "cache" / "features"
-    if len(list(features.glob("*.npy"))) != len(images):
-        parser.error(f"{features} does not hold the RoI features of this split's {len(images)} images")
     boxes = compute_proposals(images, proposal_settings(network.recipe), one.cache or default_cache())
+    features = RoIFeatures(one.run, network, boxes, predictor.fabric)
     chosen = [index for index, image in enumerate(images) if image.tags]
     random.Random(one.seed).shuffle(chosen)  # what is there after any time is a fair sample
     chosen = chosen[: one.images or None]
@@ -499,7 +499,9 @@ def main() -> None:
         truth = annotated.read(image.id)
         pixels = read_image(image.path)
         proposals = network.select(torch.from_numpy(boxes[image.id].copy()), pixels.shape).float()
-        known = torch.from_numpy(np.load(features / f"{chosen[place]}.npy")).float()
+        known = features.kept(image)
+        if known is None:
+            raise InputError(f"{one.run} does not hold the RoI features of {image.id}; choose the run's --split")
         mine = [number for number, variant in enumerate(variants) if place % variant.every == 0]
         with torch.no_grad(), predictor.fabric.autocast():
             scene = (classified if one.module == 1 else detected)(network, pixels, proposals, known, image)

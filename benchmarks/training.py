@@ -48,6 +48,10 @@ from labelpenet.calibration import DenseCRF
 from labelpenet.config import Recipe, Schedule
 from labelpenet.data import TaggedImages, read_image, write_scenes
 from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.engine.distributed import build_fabric, map_images
+from labelpenet.engine.sampler import batches, seed_step, stream_seed
+from labelpenet.engine.stage import Stage
+from labelpenet.engine.trainer import train_stage
 from labelpenet.formats import open_tagged, training_split
 from labelpenet.instances import Instances
 from labelpenet.models.backbones import Backbone, build_backbone
@@ -55,9 +59,7 @@ from labelpenet.models.cascade import MODULES, LabelPEnet, proposal_settings
 from labelpenet.models.detection import ANCHOR_RATIOS, RPNHead
 from labelpenet.models.segmentation import MASK_POOL, SpatialPyramid
 from labelpenet.training import curriculum
-from labelpenet.training.loop import Stage, batches, seed_step, stream_seed, train_stage
-from labelpenet.training.machine import build_fabric, map_images
-from labelpenet.training.pretrain import Training, cache_features, known_features, stage
+from labelpenet.training.pretrain import Training, stage
 
 AHEAD = 2  # steps whose images are loaded while one is trained on, as in `train_stage`
 CHECKPOINT_SECONDS = 300  # between two checkpoints of `labelpenet train`
@@ -429,7 +431,7 @@ def inference_row(setting: Setting, number: int, clock: Clock) -> Row:
             with clock.part("data"):
                 pixels = read_image(images[index].path)
                 boxes = training.boxes(images[index], pixels.shape)
-            features = known_features(training, index) if number == 1 else None
+            features = training.features.known(images[index]) if number == 1 else None
             proposals = boxes if network.needs_proposals(number) else None
             with training.autocast():
                 network.infer(number, pixels, proposals, images[index].tags, features)
@@ -438,7 +440,7 @@ def inference_row(setting: Setting, number: int, clock: Clock) -> Row:
     began = clock.now()
     with watched(network, clock):
         if number == 0:
-            cache_features(training)
+            training.features.compute_all(images)
         else:
             with closing(map_images(infer, range(len(images)), clock.device)) as done:
                 for _ in done:

@@ -117,7 +117,7 @@ class Schedule:
 
     Attributes:
         steps: optimiser steps; decay: (fraction of the steps, factor) pairs of the learning rate.
-        lr, kind, momentum, weight_decay, warmup, clip: of `training.loop.Optimiser`.
+        lr, kind, momentum, weight_decay, warmup, clip: of `engine.stage.Optimiser`.
         batch_size: images a step, over all processes.
     """
 

@@ -31,11 +31,11 @@ from typing import Any
 
 import torch
 import torchvision
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from labelpenet.errors import InputError
+from labelpenet.models.weights import check_weights, read_weights, torchvision_weights
 
 
 @dataclass(frozen=True)
@@ -263,12 +263,8 @@ def build_backbone(name: str, weights: Path | None = None, pretrained: bool = Tr
         raise InputError(f"unknown backbone {name!r}; choose from {', '.join(BACKBONES)}")
     build, plug = BACKBONES[name]
     if weights is None and pretrained and plug.imagenet:
-        try:
-            network = build(weights="IMAGENET1K_V1")
-        except OSError as error:
-            raise InputError(
-                f"ImageNet weights of {name} could not be downloaded ({error}); give a file with --weights"
-            ) from error
+        network = build(weights=None)
+        network.load_state_dict(torchvision_weights(name))
         backbone = plug(network)
         # torchvision's own weights expect ImageNet's mean and standard deviation
         backbone.mean, backbone.std = VGG16.mean, VGG16.std
@@ -293,16 +289,7 @@ def load_weights(network: nn.Module, path: Path, name: str) -> None:
     """
     if not path.is_file():
         raise InputError(f"{path}: no such weights file; give the state dict of torchvision's {name} with --weights")
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict):
-            raise ValueError(f"it holds a {type(state).__name__}")
-    except Exception as error:
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: cannot be read as weights ({line}); expected a state dict of {name}") from error
+    state = read_weights(path, name)
     own = network.state_dict()
     wrong = [key for key, value in own.items() if key not in state or getattr(state[key], "shape", None) != value.shape]
     if wrong:
@@ -310,6 +297,7 @@ def load_weights(network: nn.Module, path: Path, name: str) -> None:
             f"{path}: not the weights of {name} ({len(wrong)} of {len(own)} entries missing or of another shape, "
             f"such as {wrong[0]}); give the state dict of torchvision.models.{name}"
         )
+    check_weights(network, state, path)
     network.load_state_dict(state, strict=False)
 
 

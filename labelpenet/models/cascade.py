@@ -6,7 +6,6 @@ Shape letters: ``H, W`` the photograph, ``h, w`` the network's input, ``R`` prop
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.ops import nms
 
@@ -23,9 +21,11 @@ from labelpenet import config
 from labelpenet.calibration import CalibrationSettings, Trace, calibrate, project_maps
 from labelpenet.calibration.calibrate import distinct, segment, settle, working_canvas
 from labelpenet.config import InferenceChoice, Recipe
+from labelpenet.data import run_folder
+from labelpenet.data.files import read_tensors
 from labelpenet.data.images import read_image
 from labelpenet.data.proposals import ProposalSettings, propose
-from labelpenet.errors import InputError
+from labelpenet.errors import DamagedError, InputError
 from labelpenet.instances import Instances
 from labelpenet.models.attention import roi_attention
 from labelpenet.models.backbones import Backbone, build_backbone
@@ -472,8 +472,10 @@ class LabelPEnet(nn.Module):
         backbone.mean, backbone.std = tuple(facts["normalisation"]["mean"]), tuple(facts["normalisation"]["std"])
         network = cls(backbone, facts["classes"], recipe or config.from_dict(facts["recipe"]))
         loaded = [part for part in ("stem", *MODULES) if network.load_part(run, part)]
-        if "stem" not in loaded or len(loaded) < 2:
+        if len(loaded) < 2:
             raise InputError(f"{run}: holds no trained module yet; finish it with labelpenet train ... --resume")
+        if "stem" not in loaded:
+            raise InputError(f"{run_folder.weights(run, 'stem')}: gone; labelpenet train ... --resume restores it")
         network.untrained = tuple(name for name in MODULES if name not in loaded)
         return network.to(device)
 
@@ -483,13 +485,15 @@ class LabelPEnet(nn.Module):
         Raises:
             InputError: the file is damaged or belongs to another configuration.
         """
-        path = run / "weights" / f"{part}.safetensors"
+        path = run_folder.weights(run, part)
         if not path.is_file():
             return False
         try:
-            getattr(self, part).load_state_dict(load_file(path))
-        except Exception as error:
-            line = (str(error) or type(error).__name__).splitlines()[0]
+            getattr(self, part).load_state_dict(read_tensors(path))
+        except (OSError, ValueError) as error:
+            raise DamagedError(f"{path}: {error}; labelpenet train ... --resume restores it") from error
+        except RuntimeError as error:
+            line = str(error).splitlines()[0]
             raise InputError(f"{path}: does not fit this run ({line}); delete it and train with --resume") from error
         return True
 
@@ -500,15 +504,9 @@ def read_run(run: Path) -> dict[str, Any]:
     Raises:
         InputError: not a run folder.
     """
-    path = run / "run.json"
-    if not path.is_file():
-        raise InputError(f"{run}: not a run folder (no run.json); give what labelpenet train wrote with --out")
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(facts, dict) or not {"classes", "backbone", "recipe", "normalisation"} <= set(facts):
-            raise ValueError("entries are missing")
-    except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}); train again into a new folder") from error
+    facts = run_folder.read_facts(run)
+    if not {"classes", "backbone", "recipe", "normalisation"} <= set(facts):
+        raise InputError(f"{run_folder.facts(run)}: damaged (entries are missing); train again into a new folder")
     return facts
 
 

@@ -14,14 +14,15 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.files import read_json, read_text, write_text
+from labelpenet.engine.log import Progress, read_metrics
 from labelpenet.errors import InputError
 from labelpenet.evaluation import Table, cascade_table, summary_table
 from labelpenet.formats import read_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import MODULES, LabelPEnet, read_run
-from labelpenet.report.overlays import encode_picture
 from labelpenet.report.plots import Curves, curves, loss_plot
 from labelpenet.report.strips import (
     MIN_SCORE,
@@ -34,8 +35,8 @@ from labelpenet.report.strips import (
     make_strip,
     worst_images,
 )
-from labelpenet.training.inferred import path_of, read_inferred
-from labelpenet.training.logging import Progress, read_metrics
+from labelpenet.training.inferred import read_inferred
+from labelpenet.visualize import encode_picture
 
 _PURPOSES = (
     "multi-label classification, calibrated",
@@ -178,8 +179,8 @@ def gather(run: Path) -> Facts:
     """
     facts = read_run(run)
     missing = []
-    trained = tuple(k for k, name in enumerate(MODULES, 1) if (run / "weights" / f"{name}.safetensors").is_file())
-    labelled = tuple(k for k in range(1, len(MODULES) + 1) if path_of(run, f"module{k}").is_file())
+    trained = tuple(k for k, name in enumerate(MODULES, 1) if run_folder.weights(run, name).is_file())
+    labelled = tuple(k for k in range(1, len(MODULES) + 1) if run_folder.instances(run, f"module{k}").is_file())
     for number, name in enumerate(MODULES, 1):
         if facts.get("supervision") == "full" and number < len(MODULES):
             continue  # which trains the last module alone
@@ -188,7 +189,7 @@ def gather(run: Path) -> Facts:
         elif number not in labelled:
             missing.append(f"module {number} ({name}) is trained but has not labelled all training images yet")
     environment = _optional(run / "environment.json", "the environment of the run is not known", missing)
-    results = _optional(run / "results.json", "the run is not measured yet", missing)
+    results = _optional(run_folder.results(run), "the run is not measured yet", missing)
     return Facts(facts, environment, results, trained, labelled, tuple(missing))
 
 
@@ -298,7 +299,7 @@ def _predictions(
     split = facts.results.get("split")
     found: dict[int, Mapping[str, Instances]] = {}
     for number in facts.trained:
-        path = run / "predictions" / f"{Path(str(split)).stem}-module{number}.json"
+        path = run_folder.predictions(run, str(split), number)
         if path.is_file():
             try:
                 found[number] = read_predictions(path, images, images.classes, list(range(1, len(images.classes) + 1)))
@@ -452,7 +453,7 @@ def _label_counts(run: Path, facts: Facts) -> list[tuple[str, str, str, str]]:
     rows = []
     for number in facts.labelled:
         try:
-            content = read_json(path_of(run, f"module{number}"))
+            content = read_json(run_folder.instances(run, f"module{number}"))
             scores = [float(row["score"]) for row in content["annotations"]]
             covered = len({row["image_id"] for row in content["annotations"]})
         except (InputError, KeyError, TypeError, ValueError):  # a damaged file is named where it is read for the strips

@@ -23,23 +23,24 @@ from labelpenet import config
 from labelpenet.config import Recipe
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.images import read_image
+from labelpenet.engine.distributed import build_fabric
+from labelpenet.engine.stage import Stage
+from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import MODULES, LabelPEnet, View, read_run
-from labelpenet.training.loop import Stage, train_stage
-from labelpenet.training.machine import build_fabric
 from labelpenet.training.observe import check_held_out
 from labelpenet.training.pretrain import (
     Training,
     digest,
     label_images,
+    load_trained,
     optimiser,
     present_classes,
     run_facts,
     save_part,
-    start_run,
 )
-from labelpenet.training.run import build_observer, read_proposals
+from labelpenet.training.run import build_observer, open_run, read_proposals
 
 STAGE = "forward-backward"
 
@@ -94,33 +95,31 @@ def forward_backward(
         network.require(number)
     weights = digest(value.numpy().tobytes() for value in network.state_dict().values())
     own = {**run_facts(network, images, seed, str(fabric._precision.precision)), "start": weights}
-    if fabric.global_rank == 0:
-        start_run(run, {**own, "source": source or {}}, resume)
-    fabric.barrier()
-    network.to(fabric.device)
-    images, boxes = read_proposals(images, recipe, cache, fabric)
-    training = Training(network, images, boxes, run, seed, fabric, resume, checkpoint_minutes, own)
-    observer = build_observer(training, cache, held_out, observe_minutes)
-    parts = ("stem", *MODULES)
-    if not all(network.load_part(run, part) for part in parts):
-        one = stage(training)
-        train_stage(
-            observer.watch(one, range(1, len(MODULES) + 1)),
-            run,
-            seed=seed,
-            config=own,
-            fabric=fabric,
-            resume=resume,
-            checkpoint_minutes=checkpoint_minutes,
-        )
-        observer.conclude(one, range(1, len(MODULES) + 1))
-        if fabric.global_rank == 0:
-            for part in parts:
-                save_part(network, run, part)
-    fabric.barrier()
-    for number in range(1, len(MODULES) + 1):
-        label_images(training, number)
-    return network
+    with open_run(run, {**own, "source": source or {}}, resume, images, fabric):
+        network.to(fabric.device)
+        images, boxes = read_proposals(images, recipe, cache, fabric)
+        training = Training(network, images, boxes, run, seed, fabric, resume, checkpoint_minutes, own)
+        observer = build_observer(training, cache, held_out, observe_minutes)
+        parts = ("stem", *MODULES)
+        if not all(load_trained(training, part) for part in parts):
+            one = stage(training)
+            train_stage(
+                observer.watch(one, range(1, len(MODULES) + 1)),
+                run,
+                seed=seed,
+                config=own,
+                fabric=fabric,
+                resume=resume,
+                checkpoint_minutes=checkpoint_minutes,
+            )
+            observer.conclude(one, range(1, len(MODULES) + 1))
+            if fabric.global_rank == 0:
+                for part in parts:
+                    save_part(network, run, part)
+        fabric.barrier()
+        for number in range(1, len(MODULES) + 1):
+            label_images(training, number)
+        return network
 
 
 def stage(training: Training) -> Stage:

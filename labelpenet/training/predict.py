@@ -13,12 +13,12 @@ import torch.distributed as dist
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.images import read_image
 from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.engine.distributed import build_fabric, map_images, together
+from labelpenet.engine.log import Progress
 from labelpenet.errors import InputError
 from labelpenet.formats import read_predictions, write_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet, proposal_settings, read_run
-from labelpenet.training.logging import Progress
-from labelpenet.training.machine import build_fabric, map_images
 from labelpenet.training.pretrain import Boxes
 
 
@@ -34,6 +34,11 @@ class Predictor:
         read_run(run)
         self.fabric = build_fabric(device, devices, nodes)
         self.network = LabelPEnet.from_run(run, self.fabric.device)
+
+    @property
+    def precision(self) -> str:
+        """That of the answers, such as ``bf16-mixed``."""
+        return str(self.fabric._precision.precision)
 
     @property
     def first(self) -> bool:
@@ -128,25 +133,11 @@ def predict_images(
         predict(out)
         return skipped
     parts = [out.with_name(f"{out.name}.part{other}") for other in range(world)]
-    _together(world, lambda: predict(parts[rank]))
-    _together(world, lambda: _join(parts, out, images, classes) if predictor.first else None)
+    together(world, lambda: predict(parts[rank]))
+    together(world, lambda: _join(parts, out, images, classes) if predictor.first else None)
     everywhere: list[list[str]] = [[] for _ in range(world)]
     dist.all_gather_object(everywhere, skipped)
     return [name for one in everywhere for name in one]
-
-
-def _together(world: int, work: Callable[[], None]) -> None:
-    """Does this process's work and waits for that of the others; what one of them cannot do is raised in all."""
-    problem = None
-    try:
-        work()
-    except InputError as error:
-        problem = str(error)
-    problems: list[str | None] = [None] * world
-    dist.all_gather_object(problems, problem)
-    for one in problems:
-        if one is not None:
-            raise InputError(one)
 
 
 def _join(parts: Sequence[Path], out: Path, images: Sequence[TaggedImage], classes: Sequence[str]) -> None:

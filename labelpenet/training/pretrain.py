@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from safetensors.torch import save_file
 from torch import Tensor
 
 from labelpenet import config
 from labelpenet.config import InferenceChoice, Recipe, Schedule
+from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
+from labelpenet.data.files import write_tensors
 from labelpenet.data.images import read_image
-from labelpenet.errors import InputError
+from labelpenet.engine.distributed import gather
+from labelpenet.engine.log import Progress
+from labelpenet.engine.stage import Optimiser, Stage
+from labelpenet.engine.trainer import train_stage
+from labelpenet.errors import DamagedError
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import MODULES, LabelPEnet, View, calibration_settings
-from labelpenet.training.checkpoint import write_atomically
+from labelpenet.training.features import RoIFeatures
 from labelpenet.training.inferred import infer_all, read_inferred
-from labelpenet.training.logging import Progress
-from labelpenet.training.loop import Optimiser, Stage, train_stage
-from labelpenet.training.machine import map_images
 from labelpenet.training.supervised import with_masks
 
 if TYPE_CHECKING:
@@ -65,6 +66,11 @@ class Training:
     facts: dict[str, Any] = field(default_factory=dict)
     truths: Mapping[str, Instances] = field(default_factory=dict)
 
+    @cached_property
+    def features(self) -> RoIFeatures:
+        """Module 1's RoI features; first asked for once the stem is the one that the run trains on."""
+        return RoIFeatures(self.run, self.network, self.proposals, self.fabric)
+
     @property
     def recipe(self) -> Recipe:
         """The network's."""
@@ -98,7 +104,7 @@ def freeze_stem(training: Training) -> None:
     for parameter in network.stem.parameters():
         parameter.requires_grad_(False)
     # A resumed run goes on with the stem that it began with, whatever weights this process was started with.
-    if not network.load_part(training.run, "stem") and training.fabric.global_rank == 0:
+    if not load_trained(training, "stem") and training.fabric.global_rank == 0:
         save_part(network, training.run, "stem")
 
 
@@ -119,7 +125,7 @@ def train_module(
         InputError: see `train_stage` and `infer_all`.
     """
     network, name = training.network, MODULES[number - 1]
-    if network.load_part(training.run, name):
+    if load_trained(training, name):
         say(f"module {number} ({name}): trained before, loaded")
     else:
         one = stage(training, number, targets)
@@ -140,18 +146,23 @@ def train_module(
     label_images(training, number)
 
 
-def save_part(network: LabelPEnet, run: Path, part: str) -> None:
-    """Writes ``RUN/weights/PART.safetensors`` atomically."""
-    path = run / "weights" / f"{part}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    state = {key: value.contiguous().cpu() for key, value in getattr(network, part).state_dict().items()}
+def load_trained(training: Training, part: str) -> bool:
+    """Loads what the run folder holds of the stem or a module; False, in all processes, if one finds nothing whole.
+
+    A damaged file counts as missing: the stage's last checkpoint has the same weights.
+    """
+    found, path = False, run_folder.weights(training.run, part)
     try:
-        save_file(state, temporary)
-        temporary.replace(path)
-    except Exception as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error}); free some space and use --resume") from error
+        found = training.network.load_part(training.run, part)
+    except DamagedError:
+        print(f"note: {path} is damaged; it is made again")
+    return all(gather(training.fabric.world_size, found))
+
+
+def save_part(network: LabelPEnet, run: Path, part: str) -> None:
+    """Writes ``RUN/weights/PART.safetensors``, whole or not at all."""
+    path = run_folder.weights(run, part)
+    write_tensors(path, getattr(network, part).state_dict(), "free some space and use --resume")
 
 
 def label_images(training: Training, number: int) -> None:
@@ -161,7 +172,6 @@ def label_images(training: Training, number: int) -> None:
     images = training.images
     share = len(images.images[fabric.global_rank :: fabric.world_size])
 
-    position = {image.id: index for index, image in enumerate(images.images)}
     choice: InferenceChoice = getattr(network.recipe, f"infer{number}")
     crf = calibration_settings(choice)
 
@@ -169,7 +179,7 @@ def label_images(training: Training, number: int) -> None:
         truth = training.truths.get(image.id)
         if truth is not None and truth.masks is not None:
             return truth
-        features = known_features(training, position[image.id]) if number == 1 else None
+        features = training.features.known(image) if number == 1 else None
         pixels = read_image(image.path)
         proposals = None
         if network.needs_proposals(number):
@@ -216,7 +226,7 @@ def stage(training: Training, number: int, targets: Mapping[str, Instances] | No
     if number == 1:
         choice = training.recipe.classification
         if choice.freeze_head:
-            cache_features(training)
+            training.features.compute_all(training.images.images)
             return Stage(**common, loss=cached_loss(training))
         return Stage(**common, load=load_tagged(training), loss=classification_loss(training))
     if targets is None:
@@ -240,57 +250,6 @@ def optimiser(schedule: Schedule) -> Optimiser:
 # -- module 1 --------------------------------------------------------------------------------------------------------
 
 
-def feature_file(run: Path, index: int) -> Path:
-    """Where the frozen RoI features of a training image are kept."""
-    return run / "cache" / "features" / f"{index}.npy"
-
-
-def cache_features(training: Training) -> None:
-    """RoI features of every image, once, where stem and RoI head are frozen: ``RUN/cache/features/INDEX.npy``, float16.
-
-    An image that cannot be read gets no rows, and nothing is learnt from it.
-    """
-    network, fabric, run = training.network, training.fabric, training.run
-    feature_file(run, 0).parent.mkdir(parents=True, exist_ok=True)
-    # Each process looks only for its own share: what the others have written meanwhile must not shift it.
-    share = range(fabric.global_rank, len(training.images.images), fabric.world_size)
-    missing = [index for index in share if not feature_file(training.run, index).is_file()]
-    width = network.classification.classifier.in_features
-
-    def compute(index: int) -> tuple[int, np.ndarray, str]:
-        image = training.images.images[index]
-        try:
-            pixels = read_image(image.path)
-        except InputError as error:
-            return index, np.zeros((0, width), np.float16), f"skipped: {error}"
-        with torch.no_grad(), training.autocast():
-            view = network.view(pixels)
-            boxes = view.boxes(training.boxes(image, pixels.shape))
-            features = network.classification.features(network.stem_map(view), boxes)
-        return index, features.to(torch.float16).cpu().numpy(), ""
-
-    with (
-        Progress("RoI features", len(missing), 0) as progress,
-        contextlib.closing(map_images(compute, missing, fabric.device)) as results,
-    ):
-        for done, (index, features, note) in enumerate(results):
-            temporary = feature_file(run, index).with_suffix(f".tmp{fabric.global_rank}")
-            with temporary.open("wb") as file:
-                np.save(file, features)
-            temporary.replace(feature_file(run, index))
-            progress.show(done + 1, {})
-            if note:
-                progress.say(note)
-    fabric.barrier()
-
-
-def known_features(training: Training, index: int) -> Tensor | None:
-    """The cached RoI features (R, D) of a training image; None where there are none."""
-    path = feature_file(training.run, index)
-    features = np.load(path) if path.is_file() else np.zeros((0, 0), np.float16)
-    return torch.from_numpy(features).float().to(training.fabric.device) if len(features) else None
-
-
 def present_classes(image: TaggedImage, num_classes: int) -> Tensor:
     """(C,) float, 1 for the classes among the image's tags."""
     present = torch.zeros(num_classes)
@@ -305,7 +264,7 @@ def cached_loss(training: Training) -> Callable[[Any, int], dict[str, Tensor]]:
     def loss(indices: list[int], step: int) -> dict[str, Tensor]:
         total = []
         for index in indices:
-            features = known_features(training, index)
+            features = training.features.known(images.images[index])
             if features is None:  # the image could not be read
                 continue
             x_c, x_p = module(features)
@@ -407,39 +366,6 @@ def detector_loss(training: Training, number: int) -> Callable[[Any, int], dict[
 
 
 # -- the run folder --------------------------------------------------------------------------------------------------
-
-
-def start_run(run: Path, facts: dict[str, Any], resume: bool) -> None:
-    """Makes the run folder, or checks that the one there belongs to the same configuration.
-
-    Raises:
-        InputError: the folder is in use and ``resume`` is not asked for, or belongs to another configuration.
-    """
-    path = run / "run.json"
-    if path.is_file():
-        if not resume:
-            raise InputError(f"{run}: holds a run already; continue it with --resume or choose another --out")
-        try:
-            saved = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{path}: damaged ({error}); train again into a new folder") from error
-        # where the images were read from may be spelt differently; which images they are may not differ
-        # and a run on tags says nothing of its supervision
-        compared = [key for key in dict.fromkeys([*facts, "supervision"]) if key != "source"]
-        differing = [key for key in compared if json.dumps(saved.get(key)) != json.dumps(facts.get(key))]
-        if differing:
-            raise InputError(
-                f"{run}: was started with another {', '.join(differing)}; resume with the same settings or choose "
-                "another --out"
-            )
-        return
-    if run.is_dir() and any(run.iterdir()):
-        raise InputError(f"{run}: is not empty and holds no run; choose another --out")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(facts, indent=1))
-    except OSError as error:
-        raise InputError(f"{run}: cannot be written ({error.strerror}); choose another --out") from error
 
 
 def run_facts(network: LabelPEnet, images: TaggedImages, seed: int, precision: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from labelpenet import config
 from labelpenet.calibration import Trace
+from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, Truth
 from labelpenet.errors import InputError
 from labelpenet.evaluation import Table, evaluate
@@ -26,7 +27,6 @@ from labelpenet.report import html, write_report
 from labelpenet.report.html import class_table, flatten, module_table, result_table
 from labelpenet.report.plots import curves, loss_plot, smoothed
 from labelpenet.report.strips import choose_images, mean_best_overlap, worst_images
-from labelpenet.training.inferred import path_of
 
 CLASSES = ("cat", "<dog> & 'co\"")
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -159,7 +159,7 @@ def make_run(run: Path, trained: int = 0, data: AnnotatedImages | None = None, r
 
 def label(run: Path, number: int, images: Sequence[TaggedImage]) -> None:
     """Writes what module ``number`` passed on for the training images."""
-    path = path_of(run, f"module{number}")
+    path = run_folder.instances(run, f"module{number}")
     path.parent.mkdir(exist_ok=True)
     content = {
         "images": [{"id": image.id, "file_name": image.path.name, "height": 48, "width": 64} for image in images],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -17,12 +16,12 @@ from torch import Tensor
 from labelpenet.config import Recipe, override, recipe
 from labelpenet.data.dataset import TaggedImages
 from labelpenet.data.images import read_image
+from labelpenet.data.run_folder import claimed, start_run
 from labelpenet.data.scenes import write_scenes
-from labelpenet.errors import InputError
 from labelpenet.formats.voc import open_tagged
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.training.inferred import read_inferred
-from labelpenet.training.pretrain import Training, cache_features, cached_loss, pretrain, run_facts, start_run
+from labelpenet.training.pretrain import Training, cached_loss, pretrain, run_facts
 from tests.models.tiny import lively_mobilenet
 
 N = 6
@@ -69,7 +68,8 @@ def train(year: Path, run: Path, *changes: str, until: int = 4, resume: bool = F
     fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
     fabric.launch()
     facts = run_facts(network, images, seed, "32-true")
-    start_run(run, facts, resume)
+    with claimed(run):
+        start_run(run, facts, resume)
     training = Training(network, images, boxes_of(images), run, seed, fabric, resume, 0.0, facts)
     pretrain(training, until, say=lambda message: None)
     return network
@@ -242,55 +242,8 @@ def test_nothing_is_learnt_from_an_image_that_could_not_be_read(tmp_path):
     network = LabelPEnet(lively_mobilenet(7), images.classes, tiny_recipe())
     fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
     training = Training(network, images, boxes_of(images), tmp_path / "run", 0, fabric)
-    cache_features(training)
+    training.features.compute_all(images.images)
     loss = cached_loss(training)
     assert loss([2], 0) == {}
     for others in ([1], [1, 4]):
         assert torch.equal(loss([*others, 2], 0)["multi_label"], loss(others, 0)["multi_label"])
-
-
-# -------------------------------------------------------------------------------------------------------- run folders
-
-
-FACTS = {"classes": ["a", "b"], "seed": 0, "recipe": {"images": {"sides": (480, 576)}}}
-
-
-def test_a_run_folder_is_made_and_taken_up_again(tmp_path):
-    run = tmp_path / "some" / "run"
-    start_run(run, FACTS, False)
-    assert json.loads((run / "run.json").read_text()) == json.loads(json.dumps(FACTS))
-    start_run(run, FACTS, True)
-    start_run(tmp_path / "other", FACTS, True)  # --resume where nothing was begun is a start
-    (tmp_path / "empty").mkdir()
-    start_run(tmp_path / "empty", FACTS, False)
-
-
-def test_a_run_folder_in_use_is_left_alone(tmp_path):
-    start_run(tmp_path / "run", FACTS, False)
-    before = (tmp_path / "run/run.json").read_bytes()
-    with pytest.raises(InputError, match="--resume"):
-        start_run(tmp_path / "run", FACTS, False)
-    with pytest.raises(InputError, match="another seed, recipe"):
-        start_run(tmp_path / "run", FACTS | {"seed": 1, "recipe": {}}, True)
-    assert (tmp_path / "run/run.json").read_bytes() == before
-    foreign = tmp_path / "photos"
-    foreign.mkdir()
-    (foreign / "cat.jpg").write_bytes(b"")
-    with pytest.raises(InputError, match="choose another --out"):
-        start_run(foreign, FACTS, False)
-    assert [path.name for path in foreign.iterdir()] == ["cat.jpg"]
-
-
-@pytest.mark.parametrize("content", [b'{"classes": [', b"[1]", b"3", b"", b"\xff\xfe"])
-def test_a_damaged_run_file_is_named(tmp_path, content):
-    start_run(tmp_path, FACTS, False)
-    (tmp_path / "run.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"run\.json: damaged"):
-        start_run(tmp_path, FACTS, True)
-
-
-def test_a_run_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_bytes(b"")
-    for run in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(InputError, match="choose another --out"):
-            start_run(run, FACTS, False)

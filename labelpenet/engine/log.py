@@ -17,10 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from labelpenet.data import run_folder
+from labelpenet.data.files import write_json, write_text
+from labelpenet.engine.checkpoint import git_revision, versions
 from labelpenet.errors import InputError
-from labelpenet.training.checkpoint import git_revision, versions, write_atomically
 
 Row = dict[str, Any]
+
+_REMEDY = "make room or choose another folder, then continue with --resume"
 
 
 class MetricsLog:
@@ -45,14 +49,13 @@ class MetricsLog:
 
         self.rows = list(rows)
         self._stage = stage
-        self._path = run_dir / "metrics.jsonl"
+        self._path = run_folder.metrics(run_dir)
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
             kept = [row for row in read_metrics(run_dir) if row.get("stage") != stage] + self.rows
-            write_atomically(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+            write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept), _REMEDY)
             self._file = self._path.open("a", encoding="utf-8")
             # purge_step makes TensorBoard forget what an interrupted run drew beyond the checkpoint.
-            self._board = SummaryWriter(str(run_dir / "tensorboard" / stage), purge_step=step + 1, flush_secs=30)
+            self._board = SummaryWriter(str(run_folder.tensorboard(run_dir, stage)), purge_step=step + 1, flush_secs=30)
         except OSError as error:
             raise _unwritable(self._path, error) from error
 
@@ -81,7 +84,7 @@ class MetricsLog:
 
 def read_metrics(run_dir: Path) -> list[Row]:
     """The rows of ``RUN/metrics.jsonl`` in order; a line that a crash left half written is passed over."""
-    path = run_dir / "metrics.jsonl"
+    path = run_folder.metrics(run_dir)
     if not path.exists():
         return []
     rows = []
@@ -124,12 +127,7 @@ def write_environment(run_dir: Path, device: torch.device, world: int) -> None:
         "processes": world,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
-    path = run_dir / "environment.json"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(environment, indent=2) + "\n")
-    except OSError as error:
-        raise _unwritable(path, error) from error
+    write_json(run_folder.environment(run_dir), environment, _REMEDY, indent=2)
 
 
 class Progress:
@@ -247,7 +245,4 @@ def _finite(value: Any) -> Any:
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(
-        f"{path} cannot be written ({error.strerror or error}); make room or choose another folder, "
-        "then continue with --resume"
-    )
+    return InputError(f"{path}: cannot be written ({error.strerror or error}); {_REMEDY}")

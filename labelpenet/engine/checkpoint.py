@@ -7,9 +7,7 @@ it is used.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import platform
 import re
 import subprocess
@@ -21,15 +19,11 @@ from typing import Any
 
 import torch
 
+from labelpenet.data.files import write_bytes
 from labelpenet.errors import InputError
 
 KEPT = 2
 _NAME = re.compile(r"step-(\d+)\.pt")
-
-
-def checkpoint_folder(run_dir: Path, stage: str) -> Path:
-    """Where a run keeps the checkpoints of one of its stages."""
-    return run_dir / "checkpoints" / stage
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -44,7 +38,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
     not have gone back before it.
 
     Args:
-        folder: the stage's folder, see `checkpoint_folder`; made where it is missing.
+        folder: the stage's folder, see `run_folder.checkpoints`; made where it is missing.
         step: number of finished steps.
         state: tensors and plain Python values only, for it is read back with ``weights_only=True``.
 
@@ -55,23 +49,15 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
         InputError: the disk is full or the folder cannot be written; what was there before is intact.
     """
     path = folder / f"step-{step:08d}.pt"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("*.tmp"):
-            stale.unlink()
-        _write(path, state)
-        earlier = [other for other in checkpoints(folder) if _step(other) <= step]
-        for other in checkpoints(folder):
-            if other not in earlier[:KEPT]:
-                other.unlink()
-    except (OSError, RuntimeError) as error:
-        reason = _os_error(error)
-        if reason is None:
-            raise
-        raise InputError(
-            f"{path} cannot be written ({reason.strerror or reason}); earlier checkpoints are intact: "
-            "make room, then continue with --resume"
-        ) from error
+    write_bytes(
+        path,
+        lambda file: torch.save(dict(state), file),
+        "earlier checkpoints are intact: make room, then continue with --resume",
+    )
+    earlier = [other for other in checkpoints(folder) if _step(other) <= step]
+    for other in [*folder.glob("*.tmp"), *checkpoints(folder)]:
+        if other not in earlier[:KEPT]:
+            other.unlink(missing_ok=True)
     return path
 
 
@@ -162,44 +148,6 @@ def git_revision() -> str | None:
         return None
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small text file that is either there as a whole or as it was before."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write(path: Path, state: Mapping[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        # Raising here as well would hide the reason for the failure.
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename durable, where the system lets a folder be synchronised (Windows does not)."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _read(path: Path) -> dict[str, Any]:
     # torch.load does not compare the checksums that torch.save writes, so a flipped bit would pass as a weight.
     with zipfile.ZipFile(path) as archive:
@@ -212,14 +160,6 @@ def _read(path: Path) -> dict[str, Any]:
 def _step(path: Path) -> int:
     match = _NAME.fullmatch(path.name)
     return int(match.group(1)) if match else -1
-
-
-def _os_error(error: BaseException) -> OSError | None:
-    """The system's error behind an exception: torch.save may bury a full disk under an error of its own."""
-    seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, OSError):
-        seen = seen.__cause__ or seen.__context__
-    return seen
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

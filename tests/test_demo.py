@@ -9,13 +9,13 @@ import torch
 from safetensors.torch import load_file
 
 from labelpenet import config
-from labelpenet.data import proposals
+from labelpenet.data import proposals, run_folder
+from labelpenet.demo import run_demo
+from labelpenet.engine.checkpoint import load_checkpoint
 from labelpenet.errors import InputError
 from labelpenet.models.backbones import Tiny, TinyNetwork, build_backbone
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.training import demo
-from labelpenet.training.checkpoint import checkpoint_folder, load_checkpoint
-from labelpenet.training.demo import run_demo
 
 TRAIN, HELD_OUT = 24, 8
 
@@ -108,7 +108,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
 
 def test_the_cascade_starts_from_the_warmed_up_weights(small):
     out, _ = small
-    state, _ = load_checkpoint(checkpoint_folder(out / "run", "warmup"))
+    state, _ = load_checkpoint(run_folder.checkpoints(out / "run", "warmup"))
     assert state is not None and state["step"] == small_recipe().schedule0.steps
     stem = load_file(out / "run" / "weights" / "stem.safetensors")
     head = load_file(out / "run" / "weights" / "classification.safetensors")

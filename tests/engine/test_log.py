@@ -1,14 +1,15 @@
 import errno
 import json
+import os
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from labelpenet.errors import InputError
-from labelpenet.training import logging
-from labelpenet.training.logging import (
+from labelpenet.engine.log import (
     MetricsLog,
     Progress,
     describe,
@@ -17,6 +18,7 @@ from labelpenet.training.logging import (
     read_metrics,
     write_environment,
 )
+from labelpenet.errors import InputError
 
 
 def log_steps(run_dir, stage, steps, rows=(), start=0):
@@ -87,10 +89,10 @@ def test_values_that_json_cannot_hold_become_null(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
-    def full(path, text):
+    def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(logging, "write_atomically", full)
+    monkeypatch.setattr(os, "fsync", full)
     for attempt in (
         lambda: MetricsLog(tmp_path, "module1", []),
         lambda: write_environment(tmp_path, torch.device("cpu"), 1),
@@ -114,7 +116,7 @@ def test_the_environment_names_versions_and_machine_but_no_variables(tmp_path, m
 
 def test_plain_progress_says_what_a_reader_needs(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(logging.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     lines = []
     progress = Progress("module1", 1100, start=100, log=lines.append, every=30)
     for step in range(101, 301):  # one step a second
@@ -134,7 +136,7 @@ def test_the_live_line_is_used_on_a_terminal_only(monkeypatch, capsys):
     with Progress("module1", 10) as progress:
         progress.say("to standard error")
     assert capsys.readouterr().err == "to standard error\n"
-    monkeypatch.setattr(logging.sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with Progress("module1", 10, start=2) as progress:
         progress._shown = -1e9
         progress.show(5, {"loss/total": 1.5})

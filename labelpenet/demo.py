@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 from labelpenet import config
 from labelpenet.config import Recipe
+from labelpenet.data import run_folder
+from labelpenet.data.files import read_json
 from labelpenet.data.scenes import write_scenes
 from labelpenet.errors import InputError
 from labelpenet.formats import open_annotated, open_tagged
+from labelpenet.report import write_report
 from labelpenet.training.measure import measure_run, render
 from labelpenet.training.run import train_run
 
@@ -43,17 +45,17 @@ def run_demo(
     if out.is_dir() and any(out.iterdir()) and not (out / "scenes").is_dir():
         raise InputError(f"{out}: holds something else than a demo; choose another --out")
     year = write_scenes(out / "scenes", train, held_out, seed=seed)
-    if report.is_file() and (run / "results.json").is_file():
-        results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    if report.is_file() and run_folder.results(run).is_file():
+        results = read_json(run_folder.results(run))
         return f"{render(results)}\n{report}: finished before; remove {out} to start anew"
-    if (run / "run.json").is_file():
+    if run_folder.facts(run).is_file():
         print(f"{run}: continued")
     train_run(
         open_tagged(year, "train"),
         run,
         config.recipe("demo") if recipe is None else recipe,
         backbone=BACKBONE,
-        resume=(run / "run.json").is_file(),
+        resume=run_folder.facts(run).is_file(),
         seed=seed,
         device="cpu",
         cache=out / "cache",
@@ -66,7 +68,5 @@ def run_demo(
 
 
 def _write_report(run: Path, report: Path, year: Path) -> None:
-    from labelpenet.report import write_report
-
     train, held_out = open_annotated(year, "train"), open_annotated(year, "val")
     write_report(run, report, train.tagged, held_out.tagged, train.read, held_out.read, images=4)

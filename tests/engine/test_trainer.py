@@ -10,22 +10,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
+from labelpenet.data import run_folder
+from labelpenet.engine import trainer
+from labelpenet.engine.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from labelpenet.engine.log import read_metrics
+from labelpenet.engine.sampler import batches, seed_step, stream_seed
+from labelpenet.engine.stage import Optimiser, Stage
+from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
-from labelpenet.training import checkpoint, loop
-from labelpenet.training.checkpoint import checkpoint_folder, checkpoints, load_checkpoint
-from labelpenet.training.logging import read_metrics
-from labelpenet.training.loop import Optimiser, Stage, batches, seed_step, stream_seed, train_stage
 
 N = 12
 IMAGES = [f"photo{i:02d}.jpg" for i in range(N)]
@@ -77,67 +77,6 @@ def timeless(run_dir: Path) -> list[dict]:
     """The rows of metrics without what depends on the clock and the machine."""
     clock = {"images_per_s", "data_s", "memory_mb", "time"}
     return [{key: value for key, value in row.items() if key not in clock} for row in read_metrics(run_dir)]
-
-
-# Which images a step sees.
-
-
-@given(
-    n=st.integers(1, 40), share=st.integers(1, 5), world=st.integers(1, 4), step=st.integers(0, 60), seed=st.integers()
-)
-@settings(max_examples=60, deadline=None)
-def test_the_shares_of_all_processes_are_the_batch_of_one(n, share, world, step, seed):
-    groups = [i % 3 for i in range(n)]
-    for grouping in (None, groups):
-        whole = batches(n, share * world, seed, "m", step, groups=grouping)
-        shares = [batches(n, share * world, seed, "m", step, rank, world, grouping) for rank in range(world)]
-        assert list(itertools.chain(*shares)) == whole
-        assert all(len(part) == share for part in shares)
-
-
-@given(n=st.integers(1, 30), size=st.integers(1, 7), seed=st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
-def test_every_epoch_shows_every_image_once(n, size, seed):
-    epochs = 3
-    steps = -(-epochs * n // size)
-    seen = list(itertools.chain(*(batches(n, size, seed, "m", step) for step in range(steps))))
-    for epoch in range(epochs):
-        assert sorted(seen[epoch * n : (epoch + 1) * n]) == list(range(n))
-
-
-@given(groups=st.lists(st.integers(0, 3), min_size=1, max_size=20), size=st.integers(1, 5), cycle=st.integers(0, 2))
-@settings(max_examples=40, deadline=None)
-def test_groups_do_not_mix_and_every_image_has_its_turn(groups, size, cycle):
-    n = len(groups)
-    drawn = [batches(n, size, 7, "m", step, groups=groups) for step in range(cycle * n, (cycle + 1) * n)]
-    assert all(len({groups[index] for index in batch}) == 1 for batch in drawn)
-    assert Counter(itertools.chain(*drawn)) == dict.fromkeys(range(n), size)
-
-
-def test_order_depends_on_seed_stage_and_epoch():
-    settings = itertools.product((0, 1), ("module1", "module2"), (0, 1))
-    orders = {tuple(batches(30, 30, *setting)) for setting in settings}
-    assert len(orders) == 8
-
-
-def test_batches_that_cannot_be():
-    with pytest.raises(InputError, match="no training image"):
-        batches(0, 2, 0, "m", 0)
-    with pytest.raises(InputError, match="multiple of 2"):
-        batches(10, 3, 0, "m", 0, world=2)
-
-
-def test_seeding_reaches_every_generator_and_depends_on_every_argument():
-    def draw(*args) -> tuple:
-        seed_step(*args)
-        return torch.rand(1).item(), np.random.rand(), random.random()  # noqa: NPY002
-
-    assert draw(0, "m", 3, 1) == draw(0, "m", 3, 1)
-    different = {
-        draw(*args) for args in [(0, "m", 3, 1), (1, "m", 3, 1), (0, "n", 3, 1), (0, "m", 4, 1), (0, "m", 3, 2)]
-    }
-    assert len(different) == 5 and all(len(set(column)) == 5 for column in zip(*different, strict=True))
-    assert len({stream_seed(1, "11", 1), stream_seed(11, "1", 1), stream_seed(1, "1", 11)}) == 3
 
 
 def test_learning_rate():
@@ -371,7 +310,7 @@ def test_many_failures_in_a_row_stop_the_run_with_the_state_saved(tmp_path):
     with pytest.raises(InputError, match=r"20 steps in a row .*photo.*state is saved") as caught:
         train_stage(stage, tmp_path, **QUIET)
     assert "\n" not in str(caught.value)
-    state, _ = load_checkpoint(checkpoint_folder(tmp_path, "module1"))
+    state, _ = load_checkpoint(run_folder.checkpoints(tmp_path, "module1"))
     assert state["step"] == 25 and state["skipped"] == 20
     assert same({name: state["model"][name] for name in weights(stage.module)}, weights(stage.module))
     assert all(torch.isfinite(value).all() for value in state["model"].values())
@@ -413,18 +352,18 @@ def test_a_second_interrupt_does_not_wait(tmp_path):
     stage = interrupting(make_stage(images_per_pass=2), 6, times=2)
     with pytest.raises(KeyboardInterrupt):
         train_stage(stage, tmp_path, **QUIET)
-    assert checkpoints(checkpoint_folder(tmp_path, "module1")) == []
+    assert checkpoints(run_folder.checkpoints(tmp_path, "module1")) == []
 
 
 def test_an_interrupt_during_the_last_save_is_not_lost(tmp_path, monkeypatch):
     def save(folder, step, state):
         signal.raise_signal(signal.SIGINT)
-        return checkpoint.save_checkpoint(folder, step, state)
+        return save_checkpoint(folder, step, state)
 
-    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(trainer, "save_checkpoint", save)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 12 of 12"):
         train_stage(make_stage(), tmp_path, **QUIET)
-    assert load_checkpoint(checkpoint_folder(tmp_path, "module1"))[0]["step"] == 12
+    assert load_checkpoint(run_folder.checkpoints(tmp_path, "module1"))[0]["step"] == 12
 
 
 def test_a_finished_stage_is_only_loaded(tmp_path):
@@ -487,7 +426,7 @@ def test_a_corrupt_last_checkpoint_falls_back_and_ends_the_same(tmp_path):
     done = make_stage()
     train_stage(done, tmp_path, checkpoint_minutes=0, log_every=3, **QUIET)
     rows = timeless(tmp_path)
-    newest, before = checkpoints(checkpoint_folder(tmp_path, "module1"))
+    newest, before = checkpoints(run_folder.checkpoints(tmp_path, "module1"))
     newest.write_bytes(newest.read_bytes()[:-50])
     said = []
     again = make_stage()
@@ -506,12 +445,12 @@ def test_a_full_disk_stops_with_one_line_and_the_checkpoint_before(tmp_path, mon
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(InputError, match=r"No space left on device.*--resume") as caught:
         train_stage(make_stage(), tmp_path, checkpoint_minutes=0, **QUIET)
     assert "\n" not in str(caught.value)
     monkeypatch.undo()
-    folder = checkpoint_folder(tmp_path, "module1")
+    folder = run_folder.checkpoints(tmp_path, "module1")
     assert len(checkpoints(folder)) == 2 and not list(folder.glob("*.tmp"))
     whole, again = make_stage(), make_stage()
     train_stage(whole, tmp_path / "whole", **QUIET)
@@ -581,7 +520,7 @@ def test_the_loss_scale_finds_its_value_and_survives_an_interruption(tmp_path):
     train_stage(again, tmp_path / "cut", fabric=HalfFabric(), resume=True, **QUIET)
     assert same(weights(whole.module), weights(again.module))
     assert not torch.equal(whole.module.body.weight, Net().body.weight)
-    state, _ = load_checkpoint(checkpoint_folder(tmp_path / "whole", "module1"))
+    state, _ = load_checkpoint(run_folder.checkpoints(tmp_path / "whole", "module1"))
     assert 1 <= state["scaler"]["scale"] < 2.0**24
     assert not any("skipped" in line for line in said), "an overflow is no fault of the images"
 
@@ -589,7 +528,7 @@ def test_the_loss_scale_finds_its_value_and_survives_an_interruption(tmp_path):
 def in_fresh_interpreter(function: str, *args) -> dict:
     """Calls one of the functions below in an interpreter that has no threads yet, and returns its answer."""
     root = Path(__file__).parents[2]
-    code = f"import json; from tests.training import test_loop as t; print(json.dumps(t.{function}(*{args!r})))"
+    code = f"import json; from tests.engine import test_trainer as t; print(json.dumps(t.{function}(*{args!r})))"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
@@ -684,7 +623,7 @@ def train_killed(run_dir: str, resume: bool, fatal: tuple[str, int] | None = Non
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args)
 
-        setattr(checkpoint.os, name, deadly)
+        setattr(os, name, deadly)
     stage = killed_stage()
     train_stage(stage, Path(run_dir), resume=resume, checkpoint_minutes=0, log_every=7, log=lambda message: None)
     torch.save(stage.module.state_dict(), Path(run_dir) / "result.pt")
@@ -709,7 +648,7 @@ def kill_often(folder: str, kills: int, seed: int) -> dict:
         return process
 
     def newest() -> int:
-        found = checkpoints(checkpoint_folder(Path(folder) / f"killed{run}", "module1"))
+        found = checkpoints(run_folder.checkpoints(Path(folder) / f"killed{run}", "module1"))
         return int(found[0].stem.removeprefix("step-")) if found else 0
 
     whole = start("whole", False)
