@@ -575,13 +575,14 @@ def measure(one: Measure) -> None:
 
 def review(one: Review) -> None:
     """``labelpenet review``."""
+    from labelpenet.data import run_folder
     from labelpenet.formats import open_tagged, training_split
     from labelpenet.models.cascade import read_run
     from labelpenet.review import serve
 
     classes = read_run(one.run)["classes"]
     images = open_tagged(one.data, one.split or training_split(one.data), classes)
-    serve(one.run, images, one.out or one.run / "review.json", one.port)
+    serve(one.run, images, one.out or run_folder.review(one.run), one.port)
 
 
 def report(one: Report) -> None:

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import cv2
 
+from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.files import read_json
 from labelpenet.data.images import read_image
@@ -26,9 +27,9 @@ from labelpenet.errors import InputError
 from labelpenet.formats.polygons import rings
 from labelpenet.formats.review import Reviewed, Status, is_review, read_review, write_review
 from labelpenet.instances import Instances
-from labelpenet.report.overlays import PALETTE, encode_picture
 from labelpenet.review.doubt import rank
-from labelpenet.training.inferred import Inferred, path_of, read_inferred
+from labelpenet.training.inferred import Inferred, read_inferred
+from labelpenet.visualize import PALETTE, encode_picture
 
 LOOPBACK = "127.0.0.1"
 _HOSTS = {LOOPBACK, "localhost", "::1"}
@@ -71,7 +72,7 @@ class Review:
         Raises:
             InputError: no module has labelled the photographs, or the file belongs to something else.
         """
-        numbers = [number for number in (1, 2, 3, 4) if path_of(run, f"module{number}").is_file()]
+        numbers = [number for number in (1, 2, 3, 4) if run_folder.instances(run, f"module{number}").is_file()]
         if not numbers:
             raise InputError(f"{run}: no module has labelled the training photographs yet; train it first")
         ranked = rank(
