@@ -5,17 +5,22 @@ Exit status: 0 done; 2 the input cannot be used (one line on standard error says
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
+import os
 import sys
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
+from labelpenet import __version__
 from labelpenet.errors import InputError
 
 if TYPE_CHECKING:
@@ -358,8 +363,66 @@ Command = (
 )
 
 
+RANGES: dict[str, tuple[float, float]] = {
+    "min_score": (0, 1), "shorten": (1e-6, 100), "seed": (0, 2**63 - 1), "devices": (1, 1024), "nodes": (1, 4096),
+    "workers": (1, 256), "side": (16, 10_000), "images": (0, 10_000), "checkpoint_minutes": (0, 1e5),
+    "observe_minutes": (0, 1e5), "modules": (1, 4),
+}  # fmt: skip
+"""What each number on the command line may be, both ends included."""
+
+
+def overview() -> str:
+    """``labelpenet --help``: a line a command."""
+    commands = {member.__metadata__[0].name: member.__origin__ for member in typing.get_args(Command)}
+    lines = [f"  {name:<18}{(kind.__doc__ or '').splitlines()[0]}" for name, kind in commands.items()]
+    head = "usage: labelpenet COMMAND ...\n\nInstance segmentation from image tags alone.\n\n"
+    return (
+        head
+        + "\n".join(lines)
+        + "\n\nlabelpenet COMMAND --help has options and examples; --version prints the version."
+    )
+
+
+def check_ranges(command: object) -> None:
+    """Raises InputError for a number that is out of its range, or for NaN."""
+    for name, (low, high) in RANGES.items():
+        given = getattr(command, name, None)
+        for value in given if isinstance(given, tuple) else (given,):
+            if isinstance(value, (int, float)) and not low <= value <= high:
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} must be from {low:g} to {high:g}, but got {value}")
+    if getattr(command, "modules", None) == ():
+        raise InputError("--modules names no module; give some of 1, 2, 3, 4")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``labelpenet``."""
+    try:
+        # A name that the terminal's encoding does not have must not end a command that has done its work.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()  # here, where a pipe that was closed still ends quietly
+    except InputError as error:
+        _end(2, str(error))
+    except KeyboardInterrupt as interrupt:
+        _end(130, str(interrupt) or "interrupted")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it shuts down
+        sys.exit(1)
+    except OSError as error:
+        remedy = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
+        _end(2, f"{error.filename or 'a file'}: {error.strerror or error}; {remedy}")
+
+
+def _run(arguments: list[str]) -> None:
+    if arguments == ["--version"]:
+        print(f"labelpenet {__version__}")
+        return
+    if arguments in ([], ["-h"], ["--help"]):
+        print(overview())
+        return
     command = tyro.cli(
         Command,  # type: ignore[arg-type]
         prog="labelpenet",
@@ -367,20 +430,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args=arguments,
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
     )
-    try:
-        RUN[type(command)](command)  # type: ignore[operator]
-    except InputError as error:
-        print(f"labelpenet: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as interrupt:
-        print(f"labelpenet: {interrupt or 'interrupted'}", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(1)
-    except OSError as error:
-        remedy = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
-        print(f"labelpenet: {error.filename or 'a file'}: {error.strerror or error}; {remedy}", file=sys.stderr)
-        sys.exit(2)
+    check_ranges(command)
+    RUN[type(command)](command)  # type: ignore[operator]
+
+
+def _end(status: int, line: str) -> NoReturn:
+    """Ends the command with a line on standard error, if there still is one."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(f"labelpenet: {line}", file=sys.stderr, flush=True)
+    sys.exit(status)
 
 
 def train(one: Train) -> None:

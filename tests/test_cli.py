@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -151,3 +153,48 @@ def test_other_commands_name_file_and_remedy(run: Path, tmp_path: Path, capsys: 
     assert str(empty) in one_line(["evaluate", str(tmp_path / "x.json"), str(empty)], capsys)
     assert str(empty) in one_line(["train", str(empty), "--out", str(tmp_path / "r")], capsys)
     assert not (tmp_path / "p.json").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["predict", "RUN", "x.png", "--min-score", "nan"],
+        ["predict", "RUN", "x.png", "--min-score", "-1"],
+        ["predict", "RUN", "x.png", "--devices", "1000000"],
+        ["predict", "RUN", "x.png", "--devices", "0"],
+        ["measure", "RUN", "x", "--modules", "7"],
+        ["train", "x", "--out", "y", "--shorten", "inf"],
+        ["train", "x", "--out", "y", "--seed", "-1"],
+        ["train", "x", "--out", "y", "--checkpoint-minutes", "nan"],
+        ["proposals", "x", "--side", "-5"],
+        ["proposals", "x", "--workers", "0"],
+        ["report", "RUN", "--images", "-1"],
+    ],
+)
+def test_numbers_out_of_range_are_refused_with_their_range(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = one_line(options, capsys)
+    assert options[-2] in line and " from " in line and options[-1] in line
+
+
+def test_help_is_a_line_a_command_and_needs_no_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    code = "import sys, labelpenet.cli as c; c.main(['--help']); c.main(['--version']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "False"
+    assert done.stdout.splitlines()[-2].startswith("labelpenet ")
+    main([])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert len(lines) >= 9 and all(len(line) < 120 for line in lines)
+
+
+def test_streams_that_end_or_cannot_write_a_name_cost_no_traceback(tmp_path: Path) -> None:
+    def shell(line: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+
+    labelpenet = f"{sys.executable} -m labelpenet"
+    assert "Traceback" not in shell(f"({labelpenet} train --help; {labelpenet} --help) | true").stderr
+    missing = f"{labelpenet} export 'p.json' '{tmp_path}/äß☃' --out x"
+    refused = shell(f"PYTHONIOENCODING=ascii {missing}")
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1) and "2603" in refused.stderr
+    assert shell(f"{missing} 2>&-").returncode == 2

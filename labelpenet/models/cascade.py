@@ -20,6 +20,7 @@ from torchvision.ops import nms
 from labelpenet import config
 from labelpenet.calibration import CalibrationSettings, Trace, calibrate, project_maps
 from labelpenet.calibration.calibrate import distinct, segment, settle, working_canvas
+from labelpenet.calibration.excitation import layer_without_rule
 from labelpenet.config import InferenceChoice, Recipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
@@ -106,12 +107,23 @@ class LabelPEnet(nn.Module):
         self.segmentation = Segmenter(
             backbone, c, _settings(choice, weighted=False), choice.mask_width, choice.mask_depth
         )
+        self._check_attention(backbone)
         self.to(memory_format=torch.channels_last)
         self.register_buffer("_mean", torch.tensor(backbone.mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("_std", torch.tensor(backbone.std).view(1, 3, 1, 1) * 255, persistent=False)
         self.untrained: tuple[str, ...] = ()  # modules that a run's folder has no weights for
         self.normalisation = {"mean": list(backbone.mean), "std": list(backbone.std)}
         self.eval()
+
+    def _check_attention(self, backbone: Backbone) -> None:
+        for name in MODULES[:2]:
+            if getattr(self.recipe, name).attention == "excitation":
+                missing = layer_without_rule(getattr(self, name).head)
+                if missing is not None:
+                    raise InputError(
+                        f"{backbone.name}: excitation backprop cannot pass its {missing}; choose --set "
+                        "classification.attention=gradient --set detection.attention=gradient"
+                    )
 
     @property
     def device(self) -> torch.device:
