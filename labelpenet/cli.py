@@ -15,17 +15,13 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from labelpenet import __version__
 from labelpenet.errors import InputError
-
-if TYPE_CHECKING:
-    from labelpenet.data import TaggedImages
-    from labelpenet.training.supervised import Supervision
 
 Comma = Annotated[str | None, arg(metavar="A,B,...")]
 Device = Literal["auto", "cpu", "cuda"]
@@ -453,7 +449,11 @@ def train(one: Train) -> None:
         print(f"note: {note}", file=sys.stderr)
     held_out = open_annotated(one.data, one.evaluate, images.classes) if one.evaluate else None
     from labelpenet.training.run import train_run
+    from labelpenet.training.supervised import open_supervision
 
+    supervision = open_supervision(one.supervision, one.data, split, images, one.supervised, one.corrected)
+    for note in supervision.notes if supervision is not None else ():
+        print(f"note: {note}", file=sys.stderr)
     train_run(
         images,
         one.out,
@@ -470,36 +470,11 @@ def train(one: Train) -> None:
         cache=one.cache,
         checkpoint_minutes=one.checkpoint_minutes,
         source={"data": str(one.data), "split": split},
-        supervision=_supervision(one, split, images),
+        supervision=supervision,
         held_out=held_out,
         observe_minutes=one.observe_minutes,
     )
     print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
-
-
-def _supervision(one: Train, split: str | None, images: TaggedImages) -> Supervision | None:
-    """What the run may know beyond tags; nothing of it is opened unless the user asks for it."""
-    if one.supervised and one.supervision != "mixed":
-        raise InputError("--supervised goes with --supervision mixed; to train on other photographs use --split")
-    if one.corrected and one.supervision != "mixed":
-        raise InputError("--corrected goes with --supervision mixed; give both")
-    if one.supervision == "tags":
-        return None
-    from labelpenet.data.files import read_names
-    from labelpenet.formats import open_annotated
-    from labelpenet.formats.corrected import read_corrected
-    from labelpenet.training.supervised import read_corrections, read_supervision
-
-    listed = read_names(one.supervised) if one.supervised else None
-    annotated = open_annotated(one.data, split, images.classes) if one.supervised or not one.corrected else None
-    if one.corrected:
-        found = read_corrections(images, read_corrected(one.corrected, images), annotated, listed)
-    else:
-        assert annotated is not None
-        found = read_supervision(one.supervision, annotated, listed)
-    for note in found.notes:
-        print(f"note: {note}", file=sys.stderr)
-    return found
 
 
 def forward_backward(one: ForwardBackward) -> None:
@@ -645,7 +620,7 @@ def review(one: Review) -> None:
 
 def report(one: Report) -> None:
     """``labelpenet report``."""
-    from labelpenet.data import AnnotatedImages
+    from labelpenet.data import AnnotatedImages, TaggedImages
     from labelpenet.formats import open_annotated, open_tagged
     from labelpenet.models.cascade import read_run
     from labelpenet.report import write_report

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -25,9 +26,10 @@ from labelpenet.calibration import CalibrationSettings
 from labelpenet.calibration.calibrate import box_mask, grow_masks, segment, working_canvas
 from labelpenet.config import Recipe
 from labelpenet.data.dataset import AnnotatedImages, TaggedImages, Truth
-from labelpenet.data.files import brief, listing
+from labelpenet.data.files import brief, listing, read_names
 from labelpenet.errors import InputError
-from labelpenet.formats.corrected import Corrected, Read
+from labelpenet.formats import open_annotated
+from labelpenet.formats.corrected import Corrected, Read, read_corrected
 from labelpenet.instances import Instances
 from labelpenet.training.inferred import Inferred, Rows
 
@@ -69,6 +71,39 @@ class Supervision:
             if image.id not in self.dropped and (self.kind == "mixed" or image.id in self.truths)
         )
         return TaggedImages(images.classes, tuple(used), images.notes)
+
+
+def open_supervision(
+    kind: Literal["tags", "full", "mixed"],
+    data: Path,
+    split: str | None,
+    images: TaggedImages,
+    supervised: Path | None = None,
+    corrected: Sequence[Path] = (),
+) -> Supervision | None:
+    """What a run may know beyond tags; nothing of it is opened for ``tags``.
+
+    Args:
+        kind: as the command line calls it.
+        data, split: the data set; its annotation is read unless only what was ``corrected`` is to be known.
+        images: its photographs that are trained on.
+        supervised: a file with the names of the images whose annotation may be read; None for all.
+        corrected: files and folders of corrected labels.
+
+    Raises:
+        InputError: choices that do not go together; and as `read_supervision`, `read_corrected`.
+    """
+    if supervised and kind != "mixed":
+        raise InputError("--supervised goes with --supervision mixed; to train on other photographs use --split")
+    if corrected and kind != "mixed":
+        raise InputError("--corrected goes with --supervision mixed; give both")
+    if kind == "tags":
+        return None
+    listed = read_names(supervised) if supervised else None
+    if corrected:
+        annotated = open_annotated(data, split, images.classes) if supervised else None
+        return read_corrections(images, read_corrected(corrected, images), annotated, listed)
+    return read_supervision(kind, open_annotated(data, split, images.classes), listed)
 
 
 def read_supervision(kind: Kind, annotated: AnnotatedImages, listed: Collection[str] | None = None) -> Supervision:
