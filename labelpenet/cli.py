@@ -151,6 +151,7 @@ class Predict:
       labelpenet predict runs/voc photo.jpg --out predictions.json --overlays overlays/
       labelpenet predict runs/voc photos/ --out predictions.json --module 2
       labelpenet predict runs/voc --data VOCdevkit/VOC2012 --split val --out predictions.json
+      labelpenet predict runs/voc photos/ --shard 3/100 --out parts/
     """
 
     run: Positional[Path]
@@ -165,6 +166,10 @@ class Predict:
     """Folder for pictures with the instances drawn in."""
     min_score: float = 0.0
     """Instances below are left out of file and pictures."""
+    shard: str | None = None
+    """i/n: only the i-th of n parts, into the folder --out; see labelpenet merge."""
+    overwrite: bool = False
+    """Replace files that are there already; never photographs or a file of the run."""
     data: Path | None = None
     """Instead of images: a data set."""
     split: str | None = None
@@ -177,6 +182,23 @@ class Predict:
     """Machines."""
     cache: Path | None = None
     """Folder of the proposals' cache (module 1). Default: the user's cache folder."""
+
+
+@dataclass
+class Merge:
+    """Put the parts of predict --shard together, as a stream.
+
+    Try:
+      labelpenet merge parts/ --out predictions.json
+      labelpenet merge parts/ --out predictions.parquet
+    """
+
+    parts: Positional[tuple[Path, ...]]
+    """Parts, or folders of parts."""
+    out: Path = Path("predictions.json")
+    """File to write: .json (COCO, as predict writes it) or .parquet (a row for each instance)."""
+    overwrite: bool = False
+    """Replace that file if it is there already."""
 
 
 @dataclass
@@ -200,6 +222,8 @@ class Evaluate:
     """Only these classes."""
     json: Path | None = None
     """File for the result."""
+    overwrite: bool = False
+    """Replace that file if it is there already."""
     table: Literal["text", "markdown", "latex"] | None = None
     """Print ours beside the paper's tables in this form."""
 
@@ -326,7 +350,9 @@ class Report:
     split: str = "val"
     """Held-out split."""
     out: Path | None = None
-    """The page. Default: RUN/report.html."""
+    """The page. Default: RUN/report.html, which is replaced."""
+    overwrite: bool = False
+    """Replace another page that is there already."""
     images: int = 6
     """Strips of each kind."""
 
@@ -349,6 +375,7 @@ Command = (
     Annotated[Train, subcommand("train")]
     | Annotated[ForwardBackward, subcommand("forward-backward")]
     | Annotated[Predict, subcommand("predict")]
+    | Annotated[Merge, subcommand("merge")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Proposals, subcommand("proposals")]
     | Annotated[Export, subcommand("export")]
@@ -514,27 +541,48 @@ def forward_backward(one: ForwardBackward) -> None:
 def predict(one: Predict) -> None:
     """``labelpenet predict``."""
     from labelpenet.data import TaggedImage, read_image
+    from labelpenet.data.files import check_outputs
     from labelpenet.data.images import find_images
     from labelpenet.formats import open_tagged
+    from labelpenet.formats.parts import parse_shard
     from labelpenet.instances import Instances
+    from labelpenet.models.cascade import read_run
     from labelpenet.training.predict import Predictor, predict_images
+    from labelpenet.training.shards import predict_shard
+    from labelpenet.visualize import overlay_paths, write_overlay
 
+    if one.shard and (one.devices, one.nodes) != (1, 1):
+        raise InputError("--shard is for one process each; leave --devices and --nodes out")
     if bool(one.images) == bool(one.data):
         raise InputError("give either photographs (or folders of them) or --data DATA")
-    predictor = Predictor(one.run, one.device, one.devices, one.nodes)
+    classes = read_run(one.run)["classes"]
     if one.data:
-        images: Sequence[TaggedImage] = open_tagged(one.data, one.split, predictor.network.classes).images
+        images: Sequence[TaggedImage] = open_tagged(one.data, one.split, classes).images
     else:
         images = [TaggedImage(name, path, ()) for name, path in find_images(one.images)]
+    reads = [one.run, *([one.data] if one.data else one.images), *(image.path for image in images)]
+    check_outputs([] if one.shard else [one.out], reads, one.overwrite)
+    pictures = overlay_paths(one.overlays, [image.id for image in images]) if one.overlays else {}
+    check_outputs(pictures.values(), [*reads, one.out], one.overwrite)
+    for folder in (path for path in reads if one.overlays and path.is_dir()):
+        if one.overlays.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{one.overlays}: lies in {folder}, which is read; choose a folder outside for overlays")
+    predictor = Predictor(one.run, one.device, one.devices, one.nodes)
 
     def keep(image: TaggedImage, instances: Instances) -> Instances:
         instances = instances[instances.weights >= one.min_score]
-        if one.overlays:
-            from labelpenet.visualize import write_overlay
-
-            write_overlay(one.overlays, image.id, read_image(image.path), instances, predictor.network.classes)
+        if pictures:
+            write_overlay(pictures[image.id], read_image(image.path), instances, classes)
         return instances
 
+    if one.shard:
+        choices = {"min_score": one.min_score}
+        shard = parse_shard(one.shard)
+        part, skipped = predict_shard(
+            predictor, images, one.module, one.out, shard, keep=keep, choices=choices, cache=one.cache
+        )
+        print(f"{part.path}: {len(part.images)} images" + (f", {len(skipped)} skipped" if skipped else ""))
+        return
     skipped = predict_images(predictor, images, one.module, one.out, keep=keep, cache=one.cache)
     done = len(images) - len(skipped)
     if predictor.first:
@@ -543,13 +591,24 @@ def predict(one: Predict) -> None:
         raise InputError("no image could be read; see the lines above")
 
 
+def merge(one: Merge) -> None:
+    """``labelpenet merge``."""
+    from labelpenet.data.files import check_outputs
+    from labelpenet.formats.parts import merge_parts
+
+    check_outputs([one.out], one.parts, one.overwrite)
+    photographs, instances = merge_parts(one.parts, one.out)
+    print(f"{one.out}: {photographs} images, {instances} instances")
+
+
 def evaluate(one: Evaluate) -> None:
     """``labelpenet evaluate``."""
-    from labelpenet.data.files import write_bytes
+    from labelpenet.data.files import check_outputs, write_bytes
     from labelpenet.evaluation import evaluate as measure
     from labelpenet.evaluation import paper_tables, summary_table
     from labelpenet.formats import open_annotated, read_predictions
 
+    check_outputs([one.json] if one.json else [], [one.predictions, one.data], one.overwrite)
     annotated = open_annotated(one.data, one.split, _names(one.classes))
     tagged = annotated.tagged
     predictions = read_predictions(one.predictions, tagged, tagged.classes, annotated.categories)
@@ -621,6 +680,7 @@ def review(one: Review) -> None:
 def report(one: Report) -> None:
     """``labelpenet report``."""
     from labelpenet.data import AnnotatedImages, TaggedImages
+    from labelpenet.data.files import check_outputs
     from labelpenet.formats import open_annotated, open_tagged
     from labelpenet.models.cascade import read_run
     from labelpenet.report import write_report
@@ -628,6 +688,8 @@ def report(one: Report) -> None:
     facts = read_run(one.run)
     source = facts.get("source") or {}
     data = one.data or (Path(source["data"]) if source.get("data") else None)
+    if one.out and one.out.resolve() != (one.run / "report.html").resolve():
+        check_outputs([one.out], [one.run, *([data] if data else [])], one.overwrite)
 
     def opened(split: str | None) -> AnnotatedImages | TaggedImages | None:
         if data is None or not data.exists():
@@ -666,6 +728,7 @@ RUN = {
     Train: train,
     ForwardBackward: forward_backward,
     Predict: predict,
+    Merge: merge,
     Evaluate: evaluate,
     Proposals: proposals,
     Export: export,
