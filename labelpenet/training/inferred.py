@@ -19,6 +19,7 @@ from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.files import is_whole, read_json, sealed, write_json
 from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
+from labelpenet.formats.predictions import file_name
 from labelpenet.instances import Instances
 
 Rows = list[dict[str, Any]]
@@ -128,7 +129,7 @@ def infer_all(
             "images": [
                 {
                     "id": image.id,
-                    "file_name": str(image.path.name),
+                    "file_name": file_name(image),
                     "height": by_id[image.id]["size"][0],
                     "width": by_id[image.id]["size"][1],
                 }

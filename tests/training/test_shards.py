@@ -139,7 +139,7 @@ def test_parquet_has_a_row_for_each_instance(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with random weights."""
-    from labelpenet.models.backbones import build_backbone
+    from labelpenet.models.build import build_backbone
     from labelpenet.models.cascade import MODULES, LabelPEnet
     from labelpenet.training.pretrain import save_part
 
