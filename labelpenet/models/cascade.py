@@ -29,7 +29,8 @@ from labelpenet.data.proposals import ProposalSettings, propose
 from labelpenet.errors import DamagedError, InputError
 from labelpenet.instances import Instances
 from labelpenet.models.attention import roi_attention
-from labelpenet.models.backbones import Backbone, build_backbone
+from labelpenet.models.backbones import Backbone
+from labelpenet.models.build import build_backbone
 from labelpenet.models.classification import Classification
 from labelpenet.models.detection import Candidates, Detector, DetectorSettings
 from labelpenet.models.segmentation import Segmenter

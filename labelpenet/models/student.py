@@ -39,11 +39,11 @@ from labelpenet.data.files import read_tensors
 from labelpenet.data.images import read_image
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
-from labelpenet.models.backbones import BACKBONES, build_backbone, load_weights
+from labelpenet.models.build import BACKBONES, build_backbone
 from labelpenet.models.cascade import LabelPEnet, read_run
 from labelpenet.models.detection import ANCHOR_RATIOS, rcnn_loss
 from labelpenet.models.segmentation import mask_loss
-from labelpenet.models.weights import torchvision_weights
+from labelpenet.models.weights import load_weights, torchvision_weights
 
 KIND = "student"  # what ``run.json`` says of such a folder, and the name of its weights
 STRIDES = (8, 16, 32)  # of the pyramid's maps; the last one, subsampled, is the fourth

@@ -31,10 +31,12 @@ from labelpenet.engine.sampler import seed_step
 from labelpenet.engine.stage import Stage
 from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
+from labelpenet.formats import open_annotated, read_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.student import KIND, Lesson, Student, inside
 from labelpenet.training.pretrain import digest, optimiser
 from labelpenet.training.run import open_run
+from labelpenet.training.supervised import read_supervision
 
 
 def distill(
@@ -103,6 +105,25 @@ def distill(
                 write_tensors(weights_file, student.plain_state(), "free some space and use --resume")
             fabric.barrier()
     return Student.from_run(out, fabric.device)
+
+
+def read_labels(run: Path, path: Path | None, images: TaggedImages) -> tuple[Mapping[str, Instances], tuple[str, ...]]:
+    """The labels of a run's last module, or of the predictions or COCO file ``path``; and notes about them.
+
+    Raises:
+        InputError: there are none, or the file cannot be used.
+    """
+    path = path or run_folder.instances(run, "module4")
+    if not path.is_file():
+        raise InputError(f"{path}: not there; train the run's module 4, or give labels with --labels")
+    labels = read_predictions(path, images, images.classes, list(range(1, len(images.classes) + 1)))
+    return labels, labels.notes
+
+
+def read_truths(data: Path, split: str | None, images: TaggedImages) -> tuple[Mapping[str, Instances], tuple[str, ...]]:
+    """The true objects of the images, for the yardstick; and notes about them."""
+    found = read_supervision("full", open_annotated(data, split, images.classes))
+    return found.truths, found.notes
 
 
 def stage(student: Student, images: TaggedImages, labels: Mapping[str, Instances]) -> Stage:
