@@ -37,6 +37,14 @@ class Inferred(Mapping[str, Instances]):
         found = Instances.from_coco(rows, size, self._categories)
         return found if rows else Instances.empty(size, with_masks=True)
 
+    def rows(self, image_id: str) -> Rows:
+        """The instances of an image as COCO rows, not decoded; category 1 is class 0."""
+        return self._rows.get(image_id, [])
+
+    def size(self, image_id: str) -> tuple[int, int]:
+        """(H, W) of an image."""
+        return self._sizes[image_id]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._sizes)
 

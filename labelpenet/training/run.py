@@ -79,8 +79,9 @@ def train_run(
     if held_out is not None:
         check_held_out(images, held_out)
     fabric = build_fabric(device, devices, nodes, precision)
-    if supervision is not None and full:
-        images, recipe = supervision.images(images), fully_supervised(recipe)
+    if supervision is not None:
+        images = supervision.images(images)
+        recipe = fully_supervised(recipe) if full else recipe
     seed_step(seed, "initialisation", 0)
     plug = build_backbone(backbone, weights)
     network = LabelPEnet(plug, images.classes, recipe)
