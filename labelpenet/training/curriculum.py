@@ -20,12 +20,12 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from labelpenet import config
-from labelpenet.config import Recipe
+from labelpenet.config import MODULES, Recipe
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.images import read_image
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
-from labelpenet.models.cascade import MODULES, LabelPEnet, View, read_run
+from labelpenet.models.cascade import LabelPEnet, View, read_run
 from labelpenet.training.loop import Stage, train_stage
 from labelpenet.training.machine import build_fabric
 from labelpenet.training.observe import check_held_out
@@ -123,7 +123,8 @@ def forward_backward(
 
 def stage(training: Training) -> Stage:
     """Forward-backward learning as the loop sees it: each phase of an iteration is a step on the same photographs."""
-    choice, schedule = training.recipe.forward_backward, training.recipe.schedule5
+    choice = training.recipe.forward_backward
+    schedule = choice.schedule
     network = training.network
     network.stem.requires_grad_(choice.train_stem)
     phases = {"both": (forward, backward), "forward": (forward,), "backward": (backward,)}[choice.phases]
