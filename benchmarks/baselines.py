@@ -41,6 +41,8 @@ from labelpenet.data import AnnotatedImages, Truth, read_image
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import write_json
 from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.engine.distributed import map_images
+from labelpenet.engine.log import Progress
 from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou, cascade_table, classification_ap, evaluate, mask_iou
 from labelpenet.formats import open_annotated
@@ -49,8 +51,6 @@ from labelpenet.models.cascade import proposal_settings, read_run
 from labelpenet.models.classification import Classification
 from labelpenet.training.features import RoIFeatures
 from labelpenet.training.inferred import Inferred
-from labelpenet.training.logging import Progress
-from labelpenet.training.machine import map_images
 from labelpenet.training.measure import rank_images
 from labelpenet.training.predict import Predictor
 

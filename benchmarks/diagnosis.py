@@ -56,6 +56,7 @@ from labelpenet.calibration.calibrate import grow_masks, largest_parts, segment,
 from labelpenet.data import AnnotatedImages, Truth, read_image, run_folder
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
 from labelpenet.evaluation import (
     Record,
@@ -72,7 +73,6 @@ from labelpenet.formats import open_annotated, read_predictions
 from labelpenet.instances import Instances, encode_masks
 from labelpenet.models.cascade import proposal_settings, read_run
 from labelpenet.training.inferred import read_inferred
-from labelpenet.training.machine import map_images
 from labelpenet.training.predict import Predictor
 
 KINDS = ("right", "duplicate", "wrong class", "group", "part", "loose", "misplaced", "background", "ignored")

@@ -48,6 +48,7 @@ from labelpenet.config import AttentionCalibration
 from labelpenet.data import read_image
 from labelpenet.data.dataset import TaggedImage, Truth
 from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou, mask_iou
 from labelpenet.formats import open_annotated
@@ -55,7 +56,6 @@ from labelpenet.instances import Instances, encode_masks
 from labelpenet.models.attention import roi_attention
 from labelpenet.models.cascade import LabelPEnet, proposal_settings
 from labelpenet.training.features import RoIFeatures
-from labelpenet.training.machine import map_images
 from labelpenet.training.predict import Predictor
 
 RECIPE = "recipe"

@@ -48,6 +48,10 @@ from labelpenet.calibration import DenseCRF
 from labelpenet.config import Recipe, Schedule
 from labelpenet.data import TaggedImages, read_image, write_scenes
 from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.engine.distributed import build_fabric, map_images
+from labelpenet.engine.sampler import batches, seed_step, stream_seed
+from labelpenet.engine.stage import Stage
+from labelpenet.engine.trainer import train_stage
 from labelpenet.formats import open_tagged, training_split
 from labelpenet.instances import Instances
 from labelpenet.models.backbones import Backbone, build_backbone
@@ -55,8 +59,6 @@ from labelpenet.models.cascade import MODULES, LabelPEnet, proposal_settings
 from labelpenet.models.detection import ANCHOR_RATIOS, RPNHead
 from labelpenet.models.segmentation import MASK_POOL, SpatialPyramid
 from labelpenet.training import curriculum
-from labelpenet.training.loop import Stage, batches, seed_step, stream_seed, train_stage
-from labelpenet.training.machine import build_fabric, map_images
 from labelpenet.training.pretrain import Training, stage
 
 AHEAD = 2  # steps whose images are loaded while one is trained on, as in `train_stage`

@@ -460,7 +460,7 @@ def predict(one: Predict) -> None:
     def keep(image: TaggedImage, instances: Instances) -> Instances:
         instances = instances[instances.weights >= one.min_score]
         if one.overlays:
-            from labelpenet.report.overlays import write_overlay
+            from labelpenet.visualize import write_overlay
 
             write_overlay(one.overlays, image.id, read_image(image.path), instances, predictor.network.classes)
         return instances
@@ -566,7 +566,7 @@ def report(one: Report) -> None:
 
 def demo(one: Demo) -> None:
     """``labelpenet demo``."""
-    from labelpenet.training.demo import run_demo
+    from labelpenet.demo import run_demo
 
     print(run_demo(one.out, one.seed))
 

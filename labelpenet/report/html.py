@@ -17,12 +17,12 @@ from markupsafe import Markup
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.files import read_json, read_text, write_text
+from labelpenet.engine.log import Progress, read_metrics
 from labelpenet.errors import InputError
 from labelpenet.evaluation import Table, cascade_table, summary_table
 from labelpenet.formats import read_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import MODULES, LabelPEnet, read_run
-from labelpenet.report.overlays import encode_picture
 from labelpenet.report.plots import Curves, curves, loss_plot
 from labelpenet.report.strips import (
     MIN_SCORE,
@@ -36,7 +36,7 @@ from labelpenet.report.strips import (
     worst_images,
 )
 from labelpenet.training.inferred import read_inferred
-from labelpenet.training.logging import Progress, read_metrics
+from labelpenet.visualize import encode_picture
 
 _PURPOSES = (
     "multi-label classification, calibrated",

@@ -21,7 +21,7 @@ from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou, mask_iou, record
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet
-from labelpenet.report.overlays import draw_boxes, draw_instances, draw_map, draw_mask
+from labelpenet.visualize import draw_boxes, draw_instances, draw_map, draw_mask
 
 ReadTruth = Callable[[str], Truth]
 MIN_SCORE = 0.3  # of a prediction for it to be drawn; all of a training image's instances are

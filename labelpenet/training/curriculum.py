@@ -23,11 +23,12 @@ from labelpenet import config
 from labelpenet.config import MODULES, Recipe
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.images import read_image
+from labelpenet.engine.distributed import build_fabric
+from labelpenet.engine.stage import Stage
+from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet, View, read_run
-from labelpenet.training.loop import Stage, train_stage
-from labelpenet.training.machine import build_fabric
 from labelpenet.training.observe import check_held_out
 from labelpenet.training.pretrain import (
     Training,

@@ -22,10 +22,10 @@ from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import hash_file, read_array, write_array
 from labelpenet.data.images import read_image
+from labelpenet.engine.distributed import map_images
+from labelpenet.engine.log import Progress
 from labelpenet.errors import InputError
 from labelpenet.models.cascade import LabelPEnet
-from labelpenet.training.logging import Progress
-from labelpenet.training.machine import map_images
 
 
 class RoIFeatures:

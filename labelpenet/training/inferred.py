@@ -17,9 +17,9 @@ import torch
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.files import is_whole, read_json, sealed, write_json
+from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
-from labelpenet.training.machine import map_images
 
 Rows = list[dict[str, Any]]
 

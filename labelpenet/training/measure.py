@@ -16,16 +16,16 @@ from labelpenet.data import read_image, run_folder
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import hash_file, hash_files, read_json, write_json
 from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.engine.checkpoint import versions
+from labelpenet.engine.distributed import map_images
+from labelpenet.engine.log import Progress
 from labelpenet.errors import InputError
 from labelpenet.evaluation import cascade_table, classification_ap, evaluate
 from labelpenet.formats import open_annotated, open_tagged, read_predictions, write_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import proposal_settings, read_run
-from labelpenet.training.checkpoint import versions
 from labelpenet.training.features import RoIFeatures
 from labelpenet.training.inferred import read_inferred
-from labelpenet.training.logging import Progress
-from labelpenet.training.machine import map_images
 from labelpenet.training.predict import Predictor
 from labelpenet.training.pretrain import Boxes
 

@@ -21,15 +21,16 @@ import torch
 
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.images import read_image
+from labelpenet.engine.distributed import gather, map_images
+from labelpenet.engine.log import MetricsLog, read_metrics
+from labelpenet.engine.sampler import stream_seed
+from labelpenet.engine.stage import Stage
 from labelpenet.errors import InputError
 from labelpenet.evaluation import evaluate
-from labelpenet.report.overlays import draw_instances
 from labelpenet.training.features import evaluating
 from labelpenet.training.inferred import Inferred
-from labelpenet.training.logging import MetricsLog, read_metrics
-from labelpenet.training.loop import Stage, stream_seed
-from labelpenet.training.machine import gather, map_images
 from labelpenet.training.pretrain import Boxes, Training
+from labelpenet.visualize import draw_instances
 
 PICTURES = 4  # training images that are shown
 PART = 40  # images of the held-out split that are measured within a stage
@@ -107,7 +108,7 @@ class Observer:
             if self.held_out is not None:
                 count = len(self.held_out.annotated.tagged.images)
                 own = list(self._predict(numbers[-1], range(fabric.global_rank, count, fabric.world_size)))
-                lines = [line for share in gather(fabric, own) for line in share]
+                lines = [line for share in gather(fabric.world_size, own) for line in share]
             if fabric.global_rank:
                 return
             rows = [row for row in read_metrics(self.training.run) if row.get("stage") == stage.name]

@@ -13,12 +13,12 @@ import torch.distributed as dist
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.images import read_image
 from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.engine.distributed import build_fabric, map_images, together
+from labelpenet.engine.log import Progress
 from labelpenet.errors import InputError
 from labelpenet.formats import read_predictions, write_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet, proposal_settings, read_run
-from labelpenet.training.logging import Progress
-from labelpenet.training.machine import build_fabric, map_images, together
 from labelpenet.training.pretrain import Boxes
 
 
@@ -133,8 +133,8 @@ def predict_images(
         predict(out)
         return skipped
     parts = [out.with_name(f"{out.name}.part{other}") for other in range(world)]
-    together(predictor.fabric, lambda: predict(parts[rank]))
-    together(predictor.fabric, lambda: _join(parts, out, images, classes) if predictor.first else None)
+    together(world, lambda: predict(parts[rank]))
+    together(world, lambda: _join(parts, out, images, classes) if predictor.first else None)
     everywhere: list[list[str]] = [[] for _ in range(world)]
     dist.all_gather_object(everywhere, skipped)
     return [name for one in everywhere for name in one]

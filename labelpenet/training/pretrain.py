@@ -20,14 +20,15 @@ from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.files import write_tensors
 from labelpenet.data.images import read_image
+from labelpenet.engine.distributed import gather
+from labelpenet.engine.log import Progress
+from labelpenet.engine.stage import Optimiser, Stage
+from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import DamagedError
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet, View
 from labelpenet.training.features import RoIFeatures
 from labelpenet.training.inferred import infer_all, read_inferred
-from labelpenet.training.logging import Progress
-from labelpenet.training.loop import Optimiser, Stage, train_stage
-from labelpenet.training.machine import gather
 from labelpenet.training.supervised import with_masks
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ def load_trained(training: Training, part: str) -> bool:
         found = training.network.load_part(training.run, part)
     except DamagedError:
         print(f"note: {path} is damaged; it is made again")
-    return all(gather(training.fabric, found))
+    return all(gather(training.fabric.world_size, found))
 
 
 def save_part(network: LabelPEnet, run: Path, part: str) -> None:

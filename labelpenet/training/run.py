@@ -15,11 +15,11 @@ from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImages
 from labelpenet.data.files import hash_files
 from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.engine.distributed import build_fabric, together
+from labelpenet.engine.sampler import seed_step
 from labelpenet.errors import InputError
 from labelpenet.models.backbones import build_backbone
 from labelpenet.models.cascade import LabelPEnet, proposal_settings
-from labelpenet.training.loop import seed_step
-from labelpenet.training.machine import build_fabric, together
 from labelpenet.training.observe import HeldOut, Observer, check_held_out
 from labelpenet.training.pretrain import Boxes, Training, freeze_stem, pretrain, run_facts, train_module
 from labelpenet.training.supervised import Supervision, fully_supervised
@@ -136,7 +136,7 @@ def open_run(run: Path, facts: Mapping[str, Any], resume: bool, images: TaggedIm
                 print(f"note: {note}")
 
         try:
-            together(fabric, start)
+            together(fabric.world_size, start)
             yield
         except KeyboardInterrupt as interrupt:
             if str(interrupt):

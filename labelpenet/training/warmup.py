@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from labelpenet.engine.sampler import seed_step
+from labelpenet.engine.stage import Stage
+from labelpenet.engine.trainer import train_stage
 from labelpenet.models.backbones import Backbone
-from labelpenet.training.loop import Stage, seed_step, train_stage
 from labelpenet.training.pretrain import Training, load_tagged, optimiser
 
 NAME = "warmup"

@@ -13,12 +13,12 @@ from lightning_fabric import Fabric
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from labelpenet.data import AnnotatedImages, TaggedImages, read_image, write_scenes
+from labelpenet.engine.log import MetricsLog, read_metrics
 from labelpenet.errors import InputError
 from labelpenet.evaluation import evaluate
 from labelpenet.formats import open_annotated, open_tagged
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.training import observe
-from labelpenet.training.logging import MetricsLog, read_metrics
 from labelpenet.training.observe import HeldOut, Observer, check_held_out
 from labelpenet.training.pretrain import Training, pretrain, stage
 from tests.models.tiny import lively_mobilenet

@@ -1,22 +1,30 @@
-"""Which device, which precision: one Fabric for a run."""
+"""Devices, precision and processes: one Fabric for a run, work shared by cores, gradients summed over processes.
+
+Gradients are summed here, not by ``DistributedDataParallel``: a loss may then use the module as it likes (several
+forwards, inference in between, parameters left out), and a process may drop a step without the others waiting for it.
+"""
 
 from __future__ import annotations
 
 import atexit
 import logging
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
+from torch import Tensor, nn
 
 from labelpenet.errors import InputError
 
 T = TypeVar("T")
 S = TypeVar("S")
+
+_BUCKET = 16 * 2**20  # numbers in one message when gradients are summed over processes
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
@@ -60,23 +68,73 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def gather(fabric: Fabric, value: T) -> list[T]:
-    """The values of all processes, by rank."""
-    if fabric.world_size == 1:
+class Machine:
+    """Where a process computes, and its place among the processes."""
+
+    def __init__(self, fabric: Fabric | None) -> None:
+        self.device = torch.device("cpu") if fabric is None else fabric.device
+        self.rank: int = 0 if fabric is None else fabric.global_rank
+        self.world: int = 1 if fabric is None else fabric.world_size
+        precision = None if fabric is None else fabric.strategy.precision
+        self.precision = "32-true" if precision is None else str(precision.precision)
+        if self.precision not in ("32-true", "bf16-mixed", "16-mixed"):
+            raise InputError(f"precision {self.precision} is not supported; choose 32-true, bf16-mixed or 16-mixed")
+        self.scaler = getattr(precision, "scaler", None) or torch.amp.GradScaler(self.device.type, enabled=False)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "32-true":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16-mixed" else torch.float16)
+
+    def count(self, flags: Sequence[bool]) -> list[int]:
+        """For each flag the number of processes that raise it."""
+        counts = [int(flag) for flag in flags]
+        if self.world == 1:
+            return counts
+        message = torch.tensor(counts, dtype=torch.int32, device=self.device)
+        dist.all_reduce(message)
+        return message.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank."""
+        return gather(self.world, value)
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Sums the gradients over the processes; every process has one for each of the parameters."""
+        bucket: list[Tensor] = []
+        for parameter in parameters if self.world > 1 else ():
+            gradient = parameter.grad
+            assert gradient is not None
+            fits = bucket and bucket[0].dtype == gradient.dtype
+            if not fits or sum(g.numel() for g in bucket) + gradient.numel() > _BUCKET:
+                _sum_together(bucket)
+                bucket = []
+            bucket.append(gradient)
+        _sum_together(bucket)
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Gives every process the first one's values."""
+        for tensor in tensors if self.world > 1 else ():
+            dist.broadcast(tensor.detach(), 0)
+
+
+def gather(world: int, value: T) -> list[T]:
+    """The values of all ``world`` processes, by rank."""
+    if world == 1:
         return [value]
-    found: list[Any] = [None] * fabric.world_size
+    found: list[Any] = [None] * world
     dist.all_gather_object(found, value)
     return found
 
 
-def together(fabric: Fabric, work: Callable[[], object]) -> None:
+def together(world: int, work: Callable[[], object]) -> None:
     """Does this process's work and waits for that of the others; what one of them cannot do is raised in all."""
     problem = None
     try:
         work()
     except InputError as error:
         problem = str(error)
-    for one in gather(fabric, problem):
+    for one in gather(world, problem):
         if one is not None:
             raise InputError(one)
 
@@ -111,3 +169,13 @@ def map_images(function: Callable[[T], S], items: Sequence[T], device: torch.dev
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(workers)
+
+
+def _sum_together(tensors: Sequence[Tensor]) -> None:
+    """Sums tensors of one type over the processes, in place, in one message."""
+    if not tensors:
+        return
+    message = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(message)
+    for tensor, part in zip(tensors, message.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))

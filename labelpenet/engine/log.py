@@ -19,8 +19,8 @@ import torch
 
 from labelpenet.data import run_folder
 from labelpenet.data.files import write_json, write_text
+from labelpenet.engine.checkpoint import git_revision, versions
 from labelpenet.errors import InputError
-from labelpenet.training.checkpoint import git_revision, versions
 
 Row = dict[str, Any]
 

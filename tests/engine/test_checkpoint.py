@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from labelpenet.errors import InputError
-from labelpenet.training.checkpoint import (
+from labelpenet.engine.checkpoint import (
     check_configuration,
     checkpoints,
     git_revision,
@@ -16,6 +15,7 @@ from labelpenet.training.checkpoint import (
     save_checkpoint,
     versions,
 )
+from labelpenet.errors import InputError
 
 
 def state(step: int) -> dict:

@@ -1,15 +1,15 @@
 import errno
 import json
 import os
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from labelpenet.errors import InputError
-from labelpenet.training import logging
-from labelpenet.training.logging import (
+from labelpenet.engine.log import (
     MetricsLog,
     Progress,
     describe,
@@ -18,6 +18,7 @@ from labelpenet.training.logging import (
     read_metrics,
     write_environment,
 )
+from labelpenet.errors import InputError
 
 
 def log_steps(run_dir, stage, steps, rows=(), start=0):
@@ -115,7 +116,7 @@ def test_the_environment_names_versions_and_machine_but_no_variables(tmp_path, m
 
 def test_plain_progress_says_what_a_reader_needs(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(logging.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     lines = []
     progress = Progress("module1", 1100, start=100, log=lines.append, every=30)
     for step in range(101, 301):  # one step a second
@@ -135,7 +136,7 @@ def test_the_live_line_is_used_on_a_terminal_only(monkeypatch, capsys):
     with Progress("module1", 10) as progress:
         progress.say("to standard error")
     assert capsys.readouterr().err == "to standard error\n"
-    monkeypatch.setattr(logging.sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with Progress("module1", 10, start=2) as progress:
         progress._shown = -1e9
         progress.show(5, {"loss/total": 1.5})

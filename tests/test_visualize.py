@@ -11,7 +11,7 @@ from PIL import Image
 
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
-from labelpenet.report.overlays import (
+from labelpenet.visualize import (
     PALETTE,
     draw_boxes,
     draw_instances,

@@ -12,6 +12,7 @@ from labelpenet.data.files import read_json
 from labelpenet.data.scenes import write_scenes
 from labelpenet.errors import InputError
 from labelpenet.formats import open_annotated, open_tagged
+from labelpenet.report import write_report
 from labelpenet.training.measure import measure_run, render
 from labelpenet.training.run import train_run
 
@@ -67,7 +68,5 @@ def run_demo(
 
 
 def _write_report(run: Path, report: Path, year: Path) -> None:
-    from labelpenet.report import write_report
-
     train, held_out = open_annotated(year, "train"), open_annotated(year, "val")
     write_report(run, report, train.tagged, held_out.tagged, train.read, held_out.read, images=4)

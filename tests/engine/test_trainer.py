@@ -10,23 +10,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from labelpenet.data import run_folder
+from labelpenet.engine import trainer
+from labelpenet.engine.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from labelpenet.engine.log import read_metrics
+from labelpenet.engine.sampler import batches, seed_step, stream_seed
+from labelpenet.engine.stage import Optimiser, Stage
+from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
-from labelpenet.training import checkpoint, loop
-from labelpenet.training.checkpoint import checkpoints, load_checkpoint
-from labelpenet.training.logging import read_metrics
-from labelpenet.training.loop import Optimiser, Stage, batches, seed_step, stream_seed, train_stage
 
 N = 12
 IMAGES = [f"photo{i:02d}.jpg" for i in range(N)]
@@ -78,67 +77,6 @@ def timeless(run_dir: Path) -> list[dict]:
     """The rows of metrics without what depends on the clock and the machine."""
     clock = {"images_per_s", "data_s", "memory_mb", "time"}
     return [{key: value for key, value in row.items() if key not in clock} for row in read_metrics(run_dir)]
-
-
-# Which images a step sees.
-
-
-@given(
-    n=st.integers(1, 40), share=st.integers(1, 5), world=st.integers(1, 4), step=st.integers(0, 60), seed=st.integers()
-)
-@settings(max_examples=60, deadline=None)
-def test_the_shares_of_all_processes_are_the_batch_of_one(n, share, world, step, seed):
-    groups = [i % 3 for i in range(n)]
-    for grouping in (None, groups):
-        whole = batches(n, share * world, seed, "m", step, groups=grouping)
-        shares = [batches(n, share * world, seed, "m", step, rank, world, grouping) for rank in range(world)]
-        assert list(itertools.chain(*shares)) == whole
-        assert all(len(part) == share for part in shares)
-
-
-@given(n=st.integers(1, 30), size=st.integers(1, 7), seed=st.integers(0, 99))
-@settings(max_examples=40, deadline=None)
-def test_every_epoch_shows_every_image_once(n, size, seed):
-    epochs = 3
-    steps = -(-epochs * n // size)
-    seen = list(itertools.chain(*(batches(n, size, seed, "m", step) for step in range(steps))))
-    for epoch in range(epochs):
-        assert sorted(seen[epoch * n : (epoch + 1) * n]) == list(range(n))
-
-
-@given(groups=st.lists(st.integers(0, 3), min_size=1, max_size=20), size=st.integers(1, 5), cycle=st.integers(0, 2))
-@settings(max_examples=40, deadline=None)
-def test_groups_do_not_mix_and_every_image_has_its_turn(groups, size, cycle):
-    n = len(groups)
-    drawn = [batches(n, size, 7, "m", step, groups=groups) for step in range(cycle * n, (cycle + 1) * n)]
-    assert all(len({groups[index] for index in batch}) == 1 for batch in drawn)
-    assert Counter(itertools.chain(*drawn)) == dict.fromkeys(range(n), size)
-
-
-def test_order_depends_on_seed_stage_and_epoch():
-    settings = itertools.product((0, 1), ("module1", "module2"), (0, 1))
-    orders = {tuple(batches(30, 30, *setting)) for setting in settings}
-    assert len(orders) == 8
-
-
-def test_batches_that_cannot_be():
-    with pytest.raises(InputError, match="no training image"):
-        batches(0, 2, 0, "m", 0)
-    with pytest.raises(InputError, match="multiple of 2"):
-        batches(10, 3, 0, "m", 0, world=2)
-
-
-def test_seeding_reaches_every_generator_and_depends_on_every_argument():
-    def draw(*args) -> tuple:
-        seed_step(*args)
-        return torch.rand(1).item(), np.random.rand(), random.random()  # noqa: NPY002
-
-    assert draw(0, "m", 3, 1) == draw(0, "m", 3, 1)
-    different = {
-        draw(*args) for args in [(0, "m", 3, 1), (1, "m", 3, 1), (0, "n", 3, 1), (0, "m", 4, 1), (0, "m", 3, 2)]
-    }
-    assert len(different) == 5 and all(len(set(column)) == 5 for column in zip(*different, strict=True))
-    assert len({stream_seed(1, "11", 1), stream_seed(11, "1", 1), stream_seed(1, "1", 11)}) == 3
 
 
 def test_learning_rate():
@@ -420,9 +358,9 @@ def test_a_second_interrupt_does_not_wait(tmp_path):
 def test_an_interrupt_during_the_last_save_is_not_lost(tmp_path, monkeypatch):
     def save(folder, step, state):
         signal.raise_signal(signal.SIGINT)
-        return checkpoint.save_checkpoint(folder, step, state)
+        return save_checkpoint(folder, step, state)
 
-    monkeypatch.setattr(loop, "save_checkpoint", save)
+    monkeypatch.setattr(trainer, "save_checkpoint", save)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 12 of 12"):
         train_stage(make_stage(), tmp_path, **QUIET)
     assert load_checkpoint(run_folder.checkpoints(tmp_path, "module1"))[0]["step"] == 12
@@ -590,7 +528,7 @@ def test_the_loss_scale_finds_its_value_and_survives_an_interruption(tmp_path):
 def in_fresh_interpreter(function: str, *args) -> dict:
     """Calls one of the functions below in an interpreter that has no threads yet, and returns its answer."""
     root = Path(__file__).parents[2]
-    code = f"import json; from tests.training import test_loop as t; print(json.dumps(t.{function}(*{args!r})))"
+    code = f"import json; from tests.engine import test_trainer as t; print(json.dumps(t.{function}(*{args!r})))"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=600)
@@ -685,7 +623,7 @@ def train_killed(run_dir: str, resume: bool, fatal: tuple[str, int] | None = Non
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args)
 
-        setattr(checkpoint.os, name, deadly)
+        setattr(os, name, deadly)
     stage = killed_stage()
     train_stage(stage, Path(run_dir), resume=resume, checkpoint_minutes=0, log_every=7, log=lambda message: None)
     torch.save(stage.module.state_dict(), Path(run_dir) / "result.pt")

@@ -9,7 +9,7 @@ SCRIPT = """
 import atexit
 import torch.distributed as dist
 atexit.register(lambda: print("left behind" if dist.is_initialized() else "clean", flush=True))
-from labelpenet.training.machine import build_fabric
+from labelpenet.engine.distributed import build_fabric
 fabric = build_fabric("cpu", 2)
 seen = [None, None]
 dist.all_gather_object(seen, fabric.global_rank)

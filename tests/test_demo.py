@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 
 from labelpenet import config
 from labelpenet.data import proposals, run_folder
+from labelpenet.demo import run_demo
+from labelpenet.engine.checkpoint import load_checkpoint
 from labelpenet.errors import InputError
 from labelpenet.models.backbones import Tiny, TinyNetwork, build_backbone
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.training import demo
-from labelpenet.training.checkpoint import load_checkpoint
-from labelpenet.training.demo import run_demo
 
 TRAIN, HELD_OUT = 24, 8
 
