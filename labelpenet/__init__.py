@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from labelpenet.errors import InputError
-from labelpenet.instances import Instances
 
 if TYPE_CHECKING:
+    from labelpenet.instances import Instances
     from labelpenet.models.cascade import LabelPEnet
 
 __version__ = "0.1.0"
@@ -15,7 +15,11 @@ __all__ = ["InputError", "Instances", "LabelPEnet", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """`LabelPEnet` on first use: its imports take seconds, which ``labelpenet --help`` need not wait for."""
+    """What needs torch on first use: its import takes seconds, which ``labelpenet --help`` need not wait for."""
+    if name == "Instances":
+        from labelpenet.instances import Instances
+
+        return Instances
     if name == "LabelPEnet":
         from labelpenet.models.cascade import LabelPEnet
 

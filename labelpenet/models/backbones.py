@@ -18,24 +18,23 @@ RoI head               fc6, relu, dropout, fc7, relu, dropout: 4096   features 1
 
 MobileNetV2 has no pretrained fully connected layers; its last blocks, applied to each RoI, are their analogue. `Tiny`
 is a third backbone for generated scenes, which no one has pretrained: a run trains it on the tags first.
+
+``timm/NAME`` is any network of timm that is a chain of convolutional stages, cut as MobileNetV2 is: the stem ends with
+the last stage of stride 16, and what follows it becomes RoI head and, dilated, mask tail (`Staged`).
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-
-from labelpenet.errors import InputError
-from labelpenet.models.weights import check_weights, read_weights, torchvision_weights
 
 
 @dataclass(frozen=True)
@@ -216,16 +215,29 @@ def _convolution(channels: int, width: int, stride: int = 1) -> tuple[nn.Conv2d,
     return layer, nn.ReLU()
 
 
-class FullPrecisionConv2d(nn.Conv2d):
-    """A convolution that is trained in float32 also under autocast.
+class SameConv2d(nn.Conv2d):
+    """A convolution that pads as TensorFlow's ``same`` does: to ``ceil(size / stride)``, the odd pixel at the end."""
 
-    The backward pass of a strided or dilated depthwise convolution in bfloat16 is 6 to 25 times slower than in float32
-    on a CPU with torch 2.15 (207 against 8 ms for 64 RoIs on one core): it was two thirds of a training step.
-    """
+    same = True
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.same:
+            return super()._conv_forward(input, weight, bias)
+        pads: list[int] = []
+        for size, kernel, stride, dilation in zip(
+            input.shape[:-3:-1], self.kernel_size[::-1], self.stride[::-1], self.dilation[::-1], strict=True
+        ):
+            total = max(0, (-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size)
+            pads += [total // 2, total - total // 2]
+        return F.conv2d(F.pad(input, pads), weight, bias, self.stride, 0, self.dilation, self.groups)
 
     @classmethod
-    def like(cls, other: nn.Conv2d) -> FullPrecisionConv2d:
-        """The same convolution, with the same parameters."""
+    def like(cls, other: nn.Conv2d, same: bool | None = None) -> Self:
+        """The same convolution, with the same parameters.
+
+        Args:
+            same: whether it pads as TensorFlow does; None for as ``other`` does.
+        """
         one = cls(
             other.in_channels,
             other.out_channels,
@@ -236,8 +248,17 @@ class FullPrecisionConv2d(nn.Conv2d):
             other.groups,
             other.bias is not None,
         )
+        one.same = getattr(other, "same", False) if same is None else same
         one.load_state_dict(other.state_dict())
         return one
+
+
+class FullPrecisionConv2d(SameConv2d):
+    """A convolution that is trained in float32 also under autocast.
+
+    The backward pass of a strided or dilated depthwise convolution in bfloat16 is 6 to 25 times slower than in float32
+    on a CPU with torch 2.15 (207 against 8 ms for 64 RoIs on one core): it was two thirds of a training step.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """(R, D, h, w) to the same, in float32 where gradients are wanted."""
@@ -245,69 +266,6 @@ class FullPrecisionConv2d(nn.Conv2d):
             return super().forward(input)
         with torch.autocast(input.device.type, enabled=False):
             return super().forward(input.float())
-
-
-def build_backbone(name: str, weights: Path | None = None, pretrained: bool = True) -> Backbone:
-    """The backbone called ``name`` with ImageNet weights.
-
-    Args:
-        name: one of `BACKBONES`.
-        weights: a state dict of the torchvision model of that name (``.safetensors``, or a ``.pt`` / ``.pth`` that
-            holds tensors only). Without it, torchvision's own weights are used, which it downloads once.
-        pretrained: False for random weights (tests, speed).
-
-    Raises:
-        InputError: unknown name; weights that are missing, unreadable or of another network.
-    """
-    if name not in BACKBONES:
-        raise InputError(f"unknown backbone {name!r}; choose from {', '.join(BACKBONES)}")
-    build, plug = BACKBONES[name]
-    if weights is None and pretrained and plug.imagenet:
-        network = build(weights=None)
-        network.load_state_dict(torchvision_weights(name))
-        backbone = plug(network)
-        # torchvision's own weights expect ImageNet's mean and standard deviation
-        backbone.mean, backbone.std = VGG16.mean, VGG16.std
-    else:
-        network = build(weights=None)
-        if weights is not None:
-            load_weights(network, weights, name)
-        own_statistics = weights is not None and name == "mobilenet_v2" and not _is_folded(network)
-        backbone = plug(network)
-        if own_statistics:
-            backbone.mean, backbone.std = VGG16.mean, VGG16.std
-        if weights is None:
-            backbone.untrained = network
-    return backbone
-
-
-def load_weights(network: nn.Module, path: Path, name: str) -> None:
-    """Loads a state dict into ``network``, or says in one line why not.
-
-    Raises:
-        InputError: the file is missing, damaged or belongs to another network.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such weights file; give the state dict of torchvision's {name} with --weights")
-    state = read_weights(path, name)
-    own = network.state_dict()
-    wrong = [key for key, value in own.items() if key not in state or getattr(state[key], "shape", None) != value.shape]
-    if wrong:
-        raise InputError(
-            f"{path}: not the weights of {name} ({len(wrong)} of {len(own)} entries missing or of another shape, "
-            f"such as {wrong[0]}); give the state dict of torchvision.models.{name}"
-        )
-    check_weights(network, state, path)
-    network.load_state_dict(state, strict=False)
-
-
-def _is_folded(network: nn.Module) -> bool:
-    """Whether all batch norms are identities plus a bias, as in weights converted from an 8-bit model.
-
-    Those expect inputs in [-1, 1]; torchvision's own expect ImageNet's mean and standard deviation.
-    """
-    norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
-    return all(bool((layer.running_mean == 0).all()) for layer in norms if isinstance(layer.running_mean, Tensor))
 
 
 def fold_batch_norm(module: nn.Module) -> None:
@@ -325,10 +283,3 @@ def fold_batch_norm(module: nn.Module) -> None:
             if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 child._modules[first] = fuse_conv_bn_eval(convolution.eval(), norm.eval())
                 child._modules[second] = nn.Identity()
-
-
-BACKBONES: dict[str, tuple[Callable[..., nn.Module], type[Backbone]]] = {
-    "vgg16": (torchvision.models.vgg16, VGG16),
-    "mobilenet_v2": (torchvision.models.mobilenet_v2, MobileNetV2),
-    "tiny": (TinyNetwork, Tiny),
-}

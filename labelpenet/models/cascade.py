@@ -20,6 +20,7 @@ from torchvision.ops import nms
 from labelpenet import config
 from labelpenet.calibration import Trace, calibrate, project_maps
 from labelpenet.calibration.calibrate import distinct, segment, settle, working_canvas
+from labelpenet.calibration.excitation import layer_without_rule
 from labelpenet.config import MODULES, AttentionCalibration, MaskCalibration, Recipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
@@ -28,7 +29,8 @@ from labelpenet.data.proposals import ProposalSettings, propose
 from labelpenet.errors import DamagedError, InputError
 from labelpenet.instances import Instances
 from labelpenet.models.attention import roi_attention
-from labelpenet.models.backbones import Backbone, build_backbone
+from labelpenet.models.backbones import Backbone
+from labelpenet.models.build import build_backbone
 from labelpenet.models.classification import Classification
 from labelpenet.models.detection import Candidates, Detector
 from labelpenet.models.segmentation import Segmenter
@@ -101,12 +103,24 @@ class LabelPEnet(nn.Module):
         self.detection = Detector(backbone, c, backbone.region_tail(), two)
         self.refinement = Segmenter(backbone, c, three)
         self.segmentation = Segmenter(backbone, c, four)
+        self._check_attention(backbone)
         self.to(memory_format=torch.channels_last)
         self.register_buffer("_mean", torch.tensor(backbone.mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("_std", torch.tensor(backbone.std).view(1, 3, 1, 1) * 255, persistent=False)
         self.untrained: tuple[str, ...] = ()  # modules that a run's folder has no weights for
         self.normalisation = {"mean": list(backbone.mean), "std": list(backbone.std)}
         self.eval()
+
+    def _check_attention(self, backbone: Backbone) -> None:
+        one, two, _, _ = self.recipe.modules
+        for name, attention in ((one.name, one.attention), (two.name, two.attention)):
+            if attention == "excitation":
+                missing = layer_without_rule(getattr(self, name).head)
+                if missing is not None:
+                    raise InputError(
+                        f"{backbone.name}: excitation backprop cannot pass its {missing}; choose "
+                        "--set modules.*.attention=gradient"
+                    )
 
     @property
     def device(self) -> torch.device:

@@ -57,6 +57,30 @@ def check_weights(network: nn.Module, state: Mapping[str, Tensor], path: Path) -
             raise InputError(f"{path}: {name} holds NaN or infinite numbers; download or train the weights again")
 
 
+def load_weights(network: nn.Module, path: Path, name: str) -> None:
+    """Loads a state dict into ``network``, or says in one line why not.
+
+    Raises:
+        InputError: the file is missing, damaged or belongs to another network.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such weights file; give the state dict of {_library(name)} with --weights")
+    state = read_weights(path, name)
+    own = network.state_dict()
+    wrong = [key for key, value in own.items() if key not in state or getattr(state[key], "shape", None) != value.shape]
+    if wrong:
+        raise InputError(
+            f"{path}: not the weights of {name} ({len(wrong)} of {len(own)} entries missing or of another shape, "
+            f"such as {wrong[0]}); give the state dict of {_library(name)}"
+        )
+    check_weights(network, state, path)
+    network.load_state_dict(state, strict=False)
+
+
+def _library(name: str) -> str:
+    return f"timm's {name.removeprefix('timm/')}" if name.startswith("timm/") else f"torchvision.models.{name}"
+
+
 def torchvision_weights(name: str) -> dict[str, Tensor]:
     """torchvision's own ImageNet weights, downloaded once into torch's hub folder; by hash those that it published.
 

@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.images import read_image
 from labelpenet.data.proposals import compute_proposals, default_cache
-from labelpenet.engine.distributed import build_fabric, map_images, together
+from labelpenet.engine.distributed import build_fabric, gather, map_images, peers, together
 from labelpenet.engine.log import Progress
 from labelpenet.errors import InputError
 from labelpenet.formats import read_predictions, write_predictions
@@ -132,12 +131,22 @@ def predict_images(
     if world == 1:
         predict(out)
         return skipped
+    with peers(world):
+        return _predict_together(predictor, images, out, predict, skipped)
+
+
+def _predict_together(
+    predictor: Predictor,
+    images: Sequence[TaggedImage],
+    out: Path,
+    predict: Callable[[Path], None],
+    skipped: list[str],
+) -> list[str]:
+    rank, world, classes = predictor.fabric.global_rank, predictor.fabric.world_size, predictor.network.classes
     parts = [out.with_name(f"{out.name}.part{other}") for other in range(world)]
     together(world, lambda: predict(parts[rank]))
     together(world, lambda: _join(parts, out, images, classes) if predictor.first else None)
-    everywhere: list[list[str]] = [[] for _ in range(world)]
-    dist.all_gather_object(everywhere, skipped)
-    return [name for one in everywhere for name in one]
+    return [name for one in gather(world, skipped) for name in one]
 
 
 def _join(parts: Sequence[Path], out: Path, images: Sequence[TaggedImage], classes: Sequence[str]) -> None:

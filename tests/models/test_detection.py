@@ -16,7 +16,7 @@ from torchvision.ops import box_iou
 
 from labelpenet import config
 from labelpenet.instances import Instances
-from labelpenet.models.backbones import build_backbone
+from labelpenet.models.build import build_backbone
 from labelpenet.models.detection import ANCHOR_RATIOS, Detector, StrideAnchors, rcnn_loss
 from tests.models.tiny import CHANNELS, TinyBackbone
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from labelpenet.data.dataset import TaggedImages
 from labelpenet.data.images import read_image
+from labelpenet.data.run_folder import start_run
 from labelpenet.data.scenes import write_scenes
 from labelpenet.engine.log import read_metrics
 from labelpenet.errors import InputError
@@ -24,7 +25,7 @@ from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.models.detection import Detector
 from labelpenet.training import curriculum
 from labelpenet.training.curriculum import STAGE, Phase, Sample, backward, forward, forward_backward, proposal_labels
-from labelpenet.training.pretrain import Training, pretrain, run_facts, start_run
+from labelpenet.training.pretrain import Training, pretrain, run_facts
 from tests.models.tiny import lively_mobilenet
 from tests.training.test_pretrain import boxes_of, results, tiny_recipe
 
