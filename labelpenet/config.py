@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from labelpenet.errors import InputError
+from labelpenet.old_recipe import modernise
 
 Pool = typing.Literal["max", "align"]
 Attention = typing.Literal["excitation", "gradient"]
@@ -278,6 +279,57 @@ class Recipe:
     forward_backward: ForwardBackward = ForwardBackward()
 
 
+@dataclass(frozen=True)
+class StudentNetwork:
+    """The student's network (see `models.student`).
+
+    Attributes:
+        width: channels of the feature pyramid and of the mask head; mask_depth: the latter's convolutions.
+        rois: sampled from each image in training; proposals: boxes that the RPN passes on in answering.
+        detections: instances of an image at most.
+    """
+
+    width: int = 128
+    mask_depth: int = 4
+    rois: int = 64
+    proposals: int = 150
+    detections: int = 50
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What a student does about labels that may be wrong (see `training.distill`).
+
+    Attributes:
+        keep: an instance is taught if its confidence is at least this fraction of the best one's of its class in its
+            image, as the best one itself always is; the others are doubtful.
+        nested: an instance of which this fraction of the box lies inside a better one of its class is doubtful too.
+        weighted: whether confidences weigh the losses.
+        limit: a RoI whose class or box loss exceeds it is left out, after the fraction ``limit_from`` of the steps.
+        ema: decay of the averaged weights, which are the result; None for the last ones.
+    """
+
+    keep: float = 0.5
+    nested: float = 0.85
+    weighted: bool = True
+    limit: float | None = 4.0
+    limit_from: float = 0.2
+    ema: float | None = 0.998
+
+
+@dataclass(frozen=True)
+class StudentRecipe:
+    """Everything that decides a student, but for labels, seed and backbone; the defaults fit photographs."""
+
+    network: StudentNetwork = field(default_factory=StudentNetwork)
+    noise: Noise = field(default_factory=Noise)
+    images: Images = Images(sides=(320, 360, 400, 440, 480, 520), longest=800, test_side=480)
+    schedule: Schedule = Schedule(
+        steps=1600, lr=3e-4, kind="adamw", weight_decay=1e-2, batch_size=2, warmup=100, clip=10.0,
+        decay=((0.6, 0.3), (0.85, 0.1)),
+    )  # fmt: skip
+
+
 def best() -> Recipe:
     """What measured best on real photographs (`docs/paper-notes.md`)."""
     crf: dict[str, Any] = {
@@ -387,31 +439,32 @@ def change(recipe: Recipe, number: int, **changes: Any) -> Recipe:
     return replace(recipe, modules=tuple(modules))  # type: ignore[arg-type]
 
 
-def shorten(recipe: Recipe, factor: float) -> Recipe:
+R = typing.TypeVar("R", Recipe, StudentRecipe)
+
+
+def shorten(recipe: R, factor: float) -> R:
     """The recipe with every stage's steps multiplied by ``factor``, at least one step each."""
     if not factor > 0:
         raise InputError(f"--shorten must be positive, but got {factor}")
-
-    def short(one: Schedule) -> Schedule:
-        return replace(one, steps=max(1, round(one.steps * factor)), warmup=round(one.warmup * factor))
-
-    modules: list[Any] = list(recipe.modules)
-    return replace(
-        recipe,
-        warm_up=short(recipe.warm_up),
-        modules=tuple(replace(module, schedule=short(module.schedule)) for module in modules),  # type: ignore[arg-type]
-        forward_backward=replace(recipe.forward_backward, schedule=short(recipe.forward_backward.schedule)),
-    )
+    return _shortened(recipe, factor)
 
 
-# -- single choices ----------------------------------------------------------------------------------------------------
+def _shortened(value: Any, factor: float) -> Any:
+    if isinstance(value, Schedule):
+        return replace(value, steps=max(1, round(value.steps * factor)), warmup=round(value.warmup * factor))
+    if isinstance(value, tuple):
+        return tuple(_shortened(item, factor) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = dataclasses.fields(value)
+        return replace(value, **{part.name: _shortened(getattr(value, part.name), factor) for part in parts})
+    return value
 
 
 class _UnknownChoiceError(ValueError):
     """There is no choice of that name."""
 
 
-def override(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
+def override(recipe: R, assignments: Iterable[str]) -> R:
     """The recipe with single choices changed.
 
     Args:
@@ -453,9 +506,7 @@ def _assign(owner: Any, path: Sequence[str], text: str, where: str) -> Any:
 def _assign_modules(modules: tuple[Any, ...], which: str, rest: Sequence[str], text: str) -> tuple[Any, ...]:
     numbers = [str(number) for number in range(1, len(modules) + 1)]
     if which not in (*numbers, "*") or not rest:
-        raise ValueError(
-            f"expected modules.{'.'.join([which, 'choice'])}=value with a module {', '.join(numbers)} or *"
-        )
+        raise ValueError(f"expected modules.N.choice=value, where N is {', '.join(numbers)} or *")
     changed, unknown = list(modules), []
     chosen = range(len(modules)) if which == "*" else [int(which) - 1]
     for index in chosen:
@@ -468,10 +519,7 @@ def _assign_modules(modules: tuple[Any, ...], which: str, rest: Sequence[str], t
     return tuple(changed)
 
 
-# -- as plain values ---------------------------------------------------------------------------------------------------
-
-
-def to_dict(recipe: Recipe) -> dict[str, Any]:
+def to_dict(recipe: Recipe | StudentRecipe) -> dict[str, Any]:
     """The recipe as plain values, for ``run.json`` and checkpoints."""
     return dataclasses.asdict(recipe)
 
@@ -485,9 +533,21 @@ def from_dict(values: dict[str, Any]) -> Recipe:
         InputError: an entry is unknown, or the recipe's name (the run was made by another version).
     """
     try:
-        return _build(recipe(values["name"]), _modernise(values) if "modules" not in values else values)
+        base = recipe(values["name"])
+        if "modules" not in values:
+            known = [(set(vars(module)), set(vars(module.label))) for module in base.modules]
+            values = modernise(values, known)
+        return _build(base, values)
     except (TypeError, KeyError, AttributeError, ValueError, InputError) as error:
         raise InputError(f"the run's recipe cannot be read ({error}); it was made by another version") from error
+
+
+def student_from_dict(values: dict[str, Any]) -> StudentRecipe:
+    """As `from_dict`, for the recipe of a student."""
+    try:
+        return _build(StudentRecipe(), values)
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"the student's recipe cannot be read ({error}); it was made by another version") from error
 
 
 def _build(base: Any, values: dict[str, Any]) -> Any:
@@ -503,47 +563,6 @@ def _build(base: Any, values: dict[str, Any]) -> Any:
 
 def _tupled(value: Any) -> Any:
     return tuple(_tupled(item) for item in value) if isinstance(value, (list, tuple)) else value
-
-
-# Choices of version 0.1 that are gone, and the only value of each that can still be followed.
-_GONE = {
-    "form": "paper", "contrast": False, "score": "softmax", "extra_proposals": False, "weight": "score",
-    "affiliated": True,
-}  # fmt: skip
-_RENAMED = {"background": "threshold", "part": "min_component", "duplicate": "mask_nms"}
-
-
-def _modernise(old: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as version 0.1 wrote it, with its schedules and calibrations beside the modules."""
-    for part in old.values():
-        for key, value in part.items() if isinstance(part, dict) else ():
-            if key in _GONE and value != _GONE[key]:
-                raise ValueError(f"{key}={value} is no choice any more")
-    modules = []
-    for number in range(1, 5):
-        part = ("classification", "detection", "segmentation", "segmentation")[number - 1]
-        own = {key: value for key, value in old[part].items() if key not in _GONE}
-        label = old[f"infer{number}"]
-        predict = old.get(f"predict{number}") or label | {"joint": False}
-        if number > 1:
-            own |= {"score_threshold": predict["score_threshold"], "vote": predict["vote"]}
-            own |= dict.fromkeys(("rpn_post_nms_top_n_train", "rpn_post_nms_top_n_test"), own.pop("rpn_proposals"))
-            if own.pop("freeze_head", False):
-                raise ValueError("a frozen RoI head is no choice of modules 2 to 4 any more")
-        known = {choice.name for choice in dataclasses.fields(type(Recipe().modules[number - 1]))}
-        own = {key: value for key, value in own.items() if key in known}
-        calibrations = {"label": _calibration(label, number), "predict": _calibration(predict, number)}
-        modules.append({**own, "schedule": old[f"schedule{number}"], **calibrations})
-    together = {key: old[key] for key in ("name", "images", "proposals")}
-    learning = {**old["forward_backward"], "schedule": old["schedule5"]}
-    return {**together, "warm_up": old["schedule0"], "modules": modules, "forward_backward": learning}
-
-
-def _calibration(old: dict[str, Any], number: int) -> dict[str, Any]:
-    renamed = _RENAMED | {"attended": "max_attention" if number < 3 else "max_masks"}
-    kind = AttentionCalibration if number < 3 else MaskCalibration
-    values = {renamed.get(key, key): value for key, value in old.items()}
-    return {choice.name: values[choice.name] for choice in dataclasses.fields(kind) if choice.name in values}
 
 
 def _parse(text: str, hint: Any) -> Any:
