@@ -236,7 +236,7 @@ def plain_loop(one: Stage, fabric: Fabric, clock: Clock) -> list[float]:
     The images, augmentation and random numbers are those of `train_stage`. The first step's parts are not counted.
     """
     parameters = [p for p in one.module.parameters() if p.requires_grad]
-    optimiser = one.optimiser.build([{"params": parameters}])
+    optimiser = one.optimiser.build(parameters)
     one.module.train()
     seconds = []
     began = clock.now()

@@ -144,6 +144,57 @@ class ForwardBackward:
 
 
 @dataclass
+class Distill:
+    """Train a student on a run's labels: a standard detector, smaller and faster, that other programs can load.
+
+    The student is torchvision's Mask R-CNN with a feature pyramid. It learns what the run's last module found in the
+    photographs that the run was trained on, or what a file says that somebody corrected. Every command that takes a run
+    takes the student's folder, too.
+
+    Try:
+      labelpenet distill runs/voc VOCdevkit/VOC2012 --out runs/student --weights mobilenet_v2.safetensors
+      labelpenet distill runs/voc photos/ --out runs/student --labels corrected.json
+      labelpenet distill runs/voc photos/ --out runs/student --resume
+      labelpenet distill runs/voc VOCdevkit/VOC2012 --out runs/yardstick --supervision full
+    """
+
+    run: Positional[Path]
+    """Run folder of the cascade."""
+    data: Positional[Path]
+    """The photographs that it was trained on."""
+    out: Path
+    """Folder to write."""
+    labels: Path | None = None
+    """Predictions or COCO file to learn from. Default: RUN/instances/module4.json."""
+    supervision: Literal["labels", "full"] = "labels"
+    """labels: the run's. full, a yardstick: the true boxes and masks of DATA."""
+    backbone: str | None = None
+    """mobilenet_v2, vgg16 or timm/NAME. Default: the run's."""
+    weights: Path | None = None
+    """ImageNet weights of the backbone, as for `train`."""
+    split: str | None = None
+    """As for `train`."""
+    resume: bool = False
+    """Continue what OUT holds."""
+    seed: int = 0
+    """Of everything random."""
+    shorten: float = 1.0
+    """Multiply the number of steps."""
+    set: tuple[str, ...] = ()
+    """Change single choices: network, noise, images or schedule, as schedule.steps=800 noise.weighted=false ..."""
+    device: Device = "auto"
+    """Where to train."""
+    devices: int = 1
+    """Processes on this machine (one per GPU)."""
+    nodes: int = 1
+    """Machines."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    """auto: bf16-mixed where the hardware has it, else 32-true."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between checkpoints."""
+
+
+@dataclass
 class Predict:
     """Find the instances in photographs.
 
@@ -374,6 +425,7 @@ class Demo:
 Command = (
     Annotated[Train, subcommand("train")]
     | Annotated[ForwardBackward, subcommand("forward-backward")]
+    | Annotated[Distill, subcommand("distill")]
     | Annotated[Predict, subcommand("predict")]
     | Annotated[Merge, subcommand("merge")]
     | Annotated[Evaluate, subcommand("evaluate")]
@@ -534,6 +586,45 @@ def forward_backward(one: ForwardBackward) -> None:
         source={"data": str(one.data), "split": split},
         held_out=held_out,
         observe_minutes=one.observe_minutes,
+    )
+    print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
+
+
+def distill(one: Distill) -> None:
+    """``labelpenet distill``."""
+    from labelpenet import config
+    from labelpenet.formats import open_tagged, training_split
+    from labelpenet.models.cascade import read_run
+    from labelpenet.training import distill as training
+
+    facts = read_run(one.run)
+    recipe = config.shorten(config.override(config.StudentRecipe(), one.set), one.shorten)
+    split = one.split or training_split(one.data)
+    images = open_tagged(one.data, split, facts["classes"])
+    if one.supervision == "full":
+        if one.labels:
+            raise InputError("--labels and --supervision full exclude each other: the labels are DATA's own")
+        labels, notes = training.read_truths(one.data, split, images)
+    else:
+        labels, notes = training.read_labels(one.run, one.labels, images)
+    for note in (*images.notes, *notes):
+        print(f"note: {note}", file=sys.stderr)
+    training.distill(
+        images,
+        labels,
+        one.out,
+        recipe,
+        backbone=one.backbone or facts["backbone"],
+        weights=one.weights,
+        resume=one.resume,
+        seed=one.seed,
+        device=one.device,
+        devices=one.devices,
+        nodes=one.nodes,
+        precision=one.precision,
+        checkpoint_minutes=one.checkpoint_minutes,
+        source={"data": str(one.data), "split": split, "teacher": str(one.run)},
+        supervision=one.supervision,
     )
     print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
 
@@ -727,6 +818,7 @@ def _names(text: str | None) -> list[str] | None:
 RUN = {
     Train: train,
     ForwardBackward: forward_backward,
+    Distill: distill,
     Predict: predict,
     Merge: merge,
     Evaluate: evaluate,

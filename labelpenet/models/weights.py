@@ -43,13 +43,13 @@ def read_weights(path: Path, of: str) -> dict[str, Tensor]:
 
 
 def check_weights(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Refuses tensors that fit by name and shape, but are no weights.
+    """Refuses tensors that have a name of the network's, but are no weights.
 
     Raises:
         InputError: integer or complex numbers where real ones belong, NaN or infinite ones.
     """
     for name, own in network.state_dict().items():
-        value = state[name]
+        value = state.get(name, own)
         if value.is_complex() or value.is_floating_point() != own.is_floating_point():
             kind = str(value.dtype).removeprefix("torch.")
             raise InputError(f"{path}: {name} holds numbers of type {kind}; give the weights as floating-point numbers")

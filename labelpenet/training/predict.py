@@ -18,11 +18,12 @@ from labelpenet.errors import InputError
 from labelpenet.formats import read_predictions, write_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet, proposal_settings, read_run
+from labelpenet.models.student import Student, load
 from labelpenet.training.pretrain import Boxes
 
 
 class Predictor:
-    """The cascade of a run folder on a device, in the precision that it was trained in where the device has it.
+    """The cascade or student of a run folder on a device, in that precision of its training which the device has.
 
     Args:
         run: the run folder.
@@ -32,7 +33,14 @@ class Predictor:
     def __init__(self, run: Path, device: str = "auto", devices: int = 1, nodes: int = 1):
         read_run(run)
         self.fabric = build_fabric(device, devices, nodes)
-        self.network = LabelPEnet.from_run(run, self.fabric.device)
+        self.network = load(run, self.fabric.device)
+
+    @property
+    def cascade(self) -> LabelPEnet:
+        """The network, where it is no student."""
+        if isinstance(self.network, Student):
+            raise InputError("this needs the modules of a cascade, but the folder holds a student")
+        return self.network
 
     @property
     def precision(self) -> str:
@@ -51,11 +59,11 @@ class Predictor:
             boxes: its proposals, computed before; None to compute them where the module needs them.
         """
         pixels = read_image(image.path)
-        proposals = None
-        if boxes is not None and image.id in boxes and self.network.needs_proposals(module):
-            proposals = self.network.select(torch.from_numpy(boxes[image.id].copy()), pixels.shape)
+        proposals, network = None, self.network
+        if boxes is not None and image.id in boxes and isinstance(network, LabelPEnet):
+            proposals = network.select(torch.from_numpy(boxes[image.id].copy()), pixels.shape)
         with self.fabric.autocast():
-            return self.network.predict(pixels, module, proposals)
+            return network.predict(pixels, module, proposals)
 
     def run(
         self, images: Sequence[TaggedImage], module: int, skipped: list[str], boxes: Boxes | None = None
@@ -70,7 +78,7 @@ class Predictor:
                 return image, None, f"skipped: {error}"
 
         with (
-            Progress(f"module {module} predicts", len(images), 0, None if self.first else _silent) as progress,
+            Progress("predicting", len(images), 0, None if self.first else _silent) as progress,
             contextlib.closing(map_images(attempt, images, self.fabric.device)) as results,
         ):
             for done, (image, found, note) in enumerate(results):
@@ -83,7 +91,7 @@ class Predictor:
 
     def proposals(self, images: Sequence[TaggedImage], module: int, cache: Path | None = None) -> Boxes | None:
         """The photographs' proposals, on all of this process's cores; None where the module needs none."""
-        if not self.network.needs_proposals(module):
+        if isinstance(self.network, Student) or not self.network.needs_proposals(module):
             return None
         settings = proposal_settings(self.network.recipe)
         # Of several processes on a machine each has its share of the cores, which Fabric or torchrun told torch.
