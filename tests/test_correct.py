@@ -52,9 +52,8 @@ def test_the_commands_of_the_story_lead_from_tags_to_labels_that_know_the_correc
         else:
             main([*words[1:], *SHORT.get(words[1], [])])
     torch.set_num_threads(threads)
-    first, second, third = (
-        json.loads(run_folder.facts(Path("runs", name)).read_text()) for name in ("first", "second", "third")
-    )
+    runs = [Path("runs", name) for name in ("first", "second", "third")]
+    first, second, third = (run_folder.read_facts(run) for run in runs)
     assert (first["images"], second["images"], third["images"]) == (8, 7, 8)
     assert "supervision" not in first and second["supervision"] == third["supervision"] == "mixed"
     said = json.loads(run_folder.review(runs[0]).read_text())
