@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PureWindowsPath
 
 import cv2
@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from labelpenet.data.files import write_bytes
+from labelpenet.data.files import inside, write_bytes
 from labelpenet.instances import Instances
 
 # Okabe and Ito's palette, without black: distinct in the three common kinds of colour blindness.
@@ -157,34 +157,43 @@ def draw_map(image: np.ndarray, values: np.ndarray | Tensor, opacity: float = 0.
     return np.round((1 - opacity) * grey + opacity * heat).clip(0, 255).astype(np.uint8)
 
 
-def write_overlay(
-    folder: Path | str, image_id: str, image: np.ndarray, instances: Instances, classes: Sequence[str]
-) -> Path:
-    """Draws the instances on their photograph and writes it as ``FOLDER/IMAGE_ID``, whole or not at all.
-
-    An id with folders in it keeps them. One that names no JPEG or PNG file gets ``.jpg`` appended.
+def write_overlay(path: Path, image: np.ndarray, instances: Instances, classes: Sequence[str]) -> Path:
+    """Draws the instances on their photograph and writes it, whole or not at all: PNG for ``.png``, else JPEG.
 
     Args:
-        folder: made where it is missing; nothing is ever written outside of it.
-        image_id, image, instances, classes: as `draw_instances` takes them.
-
-    Returns:
-        The path of the file.
+        path: the file (see `overlay_paths`); its folder is made where it is missing.
+        image, instances, classes: as `draw_instances` takes them.
 
     Raises:
         InputError: the file cannot be written.
     """
-    path = overlay_path(Path(folder), image_id)
     kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
     return write_bytes(path, encode_picture(draw_instances(image, instances, classes), kind))
 
 
-def overlay_path(folder: Path, image_id: str) -> Path:
-    """Where the overlay of an image goes."""
-    given = PureWindowsPath(image_id.replace("\0", ""))  # knows both kinds of slash, and drives
-    parts = [part for part in given.parts if part not in (given.anchor, "..", ".")] or ["unnamed"]
-    path = folder.joinpath(*parts)
-    return path if path.suffix.lower() in (".jpg", ".jpeg", ".png") else path.with_name(path.name + ".jpg")
+def overlay_paths(folder: Path, image_ids: Iterable[str]) -> dict[str, Path]:
+    """Where the overlay of each image goes: a file of its own inside the folder.
+
+    An id with folders in it keeps them. One that names no JPEG or PNG file gets ``.jpg`` appended; one whose name is
+    taken, also where only case differs, gets ``-2`` and so on.
+
+    Raises:
+        InputError: a link leads out of the folder.
+    """
+    taken: set[str] = set()
+    paths: dict[str, Path] = {}
+    for image_id in image_ids:
+        given = PureWindowsPath(image_id.replace("\0", ""))  # knows both kinds of slash, and drives
+        path = Path(*[part for part in given.parts if part not in (given.anchor, "..", ".")] or ["unnamed"])
+        if path.suffix.lower() not in (".jpg", ".jpeg", ".png"):
+            path = path.with_name(path.name + ".jpg")
+        plain, number = path, 1
+        while str(path).casefold() in taken:
+            number += 1
+            path = plain.with_stem(f"{plain.stem}-{number}")
+        taken.add(str(path).casefold())
+        paths[image_id] = inside(folder, str(path))
+    return paths
 
 
 def encode_picture(picture: np.ndarray, kind: str = "JPEG", quality: int = 88) -> bytes:

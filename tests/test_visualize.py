@@ -18,7 +18,7 @@ from labelpenet.visualize import (
     draw_map,
     draw_mask,
     instance_colours,
-    overlay_path,
+    overlay_paths,
     write_overlay,
 )
 
@@ -177,16 +177,34 @@ def test_map_grows_brighter_with_its_values_and_is_resized() -> None:
     ],
 )
 def test_an_overlay_mirrors_the_name_of_its_image_and_stays_in_the_folder(name: str, expected: str) -> None:
-    assert overlay_path(Path("out"), name) == Path("out", expected)
+    assert overlay_paths(Path("out"), [name]) == {name: Path("out", expected)}
+
+
+def test_every_image_has_an_overlay_of_its_own(tmp_path: Path) -> None:
+    names = ["a.tif", "a.tif.jpg", "../a.tif.jpg", "A.TIF.JPG", "b/c.png"]
+    paths = overlay_paths(tmp_path, names)
+    assert list(paths) == names
+    assert [path.relative_to(tmp_path).as_posix() for path in paths.values()] == [
+        "a.tif.jpg", "a.tif-2.jpg", "a.tif-3.jpg", "A.TIF-4.JPG", "b/c.png"
+    ]  # fmt: skip
+    assert len({str(path).casefold() for path in paths.values()}) == len(names)
+
+
+def test_no_overlay_follows_a_link_out_of_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "cats").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="leaves"):
+        overlay_paths(tmp_path / "out", ["cats/one.png"])
 
 
 def test_an_overlay_is_written_whole_and_can_be_read(tmp_path: Path) -> None:
     image, found = photograph(60, 80), blobs(60, 80, [0])
-    path = write_overlay(tmp_path / "new", "cats/one.png", image, found, ["cat"])
+    path = write_overlay(tmp_path / "new" / "cats" / "one.png", image, found, ["cat"])
     assert path == tmp_path / "new" / "cats" / "one.png"
     with Image.open(path) as read:
         assert np.array_equal(np.array(read), draw_instances(image, found, ["cat"]))
-    with Image.open(write_overlay(tmp_path / "new", "two", image, found, ["cat"])) as read:
+    with Image.open(write_overlay(tmp_path / "new" / "two.jpg", image, found, ["cat"])) as read:
         assert (read.format, read.size) == ("JPEG", (80, 60))
     assert sorted(file.name for file in (tmp_path / "new").rglob("*") if file.is_file()) == ["one.png", "two.jpg"]
 
@@ -194,5 +212,5 @@ def test_an_overlay_is_written_whole_and_can_be_read(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(InputError, match="file"):
-        write_overlay(tmp_path / "file", "x", photograph(20, 20), Instances.empty((20, 20)), ["a"])
+        write_overlay(tmp_path / "file" / "x.jpg", photograph(20, 20), Instances.empty((20, 20)), ["a"])
     assert (tmp_path / "file").read_text() == "in the way"

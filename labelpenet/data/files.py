@@ -13,6 +13,7 @@ import io
 import json
 import os
 import re
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -140,6 +141,60 @@ def is_file(path: Path) -> bool:
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
+def check_outputs(paths: Iterable[Path], reads: Iterable[Path] = (), overwrite: bool = False) -> None:
+    """Refuses, before any work is done, files that may not or cannot be written. Links are followed.
+
+    Args:
+        paths: the files that will be written.
+        reads: files and folders that the work reads; neither the files nor anything that lies in the folders is ever
+            written over.
+        overwrite: whether other files that are there already may be replaced.
+
+    Raises:
+        InputError: one of the files is read, is there already or is no regular file, or its folder cannot be written.
+    """
+    reads = list(reads)
+    files = {_place(path) for path in reads} | {path.resolve() for path in reads}
+    identities = {_identity(path) for path in reads if path.is_file()}
+    folders = [path.resolve() for path in reads if path.is_dir()]
+    probed: set[Path] = set()
+    for path in paths:
+        try:
+            place, there = _place(path), os.path.lexists(path)
+            if "\0" in str(path) or len(os.fsencode(path.name)) > 255:
+                raise InputError(f"{path}: is no name that a file can have; choose another")
+            if path.is_dir():
+                raise InputError(f"{path}: is a folder; name a file in it")
+            if there:
+                if place in files or (path.exists() and _identity(path) in identities):
+                    raise InputError(f"{path}: is read by this command and would be written over; choose another place")
+                if any(place.is_relative_to(folder) for folder in folders):
+                    raise InputError(f"{path}: belongs to what this command reads; choose another place")
+                if path.exists() and not path.is_file():
+                    raise InputError(f"{path}: is no regular file; choose another place")
+                if not overwrite:
+                    raise InputError(f"{path}: is there already; choose another place, or replace it with --overwrite")
+            folder = next(parent for parent in place.parents if parent.exists())
+            if folder not in probed:
+                with tempfile.TemporaryFile(dir=folder):
+                    probed.add(folder)
+        except (OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, InputError):
+                raise
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise InputError(f"{path}: cannot be written ({reason or error}); choose another place") from error
+
+
+def _place(path: Path) -> Path:
+    """Where a file lies, folders' links followed; that of the file itself is not, as writing replaces it."""
+    return path.parent.resolve() / path.name
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
 def write_bytes(path: Path, content: bytes | Callable[[BinaryIO], object], remedy: str = ROOM) -> Path:
     """Writes a file, and its folder where that is missing; whatever happens, the file is there whole or as it was.
 
@@ -251,15 +306,23 @@ def is_whole(text: str) -> bool:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Whether this process alone has the lock of a file, made where it is missing; the lock dies with the process.
+    """Whether this process alone has the lock of a folder, or of a file, made where it is missing.
+
+    The lock dies with the process.
 
     True also where the file system knows no locks.
 
     Raises:
         OSError: the file cannot be made.
     """
-    with path.open("ab") as file:
-        yield _lock(file, wait=False)
+    if fcntl is None:
+        yield True
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        yield _lock(descriptor, wait=False)
+    finally:
+        os.close(descriptor)
 
 
 def hash_file(path: Path) -> str:
@@ -298,7 +361,7 @@ def _open_alone(path: Path) -> BinaryIO:
         file.close()
 
 
-def _lock(file: BinaryIO, wait: bool) -> bool:
+def _lock(file: BinaryIO | int, wait: bool) -> bool:
     """Locks an open file against other processes; False if another one has the lock."""
     if fcntl is None:
         return True

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from labelpenet.data.files import (
+    check_outputs,
     is_whole,
     read_array,
     read_json,
@@ -132,3 +133,62 @@ def test_a_link_is_replaced_not_followed(tmp_path: Path) -> None:
 def test_a_long_name_is_no_obstacle(tmp_path: Path) -> None:
     path = tmp_path / ("n" * 255)
     assert write_text(path, "x").read_text() == "x" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (folder / name).write_bytes(name.encode())
+    (tmp_path / "link").symlink_to(folder)
+    (tmp_path / "a-link.jpg").symlink_to(folder / "a.jpg")
+    (tmp_path / "a-hard.jpg").hardlink_to(folder / "a.jpg")
+    return folder
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("target", "read"),
+    [
+        ("photos/a.jpg", "photos/a.jpg"),
+        ("link/a.jpg", "photos/a.jpg"),
+        ("photos/a.jpg", "link/a.jpg"),
+        ("photos/../link/b.jpg", "photos"),
+        ("photos/b.jpg", "link"),
+        ("a-link.jpg", "photos/a.jpg"),
+        ("a-hard.jpg", "photos/a.jpg"),
+        ("photos/a.jpg", "a-link.jpg"),
+        ("a-link.jpg", "a-link.jpg"),
+    ],
+)
+def test_what_is_read_is_never_written_over(photos: Path, target: str, read: str, overwrite: bool) -> None:
+    root = photos.parent
+    with pytest.raises(InputError, match="choose another place"):
+        check_outputs([root / "new.json", root / target], [root / read], overwrite)
+    assert (photos / "a.jpg").read_bytes() == b"a.jpg"
+
+
+def test_what_is_there_is_replaced_only_where_it_is_asked_for(photos: Path) -> None:
+    other = photos.parent / "other.json"
+    check_outputs([other, photos / "new.json"], [photos])
+    other.write_text("{}")
+    with pytest.raises(InputError, match="--overwrite"):
+        check_outputs([other], [photos])
+    check_outputs([other], [photos], overwrite=True)
+    dangling = photos.parent / "dangling"
+    dangling.symlink_to("nowhere")
+    with pytest.raises(InputError, match="--overwrite"):
+        check_outputs([dangling], [photos])
+    assert other.read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["photos", "photos/a.jpg/x.json", "x\0.json", "y" * 300, "/dev/null", "/proc/x.json", "pipe", "/proc/new/x.json"],
+)
+def test_what_cannot_be_written_is_found_before_any_work(photos: Path, target: str) -> None:
+    os.mkfifo(photos.parent / "pipe")
+    with pytest.raises(InputError):
+        check_outputs([photos.parent / target], [], overwrite=True)
+    assert sorted(path.name for path in photos.iterdir()) == ["a.jpg", "b.jpg"]
