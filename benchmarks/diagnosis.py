@@ -52,7 +52,7 @@ import torch
 from torch import Tensor
 
 from labelpenet.calibration import project_maps
-from labelpenet.calibration.calibrate import grow_masks, largest_parts, segment, working_canvas
+from labelpenet.calibration.calibrate import resize_masks, drop_components, segment, working_canvas
 from labelpenet.data import AnnotatedImages, Truth, read_image, run_folder
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.proposals import compute_proposals, default_cache
@@ -468,10 +468,10 @@ def oracle_masks(predictor: Predictor, image: np.ndarray, truth: Instances) -> t
                 confidence[f"mask head of module {number}"] = spread(masks)
         ious = {}
         for name, one in confidence.items():
-            ious[name] = _mask_ious(grow_masks(one, size), truth)
-            grown = grow_masks(segment(canvas, one, settings), size)
+            ious[name] = _mask_ious(resize_masks(one, size), truth)
+            grown = resize_masks(segment(canvas, one, settings), size)
             ious[f"{name}, CRF"] = _mask_ious(
-                torch.stack([largest_parts(m, settings.min_component) for m in grown]), truth
+                torch.stack([drop_components(m, settings.min_component) for m in grown]), truth
             )
     return ious, proposals
 

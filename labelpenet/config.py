@@ -155,6 +155,8 @@ class Classification:
         freeze_head: whether tail and RoI head keep their pretrained weights.
         attention: ``excitation`` (excitation backprop) or ``gradient`` (activation times gradient of the class logit at
             the last spatial layer of the RoI head).
+        heat: whose class scores a heat-map sums where one instance a class is sought: those of the proposals whose best
+            class it is (``class``), as the paper says, or of ``all``.
         schedule: of its training.
         label: how it labels training images, whose tags are known.
         predict: how it answers for photographs, whose tags are not known.
@@ -164,6 +166,7 @@ class Classification:
     pool: Pool = "max"
     freeze_head: bool = False
     attention: Attention = "excitation"
+    heat: typing.Literal["class", "all"] = "all"
     schedule: Schedule = Schedule()
     label: AttentionCalibration = AttentionCalibration(per_class=1)
     predict: AttentionCalibration = AttentionCalibration(per_class=1, joint=False)
