@@ -283,7 +283,8 @@ def instance_heat(
 def mean_of_members(maps: Tensor, found: Candidates, chosen: Chosen, factor: Tensor, canvas: tuple[int, int]) -> Tensor:
     """Confidence maps (K, h, w): the members' masks in the image, a mean weighted by score."""
     summed = project_members(maps, found, chosen, factor, canvas, found.scores)
-    total = (chosen.member * found.scores[None]).sum(1).to(maps.device)
+    instance, candidate = torch.where(chosen.member)
+    total = torch.zeros(len(chosen.kept)).index_add_(0, instance, found.scores[candidate]).to(maps.device)
     return (summed / total.clamp(min=1e-6)[:, None, None]).clamp(0, 1)
 
 

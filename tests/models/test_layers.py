@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from labelpenet.models.layers import RoIPooling, initialise, nms_groups
+from labelpenet.calibration.nms import nms_groups
+from labelpenet.models.layers import RoIPooling, initialise
 
 
 def slow_iou(a: list[float], b: list[float]) -> float:
@@ -52,10 +53,10 @@ def test_nms_groups_is_greedy_nms(found, threshold):
     scores = torch.linspace(0.9, 0.1, len(found))[
         torch.randperm(len(found), generator=torch.Generator().manual_seed(3))
     ]
-    keep, group = nms_groups(torch.tensor(boxes), scores, torch.tensor(labels), threshold)
+    keep, leader = nms_groups(torch.tensor(boxes), scores, torch.tensor(labels), threshold)
     expected = slow_nms(boxes, scores.tolist(), labels, threshold)
     assert keep.tolist() == expected[0]
-    assert group.tolist() == expected[1]
+    assert leader.tolist() == [expected[0][place] for place in expected[1]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -64,12 +65,11 @@ def test_nms_groups_is_greedy_nms(found, threshold):
 def test_a_suppressed_box_belongs_to_an_overlapping_box_of_its_class(found, threshold):
     boxes, labels = torch.tensor([b for b, _ in found]), torch.tensor([c for _, c in found])
     scores = torch.linspace(0.9, 0.1, len(found))
-    keep, group = nms_groups(boxes, scores, labels, threshold)
-    kept = keep[group]
+    keep, kept = nms_groups(boxes, scores, labels, threshold)
     assert (labels[kept] == labels).all()
     assert (scores[kept] >= scores).all()
     assert all(slow_iou(boxes[i].tolist(), boxes[k].tolist()) > threshold - 1e-6 for i, k in enumerate(kept))
-    assert group[keep].tolist() == list(range(len(keep)))
+    assert torch.equal(kept[keep], keep)
 
 
 def test_classes_far_from_the_origin_do_not_disturb_one_another():
@@ -79,14 +79,14 @@ def test_classes_far_from_the_origin_do_not_disturb_one_another():
     boxes = torch.cat([corner, corner + 20 + torch.rand(150, 2, generator=generator) * 300], 1)
     labels = torch.randint(0, 80, (150,), generator=generator)
     scores = torch.rand(150, generator=generator)
-    keep, group = nms_groups(boxes, scores, labels, 0.3)
-    assert (labels[keep[group]] == labels).all()
+    keep, leader = nms_groups(boxes, scores, labels, 0.3)
+    assert (labels[leader] == labels).all()
     assert (scores[keep].diff() <= 0).all()
 
 
 def test_nms_of_nothing():
-    keep, group = nms_groups(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long), 0.5)
-    assert keep.shape == group.shape == (0,) and keep.dtype == torch.long
+    keep, leader = nms_groups(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long), 0.5)
+    assert keep.shape == leader.shape == (0,) and keep.dtype == torch.long
 
 
 def slow_roi_max_pool(features: Tensor, box: Tensor, size: int, stride: int) -> Tensor:
@@ -152,4 +152,4 @@ def test_pooling_of_bfloat16_features_does_not_round_the_boxes(kind: str) -> Non
     features = torch.randn(1, 3, 60, 80, generator=torch.Generator().manual_seed(0)).bfloat16()
     boxes = torch.tensor([[0.0, 0.0, 100.0, 80.0], [517.3, 301.7, 611.1, 395.9]])
     pool = RoIPooling(7, 8, kind)
-    assert torch.equal(pool(features, boxes), pool(features.float(), boxes))
+    assert torch.equal(pool(features, [boxes]), pool(features.float(), boxes))
