@@ -154,7 +154,7 @@ class Activation:
 
     def __init__(self, predictor: Predictor):
         self.predictor = predictor
-        self.network = predictor.network
+        self.network = predictor.cascade
         self.layers = last_layers(self.network.classification)
         self.classifier: nn.Linear | None = None
 
@@ -306,9 +306,9 @@ def measure_baselines(
         images = source.tagged.images
         found, probabilities = baselines(activation, images, thresholds, key == "train")
         boxes = compute_proposals(
-            images, proposal_settings(predictor.network.recipe), cache or default_cache(), progress=True
+            images, proposal_settings(predictor.cascade.recipe), cache or default_cache(), progress=True
         )
-        features = RoIFeatures(run, predictor.network, boxes, predictor.fabric) if key == "train" else None
+        features = RoIFeatures(run, predictor.cascade, boxes, predictor.fabric) if key == "train" else None
         ranked, _ = rank_images(predictor, images, boxes, features)
         for name, one in {**found, "module 1, top proposals": ranked}.items():
             results[key][name] = evaluate(one, truth, classes, "voc12")

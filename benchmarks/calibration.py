@@ -80,7 +80,7 @@ def one_image(
 def whole_image(run: Path, data: Path, cache: Path, images: int) -> None:
     """Prints medians over the first images of the training split, one row for each of the two calibrations."""
     predictor = Predictor(run, "cpu")
-    network = predictor.network
+    network = predictor.cascade
     recipe = network.recipe
     chosen = [image for image in open_tagged(data, "train", network.classes).images if image.tags][:images]
     boxes = compute_proposals(chosen, proposal_settings(recipe), cache)

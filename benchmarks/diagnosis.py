@@ -440,7 +440,7 @@ def oracle_masks(predictor: Predictor, image: np.ndarray, truth: Instances) -> t
         For each way to a mask the IoU with each object's true mask, (T,) in [0, 1]; and for modules 2 to 4 the RPN's
         proposals, (R, 4) in pixels of the image.
     """
-    network = predictor.network
+    network = predictor.cascade
     size = (image.shape[0], image.shape[1])
     settings = calibration_settings(network.recipe.infer3)
     canvas, scale = working_canvas(image, settings.side)
@@ -552,7 +552,7 @@ def network_tables(
 ) -> list[Table]:
     """Proposals of the whole split, and oracle masks of ``number`` images that have masks."""
     predictor, classes = Predictor(run, device), data.tagged.classes
-    network = predictor.network
+    network = predictor.cascade
     images = [image for image in data.tagged.images if image.id in truths]
     boxes = compute_proposals(images, proposal_settings(network.recipe), cache or default_cache(), progress=True)
 

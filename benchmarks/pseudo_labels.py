@@ -481,7 +481,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keeps the rows behind the tables (.npz) and goes on from there")
     one = parser.parse_args()
     predictor = Predictor(one.run, "cpu")
-    network = predictor.network
+    network = predictor.cascade
     annotated = open_annotated(one.data, one.split, network.classes)
     images = annotated.tagged.images
     boxes = compute_proposals(images, proposal_settings(network.recipe), one.cache or default_cache())

@@ -54,7 +54,8 @@ from labelpenet.engine.stage import Stage
 from labelpenet.engine.trainer import train_stage
 from labelpenet.formats import open_tagged, training_split
 from labelpenet.instances import Instances
-from labelpenet.models.backbones import Backbone, build_backbone
+from labelpenet.models.backbones import Backbone
+from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import MODULES, LabelPEnet, proposal_settings
 from labelpenet.models.detection import ANCHOR_RATIOS, RPNHead
 from labelpenet.models.segmentation import MASK_POOL, SpatialPyramid
@@ -235,7 +236,7 @@ def plain_loop(one: Stage, fabric: Fabric, clock: Clock) -> list[float]:
     The images, augmentation and random numbers are those of `train_stage`. The first step's parts are not counted.
     """
     parameters = [p for p in one.module.parameters() if p.requires_grad]
-    optimiser = one.optimiser.build([{"params": parameters}])
+    optimiser = one.optimiser.build(parameters)
     one.module.train()
     seconds = []
     began = clock.now()

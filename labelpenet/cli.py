@@ -15,16 +15,13 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from labelpenet import __version__
 from labelpenet.errors import InputError
-
-if TYPE_CHECKING:
-    from labelpenet.training.supervised import Supervision
 
 Comma = Annotated[str | None, arg(metavar="A,B,...")]
 Device = Literal["auto", "cpu", "cuda"]
@@ -46,6 +43,7 @@ class Train:
       labelpenet train photos/ --out runs/quick --shorten 0.1 --set images.sides=320 images.test_side=320
       labelpenet train VOCdevkit/VOC2012 --out runs/voc-full --supervision full
       labelpenet train VOCdevkit/VOC2012 --out runs/voc-mixed --supervision mixed --supervised annotated.txt
+      labelpenet train photos/ --out runs/better --supervision mixed --corrected runs/mine/review.json
     """
 
     data: Positional[Path]
@@ -73,6 +71,9 @@ class Train:
     best that it has: masks, boxes or tags."""
     supervised: Path | None = None
     """mixed: a file of image names, one a line; the other photographs count as tagged only. Default: all."""
+    corrected: tuple[Path, ...] = ()
+    """mixed: files or folders of corrected labels (of `labelpenet review` or an annotation tool). Their objects are the
+    truth of their photographs; DATA's own annotation is then read only for --supervised."""
     resume: bool = False
     """Continue what RUN holds."""
     seed: int = 0
@@ -143,6 +144,57 @@ class ForwardBackward:
 
 
 @dataclass
+class Distill:
+    """Train a student on a run's labels: a standard detector, smaller and faster, that other programs can load.
+
+    The student is torchvision's Mask R-CNN with a feature pyramid. It learns what the run's last module found in the
+    photographs that the run was trained on, or what a file says that somebody corrected. Every command that takes a run
+    takes the student's folder, too.
+
+    Try:
+      labelpenet distill runs/voc VOCdevkit/VOC2012 --out runs/student --weights mobilenet_v2.safetensors
+      labelpenet distill runs/voc photos/ --out runs/student --labels corrected.json
+      labelpenet distill runs/voc photos/ --out runs/student --resume
+      labelpenet distill runs/voc VOCdevkit/VOC2012 --out runs/yardstick --supervision full
+    """
+
+    run: Positional[Path]
+    """Run folder of the cascade."""
+    data: Positional[Path]
+    """The photographs that it was trained on."""
+    out: Path
+    """Folder to write."""
+    labels: Path | None = None
+    """Predictions or COCO file to learn from. Default: RUN/instances/module4.json."""
+    supervision: Literal["labels", "full"] = "labels"
+    """labels: the run's. full, a yardstick: the true boxes and masks of DATA."""
+    backbone: str | None = None
+    """mobilenet_v2, vgg16 or timm/NAME. Default: the run's."""
+    weights: Path | None = None
+    """ImageNet weights of the backbone, as for `train`."""
+    split: str | None = None
+    """As for `train`."""
+    resume: bool = False
+    """Continue what OUT holds."""
+    seed: int = 0
+    """Of everything random."""
+    shorten: float = 1.0
+    """Multiply the number of steps."""
+    set: tuple[str, ...] = ()
+    """Change single choices: network, noise, images or schedule, as schedule.steps=800 noise.weighted=false ..."""
+    device: Device = "auto"
+    """Where to train."""
+    devices: int = 1
+    """Processes on this machine (one per GPU)."""
+    nodes: int = 1
+    """Machines."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    """auto: bf16-mixed where the hardware has it, else 32-true."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between checkpoints."""
+
+
+@dataclass
 class Predict:
     """Find the instances in photographs.
 
@@ -150,6 +202,7 @@ class Predict:
       labelpenet predict runs/voc photo.jpg --out predictions.json --overlays overlays/
       labelpenet predict runs/voc photos/ --out predictions.json --module 2
       labelpenet predict runs/voc --data VOCdevkit/VOC2012 --split val --out predictions.json
+      labelpenet predict runs/voc photos/ --shard 3/100 --out parts/
     """
 
     run: Positional[Path]
@@ -164,6 +217,8 @@ class Predict:
     """Folder for pictures with the instances drawn in."""
     min_score: float = 0.0
     """Instances below are left out of file and pictures."""
+    shard: str | None = None
+    """i/n: only the i-th of n parts, into the folder --out; see labelpenet merge."""
     overwrite: bool = False
     """Replace files that are there already; never photographs or a file of the run."""
     data: Path | None = None
@@ -178,6 +233,23 @@ class Predict:
     """Machines."""
     cache: Path | None = None
     """Folder of the proposals' cache (module 1). Default: the user's cache folder."""
+
+
+@dataclass
+class Merge:
+    """Put the parts of predict --shard together, as a stream.
+
+    Try:
+      labelpenet merge parts/ --out predictions.json
+      labelpenet merge parts/ --out predictions.parquet
+    """
+
+    parts: Positional[tuple[Path, ...]]
+    """Parts, or folders of parts."""
+    out: Path = Path("predictions.json")
+    """File to write: .json (COCO, as predict writes it) or .parquet (a row for each instance)."""
+    overwrite: bool = False
+    """Replace that file if it is there already."""
 
 
 @dataclass
@@ -292,6 +364,29 @@ class Measure:
 
 
 @dataclass
+class Review:
+    """Look at a run's labels in the browser, the doubtful ones first; accept, correct or drop them by keys.
+
+    Serves a page on this machine's loopback address until Ctrl-C. Every verdict is saved at once.
+
+    Try:
+      labelpenet review runs/mine photos/
+      labelpenet train photos/ --out runs/better --supervision mixed --corrected runs/mine/review.json
+    """
+
+    run: Positional[Path]
+    """Run folder of `labelpenet train`."""
+    data: Positional[Path]
+    """The photographs that it was trained on."""
+    out: Path | None = None
+    """File of the verdicts; an earlier one is continued. Default: RUN/review.json."""
+    split: str | None = None
+    """As for `train`."""
+    port: int = 8765
+    """Of 127.0.0.1; 0 for any free one."""
+
+
+@dataclass
 class Report:
     """Write RUN/report.html: one self-contained page with table, loss curves and picture strips.
 
@@ -330,11 +425,14 @@ class Demo:
 Command = (
     Annotated[Train, subcommand("train")]
     | Annotated[ForwardBackward, subcommand("forward-backward")]
+    | Annotated[Distill, subcommand("distill")]
     | Annotated[Predict, subcommand("predict")]
+    | Annotated[Merge, subcommand("merge")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Proposals, subcommand("proposals")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Measure, subcommand("measure")]
+    | Annotated[Review, subcommand("review")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Demo, subcommand("demo")]
 )
@@ -430,7 +528,11 @@ def train(one: Train) -> None:
         print(f"note: {note}", file=sys.stderr)
     held_out = open_annotated(one.data, one.evaluate, images.classes) if one.evaluate else None
     from labelpenet.training.run import train_run
+    from labelpenet.training.supervised import open_supervision
 
+    supervision = open_supervision(one.supervision, one.data, split, images, one.supervised, one.corrected)
+    for note in supervision.notes if supervision is not None else ():
+        print(f"note: {note}", file=sys.stderr)
     train_run(
         images,
         one.out,
@@ -447,28 +549,11 @@ def train(one: Train) -> None:
         cache=one.cache,
         checkpoint_minutes=one.checkpoint_minutes,
         source={"data": str(one.data), "split": split},
-        supervision=_supervision(one, split, images.classes),
+        supervision=supervision,
         held_out=held_out,
         observe_minutes=one.observe_minutes,
     )
     print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
-
-
-def _supervision(one: Train, split: str | None, classes: Sequence[str]) -> Supervision | None:
-    """What the run may know beyond tags; nothing of it is opened unless the user asks for it."""
-    if one.supervised and one.supervision != "mixed":
-        raise InputError("--supervised goes with --supervision mixed; to train on other photographs use --split")
-    if one.supervision == "tags":
-        return None
-    from labelpenet.data.files import read_names
-    from labelpenet.formats import open_annotated
-    from labelpenet.training.supervised import read_supervision
-
-    listed = read_names(one.supervised) if one.supervised else None
-    found = read_supervision(one.supervision, open_annotated(one.data, split, classes), listed)
-    for note in found.notes:
-        print(f"note: {note}", file=sys.stderr)
-    return found
 
 
 def forward_backward(one: ForwardBackward) -> None:
@@ -505,17 +590,60 @@ def forward_backward(one: ForwardBackward) -> None:
     print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
 
 
+def distill(one: Distill) -> None:
+    """``labelpenet distill``."""
+    from labelpenet import config
+    from labelpenet.formats import open_tagged, training_split
+    from labelpenet.models.cascade import read_run
+    from labelpenet.training import distill as training
+
+    facts = read_run(one.run)
+    recipe = config.shorten(config.override(config.StudentRecipe(), one.set), one.shorten)
+    split = one.split or training_split(one.data)
+    images = open_tagged(one.data, split, facts["classes"])
+    if one.supervision == "full":
+        if one.labels:
+            raise InputError("--labels and --supervision full exclude each other: the labels are DATA's own")
+        labels, notes = training.read_truths(one.data, split, images)
+    else:
+        labels, notes = training.read_labels(one.run, one.labels, images)
+    for note in (*images.notes, *notes):
+        print(f"note: {note}", file=sys.stderr)
+    training.distill(
+        images,
+        labels,
+        one.out,
+        recipe,
+        backbone=one.backbone or facts["backbone"],
+        weights=one.weights,
+        resume=one.resume,
+        seed=one.seed,
+        device=one.device,
+        devices=one.devices,
+        nodes=one.nodes,
+        precision=one.precision,
+        checkpoint_minutes=one.checkpoint_minutes,
+        source={"data": str(one.data), "split": split, "teacher": str(one.run)},
+        supervision=one.supervision,
+    )
+    print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
+
+
 def predict(one: Predict) -> None:
     """``labelpenet predict``."""
     from labelpenet.data import TaggedImage, read_image
     from labelpenet.data.files import check_outputs
     from labelpenet.data.images import find_images
     from labelpenet.formats import open_tagged
+    from labelpenet.formats.parts import parse_shard
     from labelpenet.instances import Instances
     from labelpenet.models.cascade import read_run
     from labelpenet.training.predict import Predictor, predict_images
+    from labelpenet.training.shards import predict_shard
     from labelpenet.visualize import overlay_paths, write_overlay
 
+    if one.shard and (one.devices, one.nodes) != (1, 1):
+        raise InputError("--shard is for one process each; leave --devices and --nodes out")
     if bool(one.images) == bool(one.data):
         raise InputError("give either photographs (or folders of them) or --data DATA")
     classes = read_run(one.run)["classes"]
@@ -524,7 +652,7 @@ def predict(one: Predict) -> None:
     else:
         images = [TaggedImage(name, path, ()) for name, path in find_images(one.images)]
     reads = [one.run, *([one.data] if one.data else one.images), *(image.path for image in images)]
-    check_outputs([one.out], reads, one.overwrite)
+    check_outputs([] if one.shard else [one.out], reads, one.overwrite)
     pictures = overlay_paths(one.overlays, [image.id for image in images]) if one.overlays else {}
     check_outputs(pictures.values(), [*reads, one.out], one.overwrite)
     for folder in (path for path in reads if one.overlays and path.is_dir()):
@@ -538,12 +666,30 @@ def predict(one: Predict) -> None:
             write_overlay(pictures[image.id], read_image(image.path), instances, classes)
         return instances
 
+    if one.shard:
+        choices = {"min_score": one.min_score}
+        shard = parse_shard(one.shard)
+        part, skipped = predict_shard(
+            predictor, images, one.module, one.out, shard, keep=keep, choices=choices, cache=one.cache
+        )
+        print(f"{part.path}: {len(part.images)} images" + (f", {len(skipped)} skipped" if skipped else ""))
+        return
     skipped = predict_images(predictor, images, one.module, one.out, keep=keep, cache=one.cache)
     done = len(images) - len(skipped)
     if predictor.first:
         print(f"{one.out}: {done} images" + (f", {len(skipped)} skipped" if skipped else ""))
     if skipped and not done:
         raise InputError("no image could be read; see the lines above")
+
+
+def merge(one: Merge) -> None:
+    """``labelpenet merge``."""
+    from labelpenet.data.files import check_outputs
+    from labelpenet.formats.parts import merge_parts
+
+    check_outputs([one.out], one.parts, one.overwrite)
+    photographs, instances = merge_parts(one.parts, one.out)
+    print(f"{one.out}: {photographs} images, {instances} instances")
 
 
 def evaluate(one: Evaluate) -> None:
@@ -610,6 +756,18 @@ def measure(one: Measure) -> None:
     print(measure_run(one.run, one.data, one.split, one.train_split, one.modules, one.protocol, one.device, one.cache))
 
 
+def review(one: Review) -> None:
+    """``labelpenet review``."""
+    from labelpenet.data import run_folder
+    from labelpenet.formats import open_tagged, training_split
+    from labelpenet.models.cascade import read_run
+    from labelpenet.review import serve
+
+    classes = read_run(one.run)["classes"]
+    images = open_tagged(one.data, one.split or training_split(one.data), classes)
+    serve(one.run, images, one.out or run_folder.review(one.run), one.port)
+
+
 def report(one: Report) -> None:
     """``labelpenet report``."""
     from labelpenet.data import AnnotatedImages, TaggedImages
@@ -660,11 +818,14 @@ def _names(text: str | None) -> list[str] | None:
 RUN = {
     Train: train,
     ForwardBackward: forward_backward,
+    Distill: distill,
     Predict: predict,
+    Merge: merge,
     Evaluate: evaluate,
     Proposals: proposals,
     Export: export,
     Measure: measure,
+    Review: review,
     Report: report,
     Demo: demo,
 }

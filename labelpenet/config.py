@@ -186,6 +186,57 @@ class Recipe:
     schedule5: Schedule = field(default_factory=lambda: Schedule(steps=80_000, lr=1e-4, decay=()))
 
 
+@dataclass(frozen=True)
+class StudentNetwork:
+    """The student's network (see `models.student`).
+
+    Attributes:
+        width: channels of the feature pyramid and of the mask head; mask_depth: the latter's convolutions.
+        rois: sampled from each image in training; proposals: boxes that the RPN passes on in answering.
+        detections: instances of an image at most.
+    """
+
+    width: int = 128
+    mask_depth: int = 4
+    rois: int = 64
+    proposals: int = 150
+    detections: int = 50
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What a student does about labels that may be wrong (see `training.distill`).
+
+    Attributes:
+        keep: an instance is taught if its confidence is at least this fraction of the best one's of its class in its
+            image, as the best one itself always is; the others are doubtful.
+        nested: an instance of which this fraction of the box lies inside a better one of its class is doubtful too.
+        weighted: whether confidences weigh the losses.
+        limit: a RoI whose class or box loss exceeds it is left out, after the fraction ``limit_from`` of the steps.
+        ema: decay of the averaged weights, which are the result; None for the last ones.
+    """
+
+    keep: float = 0.5
+    nested: float = 0.85
+    weighted: bool = True
+    limit: float | None = 4.0
+    limit_from: float = 0.2
+    ema: float | None = 0.998
+
+
+@dataclass(frozen=True)
+class StudentRecipe:
+    """Everything that decides a student, but for labels, seed and backbone; the defaults fit photographs."""
+
+    network: StudentNetwork = field(default_factory=StudentNetwork)
+    noise: Noise = field(default_factory=Noise)
+    images: Images = Images(sides=(320, 360, 400, 440, 480, 520), longest=800, test_side=480)
+    schedule: Schedule = Schedule(
+        steps=1600, lr=3e-4, kind="adamw", weight_decay=1e-2, batch_size=2, warmup=100, clip=10.0,
+        decay=((0.6, 0.3), (0.85, 0.1)),
+    )  # fmt: skip
+
+
 def best() -> Recipe:
     """What measured best on real photographs (`docs/paper-notes.md`)."""
     crf: dict[str, Any] = {
@@ -277,19 +328,22 @@ def demo() -> Recipe:
     )
 
 
-def shorten(one: Recipe, factor: float) -> Recipe:
+R = typing.TypeVar("R", Recipe, StudentRecipe)
+
+
+def shorten(one: R, factor: float) -> R:
     """The recipe with every stage's steps multiplied by ``factor``, at least one step each."""
     if not factor > 0:
         raise InputError(f"--shorten must be positive, but got {factor}")
-    changes = {
+    changes: dict[str, typing.Any] = {
         name: replace(schedule, steps=max(1, round(schedule.steps * factor)), warmup=round(schedule.warmup * factor))
-        for name in ("schedule0", "schedule1", "schedule2", "schedule3", "schedule4", "schedule5")
-        for schedule in [getattr(one, name)]
+        for name, schedule in vars(one).items()
+        if isinstance(schedule, Schedule)
     }
     return replace(one, **changes)
 
 
-def override(one: Recipe, assignments: typing.Iterable[str]) -> Recipe:
+def override(one: R, assignments: typing.Iterable[str]) -> R:
     """The recipe with single choices changed.
 
     Args:
@@ -318,7 +372,7 @@ def override(one: Recipe, assignments: typing.Iterable[str]) -> Recipe:
     return one
 
 
-def to_dict(one: Recipe) -> dict[str, Any]:
+def to_dict(one: Recipe | StudentRecipe) -> dict[str, Any]:
     """The recipe as plain values, for ``run.json`` and checkpoints."""
     return dataclasses.asdict(one)
 
@@ -335,6 +389,14 @@ def from_dict(values: dict[str, Any]) -> Recipe:
         return _build(recipe(values["name"]), values)
     except (TypeError, KeyError, AttributeError, InputError) as error:
         raise InputError(f"the run's recipe cannot be read ({error}); it was made by another version") from error
+
+
+def student_from_dict(values: dict[str, Any]) -> StudentRecipe:
+    """As `from_dict`, for the recipe of a student."""
+    try:
+        return _build(StudentRecipe(), values)
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"the student's recipe cannot be read ({error}); it was made by another version") from error
 
 
 # Choices that runs of earlier versions name, and the only value of each that can still be followed.

@@ -13,7 +13,8 @@ from labelpenet.data import proposals, run_folder
 from labelpenet.demo import run_demo
 from labelpenet.engine.checkpoint import load_checkpoint
 from labelpenet.errors import InputError
-from labelpenet.models.backbones import Tiny, TinyNetwork, build_backbone
+from labelpenet.models.backbones import Tiny, TinyNetwork
+from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import LabelPEnet
 
 TRAIN, HELD_OUT = 24, 8
@@ -103,6 +104,20 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
     with pytest.raises(InputError, match="something else"):
         run_demo(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_demo_that_was_killed_while_it_wrote_scenes_goes_on(tmp_path, monkeypatch):
+    (tmp_path / ".scenes.tmp" / "VOCdevkit").mkdir(parents=True)
+
+    class WentOn(Exception):
+        pass
+
+    def train_run(*arguments, **options):
+        raise WentOn
+
+    monkeypatch.setattr("labelpenet.demo.train_run", train_run)
+    with pytest.raises(WentOn):
+        run_demo(tmp_path, train=2, held_out=1)
 
 
 def test_the_cascade_starts_from_the_warmed_up_weights(small):

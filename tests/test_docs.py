@@ -49,9 +49,10 @@ def test_the_examples_of_the_help_are_understood(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cli, "RUN", defaultdict(lambda: lambda command: ran.append(type(command))))
     for kind in list(vars(cli).values()):
         examples = (getattr(kind, "__doc__", None) or "").partition("Try:\n")[2]
+        first = len(ran)
         for arguments in commands(f"```\n{examples}\n```"):
             cli.main(arguments)
-            assert ran[-1] is kind
+        assert not examples or ran[first] is kind
     assert len(ran) > 15
 
 

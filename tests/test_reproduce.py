@@ -25,7 +25,7 @@ from labelpenet.cli import main
 from labelpenet.data import proposals, write_scenes
 from labelpenet.data.dataset import VOC_CLASSES
 from labelpenet.formats import export_voc, open_annotated, open_tagged, read_predictions
-from labelpenet.models import backbones
+from labelpenet.models import backbones, build
 
 PAGE = Path(__file__).parents[1] / "docs" / "reproduce.md"
 WIDTH = 64
@@ -86,7 +86,7 @@ def reproduced(tmp_path_factory) -> tuple[Path, list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
-        patch.setitem(backbones.BACKBONES, "vgg16", (NarrowVGG, NarrowPlug))
+        patch.setitem(build.BACKBONES, "vgg16", (NarrowVGG, NarrowPlug))
         patch.setattr(proposals, "_usable_cores", lambda: 1)  # starting processes would take longer than the work
         torch.set_num_threads(1)
         for command in commands:

@@ -306,15 +306,23 @@ def is_whole(text: str) -> bool:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Whether this process alone has the lock of a file, made where it is missing; the lock dies with the process.
+    """Whether this process alone has the lock of a folder, or of a file, made where it is missing.
+
+    The lock dies with the process.
 
     True also where the file system knows no locks.
 
     Raises:
         OSError: the file cannot be made.
     """
-    with path.open("ab") as file:
-        yield _lock(file, wait=False)
+    if fcntl is None:
+        yield True
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        yield _lock(descriptor, wait=False)
+    finally:
+        os.close(descriptor)
 
 
 def hash_file(path: Path) -> str:
@@ -353,7 +361,7 @@ def _open_alone(path: Path) -> BinaryIO:
         file.close()
 
 
-def _lock(file: BinaryIO, wait: bool) -> bool:
+def _lock(file: BinaryIO | int, wait: bool) -> bool:
     """Locks an open file against other processes; False if another one has the lock."""
     if fcntl is None:
         return True

@@ -7,11 +7,14 @@ forwards, inference in between, parameters left out), and a process may drop a s
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
+import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -51,6 +54,8 @@ def build_fabric(device: str = "auto", devices: int = 1, nodes: int = 1, precisi
     if precision == "auto":
         precision = "bf16-mixed" if _multiplies_bfloat16(device) else "32-true"
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # what it says, run.json and environment.json say
+    # but that it ends this process, because another one has died, only this says
+    logging.getLogger("lightning_fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     try:
         fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes, precision=precision)  # type: ignore[arg-type]
         fabric.launch()
@@ -125,6 +130,25 @@ def gather(world: int, value: T) -> list[T]:
     found: list[Any] = [None] * world
     dist.all_gather_object(found, value)
     return found
+
+
+@contextlib.contextmanager
+def peers(world: int) -> Iterator[None]:
+    """Turns the end of another of the ``world`` processes, which breaks a message to it, into one line.
+
+    Raises:
+        InputError: another process is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        if world == 1 or not any("torch/distributed" in Path(f.f_code.co_filename).as_posix() for f, _ in frames):
+            raise
+        raise InputError(
+            "another process of this command has ended (killed, or out of memory?); what is finished is kept: see what "
+            "the other one said, then run the command again, with --resume if it trains"
+        ) from error
 
 
 def together(world: int, work: Callable[[], object]) -> None:

@@ -30,10 +30,12 @@ from labelpenet.data.proposals import ProposalSettings, propose
 from labelpenet.errors import DamagedError, InputError
 from labelpenet.instances import Instances
 from labelpenet.models.attention import roi_attention
-from labelpenet.models.backbones import Backbone, build_backbone
+from labelpenet.models.backbones import Backbone
+from labelpenet.models.build import build_backbone
 from labelpenet.models.classification import Classification
 from labelpenet.models.detection import Candidates, Detector, DetectorSettings
 from labelpenet.models.segmentation import Segmenter
+from labelpenet.models.weights import check_weights
 
 MODULES = ("classification", "detection", "refinement", "segmentation")
 
@@ -518,8 +520,13 @@ class LabelPEnet(nn.Module):
         path = run_folder.weights(run, part)
         if not path.is_file():
             return False
+        module = getattr(self, part)
         try:
-            getattr(self, part).load_state_dict(read_tensors(path))
+            state = read_tensors(path)
+            check_weights(module, state, path)
+            module.load_state_dict(state)
+        except InputError:
+            raise
         except (OSError, ValueError) as error:
             raise DamagedError(f"{path}: {error}; labelpenet train ... --resume restores it") from error
         except RuntimeError as error:

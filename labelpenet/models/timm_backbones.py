@@ -30,7 +30,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from labelpenet.calibration.excitation import Residual
 from labelpenet.errors import InputError
-from labelpenet.models.backbones import Backbone, FullPrecisionConv2d, Part, SameConv2d, load_weights
+from labelpenet.models.backbones import Backbone, FullPrecisionConv2d, Part, SameConv2d
+from labelpenet.models.weights import load_weights
 
 STRIDE = 16
 SIDE = 64  # of the image that a network is examined with
@@ -42,7 +43,7 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 def build_timm(name: str, weights: Path | None, pretrained: bool) -> Backbone:
-    """The backbone ``timm/NAME``; arguments and errors as `backbones.build_backbone`.
+    """The backbone ``timm/NAME``; arguments and errors as `build.build_backbone`.
 
     Without ``weights``, timm's own are downloaded (safetensors, or a file of tensors only) and kept in its cache.
     """

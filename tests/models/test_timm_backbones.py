@@ -22,8 +22,11 @@ from labelpenet.data.images import read_image
 from labelpenet.errors import InputError
 from labelpenet.formats.open import open_tagged
 from labelpenet.models.attention import roi_attention
-from labelpenet.models.backbones import SameConv2d, build_backbone
+from labelpenet.models.backbones import SameConv2d
+from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import LabelPEnet
+from labelpenet.models.detection import rcnn_loss
+from labelpenet.models.segmentation import mask_loss
 from labelpenet.models.timm_backbones import Staged
 
 SHARED = Path(__file__).parents[2] / "../shared"
@@ -38,21 +41,20 @@ def rand(*shape: int, seed: int = 1) -> Tensor:
 
 @cache
 def network(name: str) -> nn.Module:
-    """timm's network with random weights that keep the signal's size and batch norms that do something."""
+    """timm's network with random weights, and batch norms that keep the signal's size and do something beyond."""
     torch.manual_seed(0)
-    one = timm.create_model(name, pretrained=False, num_classes=0).eval()
+    one = timm.create_model(name, pretrained=False, num_classes=0)
+    norms = [layer for layer in one.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the mean over what it sees
+        norm.weight.data.uniform_(0.8, 1.2)
+        norm.bias.data.normal_(0, 0.1)
     for key, value in one.named_parameters():
-        if value.ndim == 4:
-            nn.init.normal_(value, std=(2 / value[0].numel()) ** 0.5)
-        elif key.endswith("gamma"):
+        if key.endswith("gamma"):
             nn.init.constant_(value, 0.5)
-    for layer in one.modules():
-        if isinstance(layer, nn.BatchNorm2d):
-            layer.running_mean.normal_(0, 0.1)
-            layer.running_var.uniform_(0.5, 1.5)
-            layer.weight.data.uniform_(0.8, 1.2)
-            layer.bias.data.normal_(0, 0.1)
-    return one
+    with torch.no_grad():
+        one.train()(rand(4, 3, 96, 96))
+    return one.eval()
 
 
 @cache
@@ -89,6 +91,23 @@ def test_odd_sizes_and_cells(name):
     assert tail.module(stem).shape == (1, tail.channels, 5, 7) and tail.stride == plug(name).stem.stride == 16
     head, features = plug(name).roi_head(3)
     assert head(rand(2, plug(name).stem.channels, 14, 14)).shape == (2, features) == (2, 9 * plug(name).roi_head()[1])
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_stride_is_true(name):
+    """The cell five further right and three further down looks 80 and 48 pixels further, about where it should."""
+    image = rand(1, 3, 240, 304).requires_grad_()
+    stem = plug(name).stem.module(image)
+
+    def looks(row: int, column: int) -> Tensor:
+        (change,) = torch.autograd.grad(stem[0, :, row, column].square().sum(), image, retain_graph=True)
+        weight = change.square().sum((0, 1)) ** 2
+        rows, columns = torch.meshgrid(torch.arange(240.0), torch.arange(304.0), indexing="ij")
+        return torch.stack([(columns * weight).sum(), (rows * weight).sum()]) / weight.sum() + 0.5
+
+    first, second = looks(6, 7), looks(9, 12)
+    torch.testing.assert_close(second - first, torch.tensor([80.0, 48.0]), atol=12, rtol=0)
+    assert float((first - torch.tensor([7.5 * 16, 6.5 * 16])).abs().max()) < 16
 
 
 @torch.no_grad()
@@ -155,6 +174,42 @@ def small_recipe() -> config.Recipe:
     one = config.recipe("best")
     choice = replace(one.segmentation, mask_width=16, mask_depth=1, rois=8, rpn_proposals=20, anchor_sides=(32, 64))
     return replace(one, detection=choice, segmentation=choice)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_along_the_gradient_lowers_the_loss_of_modules_1_and_3(name):
+    torch.manual_seed(0)
+    cascade = LabelPEnet(plug(name), ("cat", "dog"), small_recipe())
+    view = cascade.view((rand(80, 107, 3).abs() * 80).clamp(0, 255).byte().numpy(), side=80)
+    stem = cascade.stem_map(view).detach()
+    boxes = torch.tensor([[0.0, 0, 107, 80], [10, 10, 60, 70], [50, 20, 100, 75]])
+    one, two = cascade.classification, cascade.refinement
+    labels, weights = torch.tensor([0, 2, 1]), torch.ones(3)
+    masks = torch.zeros(1, 80, 107, dtype=torch.bool)
+    masks[:, 12:68, 12:58] = True
+
+    def first_loss() -> Tensor:
+        return one.loss(*one(one.features(stem, boxes)), torch.tensor([0.0, 1.0]))
+
+    def third_loss() -> Tensor:
+        logits, deltas = two.classify(two.head(two.pool(two.features(stem), boxes)))
+        inside = two.mask_head(two.mask_pool(two.mask_features(stem), boxes[1:2]))[:, 1]
+        mask = mask_loss(inside, boxes[1:2], masks, torch.zeros(1, dtype=torch.long), weights[:1])
+        return sum(rcnn_loss(logits, deltas, labels, rand(3, 4), weights)) + mask
+
+    one.requires_grad_(True)
+    for module, loss, left_out in ((one, first_loss, "nothing"), (two, third_loss, "rpn")):
+        learning = [
+            value for key, value in module.named_parameters() if value.requires_grad and not key.startswith(left_out)
+        ]
+        before = loss()
+        gradients = torch.autograd.grad(before, learning)
+        assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+        rate = 0.02 * before.detach() / sum(gradient.square().sum() for gradient in gradients)
+        with torch.no_grad():
+            for value, gradient in zip(learning, gradients, strict=True):
+                value -= rate * gradient
+        assert 0.95 < float(loss().detach() / before.detach()) < 0.995
 
 
 def test_a_run_folder_is_read_again_without_weights_of_the_backbone(tmp_path):

@@ -18,7 +18,7 @@ from labelpenet.config import override, recipe, to_dict
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
-from labelpenet.models.backbones import build_backbone
+from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.training.predict import Predictor, predict_images
 

@@ -22,6 +22,8 @@ from labelpenet.data import AnnotatedImages, Truth, write_scenes
 from labelpenet.errors import InputError
 from labelpenet.evaluation import evaluate
 from labelpenet.formats import open_annotated, open_tagged
+from labelpenet.formats.coco import export_coco
+from labelpenet.formats.review import Reviewed, write_review
 from labelpenet.instances import Instances, masks_to_boxes
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.training.inferred import read_inferred
@@ -30,6 +32,7 @@ from labelpenet.training.run import train_run
 from labelpenet.training.supervised import (
     fully_supervised,
     match,
+    open_supervision,
     presentations,
     read_supervision,
     true_objects,
@@ -349,3 +352,86 @@ def test_full_supervision_learns(tmp_path):
     found = {image.id: network.predict(image.path) for image in held_out.tagged.images}
     result = evaluate(found, held_out.truths(), held_out.tagged.classes)
     assert result["mask"]["mAP@0.5"] > 0.15  # 0.33 when this was written; 0.01 after a single step
+
+
+# --------------------------------------------------------------------------------------------- what was corrected
+
+
+def reviewed(kit: Path, path: Path, said: dict[str, str], label: int | None = None) -> Path:
+    """A file of the review page with the true objects of the accepted photographs; all of class ``label`` if given."""
+    images = open_tagged(kit, "train")
+    rows = {}
+    for name, status in said.items():
+        one = objects(kit)[name]
+        categories = [label + 1] * CLASSES if label is not None else range(1, CLASSES + 1)
+        kept = one.to_coco(name, categories) if status == "accepted" else []
+        rows[name] = Reviewed(status, one.image_size, kept)  # type: ignore[arg-type]
+    return write_review(path, rows, images.images, images.classes)
+
+
+def test_corrected_objects_and_tags_are_learnt_dropped_photographs_are_not_and_rejected_ones_go_by_their_tags(
+    kit, tmp_path
+):
+    said = dict(zip(("train_00005", "train_00006", "train_00007"), ("accepted", "rejected", "dropped"), strict=True))
+    file = reviewed(kit, tmp_path / "review.json", said, label=2)
+    images = open_tagged(kit, "train")
+    found = open_supervision("mixed", kit, "train", images, None, [file])
+    assert found is not None and set(found.truths) == {"train_00005"}  # DATA's own annotation is not read
+    truth = objects(kit)["train_00005"]
+    assert found.truths["train_00005"].labels.tolist() == [2] * len(truth)
+    assert found.truths["train_00005"].masks is not None and truth.masks is not None
+    assert bool((found.truths["train_00005"].masks == truth.masks).all())
+    used = found.images(images)
+    tags = {image.id: image.tags for image in used.images}
+    assert len(tags) == 7 and "train_00007" not in tags and tags["train_00005"] == (2,)
+    assert tags["train_00006"] == next(image.tags for image in images.images if image.id == "train_00006")
+    text = "\n".join(found.notes)
+    assert "1 images with masks" in text and "1 images are left out" in text and "of 1 of which the tags change" in text
+
+
+def test_a_correction_stands_in_for_annotation_and_all_else_is_as_listed(kit, folder, tmp_path):
+    file = reviewed(kit, tmp_path / "review.json", {MASKED[0]: "accepted", MASKED[1]: "dropped"}, label=1)
+    found = open_supervision("mixed", kit, "train", open_tagged(kit, "train"), folder / "supervised.txt", [file])
+    assert found is not None and set(found.truths) == {MASKED[0], MASKED[2], *BOXED}
+    assert set(found.truths[MASKED[0]].labels.tolist()) == {1}
+
+
+def test_corrections_of_other_tools_are_matched_by_file_and_their_classes_by_name(kit, tmp_path):
+    images = open_tagged(kit, "train")
+    chosen = images.images[2:4]
+    truth = {image.id: objects(kit)[image.id] for image in chosen if image.id in MASKED}
+    turned = {
+        name: Instances(one.boxes, CLASSES - 1 - one.labels, one.weights, one.image_size, one.masks)
+        for name, one in truth.items()
+    }
+    export_coco(turned, chosen, images.classes[::-1], tmp_path / "labels")
+    found = open_supervision("mixed", kit, "train", images, None, [tmp_path / "labels" / "annotations.json"])
+    assert found is not None and set(found.truths) == set(truth)
+    for name, one in truth.items():
+        assert found.truths[name].labels.tolist() == one.labels.tolist()
+        assert bool((found.truths[name].masks == one.masks).all())
+
+
+def test_what_cannot_be_meant_is_refused_in_one_line(kit, tmp_path, capsys):
+    file = reviewed(kit, tmp_path / "review.json", {MASKED[0]: "accepted"})
+    twin = reviewed(kit, tmp_path / "twin.json", {MASKED[0]: "dropped"})
+    none = reviewed(kit, tmp_path / "none.json", {MASKED[0]: "dropped"})
+    stranger = tmp_path / "stranger.json"
+    stranger.write_text(file.read_text().replace(MASKED[0], "elsewhere"))
+    torn = tmp_path / "torn.json"
+    torn.write_text(file.read_text().replace('"status"', '"state"'))
+    small = tmp_path / "small.json"
+    small.write_text(file.read_text().replace('"height": 96', '"height": 95'))
+    train = train_arguments(kit, tmp_path / "run")
+    mixed = ("--supervision", "mixed", "--corrected")
+    for options, message in (
+        (("--corrected", str(file)), "goes with --supervision mixed"),
+        ((*mixed, str(file), str(twin)), "leave one of them out"),
+        ((*mixed, str(none)), "nothing was accepted"),
+        ((*mixed, str(stranger)), "says nothing of the photographs"),
+        ((*mixed, str(torn)), "damaged"),
+        ((*mixed, str(small)), "correct it again or take it out"),
+        ((*mixed, str(tmp_path / "missing.json")), "no such file"),
+    ):
+        assert message in one_line([*train, *options], capsys), options
+    assert not (tmp_path / "run").exists()
