@@ -197,7 +197,7 @@ class Instances:
         sizes = {part.image_size for part in parts}
         if len(sizes) > 1:
             raise ValueError(f"parts must belong to one image, but their sizes are {sorted(sizes)}")
-        masks = [part.masks for part in parts if part.has_masks]
+        masks = [dense for part in parts if (dense := part.masks) is not None]
         return cls(
             torch.cat([part.boxes for part in parts]),
             torch.cat([part.labels for part in parts]),

@@ -407,11 +407,14 @@ class LabelPEnet(nn.Module):
     def predict(self, image: Photograph, module: int = 4, proposals: Tensor | None = None) -> Instances: ...
 
     @overload
-    def predict(self, image: Sequence[Photograph], module: int = 4) -> list[Instances]: ...
+    def predict(self, image: list[Photograph] | tuple[Photograph, ...], module: int = 4) -> list[Instances]: ...
 
     @torch.no_grad()
     def predict(
-        self, image: Photograph | Sequence[Photograph], module: int = 4, proposals: Tensor | None = None
+        self,
+        image: Photograph | list[Photograph] | tuple[Photograph, ...],
+        module: int = 4,
+        proposals: Tensor | None = None,
     ) -> Instances | list[Instances]:
         """The instances of a photograph, or of each of several, whose tags are not known.
 
@@ -431,7 +434,7 @@ class LabelPEnet(nn.Module):
         self.require(module)
         if isinstance(image, (str, Path)) and Path(image).is_dir():
             image = [path for _, path in find_images([Path(image)])]
-        if isinstance(image, Sequence) and not isinstance(image, str):
+        if isinstance(image, (list, tuple)):
             return [self.predict(one, module) for one in image]
         pixels = as_pixels(image)
         if proposals is None and self.needs_proposals(module):
