@@ -317,7 +317,7 @@ class MaskPool(MultiScaleRoIAlign):
 def torchvision_model(setting: Setting) -> MaskRCNN:
     """torchvision's Mask R-CNN out of the parts of module 4."""
     recipe, plug = setting.recipe, setting.plug
-    choice = recipe.segmentation
+    choice = recipe.modules[3]
     trunk, classes = Trunk(plug), len(setting.network.classes) + 1
     head, features = plug.roi_head(choice.cells)
     mask_tail = plug.mask_tail()
@@ -330,7 +330,7 @@ def torchvision_model(setting: Setting) -> MaskRCNN:
         image_std=list(plug.std),
         rpn_anchor_generator=AnchorGenerator((choice.anchor_sides,), (ANCHOR_RATIOS,)),
         rpn_head=RPNHead(trunk.out_channels, len(choice.anchor_sides) * len(ANCHOR_RATIOS)),
-        rpn_post_nms_top_n_train=choice.rpn_proposals,
+        rpn_post_nms_top_n_train=choice.rpn_post_nms_top_n_train,
         box_roi_pool=MultiScaleRoIAlign(["0"], plug.pool_size, 1),
         box_head=head,
         box_predictor=FastRCNNPredictor(features, classes),
@@ -542,7 +542,7 @@ def main() -> None:
         setting = prepare(one, Path(folder))
         clock = Clock(setting.fabric.device)
         rows = []
-        choice = setting.recipe.classification
+        choice = setting.recipe.modules[0]
         for number in (1, 2, 3, 4):
             print(f"module {number} ...", flush=True)
             if number == 1 and choice.freeze_head:

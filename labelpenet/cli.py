@@ -106,7 +106,7 @@ class ForwardBackward:
     Try:
       labelpenet forward-backward runs/voc VOCdevkit/VOC2012 --out runs/voc-fb
       labelpenet forward-backward runs/voc VOCdevkit/VOC2012 --out runs/voc-fb --resume
-      labelpenet forward-backward runs/mine photos/ --out runs/mine-fb --set schedule5.steps=100 schedule5.lr=1e-5
+      labelpenet forward-backward runs/mine photos/ --out runs/mine-fb --set forward_backward.schedule.steps=100
     """
 
     run: Positional[Path]

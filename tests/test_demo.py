@@ -29,7 +29,7 @@ def _one_thread():
 
 
 def small_recipe() -> config.Recipe:
-    changes = ["schedule0.steps=110", "schedule1.steps=80"]
+    changes = ["warm_up.steps=110", "modules.1.schedule.steps=80"]
     for number in (2, 3, 4):
         changes += [f"schedule{number}.steps=45", f"schedule{number}.warmup=5"]
     return config.override(config.demo(), changes)
@@ -123,7 +123,7 @@ def test_a_demo_that_was_killed_while_it_wrote_scenes_goes_on(tmp_path, monkeypa
 def test_the_cascade_starts_from_the_warmed_up_weights(small):
     out, _ = small
     state, _ = load_checkpoint(run_folder.checkpoints(out / "run", "warmup"))
-    assert state is not None and state["step"] == small_recipe().schedule0.steps
+    assert state is not None and state["step"] == small_recipe().warm_up.steps
     stem = load_file(out / "run" / "weights" / "stem.safetensors")
     head = load_file(out / "run" / "weights" / "classification.safetensors")
     for name, value in stem.items():

@@ -9,7 +9,7 @@ import labelpenet
 
 ROOT = Path(labelpenet.__file__).parent
 FLOORS = (
-    {"errors"},
+    {"errors", "old_recipe"},
     {"config"},
     {"instances"},
     {"data", "calibration"},

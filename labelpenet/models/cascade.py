@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 
 from labelpenet import config
-from labelpenet.calibration import CalibrationSettings, Trace, calibrate, project_maps
+from labelpenet.calibration import Trace, calibrate, project_maps
 from labelpenet.calibration.calibrate import distinct, segment, settle, working_canvas
 from labelpenet.calibration.excitation import layer_without_rule
-from labelpenet.config import InferenceChoice, Recipe
+from labelpenet.config import MODULES, AttentionCalibration, MaskCalibration, Recipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
 from labelpenet.data.images import as_pixels, find_images
@@ -33,11 +33,9 @@ from labelpenet.models.attention import roi_attention
 from labelpenet.models.backbones import Backbone
 from labelpenet.models.build import build_backbone
 from labelpenet.models.classification import Classification
-from labelpenet.models.detection import Candidates, Detector, DetectorSettings
+from labelpenet.models.detection import Candidates, Detector
 from labelpenet.models.segmentation import Segmenter
 from labelpenet.models.weights import check_weights
-
-MODULES = ("classification", "detection", "refinement", "segmentation")
 
 
 @dataclass
@@ -105,14 +103,11 @@ class LabelPEnet(nn.Module):
         self.classes, self.recipe, self.backbone_name = tuple(classes), recipe, backbone.name
         c = len(self.classes)
         self.stem = backbone.stem.module
-        one = recipe.classification
-        self.classification = Classification(backbone, c, one.pool, one.freeze_head)
-        self.detection = Detector(backbone, c, backbone.region_tail(), _settings(recipe.detection, weighted=True))
-        choice = recipe.segmentation
-        self.refinement = Segmenter(backbone, c, _settings(choice, weighted=True), choice.mask_width, choice.mask_depth)
-        self.segmentation = Segmenter(
-            backbone, c, _settings(choice, weighted=False), choice.mask_width, choice.mask_depth
-        )
+        one, two, three, four = recipe.modules
+        self.classification = Classification(backbone, c, one)
+        self.detection = Detector(backbone, c, backbone.region_tail(), two)
+        self.refinement = Segmenter(backbone, c, three)
+        self.segmentation = Segmenter(backbone, c, four)
         self._check_attention(backbone)
         self.to(memory_format=torch.channels_last)
         self.register_buffer("_mean", torch.tensor(backbone.mean).view(1, 3, 1, 1) * 255, persistent=False)
@@ -122,13 +117,14 @@ class LabelPEnet(nn.Module):
         self.eval()
 
     def _check_attention(self, backbone: Backbone) -> None:
-        for name in MODULES[:2]:
-            if getattr(self.recipe, name).attention == "excitation":
+        one, two, _, _ = self.recipe.modules
+        for name, attention in ((one.name, one.attention), (two.name, two.attention)):
+            if attention == "excitation":
                 missing = layer_without_rule(getattr(self, name).head)
                 if missing is not None:
                     raise InputError(
-                        f"{backbone.name}: excitation backprop cannot pass its {missing}; choose --set "
-                        "classification.attention=gradient --set detection.attention=gradient"
+                        f"{backbone.name}: excitation backprop cannot pass its {missing}; choose "
+                        "--set modules.*.attention=gradient"
                     )
 
     @property
@@ -233,19 +229,18 @@ class LabelPEnet(nn.Module):
                 pooled,
                 labels + 1,
                 scores[index, labels],
-                self.recipe.classification.attention,
+                self.classification.settings.attention,
             )
 
         wanted = tuple(range(len(self.classes))) if tags is None else tags
-        # classes that the image may not show must not take pixels from those that it does
-        choice = self.recipe.infer1 if tags is not None else replace(self.recipe.infer1, joint=False)
+        choice = one.settings.predict if tags is None else one.settings.label
         found, trace = calibrate(
             image,
             proposals.to(scores.device),
             scores,
             wanted,
             attend,
-            calibration_settings(choice),
+            choice,
         )
         if tags is None:
             found = found.weighted(found.weights * probabilities[found.labels])
@@ -279,7 +274,7 @@ class LabelPEnet(nn.Module):
         module: Detector,
         image: np.ndarray,
         tags: tuple[int, ...] | None,
-        choice: InferenceChoice,
+        nms: float,
         seen: Seen | None,
     ) -> tuple[View, Tensor, Tensor, Tensor, Candidates]:
         """View, stem map, RoIs (R, 4), pooled RoI features and candidates of a detector."""
@@ -289,20 +284,20 @@ class LabelPEnet(nn.Module):
         pooled = module.pool(features, rois)
         logits, deltas = module.classify(module.head(pooled))
         size = (int(view.pixels.shape[-2]), int(view.pixels.shape[-1]))
-        found = module.candidates(rois, logits, deltas, size, tags, choice.score_threshold, choice.nms)
+        found = module.candidates(rois, logits, deltas, size, tags, module.settings.score_threshold, nms)
         return view, stem, rois, pooled, found
 
     def infer_detection(
         self,
         image: np.ndarray,
         tags: tuple[int, ...] | None,
-        choice: InferenceChoice | None = None,
+        choice: AttentionCalibration | None = None,
         seen: Seen | None = None,
     ) -> tuple[Instances, Trace]:
         """Module 2, calibrated: several instances for each class."""
-        choice = choice or self.recipe.infer2
-        module = self.detection
-        view, _, rois, pooled, found = self._candidates(module, image, tags, choice, seen)
+        module, settings = self.detection, self.recipe.modules[1]
+        choice = choice or settings.label
+        view, _, rois, pooled, found = self._candidates(module, image, tags, choice.nms, seen)
         scores = found.scores.new_zeros(len(found.scores), len(self.classes))
         scores[torch.arange(len(scores), device=scores.device), found.labels] = found.scores
 
@@ -313,7 +308,7 @@ class LabelPEnet(nn.Module):
                 pooled[found.rois[index]],
                 labels + 1,
                 found.scores[index],
-                self.recipe.detection.attention,
+                settings.attention,
             )
 
         present = tuple(sorted(set(found.labels.tolist())))
@@ -327,7 +322,7 @@ class LabelPEnet(nn.Module):
             scores,
             present,
             attend,
-            calibration_settings(choice),
+            choice,
             regions=view.back(rois[found.rois]),
         )
 
@@ -336,13 +331,14 @@ class LabelPEnet(nn.Module):
         number: int,
         image: np.ndarray,
         tags: tuple[int, ...] | None,
-        choice: InferenceChoice | None = None,
+        choice: MaskCalibration | None = None,
         seen: Seen | None = None,
     ) -> tuple[Instances, Trace]:
         """Module 3 or 4: detections, their masks (and those of the detections that they suppressed), dense CRF."""
-        choice = choice or (self.recipe.infer3 if number == 3 else self.recipe.infer4)
         module = self.refinement if number == 3 else self.segmentation
-        view, stem, _, _, found = self._candidates(module, image, tags, choice, seen)
+        _, _, three, four = self.recipe.modules
+        choice = choice or (three if number == 3 else four).label
+        view, stem, _, _, found = self._candidates(module, image, tags, choice.nms, seen)
         size = (image.shape[0], image.shape[1])
         canvas, scale = working_canvas(image, choice.side)
         small = (canvas.shape[0], canvas.shape[1])
@@ -359,21 +355,20 @@ class LabelPEnet(nn.Module):
         kept_itself = torch.zeros_like(group, dtype=torch.bool)
         kept_itself[found.keep[chosen]] = True
         belongs = group >= 0  # the best so many, and each kept detection in any case
-        members = torch.where(belongs & ((belongs.cumsum(0) <= choice.attended) | kept_itself))[0]
+        members = torch.where(belongs & ((belongs.cumsum(0) <= choice.max_masks) | kept_itself))[0]
         masks = module.masks(module.mask_features(stem), found.boxes[members], found.labels[members])
         boxes = view.back(found.boxes)
         scaled = boxes[members] * boxes.new_tensor([*scale, *scale])
         summed = project_maps(masks, scaled, small, found.scores[members], group[members], len(chosen))
         total = torch.zeros(len(chosen), device=boxes.device).index_add_(0, group[members], found.scores[members])
         confidence = (summed / total.clamp(min=1e-6)[:, None, None]).clamp(0, 1)
-        settings = calibration_settings(choice)
         if choice.iterations:
-            marginals = segment(canvas, confidence, settings)
+            marginals = segment(canvas, confidence, choice)
         else:
             marginals = confidence
         kept = boxes[found.keep[chosen]]
-        instances = settle(marginals, kept, kept_labels[chosen], kept_scores[chosen], size, settings)
-        alive = distinct(instances, choice.duplicate)
+        instances = settle(marginals, kept, kept_labels[chosen], kept_scores[chosen], size, choice)
+        alive = distinct(instances, choice.mask_nms)
         nothing = torch.zeros_like(confidence)
         return instances[alive], Trace(nothing[alive], nothing[alive], confidence[alive], marginals[alive])
 
@@ -440,16 +435,15 @@ class LabelPEnet(nn.Module):
         if proposals is None and self.needs_proposals(module):
             proposals = self.proposals(pixels)
         seen = self.see(pixels)
-        one = self.recipe
-        choice = {2: one.predict2, 3: one.predict3, 4: one.predict4}.get(module)
+        _, two, three, four = self.recipe.modules
         if module == 1:
             assert proposals is not None
             found, _, _ = self.infer_classification(pixels, proposals, None, seen=seen)
         elif module == 2:
-            found, _ = self.infer_detection(pixels, None, choice, seen)
+            found, _ = self.infer_detection(pixels, None, two.predict, seen)
         else:
-            found, _ = self.infer_segmentation(module, pixels, None, choice, seen)
-        if choice is not None and choice.vote:
+            found, _ = self.infer_segmentation(module, pixels, None, (three if module == 3 else four).predict, seen)
+        if module > 1 and self.recipe.modules[module - 1].vote:  # type: ignore[union-attr]
             found = self.vote(module, found, seen)
         found = found.to("cpu")
         return found[found.weights.argsort(descending=True, stable=True)]
@@ -554,18 +548,6 @@ def proposal_settings(recipe: Recipe) -> ProposalSettings:
     """The recipe's choice in the words of the proposals' reader."""
     choice = recipe.proposals
     return ProposalSettings(method=choice.method, side=choice.side)  # type: ignore[arg-type]
-
-
-def calibration_settings(choice: InferenceChoice) -> CalibrationSettings:
-    """The part of an inference choice that calibration looks at."""
-    names = {f.name for f in fields(CalibrationSettings)}
-    return CalibrationSettings(**{f.name: getattr(choice, f.name) for f in fields(choice) if f.name in names})
-
-
-def _settings(choice: config.DetectorChoice, weighted: bool) -> DetectorSettings:
-    names = {f.name for f in fields(DetectorSettings)}
-    values = {f.name: getattr(choice, f.name) for f in fields(choice) if f.name in names}
-    return DetectorSettings(**values, weighted=weighted)
 
 
 def _of_class(probabilities: Tensor, labels: Tensor) -> Tensor:

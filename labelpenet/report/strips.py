@@ -20,7 +20,7 @@ from labelpenet.data.images import read_image
 from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou, mask_iou, record
 from labelpenet.instances import Instances
-from labelpenet.models.cascade import LabelPEnet, calibration_settings
+from labelpenet.models.cascade import LabelPEnet
 from labelpenet.models.student import Student
 from labelpenet.visualize import draw_boxes, draw_instances, draw_map, draw_mask
 
@@ -236,7 +236,7 @@ def _map_rows(source: Source, canvas: np.ndarray, found: Instances, trace: Trace
     """Attention map, heat-map, confidence and masks of module 1's best instances: a row each."""
     if not len(found) or source.network is None or isinstance(source.network, Student) or found.masks is None:
         return []
-    settings = replace(calibration_settings(source.network.recipe.infer1), iterations=0)
+    settings = replace(source.network.recipe.modules[0].label, iterations=0)
     blank = np.zeros((*trace.confidence.shape[-2:], 3), np.uint8)  # without iterations the CRF's image is not looked at
     size = (canvas.shape[0], canvas.shape[1])
     before = resize_masks(

@@ -100,7 +100,7 @@ def train_run(
         observer = build_observer(training, cache, held_out, observe_minutes)
         if supervision is not None and full:
             if fabric.global_rank == 0:
-                steps, size = recipe.schedule4.steps, recipe.schedule4.batch_size
+                steps, size = recipe.modules[3].schedule.steps, recipe.modules[3].schedule.batch_size
                 print(
                     f"module 4 alone: {steps * size} image presentations ({steps} steps of {size}), as modules 2 to 4"
                 )

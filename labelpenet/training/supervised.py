@@ -22,9 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from labelpenet.calibration import CalibrationSettings
 from labelpenet.calibration.calibrate import box_mask, grow_masks, segment, working_canvas
-from labelpenet.config import Recipe
+from labelpenet.config import Calibration, Recipe, change
 from labelpenet.data.dataset import AnnotatedImages, TaggedImages, Truth
 from labelpenet.data.files import brief, listing, read_names
 from labelpenet.errors import InputError
@@ -212,24 +211,17 @@ def true_objects(truth: Truth) -> Instances:
 
 def presentations(one: Recipe) -> int:
     """How many images modules 2 to 4 of the cascade are presented together in cascaded pre-training."""
-    return sum(schedule.steps * schedule.batch_size for schedule in (one.schedule2, one.schedule3, one.schedule4))
+    return sum(schedule.steps * schedule.batch_size for schedule in (module.schedule for module in one.modules[1:]))
 
 
 def fully_supervised(one: Recipe) -> Recipe:
-    """The recipe whose module 4 is presented as many images as modules 2 to 4 together, up to half a batch.
-
-    True masks do not shrink from module to module, so module 4's confidence is judged as that of module 3.
-    """
-    steps = max(1, round(presentations(one) / one.schedule4.batch_size))
-    return replace(
-        one,
-        schedule4=replace(one.schedule4, steps=steps),
-        infer4=replace(one.infer4, threshold=one.predict3.threshold),
-        predict4=replace(one.predict4, threshold=one.predict3.threshold),
-    )
+    """The recipe whose module 4 is presented as many images as modules 2 to 4 together, up to half a batch."""
+    four = one.modules[3]
+    steps = max(1, round(presentations(one) / four.schedule.batch_size))
+    return change(one, 4, schedule=replace(four.schedule, steps=steps))
 
 
-def with_masks(truth: Instances, found: Instances, image: np.ndarray, settings: CalibrationSettings) -> Instances:
+def with_masks(truth: Instances, found: Instances, image: np.ndarray, settings: Calibration) -> Instances:
     """True boxes with masks for them, for an image of which only the boxes are known.
 
     A box that an instance of its class matches (IoU at least 0.5; the best one) takes that instance's mask, cut to the
@@ -268,7 +260,7 @@ def match(truth: Instances, found: Instances, iou: float = 0.5) -> tuple[Tensor,
     return index, best >= iou
 
 
-def carve(boxes: Tensor, image: np.ndarray, settings: CalibrationSettings) -> Tensor:
+def carve(boxes: Tensor, image: np.ndarray, settings: Calibration) -> Tensor:
     """Masks (N, H, W) by the dense CRF from filled boxes (N, H, W) bool, which compete for pixels that they share."""
     canvas, _ = working_canvas(image, settings.side)
     confidence = F.interpolate(boxes[None].float(), size=canvas.shape[:2], mode="area")[0]

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from labelpenet.calibration.calibrate import (
-    CalibrationSettings,
     box_mask,
     calibrate,
     choose_instances,
@@ -28,10 +27,11 @@ from labelpenet.calibration.calibrate import (
     working_canvas,
 )
 from labelpenet.calibration.maps import normalise
+from labelpenet.config import AttentionCalibration
 from labelpenet.instances import Instances, masks_to_boxes
 
 SIZE = (48, 64)
-PLAIN = CalibrationSettings(iterations=0, threshold=0.4)
+PLAIN = AttentionCalibration(per_class=1, iterations=0, threshold=0.4)
 SQUARE = (10, 8, 30, 32)  # x1, y1, x2, y2
 
 
@@ -74,7 +74,9 @@ def test_an_object_is_recovered_from_proposals_around_it(combine, joint):
     image, (truth,) = scene(SQUARE)
     boxes = around(SQUARE)
     scores = torch.stack([torch.zeros(8), falling(8)], 1)
-    choice = CalibrationSettings(combine=combine, joint=joint, iterations=5, threshold=0.3, sxy_bilateral=30)
+    choice = AttentionCalibration(
+        per_class=1, combine=combine, joint=joint, iterations=5, threshold=0.3, sxy_bilateral=30
+    )
     found, trace = calibrate(image, boxes, scores, (1,), full, choice)
     assert found.labels.tolist() == [1] and found.weights.tolist() == pytest.approx([0.95])
     assert iou(found.masks[0], truth) > 0.9
@@ -177,7 +179,7 @@ def test_a_proposal_whose_overlap_is_the_threshold_belongs_to_whom_suppressed_it
 def test_only_the_best_are_attended_and_always_the_kept_one():
     boxes = torch.cat([around(SQUARE), around((40, 24, 60, 44))])
     scores = torch.cat([falling(8, 0.9), falling(8, 0.55)])[:, None]
-    choice = replace(PLAIN, per_class=2, min_score=0.1, attended=3)
+    choice = replace(PLAIN, per_class=2, min_score=0.1, max_attention=3)
     asked: list[int] = []
 
     def attend(index: Tensor, labels: Tensor) -> Tensor:
@@ -310,9 +312,9 @@ def test_whatever_comes_out_can_be_used(seed, tags, combine, members, joint, sid
     def attend(index: Tensor, labels: Tensor) -> Tensor:
         return torch.rand(len(index), 4, 4, generator=generator) * scores[index, labels][:, None, None]
 
-    choice = CalibrationSettings(
+    choice = AttentionCalibration(
         combine=combine, members=members, joint=joint, side=side, threshold=background, per_class=3, min_score=0.34,
-        iterations=1, part=0.2, duplicate=0.7,
+        iterations=1, min_component=0.2, mask_nms=0.7,
     )  # fmt: skip
     image = np.random.default_rng(seed).integers(0, 256, (37, 45, 3)).astype(np.uint8)
     found, trace = calibrate(image, boxes, scores, tags, attend, choice)
@@ -337,7 +339,7 @@ def test_competing_instances_never_share_a_pixel(seed, k, size, coarse):
         confidence = (confidence * 3).round() / 3
     canvas = np.random.default_rng(seed).integers(0, 256, (6, 7, 3)).astype(np.uint8)
     for background in (None, 0.3):
-        choice = CalibrationSettings(threshold=background, iterations=seed % 2)
+        choice = AttentionCalibration(per_class=1, threshold=background, iterations=seed % 2)
         marginals = segment(canvas, confidence, choice)
         assert (grow_masks(marginals, size).sum(0) <= 1).all()
 
@@ -347,13 +349,13 @@ def test_object_and_background_can_be_equally_sure(threshold):
     """The unaries are log-odds against the threshold: sigmoid(logit(c) - logit(t)), whoever the object's rivals are."""
     confidence = torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(1))
     expected = torch.sigmoid(torch.logit(confidence) - torch.logit(torch.tensor(threshold)))
-    alone = unaries(confidence, CalibrationSettings(threshold=threshold, joint=False))
+    alone = unaries(confidence, AttentionCalibration(per_class=1, threshold=threshold, joint=False))
     torch.testing.assert_close(alone[:, 1], expected)
     torch.testing.assert_close(alone[:, 0], 1 - expected)
-    joint = unaries(confidence, CalibrationSettings(threshold=threshold))[0]
+    joint = unaries(confidence, AttentionCalibration(per_class=1, threshold=threshold))[0]
     torch.testing.assert_close(joint.sum(0), torch.ones(5, 6))
     torch.testing.assert_close(joint[1:] / (joint[1:] + joint[0]), expected)
-    certain = unaries(torch.tensor([[[0.0, 1.0]]]), CalibrationSettings(threshold=0.5))[0]
+    certain = unaries(torch.tensor([[[0.0, 1.0]]]), AttentionCalibration(per_class=1, threshold=0.5))[0]
     torch.testing.assert_close(certain[1, 0, 0], certain[0, 0, 1])  # no lopsided ends
     assert torch.isfinite(certain.log()).all()
 
@@ -362,7 +364,7 @@ def test_the_papers_background_is_what_the_attention_leaves():
     attention = torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(2)) * 7
     confidence = torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(3))
     background = (1 - (attention / attention.amax((1, 2), keepdim=True)).sum(0)).clamp(min=0)
-    p = unaries(confidence, CalibrationSettings(threshold=None), attention)[0]
+    p = unaries(confidence, AttentionCalibration(per_class=1, threshold=None), attention)[0]
     torch.testing.assert_close(p, torch.cat([background[None], confidence]) / (background + confidence.sum(0)))
 
 
@@ -374,7 +376,7 @@ def test_calibration_gives_the_crf_the_attention_maps(monkeypatch):
     boxes = torch.tensor([[4.0, 4, 30, 30], [5.0, 5, 40, 40]])
     scores = torch.tensor([[0.9, 0.1], [0.8, 0.2]])
     image = np.zeros((*SIZE, 3), np.uint8)
-    choice = CalibrationSettings(iterations=0, combine="product")
+    choice = AttentionCalibration(per_class=1, iterations=0, combine="product")
     calibrate(image, boxes, scores, (0,), lambda index, labels: torch.rand(len(index), 3, 3), choice)
     ((confidence, attention),) = seen
     assert attention is not None and not torch.equal(normalise(attention), confidence)
@@ -384,9 +386,9 @@ def test_without_a_crf_a_lone_instance_is_its_confidence_against_the_background(
     confidence = torch.rand(1, 6, 7, generator=torch.Generator().manual_seed(0))
     canvas = np.zeros((6, 7, 3), np.uint8)
     for joint in (True, False):
-        choice = CalibrationSettings(threshold=0.3, iterations=0, joint=joint)
+        choice = AttentionCalibration(per_class=1, threshold=0.3, iterations=0, joint=joint)
         assert torch.equal(segment(canvas, confidence, choice)[0] > 0.5, confidence[0] > 0.3)
-    literal = CalibrationSettings(iterations=0)
+    literal = AttentionCalibration(per_class=1, iterations=0)
     assert torch.equal(segment(canvas, confidence, literal)[0] > 0.5, confidence[0] > 0.5)
 
 
@@ -432,7 +434,7 @@ def test_masks_as_crops_are_the_masks_at_full_size(seed: int, size: tuple[int, i
     proposals = torch.stack([x1, y1, x1 + 9.5, y1 + 0.5], 1)
     labels, weights = torch.randint(0, 2, (8,), generator=generator), torch.rand(8, generator=generator)
     for part, duplicate in ((None, 0.3), (0.2, 0.1), (1.0, 0.5)):
-        choice = CalibrationSettings(part=part, duplicate=duplicate)
+        choice = AttentionCalibration(min_component=part, mask_nms=duplicate)
         found = settle(marginals, proposals, labels, weights, size, choice)
         dense = settle_dense(marginals, proposals, size, part)
         assert torch.equal(found.masks, dense)

@@ -144,7 +144,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from labelpenet.training.pretrain import save_part
 
     torch.manual_seed(0)
-    recipe = config.override(config.recipe("demo"), ["predict3.per_class=1"])  # random weights find hundreds
+    recipe = config.override(config.recipe("demo"), ["modules.3.predict.per_class=1"])  # random weights find hundreds
     network = LabelPEnet(build_backbone("tiny", pretrained=False), CLASSES, recipe)
     folder = tmp_path_factory.mktemp("run") / "run"
     facts = {"classes": list(CLASSES), "backbone": "tiny", "normalisation": network.normalisation}

@@ -15,9 +15,8 @@ from lightning_fabric import Fabric
 from PIL import Image
 
 from labelpenet import config
-from labelpenet.calibration import CalibrationSettings
 from labelpenet.cli import main
-from labelpenet.config import override, recipe
+from labelpenet.config import Calibration, override, recipe
 from labelpenet.data import AnnotatedImages, Truth, write_scenes
 from labelpenet.errors import InputError
 from labelpenet.evaluation import evaluate
@@ -171,18 +170,15 @@ def test_difficult_objects_are_learnt_and_crowds_and_empty_boxes_are_not():
 
 
 def test_full_supervision_has_as_many_presentations_as_the_weak_detectors_together():
-    for one in (config.best(), override(config.demo(), ["schedule4.batch_size=3", "schedule2.batch_size=8"])):
+    changed = ["modules.4.schedule.batch_size=3", "modules.2.schedule.batch_size=8"]
+    for one in (config.best(), override(config.demo(), changed)):
         full = fully_supervised(one)
-        assert (
-            abs(full.schedule4.steps * full.schedule4.batch_size - presentations(one)) <= one.schedule4.batch_size / 2
-        )
-        assert full.infer4.threshold == one.predict3.threshold
-        assert full.predict4.threshold == one.predict3.threshold
-        assert replace(full, schedule4=one.schedule4, infer4=one.infer4, predict4=one.predict4) == one
-    assert presentations(config.best()) == sum(
-        getattr(config.best(), f"schedule{k}").steps * getattr(config.best(), f"schedule{k}").batch_size
-        for k in (2, 3, 4)
-    )
+        schedule = full.modules[3].schedule
+        assert abs(schedule.steps * schedule.batch_size - presentations(one)) <= schedule.batch_size / 2
+        assert replace(full.modules[3], schedule=one.modules[3].schedule) == one.modules[3]
+        assert replace(full, modules=one.modules) == one and full.modules[:3] == one.modules[:3]
+    later = [module.schedule for module in config.best().modules[1:]]
+    assert presentations(config.best()) == sum(one.steps * one.batch_size for one in later)
 
 
 # ------------------------------------------------------------------------------------- images with boxes only
@@ -224,7 +220,7 @@ def test_a_true_box_takes_the_mask_that_was_inferred_for_it_or_what_the_crf_find
     masks = torch.stack([own, square(size, 36, 12, 60, 36), square(size, 0, 0, 5, 5)])
     # the second is of another class than the box that it fits, the third of the right one elsewhere
     found = Instances(masks_to_boxes(masks), torch.tensor([0, 2, 1]), torch.rand(3), size, masks)
-    settings = CalibrationSettings(threshold=0.5, sxy_bilateral=20.0, srgb=8.0, compat_bilateral=5.0)
+    settings = Calibration(threshold=0.5, sxy_bilateral=20.0, srgb=8.0, compat_bilateral=5.0)
     result = with_masks(truth, found, image, settings)
     assert torch.equal(result.boxes, boxes) and torch.equal(result.labels, truth.labels)
     assert result.weights.tolist() == [1, 1, 1]
@@ -243,11 +239,11 @@ def test_true_boxes_are_kept_whatever_was_inferred(count):
     found = Instances.empty((40, 50), with_masks=True)
     if count:  # masks that lie elsewhere than the boxes that they come with
         found = Instances(truth.boxes, truth.labels, torch.ones(3), (40, 50), torch.zeros(3, 40, 50, dtype=torch.bool))
-    result = with_masks(truth, found, image, CalibrationSettings(iterations=1))
+    result = with_masks(truth, found, image, Calibration(iterations=1))
     assert torch.equal(result.boxes, truth.boxes) and result.masks.flatten(1).any(1).all()
     tight = masks_to_boxes(result.masks)
     assert (tight[:, :2] >= truth.boxes[:, :2].floor()).all() and (tight[:, 2:] <= truth.boxes[:, 2:].ceil()).all()
-    assert len(with_masks(truth[:0], found, image, CalibrationSettings())) == 0
+    assert len(with_masks(truth[:0], found, image, Calibration())) == 0
     assert match(truth, found)[1].tolist() == [bool(count)] * 3
 
 
@@ -343,8 +339,8 @@ def test_what_does_not_go_together_is_refused(kit, folder, tmp_path, capsys):
 def test_full_supervision_learns(tmp_path):
     year = write_scenes(tmp_path / "scenes", train=40, val=16, size=(96, 96), seed=1)
     annotated, held_out = open_annotated(year, "train"), open_annotated(year, "val")
-    changes = ["images.sides=96", "images.test_side=96", "schedule0.steps=60", "schedule4.steps=120"]
-    one = override(recipe("demo"), [*changes, "schedule2.steps=1", "schedule3.steps=1"])
+    changes = ["images.sides=96", "images.test_side=96", "warm_up.steps=60", "modules.4.schedule.steps=120"]
+    one = override(recipe("demo"), [*changes, "modules.2.schedule.steps=1", "modules.3.schedule.steps=1"])
     network = train_run(
         annotated.tagged, tmp_path / "run", one, backbone="tiny", device="cpu", cache=tmp_path / "cache",
         supervision=read_supervision("full", annotated),
