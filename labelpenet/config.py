@@ -334,6 +334,7 @@ def best() -> Recipe:
     """What measured best on real photographs (`docs/paper-notes.md`)."""
     crf: dict[str, Any] = {
         "side": 250, "sxy_bilateral": 40.0, "srgb": 5.0, "compat_bilateral": 5.0, "min_component": 0.2,
+        "threshold": 0.35,
     }  # fmt: skip
     schedule = Schedule(
         steps=1200, lr=2e-4, kind="adamw", weight_decay=1e-2, batch_size=2, warmup=50, clip=10.0,
@@ -343,8 +344,8 @@ def best() -> Recipe:
         "anchor_sides": (64, 128, 256), "rois": 64, "pool": "align", "cells": 3, "vote": True,
         "rpn_post_nms_top_n_train": 200, "rpn_post_nms_top_n_test": 200,
     }  # fmt: skip
-    label = AttentionCalibration(combine="mean", members="class", per_class=1, max_attention=120, threshold=0.3, **crf)
-    detect = AttentionCalibration(combine="mean", max_attention=80, threshold=0.4, **crf)
+    label = AttentionCalibration(combine="mean", members="class", per_class=1, max_attention=120, **crf)
+    detect = AttentionCalibration(combine="mean", max_attention=80, **crf)
     masks = MaskCalibration(per_class=5, mask_nms=0.5, max_masks=100, **crf)
     answer = replace(masks, per_class=20, min_score=0.05, nms=0.4, joint=False)
     segmenter: dict[str, Any] = {
@@ -367,11 +368,11 @@ def best() -> Recipe:
             ),
             Segmentation(
                 "refinement", **segmenter,
-                label=replace(masks, threshold=0.4), predict=replace(answer, threshold=0.3),
+                label=masks, predict=answer,
             ),
             Segmentation(
                 "segmentation", **segmenter, weighted=False,
-                label=replace(masks, threshold=0.2), predict=replace(answer, threshold=0.2),
+                label=masks, predict=answer,
             ),
         ),
         forward_backward=ForwardBackward(ema=0.99, schedule=replace(schedule, steps=100, lr=2e-5, warmup=20)),
