@@ -655,8 +655,8 @@ def predict(one: Predict) -> None:
     check_outputs([] if one.shard else [one.out], reads, one.overwrite)
     pictures = overlay_paths(one.overlays, [image.id for image in images]) if one.overlays else {}
     check_outputs(pictures.values(), [*reads, one.out], one.overwrite)
-    for folder in (path for path in reads if one.overlays and path.is_dir()):
-        if one.overlays.resolve().is_relative_to(folder.resolve()):
+    for folder in (path for path in reads if path.is_dir()):
+        if one.overlays and one.overlays.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{one.overlays}: lies in {folder}, which is read; choose a folder outside for overlays")
     predictor = Predictor(one.run, one.device, one.devices, one.nodes)
 

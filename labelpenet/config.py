@@ -66,7 +66,7 @@ class Calibration:
             background map ``max(0, 1 - sum of the attention maps)``.
         joint: one CRF with a label for every instance and the background, so that instances compete for pixels;
             otherwise each instance against background alone.
-        side: longer side of the canvas that maps and CRF live on, in pixels; None for the image's own.
+        side: longer side of the canvas that maps and CRF live on, in pixels; None for the image's own, up to 640.
         sxy_gaussian, compat_gaussian, sxy_bilateral, srgb, compat_bilateral, iterations: of `calibration.DenseCRF`, the
             widths in pixels of the canvas. Zero iterations leave the CRF out.
         box: where the box comes from: tight around the ``mask``, or that of the kept ``proposal``.
@@ -334,6 +334,7 @@ def best() -> Recipe:
     """What measured best on real photographs (`docs/paper-notes.md`)."""
     crf: dict[str, Any] = {
         "side": 250, "sxy_bilateral": 40.0, "srgb": 5.0, "compat_bilateral": 5.0, "min_component": 0.2,
+        "threshold": 0.35,
     }  # fmt: skip
     schedule = Schedule(
         steps=1200, lr=2e-4, kind="adamw", weight_decay=1e-2, batch_size=2, warmup=50, clip=10.0,
@@ -344,8 +345,8 @@ def best() -> Recipe:
         "rpn_pre_nms_top_n_train": 2000, "rpn_pre_nms_top_n_test": 1000,
         "rpn_post_nms_top_n_train": 200, "rpn_post_nms_top_n_test": 200,
     }  # fmt: skip
-    label = AttentionCalibration(combine="mean", members="class", per_class=1, max_attention=120, threshold=0.3, **crf)
-    detect = AttentionCalibration(combine="mean", max_attention=80, threshold=0.4, **crf)
+    label = AttentionCalibration(combine="mean", members="class", per_class=1, max_attention=120, **crf)
+    detect = AttentionCalibration(combine="mean", max_attention=80, **crf)
     masks = MaskCalibration(per_class=5, mask_nms=0.5, max_masks=100, **crf)
     answer = replace(masks, per_class=20, min_score=0.05, nms=0.4, joint=False)
     segmenter: dict[str, Any] = {
@@ -368,11 +369,11 @@ def best() -> Recipe:
             ),
             Segmentation(
                 "refinement", **segmenter,
-                label=replace(masks, threshold=0.4), predict=replace(answer, threshold=0.3),
+                label=masks, predict=answer,
             ),
             Segmentation(
                 "segmentation", **segmenter, weighted=False,
-                label=replace(masks, threshold=0.2), predict=replace(answer, threshold=0.2),
+                label=masks, predict=answer,
             ),
         ),
         forward_backward=ForwardBackward(ema=0.99, schedule=replace(schedule, steps=100, lr=2e-5, warmup=20)),

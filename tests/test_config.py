@@ -232,3 +232,9 @@ def test_recipes_are_values():
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipe("best").name = "other"
     assert config.best() == config.best()
+
+
+def test_one_threshold_serves_all_modules_of_best():
+    """That each module wanted a background of its own was the sign of lopsided unaries."""
+    assert {choice.threshold for m in recipe("best").modules for choice in (m.label, m.predict)} == {0.35}
+    assert {choice.threshold for m in recipe("paper").modules for choice in (m.label, m.predict)} == {None}

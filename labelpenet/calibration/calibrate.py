@@ -32,10 +32,13 @@ from labelpenet.calibration.maps import (
 )
 from labelpenet.calibration.nms import mask_nms, nms_groups, rank_within_class
 from labelpenet.config import AttentionCalibration, Calibration, MaskCalibration
-from labelpenet.instances import Instances, masks_to_boxes
+from labelpenet.instances import CompactMasks, Instances
 
 SURE = 1e-3
 """Confidences are taken to be in [SURE, 1 - SURE]: no map is ever surer than that."""
+
+LARGEST_CANVAS = 640
+"""Longer side in pixels of the canvas where the recipe names none: a camera's photograph has 24 million pixels."""
 
 
 @dataclass(frozen=True)
@@ -219,9 +222,10 @@ def _check(image: np.ndarray, found: Candidates, chosen: Chosen, maps: Tensor) -
 
 
 def working_canvas(image: np.ndarray, side: int | None) -> tuple[np.ndarray, tuple[float, float]]:
-    """The image scaled down to a longer side of ``side``, never up, and the factors of x and y."""
+    """The image scaled down to a longer side of ``side`` (None: `LARGEST_CANVAS`), never up, and the factors."""
     height, width = image.shape[:2]
-    if side is None or side >= max(height, width):
+    side = LARGEST_CANVAS if side is None else side
+    if side >= max(height, width):
         return np.ascontiguousarray(image), (1.0, 1.0)
     factor = side / max(height, width)
     small = cv2.resize(
@@ -379,11 +383,13 @@ def to_instances(
         size: (H, W).
         settings: the recipe's choices.
     """
-    masks = torch.stack([drop_components(mask, settings.min_component) for mask in resize_masks(marginals, size)])
-    empty = ~masks.flatten(1).any(1)
-    for index in torch.nonzero(empty).flatten().tolist():  # an instance without a pixel falls back to its proposal
-        masks[index] = box_mask(proposals[index], size)
-    boxes = masks_to_boxes(masks)
+    masks = resize_to_crops(marginals, size)
+    parts = [drop_components(torch.from_numpy(crop), settings.min_component).numpy() for crop in masks.crops]
+    corners = list(masks.corners)
+    for index in [place for place, part in enumerate(parts) if not part.size]:
+        parts[index], corners[index] = box_mask(proposals[index], size).numpy(), (0, 0)  # its proposal stands in
+    masks = CompactMasks.of(size, parts, corners)
+    boxes = masks.boxes()
     if settings.box == "proposal":
         clipped = clip_boxes_to_image(proposals, size)
         inside = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
@@ -398,9 +404,19 @@ def resize_masks(probabilities: Tensor, size: tuple[int, int]) -> Tensor:
     return probabilities > 0.5
 
 
+def resize_to_crops(probabilities: Tensor, size: tuple[int, int]) -> CompactMasks:
+    """What `resize_masks` gives, pixel for pixel, with one mask at a time at the image's size."""
+    at_least = (probabilities >= 0.5).flatten(1).any(1).tolist()
+    parts = [
+        resize_masks(one[None], size)[0].cpu().numpy() if possible else np.zeros((0, 0), bool)
+        for one, possible in zip(probabilities, at_least, strict=True)
+    ]
+    return CompactMasks.of(size, parts)
+
+
 def drop_components(mask: Tensor, fraction: float | None) -> Tensor:
     """The (H, W) bool mask without components smaller than ``fraction`` of its largest one."""
-    if fraction is None:
+    if fraction is None or not mask.numel():
         return mask
     count, components, stats, _ = cv2.connectedComponentsWithStats(mask.cpu().numpy().astype(np.uint8))
     if count <= 2:

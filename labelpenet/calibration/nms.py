@@ -5,6 +5,7 @@ Shape letters: ``M`` boxes, ``K`` kept ones, ``N`` instances.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.ops import box_iou, nms
@@ -59,15 +60,18 @@ def mask_nms(found: Instances, threshold: float | None) -> Tensor:
     Returns:
         (K,) indices of the kept instances, in order.
     """
-    if threshold is None or len(found) < 2 or found.masks is None:
+    masks = found.compact_masks
+    if threshold is None or len(found) < 2 or masks is None:
         return torch.arange(len(found))
-    flat = found.masks.flatten(1).float()
-    inter = flat @ flat.T
-    area = flat.sum(1)
-    overlap = inter / (area[:, None] + area[None] - inter).clamp(min=1)
-    suppresses = (overlap > threshold) & (found.labels[:, None] == found.labels[None])
+    areas, labels = masks.areas(), found.labels.tolist()
     kept: list[int] = []
     for index in found.weights.argsort(descending=True, stable=True).tolist():
-        if not bool(suppresses[index, kept].any()):
+        same = [other for other in kept if labels[other] == labels[index]]
+        shared = [masks.overlap(index, other) for other in same]
+        unions = [areas[index] + areas[other] - both for other, both in zip(same, shared, strict=True)]
+        if not any(
+            np.float32(both) / np.float32(max(union, 1)) > np.float32(threshold)
+            for both, union in zip(shared, unions, strict=True)
+        ):
             kept.append(index)
     return torch.tensor(sorted(kept))

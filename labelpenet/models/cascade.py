@@ -9,11 +9,12 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import nms
 
@@ -23,7 +24,7 @@ from labelpenet.calibration.excitation import layer_without_rule
 from labelpenet.config import MODULES, Recipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
-from labelpenet.data.images import read_image
+from labelpenet.data.images import as_pixels, find_images
 from labelpenet.data.proposals import ProposalSettings, propose
 from labelpenet.data.transforms import Batch, View, stack
 from labelpenet.errors import DamagedError, InputError
@@ -34,6 +35,9 @@ from labelpenet.models.classification import Classification
 from labelpenet.models.detection import Detection
 from labelpenet.models.segmentation import Segmentation
 from labelpenet.models.weights import check_weights
+
+Photograph = np.ndarray | Image.Image | str | Path
+"""A photograph in whatever form one has it (see `data.images.as_pixels`)."""
 
 Tags = tuple[int, ...] | None
 """The classes that a photograph shows, None where they are not known."""
@@ -180,23 +184,39 @@ class LabelPEnet(nn.Module):
         module: Any = self.module(number)
         return module.infer(batch, module.settings.label)
 
-    def predict(self, image: np.ndarray | str | Path, module: int = 4, proposals: Tensor | None = None) -> Instances:
-        """The instances of a photograph whose tags are not known.
+    @overload
+    def predict(self, image: Photograph, module: int = 4, proposals: Tensor | None = None) -> Instances: ...
+
+    @overload
+    def predict(self, image: list[Photograph] | tuple[Photograph, ...], module: int = 4) -> list[Instances]: ...
+
+    def predict(
+        self,
+        image: Photograph | list[Photograph] | tuple[Photograph, ...],
+        module: int = 4,
+        proposals: Tensor | None = None,
+    ) -> Instances | list[Instances]:
+        """The instances of a photograph, or of each of several, whose tags are not known.
 
         Args:
-            image: (H, W, 3) uint8 RGB, or an image file.
+            image: an image file, (H, W, 3) uint8 RGB, a PIL image, or a list of them; a folder stands for the list of
+                its image files in order of name (`data.images.find_images`).
             module: which of the four answers.
             proposals: (R, 4) in pixels of the photograph; computed if the module needs them and they are not given.
 
         Returns:
-            `Instances` on the CPU, best first: scores in [0, 1] as weights, masks for every module.
+            `Instances` on the CPU, best first: scores in [0, 1] as weights, masks for every module. A list of them for
+            a list or a folder.
 
         Raises:
-            InputError: the file cannot be read; no such module.
+            InputError: a file cannot be read; no such module.
         """
         self.require(module)
-        pixels = image if isinstance(image, np.ndarray) else read_image(image)
-        return self.predict_batch([pixels], module, None if proposals is None else [proposals])[0]
+        if isinstance(image, (str, Path)) and Path(image).is_dir():
+            image = [path for _, path in find_images([Path(image)])]
+        if isinstance(image, (list, tuple)):
+            return [self.predict(one, module) for one in image]
+        return self.predict_batch([as_pixels(image)], module, None if proposals is None else [proposals])[0]
 
     @torch.no_grad()
     def predict_batch(
@@ -242,7 +262,7 @@ class LabelPEnet(nn.Module):
         others = torch.stack(opinions).float().cpu()
         together = torch.cat([torch.cat([one.weights for one in found])[None].float(), others])
         weights = together.clamp(min=1e-6).log().mean(0).exp().split(counts)
-        return [replace(one, weights=own) for one, own in zip(found, weights, strict=True)]
+        return [one.weighted(own) for one, own in zip(found, weights, strict=True)]
 
     @torch.no_grad()
     def rank_proposals(

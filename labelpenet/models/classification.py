@@ -6,7 +6,6 @@ Shape letters: ``N`` images, ``R`` proposals of an image, ``C`` foreground class
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +118,7 @@ class Classification(nn.Module):
             heat = (boxes, scores) if self.settings.heat == "all" else None
             instances, trace = calibrate(batch.images[index], candidates, chosen, maps, settings, heat)
             if tags is None:
-                instances = replace(instances, weights=instances.weights * probabilities[instances.labels])
+                instances = instances.weighted(instances.weights * probabilities[instances.labels])
             found.append((instances, trace))
         return found
 
