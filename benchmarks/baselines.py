@@ -7,7 +7,7 @@ In the setting of a run (classes, stem, size of the images, tags only):
 - **class activation map**: a linear classifier on the globally pooled last feature map, trained on the tags. A class's
   map is that map weighted by the class's weights, added over the image's size and half of it, and divided by its
   maximum; above a threshold, its largest component is the mask, and the mask's tight box the box. With dense CRF
-  (settings ``infer1``), the threshold is its own.
+  (settings ``modules.1.label``), the threshold is its own.
 - **whole image**: one box, and mask, for each class.
 - **module 1, top proposals**: the run's module 1 before calibration.
 
@@ -35,8 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labelpenet.calibration import CalibrationSettings
 from labelpenet.calibration.calibrate import segment, settle, working_canvas
+from labelpenet.config import Calibration
 from labelpenet.data import AnnotatedImages, Truth, read_image
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import write_json
@@ -47,7 +47,7 @@ from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou, cascade_table, classification_ap, evaluate, mask_iou
 from labelpenet.formats import open_annotated
 from labelpenet.instances import Instances, encode_masks
-from labelpenet.models.cascade import calibration_settings, proposal_settings, read_run
+from labelpenet.models.cascade import proposal_settings, read_run
 from labelpenet.models.classification import Classification
 from labelpenet.training.features import RoIFeatures
 from labelpenet.training.inferred import Inferred
@@ -124,7 +124,7 @@ def activation_maps(features: Sequence[Tensor], weights: Tensor) -> Tensor:
     return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-6)
 
 
-def cut(image: np.ndarray, maps: Tensor, labels: Tensor, weights: Tensor, settings: CalibrationSettings) -> Instances:
+def cut(image: np.ndarray, maps: Tensor, labels: Tensor, weights: Tensor, settings: Calibration) -> Instances:
     """One instance for each activation map, after the CRF or (no iterations) where it exceeds the background.
 
     Args:
@@ -154,7 +154,7 @@ class Activation:
 
     def __init__(self, predictor: Predictor):
         self.predictor = predictor
-        self.network = predictor.network
+        self.network = predictor.cascade
         self.layers = last_layers(self.network.classification)
         self.classifier: nn.Linear | None = None
 
@@ -197,9 +197,9 @@ class Activation:
                 yield result
 
 
-def variants(network: Any, thresholds: Mapping[str, float], tagged: bool) -> dict[str, CalibrationSettings]:
+def variants(network: Any, thresholds: Mapping[str, float], tagged: bool) -> dict[str, Calibration]:
     """The settings of `cut` by name; classes compete for pixels where they are known to be there."""
-    base = replace(calibration_settings(network.recipe.infer1), box="mask", part=1.0, joint=tagged)
+    base = replace(network.recipe.modules[0].label, box="mask", min_component=1.0, joint=tagged)
     return {
         name: replace(base, threshold=threshold, iterations=base.iterations if name.endswith("CRF") else 0)
         for name, threshold in thresholds.items()
@@ -260,7 +260,7 @@ def baselines(
             cascade's own predictions need has an instance.
     """
     settings = variants(activation.network, thresholds, tagged)
-    least = activation.network.recipe.predict4.min_score
+    least = activation.network.recipe.modules[3].predict.min_score
     classes = len(activation.network.classes)
 
     def attempt(image: TaggedImage) -> tuple[dict[str, list[dict[str, Any]]], tuple[int, int], np.ndarray]:
@@ -306,9 +306,9 @@ def measure_baselines(
         images = source.tagged.images
         found, probabilities = baselines(activation, images, thresholds, key == "train")
         boxes = compute_proposals(
-            images, proposal_settings(predictor.network.recipe), cache or default_cache(), progress=True
+            images, proposal_settings(predictor.cascade.recipe), cache or default_cache(), progress=True
         )
-        features = RoIFeatures(run, predictor.network, boxes, predictor.fabric) if key == "train" else None
+        features = RoIFeatures(run, predictor.cascade, boxes, predictor.fabric) if key == "train" else None
         ranked, _ = rank_images(predictor, images, boxes, features)
         for name, one in {**found, "module 1, top proposals": ranked}.items():
             results[key][name] = evaluate(one, truth, classes, "voc12")

@@ -25,13 +25,13 @@ from torch import Tensor
 
 from labelpenet import config
 from labelpenet.calibration.calibrate import calibrate, segment, working_canvas
-from labelpenet.config import InferenceChoice
+from labelpenet.config import AttentionCalibration
 from labelpenet.data import read_image
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.formats import open_tagged
 from labelpenet.models.attention import roi_attention
-from labelpenet.models.cascade import LabelPEnet, calibration_settings, proposal_settings
+from labelpenet.models.cascade import LabelPEnet, proposal_settings
 from labelpenet.training.predict import Predictor
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ def timed(run: Callable[[], T]) -> tuple[T, float]:
 
 
 def one_image(
-    network: LabelPEnet, image: TaggedImage, proposals: Tensor, choice: InferenceChoice, kind: str
+    network: LabelPEnet, image: TaggedImage, proposals: Tensor, settings: AttentionCalibration, kind: str
 ) -> tuple[float, ...]:
     """Milliseconds of `STEPS` for module 1."""
     one, pixels = network.classification, read_image(image.path)
@@ -70,7 +70,6 @@ def one_image(
         )
         return maps
 
-    settings = calibration_settings(choice)
     (_, trace), whole_ms = timed(lambda: calibrate(pixels, proposals, scores, image.tags, attend, settings))
     canvas, _ = working_canvas(pixels, settings.side)
     _, crf_ms = timed(lambda: segment(canvas, trace.confidence, settings))
@@ -80,14 +79,14 @@ def one_image(
 def whole_image(run: Path, data: Path, cache: Path, images: int) -> None:
     """Prints medians over the first images of the training split, one row for each of the two calibrations."""
     predictor = Predictor(run, "cpu")
-    network = predictor.network
+    network = predictor.cascade
     recipe = network.recipe
     chosen = [image for image in open_tagged(data, "train", network.classes).images if image.tags][:images]
     boxes = compute_proposals(chosen, proposal_settings(recipe), cache)
     paper = config.Recipe()
     kinds = {
-        f"the run's ({recipe.name})": (recipe.infer1, recipe.classification.attention),
-        "the paper's": (paper.infer1, paper.classification.attention),
+        f"the run's ({recipe.name})": (recipe.modules[0].label, recipe.modules[0].attention),
+        "the paper's": (paper.modules[0].label, paper.modules[0].attention),
     }
     print(f"milliseconds for one photograph, medians of {len(chosen)}, {recipe.proposals.limit} proposals at most")
     print(f"{'':24}" + "".join(f"{step:>22}" for step in STEPS))

@@ -34,7 +34,7 @@ Columns of the tables:
   object. Split: a group becomes one detection for each object that it covers. Boxes: all four. Duplicate, background:
   these are removed. Missed: objects that nothing overlaps are not counted. Tags: classes that the image does not show
   are removed. Where a mended detection takes an object that another has, the lower score is removed.
-- *masks from true boxes*: the box itself as mask, the dense CRF of the box as confidence (settings ``infer3``), and the
+- *masks from true boxes*: the box itself as mask, the dense CRF of the box as confidence (module 3's), and the
   mask heads of modules 3 and 4, without and with CRF.
 """
 
@@ -71,7 +71,7 @@ from labelpenet.evaluation import (
 )
 from labelpenet.formats import open_annotated, read_predictions
 from labelpenet.instances import Instances, encode_masks
-from labelpenet.models.cascade import calibration_settings, proposal_settings, read_run
+from labelpenet.models.cascade import proposal_settings, read_run
 from labelpenet.training.inferred import read_inferred
 from labelpenet.training.predict import Predictor
 
@@ -440,9 +440,9 @@ def oracle_masks(predictor: Predictor, image: np.ndarray, truth: Instances) -> t
         For each way to a mask the IoU with each object's true mask, (T,) in [0, 1]; and for modules 2 to 4 the RPN's
         proposals, (R, 4) in pixels of the image.
     """
-    network = predictor.network
+    network = predictor.cascade
     size = (image.shape[0], image.shape[1])
-    settings = calibration_settings(network.recipe.infer3)
+    settings = network.recipe.modules[2].label
     canvas, scale = working_canvas(image, settings.side)
     small = (canvas.shape[0], canvas.shape[1])
     with torch.no_grad(), predictor.fabric.autocast():
@@ -470,7 +470,9 @@ def oracle_masks(predictor: Predictor, image: np.ndarray, truth: Instances) -> t
         for name, one in confidence.items():
             ious[name] = _mask_ious(grow_masks(one, size), truth)
             grown = grow_masks(segment(canvas, one, settings), size)
-            ious[f"{name}, CRF"] = _mask_ious(torch.stack([largest_parts(m, settings.part) for m in grown]), truth)
+            ious[f"{name}, CRF"] = _mask_ious(
+                torch.stack([largest_parts(m, settings.min_component) for m in grown]), truth
+            )
     return ious, proposals
 
 
@@ -552,7 +554,7 @@ def network_tables(
 ) -> list[Table]:
     """Proposals of the whole split, and oracle masks of ``number`` images that have masks."""
     predictor, classes = Predictor(run, device), data.tagged.classes
-    network = predictor.network
+    network = predictor.cascade
     images = [image for image in data.tagged.images if image.id in truths]
     boxes = compute_proposals(images, proposal_settings(network.recipe), cache or default_cache(), progress=True)
 

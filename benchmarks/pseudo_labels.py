@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from labelpenet.calibration import CalibrationSettings, DenseCRF, confidence_map, normalise
+from labelpenet.calibration import DenseCRF, confidence_map, normalise
 from labelpenet.calibration.calibrate import (
     choose_instances,
     distinct,
@@ -44,6 +44,7 @@ from labelpenet.calibration.calibrate import (
     unaries,
     working_canvas,
 )
+from labelpenet.config import AttentionCalibration
 from labelpenet.data import read_image
 from labelpenet.data.dataset import TaggedImage, Truth
 from labelpenet.data.proposals import compute_proposals, default_cache
@@ -53,7 +54,7 @@ from labelpenet.evaluation import box_iou, mask_iou
 from labelpenet.formats import open_annotated
 from labelpenet.instances import Instances, encode_masks
 from labelpenet.models.attention import roi_attention
-from labelpenet.models.cascade import LabelPEnet, calibration_settings, proposal_settings
+from labelpenet.models.cascade import LabelPEnet, proposal_settings
 from labelpenet.training.features import RoIFeatures
 from labelpenet.training.predict import Predictor
 
@@ -73,7 +74,7 @@ class Variant:
     """
 
     name: str
-    settings: CalibrationSettings
+    settings: AttentionCalibration
     kind: str = "gradient"
     every: int = 1
 
@@ -131,7 +132,7 @@ def vary(base: Variant, name: str, thresholds: tuple[float, ...] = (), **changes
 PYDENSECRF = {"sxy_bilateral": 80.0, "srgb": 13.0, "compat_bilateral": 10.0}
 
 
-def classification_variants(settings: CalibrationSettings, sample: int) -> list[Variant]:
+def classification_variants(settings: AttentionCalibration, sample: int) -> list[Variant]:
     """Module 1. The excitation variants are measured on every ``sample``-th photograph: each costs seconds."""
     base = Variant(RECIPE, settings)
     some = vary(base, f"{RECIPE}, every {sample}th", every=sample)
@@ -144,19 +145,19 @@ def classification_variants(settings: CalibrationSettings, sample: int) -> list[
         *vary(base, "product, 1 - sum", combine="product", threshold=None),
         *vary(base, "members suppressed, NMS .3", (0.3, 0.4), members="suppressed", nms=0.3),
         *vary(base, "members suppressed, NMS .5", (0.3, 0.4), members="suppressed", nms=0.5),
-        *vary(base, "best 40 attended", attended=40),
+        *vary(base, "best 40 attended", max_attention=40),
         *vary(base, "no CRF", (0.3, 0.4), iterations=0),
         *vary(base, "CRF of pydensecrf's widths", (0.3,), **PYDENSECRF),
         *vary(base, "each instance alone", joint=False),
         *vary(base, "box of the proposal", box="proposal"),
-        *vary(base, "all parts of the mask", part=None),
+        *vary(base, "all parts of the mask", min_component=None),
         *some,
         *vary(base, "excitation, mean", (0.3, 0.4), **excited),
         *vary(base, "excitation, product", (0.05,), combine="product", **excited),
     ]
 
 
-def detection_variants(settings: CalibrationSettings, sample: int) -> list[Variant]:
+def detection_variants(settings: AttentionCalibration, sample: int) -> list[Variant]:
     """Module 2."""
     base = Variant(RECIPE, settings)
     some = vary(base, f"{RECIPE}, every {sample}th", every=sample)
@@ -173,12 +174,12 @@ def detection_variants(settings: CalibrationSettings, sample: int) -> list[Varia
         *vary(base, "further from .3", min_score=0.3),
         *vary(base, "further from .7", min_score=0.7),
         *vary(base, "one each", per_class=1),
-        *vary(base, "best 20 attended", attended=20),
+        *vary(base, "best 20 attended", max_attention=20),
         *vary(base, "no CRF", (0.4,), iterations=0),
         *vary(base, "CRF of pydensecrf's widths", (0.4,), **PYDENSECRF),
         *vary(base, "each instance alone", joint=False),
         *vary(base, "box of the proposal", box="proposal"),
-        *vary(base, "all parts of the mask", part=None),
+        *vary(base, "all parts of the mask", min_component=None),
         *some,
         *vary(base, "excitation, mean", (0.4,), **excited),
         *vary(base, "excitation, product", (0.05,), combine="product", **excited),
@@ -216,14 +217,14 @@ def classified(network: LabelPEnet, pixels: np.ndarray, proposals: Tensor, known
 
 def detected(network: LabelPEnet, pixels: np.ndarray, proposals: Tensor, known: Tensor, image: TaggedImage) -> Scene:
     """Module 2's detections; module 1 only says how sure it is of each tag."""
-    two, choice = network.detection, network.recipe.infer2
+    two, choice = network.detection, network.recipe.modules[1].label
     view = network.view(pixels)
     features = two.features(network.stem_map(view))
     rois, _ = two.propose(features, view.pixels)
     pooled = two.pool(features, rois)
     logits, deltas = two.classify(two.head(pooled))
     size = (int(view.pixels.shape[-2]), int(view.pixels.shape[-1]))
-    found = two.candidates(rois, logits, deltas, size, image.tags, choice.score_threshold, choice.nms)
+    found = two.candidates(rois, logits, deltas, size, image.tags, two.settings.score_threshold, choice.nms)
     scores = torch.zeros(len(found.scores), len(network.classes))
     scores[torch.arange(len(scores)), found.labels] = found.scores
 
@@ -267,7 +268,7 @@ class Shared:
 
     def key(self, variant: Variant) -> Any:
         s = variant.settings
-        return s.members, s.nms, s.per_class, s.min_score, s.attended
+        return s.members, s.nms, s.per_class, s.min_score, s.max_attention
 
     def attend(self, variants: list[Variant]) -> None:
         """The attention maps of every proposal that some variant sums, each once."""
@@ -336,7 +337,7 @@ def label(scene: Scene, variants: list[Variant]) -> list[Result]:
         seeds, labels_, _ = shared.choice(variant)
         weights = scene.scores[seeds, labels_]
         found = settle(marginals, scene.proposals[seeds].float(), labels_, weights, size, variant.settings)
-        alive = distinct(found, variant.settings.duplicate)
+        alive = distinct(found, variant.settings.mask_nms)
         maps = (normalise(shared.attention(variant)), shared.heat(variant), shared.confidence(variant), marginals)
         results.append(Result(found[alive], seeds[alive], *(one[alive] for one in maps)))
     return results
@@ -481,7 +482,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keeps the rows behind the tables (.npz) and goes on from there")
     one = parser.parse_args()
     predictor = Predictor(one.run, "cpu")
-    network = predictor.network
+    network = predictor.cascade
     annotated = open_annotated(one.data, one.split, network.classes)
     images = annotated.tagged.images
     boxes = compute_proposals(images, proposal_settings(network.recipe), one.cache or default_cache())
@@ -490,9 +491,9 @@ def main() -> None:
     random.Random(one.seed).shuffle(chosen)  # what is there after any time is a fair sample
     chosen = chosen[: one.images or None]
     if one.module == 1:
-        variants = classification_variants(calibration_settings(network.recipe.infer1), one.sample)
+        variants = classification_variants(network.recipe.modules[0].label, one.sample)
     else:
-        variants = detection_variants(calibration_settings(network.recipe.infer2), one.sample)
+        variants = detection_variants(network.recipe.modules[1].label, one.sample)
 
     def measure(place: int) -> dict[str, np.ndarray]:
         image = images[chosen[place]]

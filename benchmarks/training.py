@@ -54,7 +54,8 @@ from labelpenet.engine.stage import Stage
 from labelpenet.engine.trainer import train_stage
 from labelpenet.formats import open_tagged, training_split
 from labelpenet.instances import Instances
-from labelpenet.models.backbones import Backbone, build_backbone
+from labelpenet.models.backbones import Backbone
+from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import MODULES, LabelPEnet, proposal_settings
 from labelpenet.models.detection import ANCHOR_RATIOS, RPNHead
 from labelpenet.models.segmentation import MASK_POOL, SpatialPyramid
@@ -235,7 +236,7 @@ def plain_loop(one: Stage, fabric: Fabric, clock: Clock) -> list[float]:
     The images, augmentation and random numbers are those of `train_stage`. The first step's parts are not counted.
     """
     parameters = [p for p in one.module.parameters() if p.requires_grad]
-    optimiser = one.optimiser.build([{"params": parameters}])
+    optimiser = one.optimiser.build(parameters)
     one.module.train()
     seconds = []
     began = clock.now()
@@ -316,7 +317,7 @@ class MaskPool(MultiScaleRoIAlign):
 def torchvision_model(setting: Setting) -> MaskRCNN:
     """torchvision's Mask R-CNN out of the parts of module 4."""
     recipe, plug = setting.recipe, setting.plug
-    choice = recipe.segmentation
+    choice = recipe.modules[3]
     trunk, classes = Trunk(plug), len(setting.network.classes) + 1
     head, features = plug.roi_head(choice.cells)
     mask_tail = plug.mask_tail()
@@ -329,7 +330,7 @@ def torchvision_model(setting: Setting) -> MaskRCNN:
         image_std=list(plug.std),
         rpn_anchor_generator=AnchorGenerator((choice.anchor_sides,), (ANCHOR_RATIOS,)),
         rpn_head=RPNHead(trunk.out_channels, len(choice.anchor_sides) * len(ANCHOR_RATIOS)),
-        rpn_post_nms_top_n_train=choice.rpn_proposals,
+        rpn_post_nms_top_n_train=choice.rpn_post_nms_top_n_train,
         box_roi_pool=MultiScaleRoIAlign(["0"], plug.pool_size, 1),
         box_head=head,
         box_predictor=FastRCNNPredictor(features, classes),
@@ -541,7 +542,7 @@ def main() -> None:
         setting = prepare(one, Path(folder))
         clock = Clock(setting.fabric.device)
         rows = []
-        choice = setting.recipe.classification
+        choice = setting.recipe.modules[0]
         for number in (1, 2, 3, 4):
             print(f"module {number} ...", flush=True)
             if number == 1 and choice.freeze_head:

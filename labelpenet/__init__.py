@@ -9,9 +9,10 @@ from labelpenet.errors import InputError
 if TYPE_CHECKING:
     from labelpenet.instances import Instances
     from labelpenet.models.cascade import LabelPEnet
+    from labelpenet.models.student import Student, load
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Instances", "LabelPEnet", "__version__"]
+__all__ = ["InputError", "Instances", "LabelPEnet", "Student", "__version__", "load"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from labelpenet.models.cascade import LabelPEnet
 
         return LabelPEnet
+    if name in ("Student", "load"):
+        from labelpenet.models import student
+
+        return getattr(student, name)
     raise AttributeError(f"module 'labelpenet' has no attribute {name!r}")

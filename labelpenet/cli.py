@@ -15,16 +15,13 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from labelpenet import __version__
 from labelpenet.errors import InputError
-
-if TYPE_CHECKING:
-    from labelpenet.training.supervised import Supervision
 
 Comma = Annotated[str | None, arg(metavar="A,B,...")]
 Device = Literal["auto", "cpu", "cuda"]
@@ -46,6 +43,7 @@ class Train:
       labelpenet train photos/ --out runs/quick --shorten 0.1 --set images.sides=320 images.test_side=320
       labelpenet train VOCdevkit/VOC2012 --out runs/voc-full --supervision full
       labelpenet train VOCdevkit/VOC2012 --out runs/voc-mixed --supervision mixed --supervised annotated.txt
+      labelpenet train photos/ --out runs/better --supervision mixed --corrected runs/mine/review.json
     """
 
     data: Positional[Path]
@@ -73,6 +71,9 @@ class Train:
     best that it has: masks, boxes or tags."""
     supervised: Path | None = None
     """mixed: a file of image names, one a line; the other photographs count as tagged only. Default: all."""
+    corrected: tuple[Path, ...] = ()
+    """mixed: files or folders of corrected labels (of `labelpenet review` or an annotation tool). Their objects are the
+    truth of their photographs; DATA's own annotation is then read only for --supervised."""
     resume: bool = False
     """Continue what RUN holds."""
     seed: int = 0
@@ -105,7 +106,7 @@ class ForwardBackward:
     Try:
       labelpenet forward-backward runs/voc VOCdevkit/VOC2012 --out runs/voc-fb
       labelpenet forward-backward runs/voc VOCdevkit/VOC2012 --out runs/voc-fb --resume
-      labelpenet forward-backward runs/mine photos/ --out runs/mine-fb --set schedule5.steps=100 schedule5.lr=1e-5
+      labelpenet forward-backward runs/mine photos/ --out runs/mine-fb --set forward_backward.schedule.steps=100
     """
 
     run: Positional[Path]
@@ -138,6 +139,57 @@ class ForwardBackward:
     """auto: bf16-mixed where the hardware has it, else 32-true."""
     cache: Path | None = None
     """Folder of the proposals' cache. Default: the user's cache folder."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between checkpoints."""
+
+
+@dataclass
+class Distill:
+    """Train a student on a run's labels: a standard detector, smaller and faster, that other programs can load.
+
+    The student is torchvision's Mask R-CNN with a feature pyramid. It learns what the run's last module found in the
+    photographs that the run was trained on, or what a file says that somebody corrected. Every command that takes a run
+    takes the student's folder, too.
+
+    Try:
+      labelpenet distill runs/voc VOCdevkit/VOC2012 --out runs/student --weights mobilenet_v2.safetensors
+      labelpenet distill runs/voc photos/ --out runs/student --labels corrected.json
+      labelpenet distill runs/voc photos/ --out runs/student --resume
+      labelpenet distill runs/voc VOCdevkit/VOC2012 --out runs/yardstick --supervision full
+    """
+
+    run: Positional[Path]
+    """Run folder of the cascade."""
+    data: Positional[Path]
+    """The photographs that it was trained on."""
+    out: Path
+    """Folder to write."""
+    labels: Path | None = None
+    """Predictions or COCO file to learn from. Default: RUN/instances/module4.json."""
+    supervision: Literal["labels", "full"] = "labels"
+    """labels: the run's. full, a yardstick: the true boxes and masks of DATA."""
+    backbone: str | None = None
+    """mobilenet_v2, vgg16 or timm/NAME. Default: the run's."""
+    weights: Path | None = None
+    """ImageNet weights of the backbone, as for `train`."""
+    split: str | None = None
+    """As for `train`."""
+    resume: bool = False
+    """Continue what OUT holds."""
+    seed: int = 0
+    """Of everything random."""
+    shorten: float = 1.0
+    """Multiply the number of steps."""
+    set: tuple[str, ...] = ()
+    """Change single choices: network, noise, images or schedule, as schedule.steps=800 noise.weighted=false ..."""
+    device: Device = "auto"
+    """Where to train."""
+    devices: int = 1
+    """Processes on this machine (one per GPU)."""
+    nodes: int = 1
+    """Machines."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    """auto: bf16-mixed where the hardware has it, else 32-true."""
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints."""
 
@@ -312,6 +364,29 @@ class Measure:
 
 
 @dataclass
+class Review:
+    """Look at a run's labels in the browser, the doubtful ones first; accept, correct or drop them by keys.
+
+    Serves a page on this machine's loopback address until Ctrl-C. Every verdict is saved at once.
+
+    Try:
+      labelpenet review runs/mine photos/
+      labelpenet train photos/ --out runs/better --supervision mixed --corrected runs/mine/review.json
+    """
+
+    run: Positional[Path]
+    """Run folder of `labelpenet train`."""
+    data: Positional[Path]
+    """The photographs that it was trained on."""
+    out: Path | None = None
+    """File of the verdicts; an earlier one is continued. Default: RUN/review.json."""
+    split: str | None = None
+    """As for `train`."""
+    port: int = 8765
+    """Of 127.0.0.1; 0 for any free one."""
+
+
+@dataclass
 class Report:
     """Write RUN/report.html: one self-contained page with table, loss curves and picture strips.
 
@@ -350,12 +425,14 @@ class Demo:
 Command = (
     Annotated[Train, subcommand("train")]
     | Annotated[ForwardBackward, subcommand("forward-backward")]
+    | Annotated[Distill, subcommand("distill")]
     | Annotated[Predict, subcommand("predict")]
     | Annotated[Merge, subcommand("merge")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Proposals, subcommand("proposals")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Measure, subcommand("measure")]
+    | Annotated[Review, subcommand("review")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Demo, subcommand("demo")]
 )
@@ -451,7 +528,11 @@ def train(one: Train) -> None:
         print(f"note: {note}", file=sys.stderr)
     held_out = open_annotated(one.data, one.evaluate, images.classes) if one.evaluate else None
     from labelpenet.training.run import train_run
+    from labelpenet.training.supervised import open_supervision
 
+    supervision = open_supervision(one.supervision, one.data, split, images, one.supervised, one.corrected)
+    for note in supervision.notes if supervision is not None else ():
+        print(f"note: {note}", file=sys.stderr)
     train_run(
         images,
         one.out,
@@ -468,28 +549,11 @@ def train(one: Train) -> None:
         cache=one.cache,
         checkpoint_minutes=one.checkpoint_minutes,
         source={"data": str(one.data), "split": split},
-        supervision=_supervision(one, split, images.classes),
+        supervision=supervision,
         held_out=held_out,
         observe_minutes=one.observe_minutes,
     )
     print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
-
-
-def _supervision(one: Train, split: str | None, classes: Sequence[str]) -> Supervision | None:
-    """What the run may know beyond tags; nothing of it is opened unless the user asks for it."""
-    if one.supervised and one.supervision != "mixed":
-        raise InputError("--supervised goes with --supervision mixed; to train on other photographs use --split")
-    if one.supervision == "tags":
-        return None
-    from labelpenet.data.files import read_names
-    from labelpenet.formats import open_annotated
-    from labelpenet.training.supervised import read_supervision
-
-    listed = read_names(one.supervised) if one.supervised else None
-    found = read_supervision(one.supervision, open_annotated(one.data, split, classes), listed)
-    for note in found.notes:
-        print(f"note: {note}", file=sys.stderr)
-    return found
 
 
 def forward_backward(one: ForwardBackward) -> None:
@@ -526,6 +590,45 @@ def forward_backward(one: ForwardBackward) -> None:
     print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
 
 
+def distill(one: Distill) -> None:
+    """``labelpenet distill``."""
+    from labelpenet import config
+    from labelpenet.formats import open_tagged, training_split
+    from labelpenet.models.cascade import read_run
+    from labelpenet.training import distill as training
+
+    facts = read_run(one.run)
+    recipe = config.shorten(config.override(config.StudentRecipe(), one.set), one.shorten)
+    split = one.split or training_split(one.data)
+    images = open_tagged(one.data, split, facts["classes"])
+    if one.supervision == "full":
+        if one.labels:
+            raise InputError("--labels and --supervision full exclude each other: the labels are DATA's own")
+        labels, notes = training.read_truths(one.data, split, images)
+    else:
+        labels, notes = training.read_labels(one.run, one.labels, images)
+    for note in (*images.notes, *notes):
+        print(f"note: {note}", file=sys.stderr)
+    training.distill(
+        images,
+        labels,
+        one.out,
+        recipe,
+        backbone=one.backbone or facts["backbone"],
+        weights=one.weights,
+        resume=one.resume,
+        seed=one.seed,
+        device=one.device,
+        devices=one.devices,
+        nodes=one.nodes,
+        precision=one.precision,
+        checkpoint_minutes=one.checkpoint_minutes,
+        source={"data": str(one.data), "split": split, "teacher": str(one.run)},
+        supervision=one.supervision,
+    )
+    print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
+
+
 def predict(one: Predict) -> None:
     """``labelpenet predict``."""
     from labelpenet.data import TaggedImage, read_image
@@ -552,8 +655,8 @@ def predict(one: Predict) -> None:
     check_outputs([] if one.shard else [one.out], reads, one.overwrite)
     pictures = overlay_paths(one.overlays, [image.id for image in images]) if one.overlays else {}
     check_outputs(pictures.values(), [*reads, one.out], one.overwrite)
-    for folder in (path for path in reads if one.overlays and path.is_dir()):
-        if one.overlays.resolve().is_relative_to(folder.resolve()):
+    for folder in (path for path in reads if path.is_dir()):
+        if one.overlays and one.overlays.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{one.overlays}: lies in {folder}, which is read; choose a folder outside for overlays")
     predictor = Predictor(one.run, one.device, one.devices, one.nodes)
 
@@ -653,6 +756,18 @@ def measure(one: Measure) -> None:
     print(measure_run(one.run, one.data, one.split, one.train_split, one.modules, one.protocol, one.device, one.cache))
 
 
+def review(one: Review) -> None:
+    """``labelpenet review``."""
+    from labelpenet.data import run_folder
+    from labelpenet.formats import open_tagged, training_split
+    from labelpenet.models.cascade import read_run
+    from labelpenet.review import serve
+
+    classes = read_run(one.run)["classes"]
+    images = open_tagged(one.data, one.split or training_split(one.data), classes)
+    serve(one.run, images, one.out or run_folder.review(one.run), one.port)
+
+
 def report(one: Report) -> None:
     """``labelpenet report``."""
     from labelpenet.data import AnnotatedImages, TaggedImages
@@ -697,18 +812,22 @@ def _names(text: str | None) -> list[str] | None:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise InputError("--classes names no class; give them separated by commas, such as --classes cat,dog")
+    if len(set(names)) < len(names):
+        raise InputError(f"--classes names {next(one for one in names if names.count(one) > 1)} twice; name each once")
     return names
 
 
 RUN = {
     Train: train,
     ForwardBackward: forward_backward,
+    Distill: distill,
     Predict: predict,
     Merge: merge,
     Evaluate: evaluate,
     Proposals: proposals,
     Export: export,
     Measure: measure,
+    Review: review,
     Report: report,
     Demo: demo,
 }

@@ -9,7 +9,7 @@ from labelpenet import config
 from labelpenet.config import Recipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_json
-from labelpenet.data.scenes import write_scenes
+from labelpenet.data.scenes import unfinished, write_scenes
 from labelpenet.errors import InputError
 from labelpenet.formats import open_annotated, open_tagged
 from labelpenet.report import write_report
@@ -42,7 +42,8 @@ def run_demo(
     """
     began = time.monotonic()
     run, report = out / "run", out / "report.html"
-    if out.is_dir() and any(out.iterdir()) and not (out / "scenes").is_dir():
+    inside = set(out.iterdir()) if out.is_dir() else set()
+    if inside - {unfinished(out / "scenes")} and not (out / "scenes").is_dir():
         raise InputError(f"{out}: holds something else than a demo; choose another --out")
     year = write_scenes(out / "scenes", train, held_out, seed=seed)
     if report.is_file() and run_folder.results(run).is_file():

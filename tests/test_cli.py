@@ -113,7 +113,7 @@ def test_train_refuses_a_folder_in_use_and_changed_settings(
     run: Path, kit: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "--resume" in one_line(train_arguments(kit, run), capsys)
-    assert "recipe" in one_line(train_arguments(kit, run, "--resume", "--set", "detection.rois=7"), capsys)
+    assert "recipe" in one_line(train_arguments(kit, run, "--resume", "--set", "modules.2.rois=7"), capsys)
     main(train_arguments(kit, run, "--resume"))  # finished: nothing left to do
 
 
@@ -127,7 +127,7 @@ def test_train_refuses_a_folder_in_use_and_changed_settings(
         (["--evaluate", "nope"], "available are"),
         (["--evaluate", "train"], "choose a split that shares no image"),
         (["--weights", "nope.pth"], "no such weights file"),
-        (["--set", "schedule2.stps=3"], "choose from"),
+        (["--set", "modules.2.schedule.stps=3"], "choose from"),
         (["--shorten", "0"], "must be from"),
         (["--device", "cuda"], "--device cpu"),
     ],

@@ -13,7 +13,8 @@ from labelpenet.data import proposals, run_folder
 from labelpenet.demo import run_demo
 from labelpenet.engine.checkpoint import load_checkpoint
 from labelpenet.errors import InputError
-from labelpenet.models.backbones import Tiny, TinyNetwork, build_backbone
+from labelpenet.models.backbones import Tiny, TinyNetwork
+from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import LabelPEnet
 
 TRAIN, HELD_OUT = 24, 8
@@ -28,7 +29,7 @@ def _one_thread():
 
 
 def small_recipe() -> config.Recipe:
-    changes = ["schedule0.steps=110", "schedule1.steps=80"]
+    changes = ["warm_up.steps=110", "modules.1.schedule.steps=80"]
     for number in (2, 3, 4):
         changes += [f"schedule{number}.steps=45", f"schedule{number}.warmup=5"]
     return config.override(config.demo(), changes)
@@ -105,10 +106,24 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_a_demo_that_was_killed_while_it_wrote_scenes_goes_on(tmp_path, monkeypatch):
+    (tmp_path / ".scenes.tmp" / "VOCdevkit").mkdir(parents=True)
+
+    class WentOn(Exception):
+        pass
+
+    def train_run(*arguments, **options):
+        raise WentOn
+
+    monkeypatch.setattr("labelpenet.demo.train_run", train_run)
+    with pytest.raises(WentOn):
+        run_demo(tmp_path, train=2, held_out=1)
+
+
 def test_the_cascade_starts_from_the_warmed_up_weights(small):
     out, _ = small
     state, _ = load_checkpoint(run_folder.checkpoints(out / "run", "warmup"))
-    assert state is not None and state["step"] == small_recipe().schedule0.steps
+    assert state is not None and state["step"] == small_recipe().warm_up.steps
     stem = load_file(out / "run" / "weights" / "stem.safetensors")
     head = load_file(out / "run" / "weights" / "classification.safetensors")
     for name, value in stem.items():

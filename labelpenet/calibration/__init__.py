@@ -1,6 +1,6 @@
 """Proposal calibration: excitation backprop, attention and heat-maps, dense CRF, and the chain of them."""
 
-from labelpenet.calibration.calibrate import CalibrationSettings, Trace, calibrate
+from labelpenet.calibration.calibrate import Trace, calibrate
 from labelpenet.calibration.crf import DenseCRF, dense_crf
 from labelpenet.calibration.excitation import excitation_backprop, excitation_roi, forward_with_activations
 from labelpenet.calibration.maps import (
@@ -12,7 +12,6 @@ from labelpenet.calibration.maps import (
 )
 
 __all__ = [
-    "CalibrationSettings",
     "DenseCRF",
     "Trace",
     "background_map",

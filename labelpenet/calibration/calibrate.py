@@ -25,7 +25,8 @@ from labelpenet.calibration.maps import (
     normalise,
     project_maps,
 )
-from labelpenet.instances import Instances, masks_to_boxes
+from labelpenet.config import AttentionCalibration, Calibration
+from labelpenet.instances import CompactMasks, Instances
 
 Attend = Callable[[Tensor, Tensor], Tensor]
 """(n,) indices of proposals and (n,) their class indices to (n, a, a) attention maps >= 0 of those proposals."""
@@ -33,54 +34,8 @@ Attend = Callable[[Tensor, Tensor], Tensor]
 SURE = 1e-3
 """Confidences are taken to be in [SURE, 1 - SURE]: no map is ever surer than that."""
 
-COMBINE = ("product", "mean")
-MEMBERS = ("suppressed", "class")
-BOX = ("mask", "proposal")
-
-
-@dataclass(frozen=True)
-class CalibrationSettings:
-    """What the paper leaves open, each choice a field; the defaults are the literal reading (recipe ``paper``).
-
-    Attributes:
-        combine: how instance attention map and heat-map become the confidence map: ``product`` or ``mean``.
-        members: whose attention maps make up an instance's: those of the proposals that it ``suppressed``, or of all
-            proposals of its ``class`` (for one instance a class).
-        nms: IoU above which proposals of a class suppress one another.
-        per_class: instances kept for each class, at most.
-        min_score: a further instance of a class needs this score; the first is kept in any case.
-        attended: proposals of each class, best first, whose attention map is computed.
-        threshold: confidence in (0, 1) at which a pixel is as likely the object's as the background's; the CRF starts
-            from the log-odds against it. None for the paper's background map ``max(0, 1 - sum of the attention maps)``
-            (of the confidence maps where there is no attention map).
-        joint: one CRF with a label for every instance and the background, so that instances compete for pixels;
-            otherwise each instance against background alone.
-        side: longer side of the canvas that maps and CRF live on, in pixels; None for the image's own.
-        sxy_gaussian, compat_gaussian, sxy_bilateral, srgb, compat_bilateral, iterations: of `DenseCRF`, the widths in
-            pixels of the canvas. Zero iterations leave the CRF out.
-        box: where the box comes from: tight around the ``mask``, or that of the kept ``proposal``.
-        part: components of a mask smaller than this fraction of its largest one are dropped; None keeps all.
-        duplicate: instances of a class whose masks overlap by a larger IoU are one; None keeps all.
-    """
-
-    combine: str = "product"
-    members: str = "suppressed"
-    nms: float = 0.3
-    per_class: int = 1
-    min_score: float = 0.5
-    attended: int = 1000
-    threshold: float | None = None
-    joint: bool = True
-    side: int | None = None
-    sxy_gaussian: float = 3.0
-    compat_gaussian: float = 3.0
-    sxy_bilateral: float = 80.0
-    srgb: float = 13.0
-    compat_bilateral: float = 10.0
-    iterations: int = 10
-    box: str = "mask"
-    part: float | None = None
-    duplicate: float | None = None
+LARGEST_CANVAS = 640
+"""Longer side in pixels of the canvas where the recipe names none: a camera's photograph has 24 million pixels."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +54,7 @@ def calibrate(
     scores: Tensor,
     tags: tuple[int, ...] | None,
     attend: Attend,
-    settings: CalibrationSettings,
+    settings: AttentionCalibration,
     regions: Tensor | None = None,
 ) -> tuple[Instances, Trace]:
     """Instances of an image from its scored proposals.
@@ -118,10 +73,10 @@ def calibrate(
         maps behind them.
 
     Raises:
-        ValueError: shapes that do not fit, a tag that is no class, an unknown choice, or NaN or infinity in scores,
+        ValueError: shapes that do not fit, a tag that is no class, or NaN or infinity in scores,
             boxes, regions or attention maps.
     """
-    _check(image, boxes, scores, tags, settings, regions)
+    _check(image, boxes, scores, tags, regions)
     size = (image.shape[0], image.shape[1])
     canvas, scale = working_canvas(image, settings.side)
     small = canvas.shape[:2]
@@ -133,10 +88,10 @@ def calibrate(
     areas = scaled if regions is None else regions.float() * scaled.new_tensor([*scale, *scale])
     attention = instance_attention(areas, labels, member, attend, small)
     heat = instance_heat(scaled, scores, labels, member, small, settings)
-    confidence = normalise(confidence_map(attention, heat, "product" if settings.combine == "product" else "mean"))
+    confidence = normalise(confidence_map(attention, heat, settings.combine))
     marginals = segment(canvas, confidence, settings, attention)
     found = settle(marginals, boxes[seeds].float(), labels, scores[seeds, labels], size, settings)
-    alive = distinct(found, settings.duplicate)
+    alive = distinct(found, settings.mask_nms)
     return found[alive], Trace(normalise(attention)[alive], heat[alive], confidence[alive], marginals[alive])
 
 
@@ -145,7 +100,6 @@ def _check(
     boxes: Tensor,
     scores: Tensor,
     tags: tuple[int, ...] | None,
-    settings: CalibrationSettings,
     regions: Tensor | None,
 ) -> None:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
@@ -158,18 +112,16 @@ def _check(
         raise ValueError(f"regions must be ({len(boxes)}, 4), but got {tuple(regions.shape)}")
     if tags is not None and not all(0 <= tag < scores.shape[1] for tag in tags):
         raise ValueError(f"tags must be in [0, {scores.shape[1]}), but got {tags}")
-    for name, known in (("combine", COMBINE), ("members", MEMBERS), ("box", BOX)):
-        if getattr(settings, name) not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, but got {getattr(settings, name)!r}")
     for name, values in (("boxes", boxes), ("scores", scores), ("regions", regions)):
         if values is not None and not bool(torch.isfinite(values).all()):
             raise ValueError(f"{name} must be finite, but hold NaN or infinity")
 
 
 def working_canvas(image: np.ndarray, side: int | None) -> tuple[np.ndarray, tuple[float, float]]:
-    """The image scaled down to a longer side of ``side``, never up, and the factors of x and y."""
+    """The image scaled down to a longer side of ``side`` (None: `LARGEST_CANVAS`), never up, and the factors."""
     height, width = image.shape[:2]
-    if side is None or side >= max(height, width):
+    side = LARGEST_CANVAS if side is None else side
+    if side >= max(height, width):
         return np.ascontiguousarray(image), (1.0, 1.0)
     factor = side / max(height, width)
     small = cv2.resize(
@@ -179,7 +131,7 @@ def working_canvas(image: np.ndarray, side: int | None) -> tuple[np.ndarray, tup
 
 
 def choose_instances(
-    boxes: Tensor, scores: Tensor, tags: tuple[int, ...] | None, settings: CalibrationSettings
+    boxes: Tensor, scores: Tensor, tags: tuple[int, ...] | None, settings: AttentionCalibration
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The kept proposals and who belongs to them.
 
@@ -209,7 +161,7 @@ def choose_instances(
             index for place, index in enumerate(keep.tolist()) if place < first or rank[index] >= settings.min_score
         ]
         attended = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-        attended[ours[: settings.attended]] = True
+        attended[ours[: settings.max_attention]] = True
         # in double precision, as NMS compares: a float32 overlap of 3 / 10 exceeds 0.3 there
         suppressor = box_iou(boxes[ours].float(), boxes[ours[keep]].float()).double() > settings.nms
         group = suppressor.float().argmax(1)
@@ -255,7 +207,7 @@ def instance_heat(
     labels: Tensor,
     member: Tensor,
     canvas: tuple[int, int],
-    settings: CalibrationSettings,
+    settings: AttentionCalibration,
 ) -> Tensor:
     """Object heat-maps (K, h, w) in [0, 1]: pixel-wise sum of the class score over the proposals.
 
@@ -267,9 +219,7 @@ def instance_heat(
     return normalise(heat_map(boxes, (member * scores[:, labels].T).T, canvas))
 
 
-def segment(
-    canvas: np.ndarray, confidence: Tensor, settings: CalibrationSettings, attention: Tensor | None = None
-) -> Tensor:
+def segment(canvas: np.ndarray, confidence: Tensor, settings: Calibration, attention: Tensor | None = None) -> Tensor:
     """Foreground probabilities (K, h, w) of the instances after the dense CRF.
 
     Args:
@@ -293,7 +243,7 @@ def segment(
     return foreground(p, settings.joint)
 
 
-def unaries(confidence: Tensor, settings: CalibrationSettings, attention: Tensor | None = None) -> Tensor:
+def unaries(confidence: Tensor, settings: Calibration, attention: Tensor | None = None) -> Tensor:
     """What the CRF starts from: probabilities of the background, the first label, and the instances.
 
     With a threshold t an instance of confidence c has the odds ``c / (1 - c) : t / (1 - t)`` against the background, so
@@ -338,7 +288,7 @@ def settle(
     labels: Tensor,
     weights: Tensor,
     size: tuple[int, int],
-    settings: CalibrationSettings,
+    settings: Calibration,
 ) -> Instances:
     """Instances with masks and boxes at the image's size from their probabilities; none is left without a pixel.
 
@@ -346,11 +296,13 @@ def settle(
         marginals: (K, h, w) in [0, 1]; proposals: (K, 4) the kept proposals in pixels of the image; labels: (K,);
         weights: (K,); size: (H, W).
     """
-    masks = torch.stack([largest_parts(mask, settings.part) for mask in grow_masks(marginals, size)])
-    empty = ~masks.flatten(1).any(1)
-    for index in torch.nonzero(empty).flatten().tolist():  # an instance without a pixel falls back to its proposal
-        masks[index] = box_mask(proposals[index], size)
-    boxes = masks_to_boxes(masks)
+    masks = grow_crops(marginals, size)
+    parts = [largest_parts(torch.from_numpy(crop), settings.min_component).numpy() for crop in masks.crops]
+    corners = list(masks.corners)
+    for index in [place for place, part in enumerate(parts) if not part.size]:
+        parts[index], corners[index] = box_mask(proposals[index], size).cpu().numpy(), (0, 0)  # its proposal stands in
+    masks = CompactMasks.of(size, parts, corners)
+    boxes = masks.boxes().to(proposals.device)
     if settings.box == "proposal":
         clipped = clip_boxes_to_image(proposals, size)
         inside = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
@@ -365,9 +317,19 @@ def grow_masks(probabilities: Tensor, size: tuple[int, int]) -> Tensor:
     return probabilities > 0.5
 
 
+def grow_crops(probabilities: Tensor, size: tuple[int, int]) -> CompactMasks:
+    """What `grow_masks` gives, pixel for pixel, with one mask at a time at the image's size."""
+    at_least = (probabilities >= 0.5).flatten(1).any(1).tolist()
+    parts = [
+        grow_masks(one[None], size)[0].cpu().numpy() if possible else np.zeros((0, 0), bool)
+        for one, possible in zip(probabilities, at_least, strict=True)
+    ]
+    return CompactMasks.of(size, parts)
+
+
 def largest_parts(mask: Tensor, fraction: float | None) -> Tensor:
     """The (H, W) bool mask without components smaller than ``fraction`` of its largest one."""
-    if fraction is None:
+    if fraction is None or not mask.numel():
         return mask
     count, components, stats, _ = cv2.connectedComponentsWithStats(mask.cpu().numpy().astype(np.uint8))
     if count <= 2:
@@ -388,16 +350,18 @@ def box_mask(box: Tensor, size: tuple[int, int]) -> Tensor:
 
 def distinct(found: Instances, duplicate: float | None) -> Tensor:
     """Indices (K',) of the instances that are no duplicate of a better one of their class, in order."""
-    if duplicate is None or len(found) < 2 or found.masks is None:
+    masks = found.compact_masks
+    if duplicate is None or len(found) < 2 or masks is None:
         return torch.arange(len(found), device=found.boxes.device)
-    flat = found.masks.flatten(1).float()
-    with full_precision(flat.device):
-        inter = flat @ flat.T
-    area = flat.sum(1)
-    overlap = inter / (area[:, None] + area[None] - inter).clamp(min=1)
+    areas, labels = masks.areas(), found.labels.tolist()
     alive: list[int] = []
     for index in found.weights.argsort(descending=True, stable=True).tolist():
-        same = [other for other in alive if found.labels[other] == found.labels[index]]
-        if not any(overlap[index, other] > duplicate for other in same):
+        same = [other for other in alive if labels[other] == labels[index]]
+        shared = [masks.overlap(index, other) for other in same]
+        unions = [areas[index] + areas[other] - both for other, both in zip(same, shared, strict=True)]
+        if not any(
+            np.float32(both) / np.float32(max(union, 1)) > np.float32(duplicate)
+            for both, union in zip(shared, unions, strict=True)
+        ):
             alive.append(index)
     return torch.tensor(sorted(alive), device=found.boxes.device)

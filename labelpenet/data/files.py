@@ -306,15 +306,23 @@ def is_whole(text: str) -> bool:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Whether this process alone has the lock of a file, made where it is missing; the lock dies with the process.
+    """Whether this process alone has the lock of a folder, or of a file, made where it is missing.
+
+    The lock dies with the process.
 
     True also where the file system knows no locks.
 
     Raises:
         OSError: the file cannot be made.
     """
-    with path.open("ab") as file:
-        yield _lock(file, wait=False)
+    if fcntl is None:
+        yield True
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        yield _lock(descriptor, wait=False)
+    finally:
+        os.close(descriptor)
 
 
 def hash_file(path: Path) -> str:
@@ -353,7 +361,7 @@ def _open_alone(path: Path) -> BinaryIO:
         file.close()
 
 
-def _lock(file: BinaryIO, wait: bool) -> bool:
+def _lock(file: BinaryIO | int, wait: bool) -> bool:
     """Locks an open file against other processes; False if another one has the lock."""
     if fcntl is None:
         return True
@@ -398,6 +406,14 @@ def listing(names: Iterable[str], limit: int = 30) -> str:
     """Names for an error message: comma-separated, in order, at most ``limit`` of them."""
     names = [one_line(name) for name in names]
     return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "") or "none"
+
+
+def excerpt(value: object, length: int = 60) -> str:
+    """What a file holds, for a message; it may be nested deep, or a number of thousands of digits."""
+    try:
+        return str(value)[:length]
+    except (RecursionError, ValueError):
+        return f"a {type(value).__name__}"
 
 
 def safe_name(name: str) -> str:

@@ -37,6 +37,11 @@ def instances(run: Path, module: str) -> Path:
     return run / "instances" / f"{module}.json"
 
 
+def review(run: Path) -> Path:
+    """What a person said of the labels on the review page."""
+    return run / "review.json"
+
+
 def predictions(run: Path, split: str, number: int) -> Path:
     """What module ``number`` predicts for a held-out split."""
     return run / "predictions" / f"{Path(split).stem}-module{number}.json"

@@ -131,17 +131,8 @@ def git_revision() -> str | None:
     if not (tree / ".git").exists():
         return None
     # Without its optional locks, git cannot get in the way of somebody who commits at the same moment.
-    command = [
-        "git",
-        "--no-optional-locks",
-        "-C",
-        str(tree),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
+    options = "--no-optional-locks describe --always --dirty --abbrev=40 --exclude=*"
+    command = ["git", "-C", str(tree), *options.split()]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):

@@ -7,11 +7,14 @@ forwards, inference in between, parameters left out), and a process may drop a s
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
+import traceback
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +28,8 @@ T = TypeVar("T")
 S = TypeVar("S")
 
 _BUCKET = 16 * 2**20  # numbers in one message when gradients are summed over processes
+
+_REMEDY = "what is finished is kept: see what the process said, then run the command again, with --resume if it trains"
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
@@ -51,6 +56,9 @@ def build_fabric(device: str = "auto", devices: int = 1, nodes: int = 1, precisi
     if precision == "auto":
         precision = "bf16-mixed" if _multiplies_bfloat16(device) else "32-true"
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # what it says, run.json and environment.json say
+    observer = logging.getLogger("lightning_fabric.strategies.launchers.subprocess_script")
+    observer.setLevel(logging.INFO)  # says that it ends this process, because another one has died
+    observer.addFilter(_say_what_to_do)
     try:
         fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes, precision=precision)  # type: ignore[arg-type]
         fabric.launch()
@@ -125,6 +133,27 @@ def gather(world: int, value: T) -> list[T]:
     found: list[Any] = [None] * world
     dist.all_gather_object(found, value)
     return found
+
+
+def _say_what_to_do(record: logging.LogRecord) -> bool:
+    record.msg, record.args = f"{record.getMessage().partition('. Forcefully')[0]}; {_REMEDY}", None
+    return True
+
+
+@contextlib.contextmanager
+def peers(world: int) -> Iterator[None]:
+    """Turns the end of another of the ``world`` processes, which breaks a message to it, into one line.
+
+    Raises:
+        InputError: another process is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        if world == 1 or not any("torch/distributed" in Path(f.f_code.co_filename).as_posix() for f, _ in frames):
+            raise
+        raise InputError(f"another process of this command has ended (killed, or out of memory?); {_REMEDY}") from error
 
 
 def together(world: int, work: Callable[[], object]) -> None:

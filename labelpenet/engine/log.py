@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import platform
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -55,6 +57,7 @@ class MetricsLog:
             write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept), _REMEDY)
             self._file = self._path.open("a", encoding="utf-8")
             # purge_step makes TensorBoard forget what an interrupted run drew beyond the checkpoint.
+            _silence_worker()
             self._board = SummaryWriter(str(run_folder.tensorboard(run_dir, stage)), purge_step=step + 1, flush_secs=30)
         except OSError as error:
             raise _unwritable(self._path, error) from error
@@ -74,12 +77,18 @@ class MetricsLog:
 
     def picture(self, name: str, picture: np.ndarray, step: int) -> None:
         """Shows an (H, W, 3) uint8 picture in TensorBoard under ``name``."""
-        self._board.add_image(name, picture, step, dataformats="HWC")
+        try:
+            self._board.add_image(name, picture, step, dataformats="HWC")
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
 
     def close(self) -> None:
         """Writes out what is buffered."""
-        self._file.close()
-        self._board.close()
+        try:
+            self._file.close()
+            self._board.close()
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
 
 
 def read_metrics(run_dir: Path) -> list[Row]:
@@ -234,6 +243,19 @@ def _live_bar(stage: str, steps: int, start: int) -> Any:
     bar = Bar(*columns, console=Console(stderr=True))
     bar.add_task(stage, total=steps, completed=start, status="starting")
     return bar
+
+
+@functools.cache
+def _silence_worker() -> None:
+    """Keeps the traceback of TensorBoard's thread on a full disk from the user; the next call raises the error here."""
+    before = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        tensorboard = type(failure.thread).__module__.startswith("tensorboard.")
+        if not (tensorboard and isinstance(failure.exc_value, OSError)):
+            before(failure)
+
+    threading.excepthook = hook
 
 
 def _to_stderr(message: str) -> None:

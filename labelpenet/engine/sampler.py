@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,7 +86,7 @@ class Sampler:
     def _draw(self, step: int, rank: int, world: int) -> list[int]:
         stage = self.stage
         draw = len(stage.images), stage.batch_size, self.seed, stage.name, step // stage.repeat
-        return batches(*draw, rank, world, stage.groups)
+        return batches(*draw, rank, world)
 
 
 def stream_seed(seed: int, stage: str, step: int, position: int = 0, use: str = "") -> int:
@@ -119,21 +119,17 @@ def batches(
     step: int,
     rank: int = 0,
     world: int = 1,
-    groups: Sequence[int] | None = None,
 ) -> list[int]:
     """The images of a step: this process's share of the batch.
 
-    Without groups the images come in one endless stream, a fresh permutation an epoch, so that within any epoch each
-    image is seen once (a batch may reach into the next epoch). With groups the group of each batch is drawn in
-    proportion to its size and its images come from the group's own stream: over ``n_images`` steps each image is seen
-    exactly ``batch_size`` times.
+    The images come in one endless stream, a fresh permutation an epoch, so that within any epoch each image is seen
+    once (a batch may reach into the next epoch).
 
     Args:
         n_images: number of training images.
         batch_size: images per step over all processes; a multiple of ``world``.
         seed, stage, step: what the draw depends on.
         rank, world: this process and the number of processes.
-        groups: for each image a group id; None for one group.
 
     Returns:
         ``batch_size / world`` image indices; those of all ranks, one after the other, are those of one process.
@@ -147,28 +143,14 @@ def batches(
         raise InputError(
             f"a batch of {batch_size} cannot be shared by {world} processes; make it a multiple of {world}"
         )
-    if groups is None:
-        chosen = _stream(range(n_images), step * batch_size, batch_size, seed, stage)
-    else:
-        cycle, slot = divmod(step, n_images)
-        order = np.asarray(groups)[_permutation(n_images, seed, stage, cycle, "group")]
-        group = order[slot]
-        members = np.flatnonzero(np.asarray(groups) == group).tolist()
-        before = cycle * len(members) + int((order[:slot] == group).sum())
-        chosen = _stream(members, before * batch_size, batch_size, seed, f"{stage}\0{group}")
+    chosen = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(position, n_images)
+        chosen.append(int(_permutation(n_images, seed, stage, epoch)[place]))
     share = batch_size // world
     return chosen[rank * share : (rank + 1) * share]
 
 
-def _stream(members: Sequence[int], start: int, count: int, seed: int, stage: str) -> list[int]:
-    """``count`` of the members from position ``start`` of their endless stream, a fresh permutation an epoch."""
-    chosen = []
-    for position in range(start, start + count):
-        epoch, place = divmod(position, len(members))
-        chosen.append(members[int(_permutation(len(members), seed, stage, epoch, "images")[place])])
-    return chosen
-
-
 @lru_cache(maxsize=16)
-def _permutation(n: int, seed: int, stage: str, epoch: int, use: str) -> np.ndarray:
-    return np.random.default_rng(stream_seed(seed, stage, epoch, use=use)).permutation(n)
+def _permutation(n: int, seed: int, stage: str, epoch: int) -> np.ndarray:
+    return np.random.default_rng(stream_seed(seed, stage, epoch, use="images")).permutation(n)

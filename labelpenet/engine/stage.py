@@ -46,15 +46,14 @@ class Optimiser:
                 factor = value
         return self.lr * factor * min(1.0, (step + 1) / (self.warmup + 1))
 
-    def build(self, groups: Sequence[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The optimiser over parameter groups."""
-        groups = [dict(group) for group in groups]
+    def build(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser over the parameters."""
         if self.kind == "sgd":
-            return torch.optim.SGD(groups, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+            return torch.optim.SGD(parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
         kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
         if self.kind not in kinds:
             raise InputError(f"unknown optimiser {self.kind!r}; known are sgd, adam and adamw")
-        return kinds[self.kind](groups, self.lr, weight_decay=self.weight_decay)
+        return kinds[self.kind](parameters, self.lr, weight_decay=self.weight_decay)
 
 
 @dataclass
@@ -73,12 +72,9 @@ class Stage:
         batch_size: images per optimiser step, over all processes.
         images_per_pass: images that `loss` gets at a time.
         optimiser: see `Optimiser`.
-        parameters: parameter groups; a group's ``lr_factor`` multiplies its learning rate. None: all that require a
-            gradient.
         load: ``load(indices, generator)`` reads and augments the images of a pass ahead of time, in a thread; all its
             random numbers must come from ``generator``. An `InputError` skips the step.
         workers: threads that `load`.
-        groups: for each image a group id (its aspect ratio, say); all images of a batch then belong to one group.
         repeat: consecutive steps that see the same batch with the same augmentation (the phases of an iteration).
         ema: decay of a moving average of the trained parameters (0.999, say), which the module holds once the stage is
             done; None keeps the parameters themselves.
@@ -95,10 +91,8 @@ class Stage:
     batch_size: int = 2
     images_per_pass: int = 1
     optimiser: Optimiser = field(default_factory=Optimiser)
-    parameters: Sequence[dict[str, Any]] | None = None
     load: Callable[[list[int], torch.Generator], Any] | None = None
     workers: int = 2
-    groups: Sequence[int] | None = None
     repeat: int = 1
     ema: float | None = None
     observe: Callable[[int, MetricsLog], None] | None = None
@@ -108,7 +102,7 @@ class Stage:
         """Refuses what ``world`` processes cannot train.
 
         Raises:
-            InputError: no image, or a batch that cannot be cut into passes; ValueError: not one group an image.
+            InputError: no image, or a batch that cannot be cut into passes.
         """
         unit = world * self.images_per_pass
         if self.images_per_pass < 1 or self.batch_size < 1 or self.batch_size % unit:
@@ -118,25 +112,19 @@ class Stage:
             )
         if not self.images:
             raise InputError(f"stage {self.name} has no training image; check the data set and the classes asked for")
-        if self.groups is not None and len(self.groups) != len(self.images):
-            raise ValueError(f"groups must be ({len(self.images)},), but got ({len(self.groups)},)")
 
     def facts(self, seed: int, precision: str) -> dict[str, Any]:
         """What decides the result, besides the module, the loss and the images' content."""
+        names = hashlib.blake2b("\0".join(self.images).encode(), digest_size=4).hexdigest()
         return {
             "name": self.name,
             "steps": self.steps,
-            "images": f"{len(self.images)} ({_digest(self.images)})",
+            "images": f"{len(self.images)} ({names})",
             "batch_size": self.batch_size,
             "images_per_pass": self.images_per_pass,
             "repeat": self.repeat,
-            "groups": None if self.groups is None else _digest(self.groups),
             "optimiser": asdict(self.optimiser),
             "ema": self.ema,
             "seed": seed,
             "precision": precision,
         }
-
-
-def _digest(values: Sequence[Any]) -> str:
-    return hashlib.blake2b("\0".join(str(value) for value in values).encode(), digest_size=4).hexdigest()

@@ -114,9 +114,8 @@ class _Trainer:
         self.source = {"versions": versions(), "git": git_revision()}
         self.config = plain({"run": config, "stage": stage.facts(seed, machine.precision)})
         stage.module.to(machine.device)
-        default = [{"params": [p for p in stage.module.parameters() if p.requires_grad]}]
-        self.optimiser = stage.optimiser.build(default if stage.parameters is None else stage.parameters)
-        self.parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
+        self.parameters = [p for p in stage.module.parameters() if p.requires_grad]
+        self.optimiser = stage.optimiser.build(self.parameters)
         trained = {id(p) for p in self.parameters}
         self.average = {
             name: p.detach().clone()
@@ -145,6 +144,7 @@ class _Trainer:
         if state is None:
             self.machine.share([*self.stage.module.parameters(), *self.stage.module.buffers()])
             return notes
+        state["config"]["stage"].pop("groups", None)  # of checkpoints that knew groups of images, and had none
         check_configuration(state["config"], self.config, self.run_dir)
         try:
             self.stage.module.load_state_dict(state["model"])
@@ -331,7 +331,7 @@ class _Trainer:
             if options.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(used, options.clip, total)
             for group in self.optimiser.param_groups:
-                group["lr"] = options.rate(step) * group.get("lr_factor", 1.0)
+                group["lr"] = options.rate(step)
         if math.isfinite(norm) or machine.scaler.is_enabled():
             machine.scaler.step(self.optimiser)  # which moves nothing where it finds an overflow
             machine.scaler.update()

@@ -29,7 +29,6 @@ import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
@@ -37,9 +36,6 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-
-from labelpenet.errors import InputError
-from labelpenet.models.weights import check_weights, read_weights, torchvision_weights
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -325,77 +321,6 @@ class FullPrecisionConv2d(SameConv2d):
         return y.reshape(images, h * rows, w * columns, -1)[:, :height, :width].permute(0, 3, 1, 2)
 
 
-def build_backbone(name: str, weights: Path | None = None, pretrained: bool = True) -> Backbone:
-    """The backbone called ``name`` with ImageNet weights.
-
-    Args:
-        name: one of `BACKBONES`, or ``timm/NAME``.
-        weights: a state dict of torchvision's or timm's model of that name (``.safetensors``, or a ``.pt`` / ``.pth``
-            that holds tensors only). Without it, the library's own weights are used, which it downloads once.
-        pretrained: False for random weights (tests, speed).
-
-    Raises:
-        InputError: unknown name; a network that cannot be cut; weights that are missing, unreadable or of another one.
-    """
-    if name.startswith("timm/"):
-        from labelpenet.models.timm_backbones import build_timm  # takes a second to import
-
-        return build_timm(name, weights, pretrained)
-    if name not in BACKBONES:
-        raise InputError(f"unknown backbone {name!r}; choose from {', '.join(BACKBONES)} and timm/NAME (any of timm's)")
-    build, plug = BACKBONES[name]
-    if weights is None and pretrained and plug.imagenet:
-        network = build(weights=None)
-        network.load_state_dict(torchvision_weights(name))
-        backbone = plug(network)
-        # torchvision's own weights expect ImageNet's mean and standard deviation
-        backbone.mean, backbone.std = VGG16.mean, VGG16.std
-    else:
-        network = build(weights=None)
-        if weights is not None:
-            load_weights(network, weights, name)
-        own_statistics = weights is not None and name == "mobilenet_v2" and not _is_folded(network)
-        backbone = plug(network)
-        if own_statistics:
-            backbone.mean, backbone.std = VGG16.mean, VGG16.std
-        if weights is None:
-            backbone.untrained = network
-    return backbone
-
-
-def load_weights(network: nn.Module, path: Path, name: str) -> None:
-    """Loads a state dict into ``network``, or says in one line why not.
-
-    Raises:
-        InputError: the file is missing, damaged or belongs to another network.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such weights file; give the state dict of {_library(name)} with --weights")
-    state = read_weights(path, name)
-    own = network.state_dict()
-    wrong = [key for key, value in own.items() if key not in state or getattr(state[key], "shape", None) != value.shape]
-    if wrong:
-        raise InputError(
-            f"{path}: not the weights of {name} ({len(wrong)} of {len(own)} entries missing or of another shape, "
-            f"such as {wrong[0]}); give the state dict of {_library(name)}"
-        )
-    check_weights(network, state, path)
-    network.load_state_dict(state, strict=False)
-
-
-def _library(name: str) -> str:
-    return f"timm's {name.removeprefix('timm/')}" if name.startswith("timm/") else f"torchvision.models.{name}"
-
-
-def _is_folded(network: nn.Module) -> bool:
-    """Whether all batch norms are identities plus a bias, as in weights converted from an 8-bit model.
-
-    Those expect inputs in [-1, 1]; torchvision's own expect ImageNet's mean and standard deviation.
-    """
-    norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
-    return all(bool((layer.running_mean == 0).all()) for layer in norms if isinstance(layer.running_mean, Tensor))
-
-
 def fold_batch_norm(module: nn.Module) -> None:
     """Folds every batch norm that follows a convolution in a Sequential into it, exactly as it acts in evaluation mode.
 
@@ -411,10 +336,3 @@ def fold_batch_norm(module: nn.Module) -> None:
             if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 child._modules[first] = fuse_conv_bn_eval(convolution.eval(), norm.eval())
                 child._modules[second] = nn.Identity()
-
-
-BACKBONES: dict[str, tuple[Callable[..., nn.Module], type[Backbone]]] = {
-    "vgg16": (torchvision.models.vgg16, VGG16),
-    "mobilenet_v2": (torchvision.models.mobilenet_v2, MobileNetV2),
-    "tiny": (TinyNetwork, Tiny),
-}

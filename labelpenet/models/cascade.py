@@ -7,34 +7,35 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import nms
 
 from labelpenet import config
-from labelpenet.calibration import CalibrationSettings, Trace, calibrate, project_maps
+from labelpenet.calibration import Trace, calibrate, project_maps
 from labelpenet.calibration.calibrate import distinct, segment, settle, working_canvas
 from labelpenet.calibration.excitation import layer_without_rule
-from labelpenet.config import InferenceChoice, Recipe
+from labelpenet.config import MODULES, AttentionCalibration, MaskCalibration, Recipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
-from labelpenet.data.images import read_image
+from labelpenet.data.images import as_pixels, find_images
 from labelpenet.data.proposals import ProposalSettings, propose
 from labelpenet.errors import DamagedError, InputError
 from labelpenet.instances import Instances
 from labelpenet.models.attention import roi_attention
-from labelpenet.models.backbones import Backbone, build_backbone
+from labelpenet.models.backbones import Backbone
+from labelpenet.models.build import build_backbone
 from labelpenet.models.classification import Classification
-from labelpenet.models.detection import Candidates, Detector, DetectorSettings
+from labelpenet.models.detection import Candidates, Detector
 from labelpenet.models.segmentation import Segmenter
-
-MODULES = ("classification", "detection", "refinement", "segmentation")
+from labelpenet.models.weights import check_weights
 
 
 @dataclass
@@ -78,6 +79,9 @@ class View:
         return Instances(self.boxes(one.boxes), one.labels.to(device), one.weights.to(device), (height, width), masks)
 
 
+Photograph = np.ndarray | Image.Image | str | Path
+"""A photograph in whatever form one has it (see `data.images.as_pixels`)."""
+
 Seen = tuple[View, Tensor]
 """A view and the stem's map of it."""
 
@@ -99,14 +103,11 @@ class LabelPEnet(nn.Module):
         self.classes, self.recipe, self.backbone_name = tuple(classes), recipe, backbone.name
         c = len(self.classes)
         self.stem = backbone.stem.module
-        one = recipe.classification
-        self.classification = Classification(backbone, c, one.pool, one.freeze_head)
-        self.detection = Detector(backbone, c, backbone.region_tail(), _settings(recipe.detection, weighted=True))
-        choice = recipe.segmentation
-        self.refinement = Segmenter(backbone, c, _settings(choice, weighted=True), choice.mask_width, choice.mask_depth)
-        self.segmentation = Segmenter(
-            backbone, c, _settings(choice, weighted=False), choice.mask_width, choice.mask_depth
-        )
+        one, two, three, four = recipe.modules
+        self.classification = Classification(backbone, c, one)
+        self.detection = Detector(backbone, c, backbone.region_tail(), two)
+        self.refinement = Segmenter(backbone, c, three)
+        self.segmentation = Segmenter(backbone, c, four)
         self._check_attention(backbone)
         self.to(memory_format=torch.channels_last)
         self.register_buffer("_mean", torch.tensor(backbone.mean).view(1, 3, 1, 1) * 255, persistent=False)
@@ -116,13 +117,14 @@ class LabelPEnet(nn.Module):
         self.eval()
 
     def _check_attention(self, backbone: Backbone) -> None:
-        for name in MODULES[:2]:
-            if getattr(self.recipe, name).attention == "excitation":
+        one, two, _, _ = self.recipe.modules
+        for name, attention in ((one.name, one.attention), (two.name, two.attention)):
+            if attention == "excitation":
                 missing = layer_without_rule(getattr(self, name).head)
                 if missing is not None:
                     raise InputError(
-                        f"{backbone.name}: excitation backprop cannot pass its {missing}; choose --set "
-                        "classification.attention=gradient --set detection.attention=gradient"
+                        f"{backbone.name}: excitation backprop cannot pass its {missing}; choose "
+                        "--set modules.*.attention=gradient"
                     )
 
     @property
@@ -227,22 +229,21 @@ class LabelPEnet(nn.Module):
                 pooled,
                 labels + 1,
                 scores[index, labels],
-                self.recipe.classification.attention,
+                self.classification.settings.attention,
             )
 
         wanted = tuple(range(len(self.classes))) if tags is None else tags
-        # classes that the image may not show must not take pixels from those that it does
-        choice = self.recipe.infer1 if tags is not None else replace(self.recipe.infer1, joint=False)
+        choice = one.settings.predict if tags is None else one.settings.label
         found, trace = calibrate(
             image,
             proposals.to(scores.device),
             scores,
             wanted,
             attend,
-            calibration_settings(choice),
+            choice,
         )
         if tags is None:
-            found = replace(found, weights=found.weights * probabilities[found.labels])
+            found = found.weighted(found.weights * probabilities[found.labels])
         return found, trace, probabilities
 
     @torch.no_grad()
@@ -273,7 +274,7 @@ class LabelPEnet(nn.Module):
         module: Detector,
         image: np.ndarray,
         tags: tuple[int, ...] | None,
-        choice: InferenceChoice,
+        nms: float,
         seen: Seen | None,
     ) -> tuple[View, Tensor, Tensor, Tensor, Candidates]:
         """View, stem map, RoIs (R, 4), pooled RoI features and candidates of a detector."""
@@ -283,20 +284,20 @@ class LabelPEnet(nn.Module):
         pooled = module.pool(features, rois)
         logits, deltas = module.classify(module.head(pooled))
         size = (int(view.pixels.shape[-2]), int(view.pixels.shape[-1]))
-        found = module.candidates(rois, logits, deltas, size, tags, choice.score_threshold, choice.nms)
+        found = module.candidates(rois, logits, deltas, size, tags, module.settings.score_threshold, nms)
         return view, stem, rois, pooled, found
 
     def infer_detection(
         self,
         image: np.ndarray,
         tags: tuple[int, ...] | None,
-        choice: InferenceChoice | None = None,
+        choice: AttentionCalibration | None = None,
         seen: Seen | None = None,
     ) -> tuple[Instances, Trace]:
         """Module 2, calibrated: several instances for each class."""
-        choice = choice or self.recipe.infer2
-        module = self.detection
-        view, _, rois, pooled, found = self._candidates(module, image, tags, choice, seen)
+        module, settings = self.detection, self.recipe.modules[1]
+        choice = choice or settings.label
+        view, _, rois, pooled, found = self._candidates(module, image, tags, choice.nms, seen)
         scores = found.scores.new_zeros(len(found.scores), len(self.classes))
         scores[torch.arange(len(scores), device=scores.device), found.labels] = found.scores
 
@@ -307,7 +308,7 @@ class LabelPEnet(nn.Module):
                 pooled[found.rois[index]],
                 labels + 1,
                 found.scores[index],
-                self.recipe.detection.attention,
+                settings.attention,
             )
 
         present = tuple(sorted(set(found.labels.tolist())))
@@ -321,7 +322,7 @@ class LabelPEnet(nn.Module):
             scores,
             present,
             attend,
-            calibration_settings(choice),
+            choice,
             regions=view.back(rois[found.rois]),
         )
 
@@ -330,13 +331,14 @@ class LabelPEnet(nn.Module):
         number: int,
         image: np.ndarray,
         tags: tuple[int, ...] | None,
-        choice: InferenceChoice | None = None,
+        choice: MaskCalibration | None = None,
         seen: Seen | None = None,
     ) -> tuple[Instances, Trace]:
         """Module 3 or 4: detections, their masks (and those of the detections that they suppressed), dense CRF."""
-        choice = choice or (self.recipe.infer3 if number == 3 else self.recipe.infer4)
         module = self.refinement if number == 3 else self.segmentation
-        view, stem, _, _, found = self._candidates(module, image, tags, choice, seen)
+        _, _, three, four = self.recipe.modules
+        choice = choice or (three if number == 3 else four).label
+        view, stem, _, _, found = self._candidates(module, image, tags, choice.nms, seen)
         size = (image.shape[0], image.shape[1])
         canvas, scale = working_canvas(image, choice.side)
         small = (canvas.shape[0], canvas.shape[1])
@@ -353,21 +355,20 @@ class LabelPEnet(nn.Module):
         kept_itself = torch.zeros_like(group, dtype=torch.bool)
         kept_itself[found.keep[chosen]] = True
         belongs = group >= 0  # the best so many, and each kept detection in any case
-        members = torch.where(belongs & ((belongs.cumsum(0) <= choice.attended) | kept_itself))[0]
+        members = torch.where(belongs & ((belongs.cumsum(0) <= choice.max_masks) | kept_itself))[0]
         masks = module.masks(module.mask_features(stem), found.boxes[members], found.labels[members])
         boxes = view.back(found.boxes)
         scaled = boxes[members] * boxes.new_tensor([*scale, *scale])
         summed = project_maps(masks, scaled, small, found.scores[members], group[members], len(chosen))
         total = torch.zeros(len(chosen), device=boxes.device).index_add_(0, group[members], found.scores[members])
         confidence = (summed / total.clamp(min=1e-6)[:, None, None]).clamp(0, 1)
-        settings = calibration_settings(choice)
         if choice.iterations:
-            marginals = segment(canvas, confidence, settings)
+            marginals = segment(canvas, confidence, choice)
         else:
             marginals = confidence
         kept = boxes[found.keep[chosen]]
-        instances = settle(marginals, kept, kept_labels[chosen], kept_scores[chosen], size, settings)
-        alive = distinct(instances, choice.duplicate)
+        instances = settle(marginals, kept, kept_labels[chosen], kept_scores[chosen], size, choice)
+        alive = distinct(instances, choice.mask_nms)
         nothing = torch.zeros_like(confidence)
         return instances[alive], Trace(nothing[alive], nothing[alive], confidence[alive], marginals[alive])
 
@@ -397,36 +398,52 @@ class LabelPEnet(nn.Module):
             return self.infer_detection(image, tags, seen=seen)
         return self.infer_segmentation(number, image, tags, seen=seen)
 
+    @overload
+    def predict(self, image: Photograph, module: int = 4, proposals: Tensor | None = None) -> Instances: ...
+
+    @overload
+    def predict(self, image: list[Photograph] | tuple[Photograph, ...], module: int = 4) -> list[Instances]: ...
+
     @torch.no_grad()
-    def predict(self, image: np.ndarray | str | Path, module: int = 4, proposals: Tensor | None = None) -> Instances:
-        """The instances of a photograph whose tags are not known.
+    def predict(
+        self,
+        image: Photograph | list[Photograph] | tuple[Photograph, ...],
+        module: int = 4,
+        proposals: Tensor | None = None,
+    ) -> Instances | list[Instances]:
+        """The instances of a photograph, or of each of several, whose tags are not known.
 
         Args:
-            image: (H, W, 3) uint8 RGB, or an image file.
+            image: an image file, (H, W, 3) uint8 RGB, a PIL image, or a list of them; a folder stands for the list of
+                its image files in order of name (`data.images.find_images`).
             module: which of the four answers.
             proposals: (R, 4) in pixels of the photograph; computed if the module needs them and they are not given.
 
         Returns:
-            `Instances` on the CPU, best first: scores in [0, 1] as weights, masks for every module.
+            `Instances` on the CPU, best first: scores in [0, 1] as weights, masks for every module. A list of them for
+            a list or a folder.
 
         Raises:
-            InputError: the file cannot be read; no such module.
+            InputError: a file cannot be read; no such module.
         """
         self.require(module)
-        pixels = image if isinstance(image, np.ndarray) else read_image(image)
+        if isinstance(image, (str, Path)) and Path(image).is_dir():
+            image = [path for _, path in find_images([Path(image)])]
+        if isinstance(image, (list, tuple)):
+            return [self.predict(one, module) for one in image]
+        pixels = as_pixels(image)
         if proposals is None and self.needs_proposals(module):
             proposals = self.proposals(pixels)
         seen = self.see(pixels)
-        one = self.recipe
-        choice = {2: one.predict2, 3: one.predict3, 4: one.predict4}.get(module)
+        _, two, three, four = self.recipe.modules
         if module == 1:
             assert proposals is not None
             found, _, _ = self.infer_classification(pixels, proposals, None, seen=seen)
         elif module == 2:
-            found, _ = self.infer_detection(pixels, None, choice, seen)
+            found, _ = self.infer_detection(pixels, None, two.predict, seen)
         else:
-            found, _ = self.infer_segmentation(module, pixels, None, choice, seen)
-        if choice is not None and choice.vote:
+            found, _ = self.infer_segmentation(module, pixels, None, (three if module == 3 else four).predict, seen)
+        if module > 1 and self.recipe.modules[module - 1].vote:  # type: ignore[union-attr]
             found = self.vote(module, found, seen)
         found = found.to("cpu")
         return found[found.weights.argsort(descending=True, stable=True)]
@@ -460,7 +477,7 @@ class LabelPEnet(nn.Module):
             logits, _ = module.classify(module.head(module.pool(module.features(stem), view.boxes(found.boxes))))
             opinions.append(_of_class(logits.float().softmax(1)[:, 1:], found.labels))
         together = torch.stack([one.float().clamp(min=1e-6).log() for one in opinions]).mean(0).exp()
-        return replace(found, weights=together)
+        return found.weighted(together)
 
     def needs_proposals(self, module: int) -> bool:
         """Whether a module works on selective-search proposals."""
@@ -500,8 +517,13 @@ class LabelPEnet(nn.Module):
         path = run_folder.weights(run, part)
         if not path.is_file():
             return False
+        module = getattr(self, part)
         try:
-            getattr(self, part).load_state_dict(read_tensors(path))
+            state = read_tensors(path)
+            check_weights(module, state, path)
+            module.load_state_dict(state)
+        except InputError:
+            raise
         except (OSError, ValueError) as error:
             raise DamagedError(f"{path}: {error}; labelpenet train ... --resume restores it") from error
         except RuntimeError as error:
@@ -526,18 +548,6 @@ def proposal_settings(recipe: Recipe) -> ProposalSettings:
     """The recipe's choice in the words of the proposals' reader."""
     choice = recipe.proposals
     return ProposalSettings(method=choice.method, side=choice.side)  # type: ignore[arg-type]
-
-
-def calibration_settings(choice: InferenceChoice) -> CalibrationSettings:
-    """The part of an inference choice that calibration looks at."""
-    names = {f.name for f in fields(CalibrationSettings)}
-    return CalibrationSettings(**{f.name: getattr(choice, f.name) for f in fields(choice) if f.name in names})
-
-
-def _settings(choice: config.DetectorChoice, weighted: bool) -> DetectorSettings:
-    names = {f.name for f in fields(DetectorSettings)}
-    values = {f.name: getattr(choice, f.name) for f in fields(choice) if f.name in names}
-    return DetectorSettings(**values, weighted=weighted)
 
 
 def _of_class(probabilities: Tensor, labels: Tensor) -> Tensor:

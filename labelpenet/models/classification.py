@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from labelpenet import config
 from labelpenet.models.backbones import Backbone
 from labelpenet.models.layers import RoIPooling, initialise
 
@@ -18,18 +19,17 @@ class Classification(nn.Module):
     Args:
         backbone: names tail and RoI head.
         num_classes: C.
-        pool: kind of RoI pooling, ``max`` or ``align``.
-        freeze_head: whether tail and RoI head keep their pretrained weights.
+        settings: the recipe's choices.
     """
 
-    def __init__(self, backbone: Backbone, num_classes: int, pool: str = "max", freeze_head: bool = False):
+    def __init__(self, backbone: Backbone, num_classes: int, settings: config.Classification):
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.settings = num_classes, settings
         tail = backbone.region_tail()
         self.tail = tail.module
-        self.pool = RoIPooling(backbone.pool_size, tail.stride, pool)
+        self.pool = RoIPooling(backbone.pool_size, tail.stride, settings.pool)
         self.head, features = backbone.roi_head()
-        if freeze_head:
+        if settings.freeze_head:
             self.tail.requires_grad_(False)
             self.head.requires_grad_(False)
         self.classifier = nn.Linear(features, num_classes + 1)

@@ -18,33 +18,12 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou, clip_boxes_to_image, remove_small_boxes
 
+from labelpenet import config
 from labelpenet.instances import Instances
 from labelpenet.models.backbones import Backbone, Part
 from labelpenet.models.layers import RoIPooling, initialise, nms_groups
 
-ANCHOR_SIDES = (128, 256, 512)  # Faster R-CNN's three scales, for images whose shorter side is 600 pixels
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)
-
-
-@dataclass(frozen=True)
-class DetectorSettings:
-    """What differs between the recipes.
-
-    Attributes:
-        anchor_sides: square roots of the anchors' areas in pixels of the network's input.
-        rois: RoIs sampled for each image in training, a quarter of them positive at most.
-        rpn_proposals: boxes that the RPN passes on, in training and at inference.
-        pool: kind of RoI pooling, ``max`` or ``align``.
-        cells: cells per side of the pooling behind a convolutional RoI head (`Backbone.roi_head`).
-        weighted: whether the instances' weights enter the losses (False in module 4).
-    """
-
-    anchor_sides: tuple[int, ...] = ANCHOR_SIDES
-    rois: int = 128
-    rpn_proposals: int = 300
-    pool: str = "max"
-    cells: int = 1
-    weighted: bool = True
 
 
 class RPNHead(nn.Module):
@@ -171,7 +150,7 @@ class Detector(nn.Module):
         settings: the recipe's choices.
     """
 
-    def __init__(self, backbone: Backbone, num_classes: int, tail: Part, settings: DetectorSettings):
+    def __init__(self, backbone: Backbone, num_classes: int, tail: Part, settings: config.Detector):
         super().__init__()
         self.num_classes, self.settings = num_classes, settings
         self.tail = tail.module
@@ -182,8 +161,14 @@ class Detector(nn.Module):
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
             positive_fraction=0.5,
-            pre_nms_top_n={"training": 2000, "testing": 1000},
-            post_nms_top_n={"training": settings.rpn_proposals, "testing": settings.rpn_proposals},
+            pre_nms_top_n={
+                "training": settings.rpn_pre_nms_top_n_train,
+                "testing": settings.rpn_pre_nms_top_n_test,
+            },
+            post_nms_top_n={
+                "training": settings.rpn_post_nms_top_n_train,
+                "testing": settings.rpn_post_nms_top_n_test,
+            },
             nms_thresh=0.7,
         )
         self.pool = RoIPooling(backbone.pool_size, tail.stride, settings.pool)

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from labelpenet import config
 from labelpenet.instances import Instances
 from labelpenet.models.backbones import Backbone
-from labelpenet.models.detection import Detector, DetectorSettings, rcnn_loss
+from labelpenet.models.detection import Detector, rcnn_loss
 from labelpenet.models.layers import RoIPooling, initialise
 
 MASK_POOL = 14
@@ -61,16 +62,14 @@ class Segmenter(Detector):
         self,
         backbone: Backbone,
         num_classes: int,
-        settings: DetectorSettings,
-        mask_width: int = 256,
-        mask_depth: int = 4,
+        settings: config.Segmentation,
     ):
         super().__init__(backbone, num_classes, backbone.detection_tail(), settings)
         tail = backbone.mask_tail()
         self.mask_tail = tail.module
-        self.pyramid = SpatialPyramid(tail.channels, mask_width)
+        self.pyramid = SpatialPyramid(tail.channels, settings.mask_width)
         self.mask_pool = RoIPooling(MASK_POOL, tail.stride, settings.pool)
-        self.mask_head = MaskHead(mask_width, num_classes, mask_depth)
+        self.mask_head = MaskHead(settings.mask_width, num_classes, settings.mask_depth)
 
     def mask_features(self, stem: Tensor) -> Tensor:
         """The pyramid's map (1, width, h, w)."""

@@ -30,7 +30,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from labelpenet.calibration.excitation import Residual
 from labelpenet.errors import InputError
-from labelpenet.models.backbones import Backbone, Part, SameConv2d, for_training, load_weights, replace
+from labelpenet.models.backbones import Backbone, Part, SameConv2d, for_training, replace
+from labelpenet.models.weights import load_weights
 
 STRIDE = 16
 SIDE = 64  # of the image that a network is examined with
@@ -41,7 +42,7 @@ _BOTTLENECKS = (resnet.BasicBlock, resnet.Bottleneck, regnet.Bottleneck)
 
 
 def build_timm(name: str, weights: Path | None, pretrained: bool) -> Backbone:
-    """The backbone ``timm/NAME``; arguments and errors as `backbones.build_backbone`.
+    """The backbone ``timm/NAME``; arguments and errors as `build.build_backbone`.
 
     Without ``weights``, timm's own are downloaded (safetensors, or a file of tensors only) and kept in its cache.
     """

@@ -43,18 +43,42 @@ def read_weights(path: Path, of: str) -> dict[str, Tensor]:
 
 
 def check_weights(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Refuses tensors that fit by name and shape, but are no weights.
+    """Refuses tensors that have a name of the network's, but are no weights.
 
     Raises:
         InputError: integer or complex numbers where real ones belong, NaN or infinite ones.
     """
     for name, own in network.state_dict().items():
-        value = state[name]
+        value = state.get(name, own)
         if value.is_complex() or value.is_floating_point() != own.is_floating_point():
             kind = str(value.dtype).removeprefix("torch.")
             raise InputError(f"{path}: {name} holds numbers of type {kind}; give the weights as floating-point numbers")
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise InputError(f"{path}: {name} holds NaN or infinite numbers; download or train the weights again")
+
+
+def load_weights(network: nn.Module, path: Path, name: str) -> None:
+    """Loads a state dict into ``network``, or says in one line why not.
+
+    Raises:
+        InputError: the file is missing, damaged or belongs to another network.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such weights file; give the state dict of {_library(name)} with --weights")
+    state = read_weights(path, name)
+    own = network.state_dict()
+    wrong = [key for key, value in own.items() if key not in state or getattr(state[key], "shape", None) != value.shape]
+    if wrong:
+        raise InputError(
+            f"{path}: not the weights of {name} ({len(wrong)} of {len(own)} entries missing or of another shape, "
+            f"such as {wrong[0]}); give the state dict of {_library(name)}"
+        )
+    check_weights(network, state, path)
+    network.load_state_dict(state, strict=False)
+
+
+def _library(name: str) -> str:
+    return f"timm's {name.removeprefix('timm/')}" if name.startswith("timm/") else f"torchvision.models.{name}"
 
 
 def torchvision_weights(name: str) -> dict[str, Tensor]:

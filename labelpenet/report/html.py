@@ -23,6 +23,8 @@ from labelpenet.evaluation import Table, cascade_table, summary_table
 from labelpenet.formats import read_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import MODULES, LabelPEnet, read_run
+from labelpenet.models.student import KIND as STUDENT
+from labelpenet.models.student import Student, load
 from labelpenet.report.plots import Curves, curves, loss_plot
 from labelpenet.report.strips import (
     MIN_SCORE,
@@ -54,6 +56,7 @@ _MEANINGS = {
     "mIoU": "IoU of the painted class map, mean over background and classes",
 }
 _LEARNT_FROM = {
+    "labels": "the labels of a run on image tags, or of a file",
     "full": "true boxes and masks, as a yardstick for what tags can reach",
     "mixed": "image tags and, where they are known, true boxes and masks",
 }
@@ -179,6 +182,10 @@ def gather(run: Path) -> Facts:
     """
     facts = read_run(run)
     missing = []
+    if facts.get("kind") == STUDENT:
+        done: tuple[int, ...] = (len(MODULES),) if run_folder.weights(run, STUDENT).is_file() else ()
+        missing += [] if done else ["the student is not trained yet; go on with labelpenet distill ... --resume"]
+        return _facts(run, facts, done, (), missing)
     trained = tuple(k for k, name in enumerate(MODULES, 1) if run_folder.weights(run, name).is_file())
     labelled = tuple(k for k in range(1, len(MODULES) + 1) if run_folder.instances(run, f"module{k}").is_file())
     for number, name in enumerate(MODULES, 1):
@@ -188,6 +195,12 @@ def gather(run: Path) -> Facts:
             missing.append(f"module {number} ({name}) is not trained yet; go on with labelpenet train ... --resume")
         elif number not in labelled:
             missing.append(f"module {number} ({name}) is trained but has not labelled all training images yet")
+    return _facts(run, facts, trained, labelled, missing)
+
+
+def _facts(
+    run: Path, facts: dict[str, Any], trained: tuple[int, ...], labelled: tuple[int, ...], missing: list[str]
+) -> Facts:
     environment = _optional(run / "environment.json", "the environment of the run is not known", missing)
     results = _optional(run_folder.results(run), "the run is not measured yet", missing)
     return Facts(facts, environment, results, trained, labelled, tuple(missing))
@@ -218,6 +231,8 @@ def module_table(results: Mapping[str, Any]) -> ResultTable | None:
     if not train and not val:
         return None
     names = {str(k): f"{k}  {purpose}" for k, purpose in enumerate(_PURPOSES, 1)}
+    if STUDENT in val:
+        return result_table(cascade_table({}, {STUDENT: val[STUDENT]}))
     before = results.get("uncalibrated")
     if isinstance(before, dict) and before:
         train, val = ({"0": _one(before.get(split))} | of for split, of in (("train", train), ("val", val)))
@@ -233,7 +248,9 @@ def class_table(results: Mapping[str, Any]) -> ResultTable | None:
     if not val:
         return None
     number = max(val)
-    table = summary_table(val[number], f"module {number} class by class on held-out images, in %")
+    table = summary_table(
+        val[number], f"{number if number == STUDENT else f'module {number}'} class by class on held-out images, in %"
+    )
     rows = result_table(table)
     plain = tuple((name, tuple((cell, False) for cell, _ in cells)) for name, cells in rows.rows)
     return ResultTable(rows.title, rows.headings, rows.meanings, plain)
@@ -265,11 +282,11 @@ def _optional(path: Path, what: str, missing: list[str]) -> dict[str, Any]:
     return content
 
 
-def _network(run: Path, facts: Facts, device: str) -> tuple[LabelPEnet | None, list[str]]:
+def _network(run: Path, facts: Facts, device: str) -> tuple[LabelPEnet | Student | None, list[str]]:
     if not facts.trained:
         return None, []
     try:
-        return LabelPEnet.from_run(run, device), []
+        return load(run, device), []
     except InputError as error:
         return None, [str(error)]
 
@@ -396,7 +413,9 @@ def _picture(panel: Panel) -> str:
 def _key_figures(facts: Facts) -> list[tuple[str, str]]:
     run, results = facts.run, facts.results
     figures = [
-        ("modules trained", f"{len(facts.trained)} of {len(MODULES)}"),
+        ("student", "torchvision's Mask R-CNN")
+        if run.get("kind") == STUDENT
+        else ("modules trained", f"{len(facts.trained)} of {len(MODULES)}"),
         ("training images", str(run.get("images", "?"))),
         ("classes", str(len(run["classes"]))),
         ("backbone", str(run["backbone"])),

@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from labelpenet import config
-from labelpenet.config import Recipe
+from labelpenet.config import MODULES, Recipe
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.images import read_image
 from labelpenet.engine.distributed import build_fabric
@@ -28,7 +28,7 @@ from labelpenet.engine.stage import Stage
 from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
-from labelpenet.models.cascade import MODULES, LabelPEnet, View, read_run
+from labelpenet.models.cascade import LabelPEnet, View, read_run
 from labelpenet.training.observe import check_held_out
 from labelpenet.training.pretrain import (
     Training,
@@ -124,7 +124,8 @@ def forward_backward(
 
 def stage(training: Training) -> Stage:
     """Forward-backward learning as the loop sees it: each phase of an iteration is a step on the same photographs."""
-    choice, schedule = training.recipe.forward_backward, training.recipe.schedule5
+    choice = training.recipe.forward_backward
+    schedule = choice.schedule
     network = training.network
     network.stem.requires_grad_(choice.train_stem)
     phases = {"both": (forward, backward), "forward": (forward,), "backward": (backward,)}[choice.phases]

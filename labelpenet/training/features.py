@@ -42,7 +42,7 @@ class RoIFeatures:
         self.folder = run_folder.features(run)
         self.network, self.proposals, self.fabric = network, proposals, fabric
         module, recipe = network.classification, network.recipe
-        settings = [asdict(one) for one in (recipe.images, recipe.proposals, recipe.classification)]
+        settings = [asdict(recipe.images), asdict(recipe.proposals), recipe.modules[0].pool]
         facts = [network.backbone_name, network.normalisation, str(fabric._precision.precision)]
         made_from = hashlib.blake2b(json.dumps([settings, facts]).encode(), digest_size=16)
         for part in (network.stem, module.tail, module.head):

@@ -19,6 +19,7 @@ from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.files import is_whole, read_json, sealed, write_json
 from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
+from labelpenet.formats.predictions import file_name
 from labelpenet.instances import Instances
 
 Rows = list[dict[str, Any]]
@@ -35,6 +36,14 @@ class Inferred(Mapping[str, Instances]):
         rows = self._rows.get(image_id, [])
         found = Instances.from_coco(rows, size, self._categories)
         return found if rows else Instances.empty(size, with_masks=True)
+
+    def rows(self, image_id: str) -> Rows:
+        """The instances of an image as COCO rows, not decoded; category 1 is class 0."""
+        return self._rows.get(image_id, [])
+
+    def size(self, image_id: str) -> tuple[int, int]:
+        """(H, W) of an image."""
+        return self._sizes[image_id]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sizes)
@@ -120,7 +129,7 @@ def infer_all(
             "images": [
                 {
                     "id": image.id,
-                    "file_name": str(image.path.name),
+                    "file_name": file_name(image),
                     "height": by_id[image.id]["size"][0],
                     "width": by_id[image.id]["size"][1],
                 }

@@ -24,6 +24,7 @@ from labelpenet.evaluation import cascade_table, classification_ap, evaluate
 from labelpenet.formats import open_annotated, open_tagged, read_predictions, write_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import proposal_settings, read_run
+from labelpenet.models.student import Student
 from labelpenet.training.features import RoIFeatures
 from labelpenet.training.inferred import read_inferred
 from labelpenet.training.predict import Predictor
@@ -43,7 +44,7 @@ def measure_run(
     """Predicts a held-out split with every module and measures it, and the instances of the training images.
 
     Writes ``RUN/predictions/SPLIT-moduleK.json``, kept where it was made from the same photographs and weights, and
-    ``RUN/results.json``.
+    ``RUN/results.json``. Of a student, which stands in the place of module 4, the held-out split alone is measured.
 
     Returns:
         The table, one row a module; the first row is module 1 before calibration.
@@ -51,40 +52,44 @@ def measure_run(
     facts = read_run(run)
     classes = facts["classes"]
     predictor = Predictor(run, device)
+    student = isinstance(predictor.network, Student)
+    modules = (4,) if student else modules
     held_out = open_annotated(data, split, classes)
     train = open_annotated(data, train_split, classes)
     images = held_out.tagged.images
-    boxes = compute_proposals(
-        images, proposal_settings(predictor.network.recipe), cache or default_cache(), progress=True
-    )
+    boxes: Boxes = {}
+    if not student:
+        settings = proposal_settings(predictor.cascade.recipe)
+        boxes = compute_proposals(images, settings, cache or default_cache(), progress=True)
     key = made_from(run, predictor, images)
     truths, _ = held_out.readable_truths()
     train_truths, _ = train.readable_truths()
     results: dict[str, Any] = {"split": split, "protocol": protocol, "train": {}, "val": {}}
     for number in modules:
-        if not run_folder.instances(run, f"module{number}").is_file():
-            continue
-        results["train"][str(number)] = evaluate(
-            read_inferred(run, f"module{number}", len(classes)), train_truths, classes, "voc12"
-        )
+        if not student:
+            if not run_folder.instances(run, f"module{number}").is_file():
+                continue
+            labels = read_inferred(run, f"module{number}", len(classes))
+            results["train"][str(number)] = evaluate(labels, train_truths, classes, "voc12")
         path = run_folder.predictions(run, split, number)
         if not is_kept(path, key):
             pairs = ((image.id, found) for image, found in predictor.run(images, number, [], boxes))
             write_predictions(path, pairs, images, classes)
             write_json(_origin(path), {"made_from": key, "content": hash_file(path)})
         found = read_predictions(path, images, classes, list(range(1, len(classes) + 1)))
-        results["val"][str(number)] = evaluate(found, truths, classes, protocol)  # type: ignore[arg-type]
-    if 1 in modules and run_folder.instances(run, "module1").is_file():
+        name = "student" if student else str(number)
+        results["val"][name] = evaluate(found, truths, classes, protocol)  # type: ignore[arg-type]
+    if not student and 1 in modules and run_folder.instances(run, "module1").is_file():
         readable = [image for image in images if image.id in boxes]
         ranked, probabilities = rank_images(predictor, readable, boxes)
         tags = np.array([[label in image.tags for label in range(len(classes))] for image in readable])
         results["classification_mAP"] = float(np.nanmean(classification_ap(probabilities, tags)))
         training = open_tagged(data, train_split, classes).images
         train_boxes = compute_proposals(
-            training, proposal_settings(predictor.network.recipe), cache or default_cache(), progress=True
+            training, proposal_settings(predictor.cascade.recipe), cache or default_cache(), progress=True
         )
         learnt = [image for image in training if image.id in train_boxes]
-        features = RoIFeatures(run, predictor.network, train_boxes, predictor.fabric)
+        features = RoIFeatures(run, predictor.cascade, train_boxes, predictor.fabric)
         top, _ = rank_images(predictor, learnt, train_boxes, features)
         results["uncalibrated"] = {
             "train": evaluate(top, train_truths, classes, "voc12"),
@@ -125,7 +130,7 @@ def rank_images(
     Args:
         features: the run's kept RoI features; used for the images that it has them of.
     """
-    network = predictor.network
+    network = predictor.cascade
 
     def rank(index: int) -> tuple[Instances, np.ndarray]:
         image = images[index]

@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from labelpenet import config
-from labelpenet.config import InferenceChoice, Recipe, Schedule
+from labelpenet.config import MODULES, Recipe, Schedule
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.files import write_tensors
@@ -26,7 +26,7 @@ from labelpenet.engine.stage import Optimiser, Stage
 from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import DamagedError
 from labelpenet.instances import Instances
-from labelpenet.models.cascade import MODULES, LabelPEnet, View, calibration_settings
+from labelpenet.models.cascade import LabelPEnet, View
 from labelpenet.training.features import RoIFeatures
 from labelpenet.training.inferred import infer_all, read_inferred
 from labelpenet.training.supervised import with_masks
@@ -172,8 +172,7 @@ def label_images(training: Training, number: int) -> None:
     images = training.images
     share = len(images.images[fabric.global_rank :: fabric.world_size])
 
-    choice: InferenceChoice = getattr(network.recipe, f"infer{number}")
-    crf = calibration_settings(choice)
+    crf = network.recipe.modules[number - 1].label
 
     def infer(image: TaggedImage) -> Instances:
         truth = training.truths.get(image.id)
@@ -213,7 +212,7 @@ def label_images(training: Training, number: int) -> None:
 
 def stage(training: Training, number: int, targets: Mapping[str, Instances] | None = None) -> Stage:
     """The training stage of one module; ``targets`` as in `train_module`."""
-    schedule: Schedule = getattr(training.recipe, f"schedule{number}")
+    schedule = training.recipe.modules[number - 1].schedule
     images = [image.id for image in training.images.images]
     common: dict[str, Any] = {
         "name": MODULES[number - 1],
@@ -224,8 +223,7 @@ def stage(training: Training, number: int, targets: Mapping[str, Instances] | No
         "optimiser": optimiser(schedule),
     }
     if number == 1:
-        choice = training.recipe.classification
-        if choice.freeze_head:
+        if training.recipe.modules[0].freeze_head:
             training.features.compute_all(training.images.images)
             return Stage(**common, loss=cached_loss(training))
         return Stage(**common, load=load_tagged(training), loss=classification_loss(training))

@@ -15,10 +15,10 @@ from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImages
 from labelpenet.data.files import hash_files
 from labelpenet.data.proposals import compute_proposals, default_cache
-from labelpenet.engine.distributed import build_fabric, together
+from labelpenet.engine.distributed import build_fabric, peers, together
 from labelpenet.engine.sampler import seed_step
 from labelpenet.errors import InputError
-from labelpenet.models.backbones import build_backbone
+from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import LabelPEnet, proposal_settings
 from labelpenet.training.observe import HeldOut, Observer, check_held_out
 from labelpenet.training.pretrain import Boxes, Training, freeze_stem, pretrain, run_facts, train_module
@@ -79,8 +79,9 @@ def train_run(
     if held_out is not None:
         check_held_out(images, held_out)
     fabric = build_fabric(device, devices, nodes, precision)
-    if supervision is not None and full:
-        images, recipe = supervision.images(images), fully_supervised(recipe)
+    if supervision is not None:
+        images = supervision.images(images)
+        recipe = fully_supervised(recipe) if full else recipe
     seed_step(seed, "initialisation", 0)
     plug = build_backbone(backbone, weights)
     network = LabelPEnet(plug, images.classes, recipe)
@@ -99,7 +100,7 @@ def train_run(
         observer = build_observer(training, cache, held_out, observe_minutes)
         if supervision is not None and full:
             if fabric.global_rank == 0:
-                steps, size = recipe.schedule4.steps, recipe.schedule4.batch_size
+                steps, size = recipe.modules[3].schedule.steps, recipe.modules[3].schedule.batch_size
                 print(
                     f"module 4 alone: {steps * size} image presentations ({steps} steps of {size}), as modules 2 to 4"
                 )
@@ -136,8 +137,9 @@ def open_run(run: Path, facts: Mapping[str, Any], resume: bool, images: TaggedIm
                 print(f"note: {note}")
 
         try:
-            together(fabric.world_size, start)
-            yield
+            with peers(fabric.world_size):
+                together(fabric.world_size, start)
+                yield
         except KeyboardInterrupt as interrupt:
             if str(interrupt):
                 raise

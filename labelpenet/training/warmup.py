@@ -50,7 +50,7 @@ def warm_up(training: Training, backbone: Backbone) -> Backbone:
     seed_step(training.seed, NAME, 0)
     module = ImageClassifier(backbone.untrained, len(training.images.classes))
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    schedule = training.recipe.schedule0
+    schedule = training.recipe.warm_up
     stage = Stage(
         name=NAME,
         module=module,

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from labelpenet.calibration.calibrate import (
-    CalibrationSettings,
     box_mask,
     calibrate,
     choose_instances,
@@ -23,14 +22,16 @@ from labelpenet.calibration.calibrate import (
     instance_heat,
     largest_parts,
     segment,
+    settle,
     unaries,
     working_canvas,
 )
 from labelpenet.calibration.maps import normalise
+from labelpenet.config import AttentionCalibration
 from labelpenet.instances import Instances, masks_to_boxes
 
 SIZE = (48, 64)
-PLAIN = CalibrationSettings(iterations=0, threshold=0.4)
+PLAIN = AttentionCalibration(per_class=1, iterations=0, threshold=0.4)
 SQUARE = (10, 8, 30, 32)  # x1, y1, x2, y2
 
 
@@ -73,7 +74,9 @@ def test_an_object_is_recovered_from_proposals_around_it(combine, joint):
     image, (truth,) = scene(SQUARE)
     boxes = around(SQUARE)
     scores = torch.stack([torch.zeros(8), falling(8)], 1)
-    choice = CalibrationSettings(combine=combine, joint=joint, iterations=5, threshold=0.3, sxy_bilateral=30)
+    choice = AttentionCalibration(
+        per_class=1, combine=combine, joint=joint, iterations=5, threshold=0.3, sxy_bilateral=30
+    )
     found, trace = calibrate(image, boxes, scores, (1,), full, choice)
     assert found.labels.tolist() == [1] and found.weights.tolist() == pytest.approx([0.95])
     assert iou(found.masks[0], truth) > 0.9
@@ -176,7 +179,7 @@ def test_a_proposal_whose_overlap_is_the_threshold_belongs_to_whom_suppressed_it
 def test_only_the_best_are_attended_and_always_the_kept_one():
     boxes = torch.cat([around(SQUARE), around((40, 24, 60, 44))])
     scores = torch.cat([falling(8, 0.9), falling(8, 0.55)])[:, None]
-    choice = replace(PLAIN, per_class=2, min_score=0.1, attended=3)
+    choice = replace(PLAIN, per_class=2, min_score=0.1, max_attention=3)
     asked: list[int] = []
 
     def attend(index: Tensor, labels: Tensor) -> Tensor:
@@ -309,9 +312,9 @@ def test_whatever_comes_out_can_be_used(seed, tags, combine, members, joint, sid
     def attend(index: Tensor, labels: Tensor) -> Tensor:
         return torch.rand(len(index), 4, 4, generator=generator) * scores[index, labels][:, None, None]
 
-    choice = CalibrationSettings(
+    choice = AttentionCalibration(
         combine=combine, members=members, joint=joint, side=side, threshold=background, per_class=3, min_score=0.34,
-        iterations=1, part=0.2, duplicate=0.7,
+        iterations=1, min_component=0.2, mask_nms=0.7,
     )  # fmt: skip
     image = np.random.default_rng(seed).integers(0, 256, (37, 45, 3)).astype(np.uint8)
     found, trace = calibrate(image, boxes, scores, tags, attend, choice)
@@ -336,7 +339,7 @@ def test_competing_instances_never_share_a_pixel(seed, k, size, coarse):
         confidence = (confidence * 3).round() / 3
     canvas = np.random.default_rng(seed).integers(0, 256, (6, 7, 3)).astype(np.uint8)
     for background in (None, 0.3):
-        choice = CalibrationSettings(threshold=background, iterations=seed % 2)
+        choice = AttentionCalibration(per_class=1, threshold=background, iterations=seed % 2)
         marginals = segment(canvas, confidence, choice)
         assert (grow_masks(marginals, size).sum(0) <= 1).all()
 
@@ -346,13 +349,13 @@ def test_object_and_background_can_be_equally_sure(threshold):
     """The unaries are log-odds against the threshold: sigmoid(logit(c) - logit(t)), whoever the object's rivals are."""
     confidence = torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(1))
     expected = torch.sigmoid(torch.logit(confidence) - torch.logit(torch.tensor(threshold)))
-    alone = unaries(confidence, CalibrationSettings(threshold=threshold, joint=False))
+    alone = unaries(confidence, AttentionCalibration(per_class=1, threshold=threshold, joint=False))
     torch.testing.assert_close(alone[:, 1], expected)
     torch.testing.assert_close(alone[:, 0], 1 - expected)
-    joint = unaries(confidence, CalibrationSettings(threshold=threshold))[0]
+    joint = unaries(confidence, AttentionCalibration(per_class=1, threshold=threshold))[0]
     torch.testing.assert_close(joint.sum(0), torch.ones(5, 6))
     torch.testing.assert_close(joint[1:] / (joint[1:] + joint[0]), expected)
-    certain = unaries(torch.tensor([[[0.0, 1.0]]]), CalibrationSettings(threshold=0.5))[0]
+    certain = unaries(torch.tensor([[[0.0, 1.0]]]), AttentionCalibration(per_class=1, threshold=0.5))[0]
     torch.testing.assert_close(certain[1, 0, 0], certain[0, 0, 1])  # no lopsided ends
     assert torch.isfinite(certain.log()).all()
 
@@ -361,7 +364,7 @@ def test_the_papers_background_is_what_the_attention_leaves():
     attention = torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(2)) * 7
     confidence = torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(3))
     background = (1 - (attention / attention.amax((1, 2), keepdim=True)).sum(0)).clamp(min=0)
-    p = unaries(confidence, CalibrationSettings(threshold=None), attention)[0]
+    p = unaries(confidence, AttentionCalibration(per_class=1, threshold=None), attention)[0]
     torch.testing.assert_close(p, torch.cat([background[None], confidence]) / (background + confidence.sum(0)))
 
 
@@ -373,7 +376,7 @@ def test_calibration_gives_the_crf_the_attention_maps(monkeypatch):
     boxes = torch.tensor([[4.0, 4, 30, 30], [5.0, 5, 40, 40]])
     scores = torch.tensor([[0.9, 0.1], [0.8, 0.2]])
     image = np.zeros((*SIZE, 3), np.uint8)
-    choice = CalibrationSettings(iterations=0, combine="product")
+    choice = AttentionCalibration(per_class=1, iterations=0, combine="product")
     calibrate(image, boxes, scores, (0,), lambda index, labels: torch.rand(len(index), 3, 3), choice)
     ((confidence, attention),) = seen
     assert attention is not None and not torch.equal(normalise(attention), confidence)
@@ -383,9 +386,9 @@ def test_without_a_crf_a_lone_instance_is_its_confidence_against_the_background(
     confidence = torch.rand(1, 6, 7, generator=torch.Generator().manual_seed(0))
     canvas = np.zeros((6, 7, 3), np.uint8)
     for joint in (True, False):
-        choice = CalibrationSettings(threshold=0.3, iterations=0, joint=joint)
+        choice = AttentionCalibration(per_class=1, threshold=0.3, iterations=0, joint=joint)
         assert torch.equal(segment(canvas, confidence, choice)[0] > 0.5, confidence[0] > 0.3)
-    literal = CalibrationSettings(iterations=0)
+    literal = AttentionCalibration(per_class=1, iterations=0)
     assert torch.equal(segment(canvas, confidence, literal)[0] > 0.5, confidence[0] > 0.5)
 
 
@@ -395,3 +398,53 @@ def test_a_boxs_mask_is_never_empty(box):
     assert mask.any()
     if box[2] - box[0] == 64:
         assert mask.all()
+
+
+def settle_dense(marginals: Tensor, proposals: Tensor, size: tuple[int, int], part: float | None) -> Tensor:
+    """The masks that `settle` stands for, all of them at the image's size at once."""
+    masks = torch.stack([largest_parts(mask, part) for mask in grow_masks(marginals, size)])
+    for index in range(len(masks)):
+        if not masks[index].any():
+            masks[index] = box_mask(proposals[index], size)
+    return masks
+
+
+def distinct_dense(found: Instances, duplicate: float) -> list[int]:
+    """`distinct` by the product of all masks."""
+    flat = found.masks.flatten(1).float()
+    inter = flat @ flat.T
+    area = flat.sum(1)
+    overlap = inter / (area[:, None] + area[None] - inter).clamp(min=1)
+    alive: list[int] = []
+    for index in found.weights.argsort(descending=True, stable=True).tolist():
+        if not any(overlap[index, other] > duplicate and found.labels[other] == found.labels[index] for other in alive):
+            alive.append(index)
+    return sorted(alive)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([(30, 40), (61, 83), (20, 17), (90, 200)]), st.booleans())
+def test_masks_as_crops_are_the_masks_at_full_size(seed: int, size: tuple[int, int], smooth: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    marginals = torch.rand(8, 30, 40, generator=generator)
+    if smooth:
+        marginals = torch.nn.functional.avg_pool2d(marginals[None], 7, 1, 3)[0]
+    marginals[0], marginals[1], marginals[2] = 0.5, 0.1, 0.9  # at the threshold, nothing, everything
+    y1, x1 = torch.randint(0, 20, (2, 8), generator=generator).float()
+    proposals = torch.stack([x1, y1, x1 + 9.5, y1 + 0.5], 1)
+    labels, weights = torch.randint(0, 2, (8,), generator=generator), torch.rand(8, generator=generator)
+    for part, duplicate in ((None, 0.3), (0.2, 0.1), (1.0, 0.5)):
+        choice = AttentionCalibration(min_component=part, mask_nms=duplicate)
+        found = settle(marginals, proposals, labels, weights, size, choice)
+        dense = settle_dense(marginals, proposals, size, part)
+        assert torch.equal(found.masks, dense)
+        assert torch.equal(found.boxes, masks_to_boxes(dense))
+        assert distinct(found, duplicate).tolist() == distinct_dense(found, duplicate)
+
+
+def test_a_cameras_photograph_is_worked_on_at_the_size_of_a_canvas() -> None:
+    image = np.zeros((3000, 4000, 3), np.uint8)
+    canvas, scale = working_canvas(image, None)
+    assert (canvas.shape[:2], scale) == ((480, 640), (0.16, 0.16))
+    ordinary = np.zeros((640, 600, 3), np.uint8)
+    assert working_canvas(ordinary, None)[0].shape == ordinary.shape

@@ -13,21 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from labelpenet.calibration import (
-    CalibrationSettings,
     calibrate,
     dense_crf,
     excitation_backprop,
     heat_map,
     project_maps,
 )
+from labelpenet.config import AttentionCalibration
 from labelpenet.instances import Instances, masks_to_boxes
 
 SIZE = (24, 32)
 CHOICES = [
-    CalibrationSettings(iterations=2),
-    CalibrationSettings(iterations=2, combine="mean", members="class", threshold=0.3, side=16, part=0.2),
-    CalibrationSettings(iterations=2, combine="mean", joint=False, per_class=3, duplicate=0.5, min_score=0.1),
-    CalibrationSettings(iterations=0, combine="mean", threshold=0.4, box="proposal"),
+    AttentionCalibration(per_class=1, iterations=2),
+    AttentionCalibration(
+        per_class=1, iterations=2, combine="mean", members="class", threshold=0.3, side=16, min_component=0.2
+    ),
+    AttentionCalibration(iterations=2, combine="mean", joint=False, per_class=3, mask_nms=0.5, min_score=0.1),
+    AttentionCalibration(per_class=1, iterations=0, combine="mean", threshold=0.4, box="proposal"),
 ]
 
 
@@ -143,7 +145,7 @@ def test_a_tag_that_every_proposal_rules_out() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("choice", CHOICES)
-def test_numbers_that_are_none(bad: float, choice: CalibrationSettings) -> None:
+def test_numbers_that_are_none(bad: float, choice: AttentionCalibration) -> None:
     boxes, scores = torch.tensor([[4.0, 3, 20, 15], [0, 0, 9, 9]]), torch.tensor([[0.9], [0.8]])
     with pytest.raises(ValueError, match="boxes must be finite"):
         calibrate(picture(), boxes.index_fill(1, torch.tensor([2]), bad), scores, (0,), ones, choice)
@@ -169,9 +171,6 @@ def test_numbers_that_are_none(bad: float, choice: CalibrationSettings) -> None:
         ({"image": np.zeros((*SIZE, 3), np.float32)}, r"image must be \(H, W, 3\) uint8"),
         ({"image": np.zeros((0, 5, 3), np.uint8)}, r"image must be \(H, W, 3\) uint8"),
         ({"attend": lambda i, c: torch.ones(len(i) + 1, 7, 7)}, r"attend must return \(3, a, a\)"),
-        ({"settings": CalibrationSettings(combine="sum")}, "combine must be one of product, mean"),
-        ({"settings": CalibrationSettings(members="all")}, "members must be one of suppressed, class"),
-        ({"settings": CalibrationSettings(box="tight")}, "box must be one of mask, proposal"),
     ],
 )
 def test_what_does_not_fit_is_named(changes: dict, message: str) -> None:

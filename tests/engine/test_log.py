@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import subprocess
 import sys
 import time
 
@@ -159,3 +160,31 @@ def test_describe_is_silent_about_what_is_missing():
 
 def test_memory_is_that_of_the_process():
     assert 10 < memory_mb(torch.device("cpu")) < 10**6
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from torch.utils import tensorboard
+from labelpenet.engine.log import MetricsLog
+from labelpenet.errors import InputError
+run, when, real = Path(sys.argv[1]), sys.argv[2], tensorboard.SummaryWriter
+def fill(*arguments, **options):
+    if when == "open":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8, -1))
+    return real(*arguments, **options)
+tensorboard.SummaryWriter = fill
+try:
+    metrics = MetricsLog(run, "module1", [])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, -1))
+    for step in range(3):
+        metrics.write({"step": step + 1, "loss/total": 1.0})
+except InputError as error:
+    print(error, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("when", ["open", "write"])
+def test_a_disk_that_fills_under_tensorboard_is_one_line(tmp_path, when):
+    done = subprocess.run([sys.executable, "-c", FULL, tmp_path, when], capture_output=True, text=True, timeout=300)
+    assert done.stderr.count("\n") == 1 and "cannot be written (File too large)" in done.stderr

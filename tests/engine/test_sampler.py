@@ -2,7 +2,6 @@
 
 import itertools
 import random
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -19,12 +18,10 @@ from labelpenet.errors import InputError
 )
 @settings(max_examples=60, deadline=None)
 def test_the_shares_of_all_processes_are_the_batch_of_one(n, share, world, step, seed):
-    groups = [i % 3 for i in range(n)]
-    for grouping in (None, groups):
-        whole = batches(n, share * world, seed, "m", step, groups=grouping)
-        shares = [batches(n, share * world, seed, "m", step, rank, world, grouping) for rank in range(world)]
-        assert list(itertools.chain(*shares)) == whole
-        assert all(len(part) == share for part in shares)
+    whole = batches(n, share * world, seed, "m", step)
+    shares = [batches(n, share * world, seed, "m", step, rank, world) for rank in range(world)]
+    assert list(itertools.chain(*shares)) == whole
+    assert all(len(part) == share for part in shares)
 
 
 @given(n=st.integers(1, 30), size=st.integers(1, 7), seed=st.integers(0, 99))
@@ -35,15 +32,6 @@ def test_every_epoch_shows_every_image_once(n, size, seed):
     seen = list(itertools.chain(*(batches(n, size, seed, "m", step) for step in range(steps))))
     for epoch in range(epochs):
         assert sorted(seen[epoch * n : (epoch + 1) * n]) == list(range(n))
-
-
-@given(groups=st.lists(st.integers(0, 3), min_size=1, max_size=20), size=st.integers(1, 5), cycle=st.integers(0, 2))
-@settings(max_examples=40, deadline=None)
-def test_groups_do_not_mix_and_every_image_has_its_turn(groups, size, cycle):
-    n = len(groups)
-    drawn = [batches(n, size, 7, "m", step, groups=groups) for step in range(cycle * n, (cycle + 1) * n)]
-    assert all(len({groups[index] for index in batch}) == 1 for batch in drawn)
-    assert Counter(itertools.chain(*drawn)) == dict.fromkeys(range(n), size)
 
 
 def test_order_depends_on_seed_stage_and_epoch():

@@ -170,17 +170,6 @@ def test_a_row_holds_the_means_since_the_last(tmp_path):
     assert {"stage", "images_per_s", "data_s", "memory_mb", "time", "gradient_norm"} <= rows[0].keys()
 
 
-def test_parameter_groups_have_their_own_rates(tmp_path):
-    net = nn.Linear(2, 1)
-    before = weights(net)
-    groups = [{"params": [net.weight]}, {"params": [net.bias], "lr_factor": 2.0, "weight_decay": 0.0}]
-    loss = lambda indices, step: {"sum": net.weight.sum() + net.bias.sum()}  # noqa: E731
-    options = Optimiser(lr=0.1, momentum=0, weight_decay=0)
-    train_stage(Stage("m", net, 3, IMAGES, loss, optimiser=options, parameters=groups), tmp_path, **QUIET)
-    torch.testing.assert_close(net.weight, before["weight"] - 0.3)
-    torch.testing.assert_close(net.bias, before["bias"] - 0.6)
-
-
 def test_images_with_nothing_to_learn_from_are_no_error(tmp_path):
     net = nn.Linear(2, 1)
     before = weights(net)
@@ -195,8 +184,6 @@ def test_what_cannot_be_trained_is_named(tmp_path):
         train_stage(make_stage(images_per_pass=3), tmp_path)
     with pytest.raises(InputError, match="known are sgd, adam and adamw"):
         train_stage(make_stage(optimiser=Optimiser(kind="lamb")), tmp_path)
-    with pytest.raises(ValueError, match="groups must be"):
-        train_stage(make_stage(groups=[0]), tmp_path)
 
 
 # Loading ahead.
@@ -548,13 +535,13 @@ def two_process_stage() -> Stage:
     """No batch norm, whose statistics are each process's own; a step that fails on the second process alone."""
     net = Net()
     net.norm = nn.Identity()
-    stage = make_stage(net=net, groups=[i % 2 for i in range(N)], ema=0.9)
+    stage = make_stage(net=net, ema=0.9)
     return poisoned_for(stage, 4, position=3)
 
 
 def poisoned_for(stage: Stage, bad: int, position: int) -> Stage:
     inner = stage.loss
-    victim = batches(N, 4, 0, stage.name, bad, groups=stage.groups)[position]
+    victim = batches(N, 4, 0, stage.name, bad)[position]
 
     def loss(batch, step):
         losses = inner(batch, step)

@@ -13,7 +13,8 @@ from torch import nn
 from torchvision.models.vgg import VGG, cfgs, make_layers
 
 from labelpenet.errors import InputError
-from labelpenet.models.backbones import VGG16, FullPrecisionConv2d, MobileNetV2, build_backbone, fold_batch_norm
+from labelpenet.models.backbones import VGG16, FullPrecisionConv2d, MobileNetV2, fold_batch_norm
+from labelpenet.models.build import build_backbone
 
 SHARED = Path(__file__).parents[2] / "../shared/weights/mobilenet_v2_imagenet.safetensors"
 

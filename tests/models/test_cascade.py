@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from labelpenet.calibration import CalibrationSettings
-from labelpenet.config import InferenceChoice, Recipe, override, recipe, to_dict
+from labelpenet.config import Recipe, override, recipe, to_dict
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances, masks_to_boxes
-from labelpenet.models.cascade import LabelPEnet, View, calibration_settings
+from labelpenet.models.cascade import LabelPEnet, View
 from labelpenet.training.pretrain import run_facts, save_part
 from tests.models.tiny import lively_mobilenet
 
@@ -30,12 +29,11 @@ def tiny_recipe(*changes: str) -> Recipe:
     assignments = [
         "images.sides=64", "images.test_side=64", "images.longest=128", "proposals.limit=12", "proposals.side=64",
     ]  # fmt: skip
-    for part in ("detection", "segmentation"):
-        assignments += [f"{part}.anchor_sides=16,32,64", f"{part}.rois=8", f"{part}.rpn_proposals=6"]
-        assignments += [f"{part}.mask_width=8", f"{part}.mask_depth=1", f"{part}.cells=1"]
-    for part in ("infer1", "infer2", "infer3", "infer4", "predict2", "predict3", "predict4"):
-        assignments += [f"{part}.side=40", f"{part}.iterations=1"]
-        assignments += [f"{part}.per_class=2"] * (part != "infer1")
+    assignments += ["modules.*.anchor_sides=16,32,64", "modules.*.rois=8", "modules.*.cells=1"]
+    assignments += ["modules.*.rpn_post_nms_top_n_train=6", "modules.*.rpn_post_nms_top_n_test=6"]
+    assignments += ["modules.*.mask_width=8", "modules.*.mask_depth=1"]
+    assignments += [f"modules.*.{part}.{one}" for part in ("label", "predict") for one in ("side=40", "iterations=1")]
+    assignments += [f"modules.{number}.{part}.per_class=2" for number in (2, 3, 4) for part in ("label", "predict")]
     return override(recipe("best"), [*assignments, *changes])
 
 
@@ -188,7 +186,7 @@ def test_the_attention_may_be_either_kind(number):
     """Both are valid, and they are not the same maps."""
     marginals = []
     for kind in ("excitation", "gradient"):
-        one = build(f"classification.attention={kind}", f"detection.attention={kind}")
+        one = build(f"modules.1.attention={kind}", f"modules.2.attention={kind}")
         found, trace = one.infer(number, photograph(48, 70), some_boxes(48, 70), (0, 1))
         found.validate(len(CLASSES))
         assert len(found) == len(trace.marginals) > 0
@@ -206,9 +204,9 @@ def test_inference_repeats_itself(network):
 
 def test_every_kept_detection_has_a_mask_of_its_own():
     """However few masks are asked for: one that many better detections precede must not fall back to its box."""
-    one = build("predict4.attended=1", "predict4.per_class=50", "predict4.min_score=0.01", "predict4.iterations=0",
-                "predict4.score_threshold=0.01", "predict4.threshold=0.01", "predict4.part=none",
-                "predict4.duplicate=none", "predict4.box=proposal")  # fmt: skip
+    choices = ("max_masks=1", "per_class=50", "min_score=0.01", "iterations=0", "threshold=0.01", "min_component=none",
+               "mask_nms=none", "box=proposal")  # fmt: skip
+    one = build("modules.4.score_threshold=0.01", *(f"modules.4.predict.{choice}" for choice in choices))
     with torch.no_grad():  # masks of the left half of each box
         one.segmentation.masks = lambda features, boxes, labels: (  # type: ignore[method-assign]
             torch.cat([torch.ones(len(boxes), 28, 14), torch.zeros(len(boxes), 28, 14)], 2)
@@ -222,8 +220,8 @@ def test_every_kept_detection_has_a_mask_of_its_own():
 @pytest.mark.parametrize("module", [3, 4])
 def test_each_module_labels_and_answers_by_its_own_choice(module):
     """Only the module in question takes the detector's boxes; the other's are tight around its masks."""
-    low = [f"predict{number}.{part}=0.01" for number in (3, 4) for part in ("min_score", "score_threshold")]
-    one = build(f"infer{module}.box=proposal", f"predict{module}.box=proposal", *low)
+    low = ["modules.*.predict.min_score=0.01", "modules.*.score_threshold=0.01"]
+    one = build(f"modules.{module}.label.box=proposal", f"modules.{module}.predict.box=proposal", *low)
     image = photograph(60, 60)
     for number in (3, 4):
         for found in (one.infer(number, image, None, (0, 1))[0], one.predict(image, number)):
@@ -272,9 +270,9 @@ def test_modules_without_weights_abstain():
 def test_the_recipe_decides_whether_there_is_a_vote():
     """Only the order and the weights of what is found may differ."""
     boxes = some_boxes(60, 60, 30)
-    choices = [f"predict4.{name}" for name in ("min_score=0.01", "score_threshold=0.01", "per_class=4")]
+    choices = ["modules.4.score_threshold=0.01", "modules.4.predict.min_score=0.01", "modules.4.predict.per_class=4"]
     alone, voted = (
-        build(*choices, f"predict4.vote={vote}").predict(photograph(60, 60), proposals=boxes)
+        build(*choices, f"modules.4.vote={vote}").predict(photograph(60, 60), proposals=boxes)
         for vote in ("false", "true")
     )
     assert len(alone) == len(voted) > 1
@@ -282,13 +280,6 @@ def test_the_recipe_decides_whether_there_is_a_vote():
         assert (one.weights[1:] <= one.weights[:-1]).all()
     assert not torch.allclose(alone.weights, voted.weights)
     assert sorted(alone.boxes.tolist()) == sorted(voted.boxes.tolist())
-
-
-def test_calibration_gets_the_recipes_choices():
-    choice = InferenceChoice(combine="mean", per_class=7, srgb=4.0, part=0.1)
-    expected = CalibrationSettings(combine="mean", per_class=7, srgb=4.0, part=0.1)
-    assert calibration_settings(choice) == expected
-    assert calibration_settings(InferenceChoice(per_class=1)) == CalibrationSettings()
 
 
 # -------------------------------------------------------------------------------------------------------- run folders

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from labelpenet import config
 from labelpenet.models.classification import Classification
 from tests.models.tiny import FEATURES, TinyBackbone
 
@@ -13,7 +14,7 @@ C = 4
 
 
 def module(**options) -> Classification:
-    return Classification(TinyBackbone(), C, **options).eval()
+    return Classification(TinyBackbone(), C, config.Classification(**options)).eval()
 
 
 def random_logits(seed: int, proposals: int = 9) -> tuple[Tensor, Tensor]:
@@ -91,7 +92,7 @@ def test_forward_is_two_linear_branches():
 
 def test_the_new_layers_start_from_the_papers_normal():
     torch.manual_seed(1)
-    one = Classification(TinyBackbone(), 400)
+    one = Classification(TinyBackbone(), 400, config.Classification())
     for layer in (one.classifier, one.weigher):
         assert abs(float(layer.weight.data.std()) - 0.01) < 1e-3 and not layer.bias.any()
 

@@ -14,9 +14,10 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou
 
+from labelpenet import config
 from labelpenet.instances import Instances
-from labelpenet.models.backbones import build_backbone
-from labelpenet.models.detection import ANCHOR_RATIOS, Detector, DetectorSettings, StrideAnchors, rcnn_loss
+from labelpenet.models.build import build_backbone
+from labelpenet.models.detection import ANCHOR_RATIOS, Detector, StrideAnchors, rcnn_loss
 from tests.models.tiny import CHANNELS, TinyBackbone
 
 C, H, W = 3, 96, 128
@@ -24,9 +25,14 @@ C, H, W = 3, 96, 128
 
 def detector(**options) -> Detector:
     backbone = TinyBackbone()
-    values = {"anchor_sides": (16, 32, 64), "rois": 16, "rpn_proposals": 20} | options
+    values = {
+        "anchor_sides": (16, 32, 64),
+        "rois": 16,
+        "rpn_post_nms_top_n_train": 20,
+        "rpn_post_nms_top_n_test": 20,
+    } | options
     torch.manual_seed(1)
-    return Detector(backbone, C, backbone.region_tail(), DetectorSettings(**values))
+    return Detector(backbone, C, backbone.region_tail(), config.Detection(**values))
 
 
 def target(weights=(1.0, 1.0)) -> Instances:

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from labelpenet import config
 from labelpenet.instances import Instances
-from labelpenet.models.detection import DetectorSettings
 from labelpenet.models.segmentation import MASK_SIDE, PYRAMID_DILATIONS, Segmenter, SpatialPyramid, mask_loss
 from tests.models.tiny import CHANNELS, TinyBackbone
 
@@ -16,9 +16,9 @@ IMAGE = torch.zeros(1, 3, H, W)
 
 
 def segmenter(**options) -> Segmenter:
-    values = {"anchor_sides": (16, 32, 64), "rois": 16, "rpn_proposals": 20} | options
+    values = {"anchor_sides": (16, 32, 64), "rois": 16, "mask_width": 5, "mask_depth": 1} | options
     torch.manual_seed(1)
-    return Segmenter(TinyBackbone(), C, DetectorSettings(**values), mask_width=5, mask_depth=1)
+    return Segmenter(TinyBackbone(), C, config.Segmentation("refinement", **values))
 
 
 def target(weights=(0.5, 1.0), masks: bool = True) -> Instances:

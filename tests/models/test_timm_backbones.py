@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +21,8 @@ from labelpenet.data.images import read_image
 from labelpenet.errors import InputError
 from labelpenet.formats.open import open_tagged
 from labelpenet.models.attention import roi_attention
-from labelpenet.models.backbones import SameConv2d, build_backbone
+from labelpenet.models.backbones import SameConv2d
+from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.models.detection import rcnn_loss
 from labelpenet.models.segmentation import mask_loss
@@ -170,9 +170,8 @@ def test_excitation_that_cannot_pass_is_refused_before_anything_is_trained(name)
 
 
 def small_recipe() -> config.Recipe:
-    one = config.recipe("best")
-    choice = replace(one.segmentation, mask_width=16, mask_depth=1, rois=8, rpn_proposals=20, anchor_sides=(32, 64))
-    return replace(one, detection=choice, segmentation=choice)
+    small = ("mask_width=16", "mask_depth=1", "rois=8", "anchor_sides=32,64", "rpn_post_nms_top_n_test=20")
+    return config.override(config.recipe("best"), [f"modules.*.{one}" for one in small])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

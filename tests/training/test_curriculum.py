@@ -29,7 +29,12 @@ from labelpenet.training.pretrain import Training, pretrain, run_facts
 from tests.models.tiny import lively_mobilenet
 from tests.training.test_pretrain import boxes_of, results, tiny_recipe
 
-CHANGES = ("schedule5.steps=3", "schedule5.batch_size=2", "schedule5.warmup=0", "schedule5.lr=0.001")
+CHANGES = (
+    "forward_backward.schedule.steps=3",
+    "forward_backward.schedule.batch_size=2",
+    "forward_backward.schedule.warmup=0",
+    "forward_backward.schedule.lr=0.001",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -311,7 +316,7 @@ def test_what_it_cannot_start_from_is_named(improved, start, images, tmp_path):
     with pytest.raises(InputError, match="tags alone"):
         improve(images, mixed, tmp_path / "run")
     with pytest.raises(InputError, match="another recipe"):
-        improve(images, start, improved, "schedule5.steps=4", resume=True)
+        improve(images, start, improved, "forward_backward.schedule.steps=4", resume=True)
     assert not (tmp_path / "run").exists()
 
 

@@ -29,13 +29,13 @@ N = 6
 
 def tiny_recipe(*changes: str) -> Recipe:
     assignments = ["images.sides=64,80", "images.test_side=64", "images.longest=128", "proposals.limit=6"]
-    for number in range(1, 5):
-        assignments += [f"schedule{number}.{one}" for one in ("steps=2", "warmup=0", "batch_size=2")]
-    for part in ("detection", "segmentation"):
-        assignments += [f"{part}.anchor_sides=16,32,64", f"{part}.rois=8", f"{part}.rpn_proposals=4"]
-        assignments += [f"{part}.mask_width=8", f"{part}.mask_depth=1", f"{part}.cells=1"]
+    assignments += [f"modules.*.schedule.{one}" for one in ("steps=2", "warmup=0", "batch_size=2")]
+    assignments += ["modules.*.anchor_sides=16,32,64", "modules.*.rois=8", "modules.*.cells=1"]
+    assignments += ["modules.*.rpn_post_nms_top_n_train=4", "modules.*.rpn_post_nms_top_n_test=4"]
+    assignments += ["modules.*.mask_width=8", "modules.*.mask_depth=1"]
     for number in range(1, 4):
-        assignments += [f"infer{number}.side=40", f"infer{number}.iterations=1", f"infer{number}.attended=4"]
+        few = "max_attention=4" if number < 3 else "max_masks=4"
+        assignments += [f"modules.{number}.label.{one}" for one in ("side=40", "iterations=1", few)]
     return override(recipe("best"), [*assignments, *changes])
 
 
@@ -214,11 +214,11 @@ def test_the_seed_matters(straight, scenes, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [
-    ("classification.freeze_head=false",),
-    ("classification.freeze_head=false", "classification.pool=max"),
+    ("modules.1.freeze_head=false",),
+    ("modules.1.freeze_head=false", "modules.1.pool=max"),
 ])  # fmt: skip
 def test_module_one_is_also_trained_through_its_head(scenes, tmp_path, changes):
-    train(scenes, tmp_path / "run", *changes, "schedule1.steps=1", until=1)
+    train(scenes, tmp_path / "run", *changes, "modules.1.schedule.steps=1", until=1)
     assert not (tmp_path / "run/cache").exists()
     assert (tmp_path / "run/instances/module1.json").is_file()
 

@@ -139,12 +139,12 @@ def test_parquet_has_a_row_for_each_instance(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with random weights."""
-    from labelpenet.models.backbones import build_backbone
+    from labelpenet.models.build import build_backbone
     from labelpenet.models.cascade import MODULES, LabelPEnet
     from labelpenet.training.pretrain import save_part
 
     torch.manual_seed(0)
-    recipe = config.override(config.recipe("demo"), ["predict3.per_class=1"])  # random weights find hundreds
+    recipe = config.override(config.recipe("demo"), ["modules.3.predict.per_class=1"])  # random weights find hundreds
     network = LabelPEnet(build_backbone("tiny", pretrained=False), CLASSES, recipe)
     folder = tmp_path_factory.mktemp("run") / "run"
     facts = {"classes": list(CLASSES), "backbone": "tiny", "normalisation": network.normalisation}
