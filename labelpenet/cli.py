@@ -812,6 +812,8 @@ def _names(text: str | None) -> list[str] | None:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise InputError("--classes names no class; give them separated by commas, such as --classes cat,dog")
+    if len(set(names)) < len(names):
+        raise InputError(f"--classes names {next(one for one in names if names.count(one) > 1)} twice; name each once")
     return names
 
 
