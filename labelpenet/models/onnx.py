@@ -1,8 +1,8 @@
 """A student as an ONNX file, which runs without torch (`docs/onnx.md`).
 
 torchvision's detectors do not export as they are (pytorch/vision issue 9462): their resizing, NMS and pasting of masks
-have shapes that depend on the data at every turn. `Fixed` computes the same for photographs of one size in shapes that do
-not, up to its last step: scores of what is suppressed or too small become -1, the best so many are taken, and those
+have shapes that depend on the data at every turn. `Fixed` computes the same for photographs of one size, in shapes that
+do not, up to its last step: scores of what is suppressed or too small become -1, the best so many are taken, and those
 above the threshold are chosen at the end.
 
 Shape letters: ``H, W`` the input, ``R`` RoIs, ``C`` foreground classes, ``K`` anchors or candidates, ``N`` detections.
