@@ -658,8 +658,8 @@ def predict(one: Predict) -> None:
     check_outputs([] if one.shard else [one.out], reads, one.overwrite)
     pictures = overlay_paths(one.overlays, [image.id for image in images]) if one.overlays else {}
     check_outputs(pictures.values(), [*reads, one.out], one.overwrite)
-    for folder in (path for path in reads if one.overlays and path.is_dir()):
-        if one.overlays.resolve().is_relative_to(folder.resolve()):
+    for folder in (path for path in reads if path.is_dir()):
+        if one.overlays and one.overlays.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{one.overlays}: lies in {folder}, which is read; choose a folder outside for overlays")
     predictor = Predictor(one.run, one.device, one.devices, one.nodes)
 
@@ -824,6 +824,8 @@ def _names(text: str | None) -> list[str] | None:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise InputError("--classes names no class; give them separated by commas, such as --classes cat,dog")
+    if len(set(names)) < len(names):
+        raise InputError(f"--classes names {next(one for one in names if names.count(one) > 1)} twice; name each once")
     return names
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,8 +22,44 @@ Attention = typing.Literal["excitation", "gradient"]
 _FIXED = {"fixed": True}
 
 
+_SIDE, _SHARE, _COUNT, _WIDTH = (16, 20_000), (0, 1), (1, 1_000_000), (1e-3, 1e4)
+RANGES: dict[str, tuple[float, float]] = {
+    "sides": _SIDE, "longest": _SIDE, "test_side": _SIDE, "side": _SIDE, "limit": _COUNT, "min_area": _SHARE,
+    "nms": _SHARE, "per_class": _COUNT, "min_score": _SHARE, "threshold": (1e-6, 1 - 1e-6), "sxy_gaussian": _WIDTH,
+    "compat_gaussian": (0, 1e4), "sxy_bilateral": _WIDTH, "srgb": _WIDTH, "compat_bilateral": (0, 1e4),
+    "iterations": (0, 1000), "min_component": _SHARE, "mask_nms": _SHARE, "max_attention": _COUNT, "max_masks": _COUNT,
+    "steps": (1, 1e9), "lr": (0, 100), "momentum": _SHARE, "weight_decay": (0, 100), "decay": (0, 100),
+    "warmup": (0, 1e9), "clip": (1e-9, 1e9), "batch_size": (1, 100_000), "anchor_sides": (1, 20_000), "rois": _COUNT,
+    "rpn_pre_nms_top_n_train": _COUNT, "rpn_pre_nms_top_n_test": _COUNT, "rpn_post_nms_top_n_train": _COUNT,
+    "rpn_post_nms_top_n_test": _COUNT, "cells": (1, 28), "score_threshold": _SHARE, "mask_width": (1, 8192),
+    "mask_depth": (0, 64), "beta": _SHARE, "ema": _SHARE, "width": (1, 8192), "proposals": _COUNT,
+    "detections": _COUNT, "keep": _SHARE, "nested": _SHARE, "Noise.limit": (0, 1e6), "limit_from": _SHARE,
+}  # fmt: skip
+"""What each number, or each in a tuple, may be, both ends included."""
+
+
+class _Ranged:
+    """Settings whose numbers are checked against `RANGES` wherever they are made: NaN and infinity are in none."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            for number in _numbers(value):
+                low, high = RANGES.get(f"{type(self).__name__}.{name}") or RANGES[name]
+                if not low <= number <= high:
+                    raise InputError(f"{name} must be from {low:g} to {high:g}, but got {number}")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers in a value of the settings: itself, those of a tuple, or none."""
+    if isinstance(value, tuple):
+        for one in value:
+            yield from _numbers(one)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
+
+
 @dataclass(frozen=True)
-class Images:
+class Images(_Ranged):
     """How photographs are presented.
 
     Attributes:
@@ -40,7 +76,7 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Proposals:
+class Proposals(_Ranged):
     """Which proposals module 1 gets.
 
     Attributes:
@@ -57,7 +93,7 @@ class Proposals:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(_Ranged):
     """From scored boxes to instances with masks (section 3.2, figure 2); the defaults are the literal reading.
 
     Attributes:
@@ -68,7 +104,7 @@ class Calibration:
             background map ``max(0, 1 - sum of the attention maps)``.
         joint: one CRF with a label for every instance and the background, so that instances compete for pixels;
             otherwise each instance against background alone.
-        side: longer side of the canvas that maps and CRF live on, in pixels; None for the image's own.
+        side: longer side of the canvas that maps and CRF live on, in pixels; None for the image's own, up to 640.
         sxy_gaussian, compat_gaussian, sxy_bilateral, srgb, compat_bilateral, iterations: of `calibration.DenseCRF`, the
             widths in pixels of the canvas. Zero iterations leave the CRF out.
         box: where the box comes from: tight around the ``mask``, or that of the kept ``proposal``.
@@ -121,7 +157,7 @@ class MaskCalibration(Calibration):
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(_Ranged):
     """How a stage is trained (4.2).
 
     Attributes:
@@ -171,7 +207,7 @@ class Classification:
 
 
 @dataclass(frozen=True)
-class Detector:
+class Detector(_Ranged):
     """What modules 2 to 4 share: RPN and R-CNN head.
 
     Attributes:
@@ -234,7 +270,7 @@ MODULES = ("classification", "detection", "refinement", "segmentation")
 
 
 @dataclass(frozen=True)
-class ForwardBackward:
+class ForwardBackward(_Ranged):
     """Forward-backward learning (3.3).
 
     Attributes:
@@ -280,7 +316,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class StudentNetwork:
+class StudentNetwork(_Ranged):
     """The student's network (see `models.student`).
 
     Attributes:
@@ -297,7 +333,7 @@ class StudentNetwork:
 
 
 @dataclass(frozen=True)
-class Noise:
+class Noise(_Ranged):
     """What a student does about labels that may be wrong (see `training.distill`).
 
     Attributes:
@@ -334,6 +370,7 @@ def best() -> Recipe:
     """What measured best on real photographs (`docs/paper-notes.md`)."""
     crf: dict[str, Any] = {
         "side": 250, "sxy_bilateral": 40.0, "srgb": 5.0, "compat_bilateral": 5.0, "min_component": 0.2,
+        "threshold": 0.35,
     }  # fmt: skip
     schedule = Schedule(
         steps=1200, lr=2e-4, kind="adamw", weight_decay=1e-2, batch_size=2, warmup=50, clip=10.0,
@@ -343,8 +380,8 @@ def best() -> Recipe:
         "anchor_sides": (64, 128, 256), "rois": 64, "pool": "align", "cells": 3, "vote": True,
         "rpn_post_nms_top_n_train": 200, "rpn_post_nms_top_n_test": 200,
     }  # fmt: skip
-    label = AttentionCalibration(combine="mean", members="class", per_class=1, max_attention=120, threshold=0.3, **crf)
-    detect = AttentionCalibration(combine="mean", max_attention=80, threshold=0.4, **crf)
+    label = AttentionCalibration(combine="mean", members="class", per_class=1, max_attention=120, **crf)
+    detect = AttentionCalibration(combine="mean", max_attention=80, **crf)
     masks = MaskCalibration(per_class=5, mask_nms=0.5, max_masks=100, **crf)
     answer = replace(masks, per_class=20, min_score=0.05, nms=0.4, joint=False)
     segmenter: dict[str, Any] = {
@@ -367,11 +404,11 @@ def best() -> Recipe:
             ),
             Segmentation(
                 "refinement", **segmenter,
-                label=replace(masks, threshold=0.4), predict=replace(answer, threshold=0.3),
+                label=masks, predict=answer,
             ),
             Segmentation(
                 "segmentation", **segmenter, weighted=False,
-                label=replace(masks, threshold=0.2), predict=replace(answer, threshold=0.2),
+                label=masks, predict=answer,
             ),
         ),
         forward_backward=ForwardBackward(ema=0.99, schedule=replace(schedule, steps=100, lr=2e-5, warmup=20)),

@@ -203,3 +203,32 @@ def test_recipes_are_values():
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipe("best").name = "other"
     assert config.best() == config.best()
+
+
+def test_one_threshold_serves_all_modules_of_best():
+    """That each module wanted a background of its own was the sign of lopsided unaries."""
+    assert {choice.threshold for m in recipe("best").modules for choice in (m.label, m.predict)} == {0.35}
+    assert {choice.threshold for m in recipe("paper").modules for choice in (m.label, m.predict)} == {None}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "images.sides=-5", "images.sides=480,0", "images.test_side=1", "proposals.limit=-1", "proposals.side=0",
+        "modules.1.schedule.lr=nan", "modules.2.schedule.steps=0", "modules.2.schedule.lr=inf",
+        "modules.3.schedule.batch_size=0", "modules.*.schedule.decay=0.5:nan", "modules.4.predict.threshold=1",
+        "modules.4.predict.nms=1.5", "modules.1.label.iterations=-1", "modules.2.rois=0", "modules.3.mask_width=0",
+        "warm_up.momentum=2", "forward_backward.ema=-1", "modules.2.anchor_sides=0",
+    ],
+)  # fmt: skip
+def test_a_number_out_of_its_range_is_refused_with_the_range(change: str) -> None:
+    with pytest.raises(InputError, match=r"must be from .* to ") as refused:
+        override(recipe("best"), [change])
+    assert change.partition("=")[0].rsplit(".", 1)[1] in str(refused.value)
+
+
+def test_a_number_out_of_its_range_in_a_file_is_refused() -> None:
+    values = to_dict(recipe("demo"))
+    values["modules"][1]["schedule"]["lr"] = float("nan")
+    with pytest.raises(InputError, match="lr must be from"):
+        from_dict(values)

@@ -26,13 +26,16 @@ from labelpenet.calibration.maps import (
     project_maps,
 )
 from labelpenet.config import AttentionCalibration, Calibration
-from labelpenet.instances import Instances, masks_to_boxes
+from labelpenet.instances import CompactMasks, Instances
 
 Attend = Callable[[Tensor, Tensor], Tensor]
 """(n,) indices of proposals and (n,) their class indices to (n, a, a) attention maps >= 0 of those proposals."""
 
 SURE = 1e-3
 """Confidences are taken to be in [SURE, 1 - SURE]: no map is ever surer than that."""
+
+LARGEST_CANVAS = 640
+"""Longer side in pixels of the canvas where the recipe names none: a camera's photograph has 24 million pixels."""
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,10 @@ def _check(
 
 
 def working_canvas(image: np.ndarray, side: int | None) -> tuple[np.ndarray, tuple[float, float]]:
-    """The image scaled down to a longer side of ``side``, never up, and the factors of x and y."""
+    """The image scaled down to a longer side of ``side`` (None: `LARGEST_CANVAS`), never up, and the factors."""
     height, width = image.shape[:2]
-    if side is None or side >= max(height, width):
+    side = LARGEST_CANVAS if side is None else side
+    if side >= max(height, width):
         return np.ascontiguousarray(image), (1.0, 1.0)
     factor = side / max(height, width)
     small = cv2.resize(
@@ -292,11 +296,13 @@ def settle(
         marginals: (K, h, w) in [0, 1]; proposals: (K, 4) the kept proposals in pixels of the image; labels: (K,);
         weights: (K,); size: (H, W).
     """
-    masks = torch.stack([largest_parts(mask, settings.min_component) for mask in grow_masks(marginals, size)])
-    empty = ~masks.flatten(1).any(1)
-    for index in torch.nonzero(empty).flatten().tolist():  # an instance without a pixel falls back to its proposal
-        masks[index] = box_mask(proposals[index], size)
-    boxes = masks_to_boxes(masks)
+    masks = grow_crops(marginals, size)
+    parts = [largest_parts(torch.from_numpy(crop), settings.min_component).numpy() for crop in masks.crops]
+    corners = list(masks.corners)
+    for index in [place for place, part in enumerate(parts) if not part.size]:
+        parts[index], corners[index] = box_mask(proposals[index], size).cpu().numpy(), (0, 0)  # its proposal stands in
+    masks = CompactMasks.of(size, parts, corners)
+    boxes = masks.boxes().to(proposals.device)
     if settings.box == "proposal":
         clipped = clip_boxes_to_image(proposals, size)
         inside = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
@@ -311,9 +317,19 @@ def grow_masks(probabilities: Tensor, size: tuple[int, int]) -> Tensor:
     return probabilities > 0.5
 
 
+def grow_crops(probabilities: Tensor, size: tuple[int, int]) -> CompactMasks:
+    """What `grow_masks` gives, pixel for pixel, with one mask at a time at the image's size."""
+    at_least = (probabilities >= 0.5).flatten(1).any(1).tolist()
+    parts = [
+        grow_masks(one[None], size)[0].cpu().numpy() if possible else np.zeros((0, 0), bool)
+        for one, possible in zip(probabilities, at_least, strict=True)
+    ]
+    return CompactMasks.of(size, parts)
+
+
 def largest_parts(mask: Tensor, fraction: float | None) -> Tensor:
     """The (H, W) bool mask without components smaller than ``fraction`` of its largest one."""
-    if fraction is None:
+    if fraction is None or not mask.numel():
         return mask
     count, components, stats, _ = cv2.connectedComponentsWithStats(mask.cpu().numpy().astype(np.uint8))
     if count <= 2:
@@ -334,16 +350,18 @@ def box_mask(box: Tensor, size: tuple[int, int]) -> Tensor:
 
 def distinct(found: Instances, duplicate: float | None) -> Tensor:
     """Indices (K',) of the instances that are no duplicate of a better one of their class, in order."""
-    if duplicate is None or len(found) < 2 or found.masks is None:
+    masks = found.compact_masks
+    if duplicate is None or len(found) < 2 or masks is None:
         return torch.arange(len(found), device=found.boxes.device)
-    flat = found.masks.flatten(1).float()
-    with full_precision(flat.device):
-        inter = flat @ flat.T
-    area = flat.sum(1)
-    overlap = inter / (area[:, None] + area[None] - inter).clamp(min=1)
+    areas, labels = masks.areas(), found.labels.tolist()
     alive: list[int] = []
     for index in found.weights.argsort(descending=True, stable=True).tolist():
-        same = [other for other in alive if found.labels[other] == found.labels[index]]
-        if not any(overlap[index, other] > duplicate for other in same):
+        same = [other for other in alive if labels[other] == labels[index]]
+        shared = [masks.overlap(index, other) for other in same]
+        unions = [areas[index] + areas[other] - both for other, both in zip(same, shared, strict=True)]
+        if not any(
+            np.float32(both) / np.float32(max(union, 1)) > np.float32(duplicate)
+            for both, union in zip(shared, unions, strict=True)
+        ):
             alive.append(index)
     return torch.tensor(sorted(alive), device=found.boxes.device)

@@ -408,6 +408,14 @@ def listing(names: Iterable[str], limit: int = 30) -> str:
     return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "") or "none"
 
 
+def excerpt(value: object, length: int = 60) -> str:
+    """What a file holds, for a message; it may be nested deep, or a number of thousands of digits."""
+    try:
+        return str(value)[:length]
+    except (RecursionError, ValueError):
+        return f"a {type(value).__name__}"
+
+
 def safe_name(name: str) -> str:
     """A name as one plain file name: letters, digits, ``.``, ``-`` and ``_`` stay, anything else becomes ``_``.
 

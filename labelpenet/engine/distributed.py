@@ -29,6 +29,8 @@ S = TypeVar("S")
 
 _BUCKET = 16 * 2**20  # numbers in one message when gradients are summed over processes
 
+_REMEDY = "what is finished is kept: see what the process said, then run the command again, with --resume if it trains"
+
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
@@ -54,8 +56,9 @@ def build_fabric(device: str = "auto", devices: int = 1, nodes: int = 1, precisi
     if precision == "auto":
         precision = "bf16-mixed" if _multiplies_bfloat16(device) else "32-true"
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # what it says, run.json and environment.json say
-    # but that it ends this process, because another one has died, only this says
-    logging.getLogger("lightning_fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
+    observer = logging.getLogger("lightning_fabric.strategies.launchers.subprocess_script")
+    observer.setLevel(logging.INFO)  # says that it ends this process, because another one has died
+    observer.addFilter(_say_what_to_do)
     try:
         fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes, precision=precision)  # type: ignore[arg-type]
         fabric.launch()
@@ -132,6 +135,11 @@ def gather(world: int, value: T) -> list[T]:
     return found
 
 
+def _say_what_to_do(record: logging.LogRecord) -> bool:
+    record.msg, record.args = f"{record.getMessage().partition('. Forcefully')[0]}; {_REMEDY}", None
+    return True
+
+
 @contextlib.contextmanager
 def peers(world: int) -> Iterator[None]:
     """Turns the end of another of the ``world`` processes, which breaks a message to it, into one line.
@@ -145,10 +153,7 @@ def peers(world: int) -> Iterator[None]:
         frames = traceback.walk_tb(error.__traceback__)
         if world == 1 or not any("torch/distributed" in Path(f.f_code.co_filename).as_posix() for f, _ in frames):
             raise
-        raise InputError(
-            "another process of this command has ended (killed, or out of memory?); what is finished is kept: see what "
-            "the other one said, then run the command again, with --resume if it trains"
-        ) from error
+        raise InputError(f"another process of this command has ended (killed, or out of memory?); {_REMEDY}") from error
 
 
 def together(world: int, work: Callable[[], object]) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import nms
 
@@ -24,7 +25,7 @@ from labelpenet.calibration.excitation import layer_without_rule
 from labelpenet.config import MODULES, AttentionCalibration, MaskCalibration, Recipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
-from labelpenet.data.images import read_image
+from labelpenet.data.images import as_pixels, find_images
 from labelpenet.data.proposals import ProposalSettings, propose
 from labelpenet.errors import DamagedError, InputError
 from labelpenet.instances import Instances
@@ -77,6 +78,9 @@ class View:
         device = self.pixels.device
         return Instances(self.boxes(one.boxes), one.labels.to(device), one.weights.to(device), (height, width), masks)
 
+
+Photograph = np.ndarray | Image.Image | str | Path
+"""A photograph in whatever form one has it (see `data.images.as_pixels`)."""
 
 Seen = tuple[View, Tensor]
 """A view and the stem's map of it."""
@@ -239,7 +243,7 @@ class LabelPEnet(nn.Module):
             choice,
         )
         if tags is None:
-            found = replace(found, weights=found.weights * probabilities[found.labels])
+            found = found.weighted(found.weights * probabilities[found.labels])
         return found, trace, probabilities
 
     @torch.no_grad()
@@ -394,23 +398,40 @@ class LabelPEnet(nn.Module):
             return self.infer_detection(image, tags, seen=seen)
         return self.infer_segmentation(number, image, tags, seen=seen)
 
+    @overload
+    def predict(self, image: Photograph, module: int = 4, proposals: Tensor | None = None) -> Instances: ...
+
+    @overload
+    def predict(self, image: list[Photograph] | tuple[Photograph, ...], module: int = 4) -> list[Instances]: ...
+
     @torch.no_grad()
-    def predict(self, image: np.ndarray | str | Path, module: int = 4, proposals: Tensor | None = None) -> Instances:
-        """The instances of a photograph whose tags are not known.
+    def predict(
+        self,
+        image: Photograph | list[Photograph] | tuple[Photograph, ...],
+        module: int = 4,
+        proposals: Tensor | None = None,
+    ) -> Instances | list[Instances]:
+        """The instances of a photograph, or of each of several, whose tags are not known.
 
         Args:
-            image: (H, W, 3) uint8 RGB, or an image file.
+            image: an image file, (H, W, 3) uint8 RGB, a PIL image, or a list of them; a folder stands for the list of
+                its image files in order of name (`data.images.find_images`).
             module: which of the four answers.
             proposals: (R, 4) in pixels of the photograph; computed if the module needs them and they are not given.
 
         Returns:
-            `Instances` on the CPU, best first: scores in [0, 1] as weights, masks for every module.
+            `Instances` on the CPU, best first: scores in [0, 1] as weights, masks for every module. A list of them for
+            a list or a folder.
 
         Raises:
-            InputError: the file cannot be read; no such module.
+            InputError: a file cannot be read; no such module.
         """
         self.require(module)
-        pixels = image if isinstance(image, np.ndarray) else read_image(image)
+        if isinstance(image, (str, Path)) and Path(image).is_dir():
+            image = [path for _, path in find_images([Path(image)])]
+        if isinstance(image, (list, tuple)):
+            return [self.predict(one, module) for one in image]
+        pixels = as_pixels(image)
         if proposals is None and self.needs_proposals(module):
             proposals = self.proposals(pixels)
         seen = self.see(pixels)
@@ -456,7 +477,7 @@ class LabelPEnet(nn.Module):
             logits, _ = module.classify(module.head(module.pool(module.features(stem), view.boxes(found.boxes))))
             opinions.append(_of_class(logits.float().softmax(1)[:, 1:], found.labels))
         together = torch.stack([one.float().clamp(min=1e-6).log() for one in opinions]).mean(0).exp()
-        return replace(found, weights=together)
+        return found.weighted(together)
 
     def needs_proposals(self, module: int) -> bool:
         """Whether a module works on selective-search proposals."""

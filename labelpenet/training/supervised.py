@@ -215,20 +215,10 @@ def presentations(one: Recipe) -> int:
 
 
 def fully_supervised(one: Recipe) -> Recipe:
-    """The recipe whose module 4 is presented as many images as modules 2 to 4 together, up to half a batch.
-
-    True masks do not shrink from module to module, so module 4's confidence is judged as that of module 3.
-    """
-    three, four = one.modules[2:]
+    """The recipe whose module 4 is presented as many images as modules 2 to 4 together, up to half a batch."""
+    four = one.modules[3]
     steps = max(1, round(presentations(one) / four.schedule.batch_size))
-    threshold = three.predict.threshold
-    return change(
-        one,
-        4,
-        schedule=replace(four.schedule, steps=steps),
-        label=replace(four.label, threshold=threshold),
-        predict=replace(four.predict, threshold=threshold),
-    )
+    return change(one, 4, schedule=replace(four.schedule, steps=steps))
 
 
 def with_masks(truth: Instances, found: Instances, image: np.ndarray, settings: Calibration) -> Instances:

@@ -22,6 +22,7 @@ from labelpenet.calibration.calibrate import (
     instance_heat,
     largest_parts,
     segment,
+    settle,
     unaries,
     working_canvas,
 )
@@ -397,3 +398,53 @@ def test_a_boxs_mask_is_never_empty(box):
     assert mask.any()
     if box[2] - box[0] == 64:
         assert mask.all()
+
+
+def settle_dense(marginals: Tensor, proposals: Tensor, size: tuple[int, int], part: float | None) -> Tensor:
+    """The masks that `settle` stands for, all of them at the image's size at once."""
+    masks = torch.stack([largest_parts(mask, part) for mask in grow_masks(marginals, size)])
+    for index in range(len(masks)):
+        if not masks[index].any():
+            masks[index] = box_mask(proposals[index], size)
+    return masks
+
+
+def distinct_dense(found: Instances, duplicate: float) -> list[int]:
+    """`distinct` by the product of all masks."""
+    flat = found.masks.flatten(1).float()
+    inter = flat @ flat.T
+    area = flat.sum(1)
+    overlap = inter / (area[:, None] + area[None] - inter).clamp(min=1)
+    alive: list[int] = []
+    for index in found.weights.argsort(descending=True, stable=True).tolist():
+        if not any(overlap[index, other] > duplicate and found.labels[other] == found.labels[index] for other in alive):
+            alive.append(index)
+    return sorted(alive)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([(30, 40), (61, 83), (20, 17), (90, 200)]), st.booleans())
+def test_masks_as_crops_are_the_masks_at_full_size(seed: int, size: tuple[int, int], smooth: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    marginals = torch.rand(8, 30, 40, generator=generator)
+    if smooth:
+        marginals = torch.nn.functional.avg_pool2d(marginals[None], 7, 1, 3)[0]
+    marginals[0], marginals[1], marginals[2] = 0.5, 0.1, 0.9  # at the threshold, nothing, everything
+    y1, x1 = torch.randint(0, 20, (2, 8), generator=generator).float()
+    proposals = torch.stack([x1, y1, x1 + 9.5, y1 + 0.5], 1)
+    labels, weights = torch.randint(0, 2, (8,), generator=generator), torch.rand(8, generator=generator)
+    for part, duplicate in ((None, 0.3), (0.2, 0.1), (1.0, 0.5)):
+        choice = AttentionCalibration(min_component=part, mask_nms=duplicate)
+        found = settle(marginals, proposals, labels, weights, size, choice)
+        dense = settle_dense(marginals, proposals, size, part)
+        assert torch.equal(found.masks, dense)
+        assert torch.equal(found.boxes, masks_to_boxes(dense))
+        assert distinct(found, duplicate).tolist() == distinct_dense(found, duplicate)
+
+
+def test_a_cameras_photograph_is_worked_on_at_the_size_of_a_canvas() -> None:
+    image = np.zeros((3000, 4000, 3), np.uint8)
+    canvas, scale = working_canvas(image, None)
+    assert (canvas.shape[:2], scale) == ((480, 640), (0.16, 0.16))
+    ordinary = np.zeros((640, 600, 3), np.uint8)
+    assert working_canvas(ordinary, None)[0].shape == ordinary.shape

@@ -175,8 +175,7 @@ def test_full_supervision_has_as_many_presentations_as_the_weak_detectors_togeth
         full = fully_supervised(one)
         schedule = full.modules[3].schedule
         assert abs(schedule.steps * schedule.batch_size - presentations(one)) <= schedule.batch_size / 2
-        assert full.modules[3].label.threshold == one.modules[2].predict.threshold
-        assert full.modules[3].predict.threshold == one.modules[2].predict.threshold
+        assert replace(full.modules[3], schedule=one.modules[3].schedule) == one.modules[3]
         assert replace(full, modules=one.modules) == one and full.modules[:3] == one.modules[:3]
     later = [module.schedule for module in config.best().modules[1:]]
     assert presentations(config.best()) == sum(one.steps * one.batch_size for one in later)
