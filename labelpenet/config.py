@@ -17,9 +17,7 @@ from labelpenet.old_recipe import modernise
 
 Pool = typing.Literal["max", "align"]
 Attention = typing.Literal["excitation", "gradient"]
-
-# Says who a thing is and is no choice: it cannot be set.
-_FIXED = {"fixed": True}
+_FIXED = {"fixed": True}  # of what says who a thing is and cannot be set
 
 
 _SIDE, _SHARE, _COUNT, _WIDTH = (16, 20_000), (0, 1), (1, 1_000_000), (1e-3, 1e4)
@@ -192,6 +190,9 @@ class Classification:
         freeze_head: whether tail and RoI head keep their pretrained weights.
         attention: ``excitation`` (excitation backprop) or ``gradient`` (activation times gradient of the class logit at
             the last spatial layer of the RoI head).
+        heat: whose class scores a heat-map sums where one instance a class is sought: those of the proposals whose best
+            class it is (``class``), as the paper says, or of ``all``.
+        initialiser: of the two branches: He's, which is the paper's [18], or a ``gaussian`` of deviation .01.
         schedule: of its training.
         label: how it labels training images, whose tags are known.
         predict: how it answers for photographs, whose tags are not known.
@@ -201,6 +202,8 @@ class Classification:
     pool: Pool = "max"
     freeze_head: bool = False
     attention: Attention = "excitation"
+    heat: typing.Literal["class", "all"] = "class"
+    initialiser: typing.Literal["he", "gaussian"] = "he"
     schedule: Schedule = Schedule()
     label: AttentionCalibration = AttentionCalibration(per_class=1)
     predict: AttentionCalibration = AttentionCalibration(per_class=1, joint=False)
@@ -213,8 +216,7 @@ class Detector(_Ranged):
     Attributes:
         anchor_sides: square roots of the anchors' areas in pixels of the network's input.
         rois: RoIs sampled for each image in training, a quarter of them positive at most.
-        rpn_pre_nms_top_n_train, rpn_pre_nms_top_n_test: boxes of the RPN that enter its NMS.
-        rpn_post_nms_top_n_train, rpn_post_nms_top_n_test: boxes that the RPN passes on.
+        rpn_pre_nms_top_n_*, rpn_post_nms_top_n_*: boxes of the RPN that enter its NMS, and that it passes on.
         pool: as for `Classification`.
         cells: cells per side of the pooling behind a convolutional RoI head (`Backbone.roi_head`).
         weighted: whether the instances' weights enter the losses.
@@ -225,9 +227,9 @@ class Detector(_Ranged):
     name: str = field(metadata=_FIXED)
     anchor_sides: tuple[int, ...] = (128, 256, 512)
     rois: int = 128
-    rpn_pre_nms_top_n_train: int = 2000
-    rpn_pre_nms_top_n_test: int = 1000
-    rpn_post_nms_top_n_train: int = 300
+    rpn_pre_nms_top_n_train: int = 12_000
+    rpn_pre_nms_top_n_test: int = 6000
+    rpn_post_nms_top_n_train: int = 2000
     rpn_post_nms_top_n_test: int = 300
     pool: Pool = "max"
     cells: int = 1
@@ -264,9 +266,7 @@ class Segmentation(Detector):
 
 
 Modules = tuple[Classification, Detection, Segmentation, Segmentation]
-
-MODULES = ("classification", "detection", "refinement", "segmentation")
-"""The names of modules 1 to 4: of attributes, stages and files."""
+MODULES = ("classification", "detection", "refinement", "segmentation")  # of attributes, stages and files
 
 
 @dataclass(frozen=True)
@@ -378,6 +378,7 @@ def best() -> Recipe:
     )  # fmt: skip
     detector: dict[str, Any] = {
         "anchor_sides": (64, 128, 256), "rois": 64, "pool": "align", "cells": 3, "vote": True,
+        "rpn_pre_nms_top_n_train": 2000, "rpn_pre_nms_top_n_test": 1000,
         "rpn_post_nms_top_n_train": 200, "rpn_post_nms_top_n_test": 200,
     }  # fmt: skip
     label = AttentionCalibration(combine="mean", members="class", per_class=1, max_attention=120, **crf)
@@ -393,7 +394,7 @@ def best() -> Recipe:
         proposals=Proposals(side=250, limit=300, min_area=0.015),
         modules=(
             Classification(
-                pool="align", freeze_head=True, attention="gradient",
+                pool="align", freeze_head=True, attention="gradient", heat="all", initialiser="gaussian",
                 schedule=Schedule(steps=1200, lr=1e-3, kind="adam", weight_decay=0.0, batch_size=8),
                 label=label, predict=replace(label, joint=False),
             ),
@@ -427,6 +428,7 @@ def demo() -> Recipe:
     )  # fmt: skip
     detector: dict[str, Any] = {
         "anchor_sides": (48, 80, 112), "rois": 48, "pool": "align", "cells": 3, "schedule": schedule,
+        "rpn_pre_nms_top_n_train": 2000, "rpn_pre_nms_top_n_test": 1000,
         "rpn_post_nms_top_n_train": 60, "rpn_post_nms_top_n_test": 60,
     }  # fmt: skip
     label = AttentionCalibration(combine="mean", members="class", per_class=1, max_attention=40, **crf)
@@ -445,7 +447,7 @@ def demo() -> Recipe:
         ),
         modules=(
             Classification(
-                pool="align", freeze_head=True, attention="gradient",
+                pool="align", freeze_head=True, attention="gradient", heat="all", initialiser="gaussian",
                 schedule=Schedule(steps=300, lr=3e-3, kind="adam", weight_decay=0.0, batch_size=8),
                 label=label, predict=replace(label, joint=False),
             ),

@@ -143,11 +143,11 @@ class Interrupter:
         self.left = 10**9
         real = LabelPEnet.stem_map
 
-        def stem_map(network: LabelPEnet, view: object) -> Tensor:
+        def stem_map(network: LabelPEnet, *views: object) -> Tensor:
             self.left -= 1
             if self.left < 0:
                 raise KeyboardInterrupt
-            return real(network, view)
+            return real(network, *views)
 
         monkeypatch.setattr(LabelPEnet, "stem_map", stem_map)
 
