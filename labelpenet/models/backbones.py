@@ -223,9 +223,7 @@ def replace(module: _Module, make: Callable[[nn.Module], nn.Module | None]) -> _
 
 
 def for_training(layer: nn.Module) -> nn.Module | None:
-    """ReLU6 and strided or dilated depthwise convolutions in the form that trains fast; None for other layers."""
-    if isinstance(layer, nn.ReLU6):
-        return TrainedReLU6()
+    """A strided or dilated depthwise convolution in the form that trains fast; None for other layers."""
     if not isinstance(layer, nn.Conv2d) or type(layer) not in (nn.Conv2d, SameConv2d):
         return None
     slow = layer.groups == layer.in_channels > 1 and max(*layer.stride, *layer.dilation) > 1
@@ -237,14 +235,6 @@ def _convolution(channels: int, width: int, stride: int = 1) -> tuple[nn.Conv2d,
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     return layer, nn.ReLU()
-
-
-class TrainedReLU6(nn.ReLU6):
-    """ReLU6 in place where no gradients are wanted; in place with gradients, autograd copies its input first."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(R, D, h, w) to the same."""
-        return F.relu6(input, inplace=not torch.is_grad_enabled())
 
 
 class SameConv2d(nn.Conv2d):
