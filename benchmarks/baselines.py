@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labelpenet.calibration.calibrate import segment, settle, working_canvas
+from labelpenet.calibration.calibrate import segment, to_instances, working_canvas
 from labelpenet.config import Calibration
 from labelpenet.data import AnnotatedImages, Truth, read_image
 from labelpenet.data.dataset import TaggedImage
@@ -136,7 +136,7 @@ def cut(image: np.ndarray, maps: Tensor, labels: Tensor, weights: Tensor, settin
     canvas, _ = working_canvas(image, settings.side)
     confidence = F.interpolate(maps[None], size=canvas.shape[:2], mode="bilinear", align_corners=False)[0]
     whole = torch.tensor([[0.0, 0.0, size[1], size[0]]]).expand(len(maps), 4)
-    return settle(segment(canvas, confidence, settings), whole, labels, weights, size, settings)
+    return to_instances(segment(canvas, confidence, settings), whole, labels, weights, size, settings)
 
 
 def whole_image(size: tuple[int, int], labels: Tensor, weights: Tensor) -> Instances:

@@ -17,14 +17,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from labelpenet import config
-from labelpenet.calibration.calibrate import calibrate, segment, working_canvas
+from labelpenet.calibration.calibrate import segment, working_canvas
 from labelpenet.config import AttentionCalibration
 from labelpenet.data import read_image
 from labelpenet.data.dataset import TaggedImage
@@ -50,27 +52,18 @@ def one_image(
 ) -> tuple[float, ...]:
     """Milliseconds of `STEPS` for module 1."""
     one, pixels = network.classification, read_image(image.path)
-    view = network.view(pixels)
-    regions = view.boxes(proposals)
+    batch = network.batch([pixels], [image.tags], [proposals])
+    features, features_ms = timed(lambda: one.features(batch))
+    known = replace(batch, features=[features[0].float()])
+    attention_ms = 0.0
 
-    def roi_features() -> tuple[Tensor, Tensor]:
-        stem = one.tail(network.stem_map(view))
-        return stem, one.head(one.pool(stem, regions))
-
-    (tail, features), features_ms = timed(roi_features)
-    x_c, _ = network.class_scores(view, proposals, features.float())
-    scores, attention_ms = x_c[:, 1:].softmax(1), 0.0
-
-    def attend(index: Tensor, labels: Tensor) -> Tensor:
+    def attend(head: Any, classifier: Any, pooled: Tensor, outputs: Tensor, scores: Tensor, own: str) -> Tensor:
         nonlocal attention_ms
-        maps, attention_ms = timed(
-            lambda: roi_attention(
-                one.head, one.classifier, one.pool(tail, regions[index]), labels + 1, scores[index, labels], kind
-            )
-        )
+        maps, attention_ms = timed(lambda: roi_attention(head, classifier, pooled, outputs, scores, kind))
         return maps
 
-    (_, trace), whole_ms = timed(lambda: calibrate(pixels, proposals, scores, image.tags, attend, settings))
+    with patch("labelpenet.models.classification.roi_attention", attend):
+        ((_, trace),), whole_ms = timed(lambda: one.infer(known, settings))
     canvas, _ = working_canvas(pixels, settings.side)
     _, crf_ms = timed(lambda: segment(canvas, trace.confidence, settings))
     return features_ms, whole_ms, attention_ms, crf_ms

@@ -46,13 +46,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from labelpenet.calibration import project_maps
-from labelpenet.calibration.calibrate import grow_masks, largest_parts, segment, working_canvas
+from labelpenet.calibration.calibrate import drop_components, resize_masks, segment, working_canvas
 from labelpenet.data import AnnotatedImages, Truth, read_image, run_folder
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.proposals import compute_proposals, default_cache
@@ -459,19 +460,18 @@ def oracle_masks(predictor: Predictor, image: np.ndarray, truth: Instances) -> t
         confidence = {"box": spread(ones)}
         proposals = {}
         for number in (2, 3, 4):
-            module = network.module(number)
-            rois, _ = module.propose(module.features(stem), view.pixels)  # type: ignore[operator]
+            module: Any = network.module(number)
+            (rois,), _ = module.propose(module.tail(stem), [view.size])
             proposals[f"RPN of module {number}"] = view.back(rois).float().cpu().numpy()
             if number > 2:
-                features = module.mask_features(stem)  # type: ignore[operator]
-                masks = module.masks(features, boxes, truth.labels.to(boxes.device))  # type: ignore[operator]
+                masks = module.masks(module.mask_features(stem), [boxes], truth.labels.to(boxes.device))
                 confidence[f"mask head of module {number}"] = spread(masks)
         ious = {}
         for name, one in confidence.items():
-            ious[name] = _mask_ious(grow_masks(one, size), truth)
-            grown = grow_masks(segment(canvas, one, settings), size)
+            ious[name] = _mask_ious(resize_masks(one, size), truth)
+            grown = resize_masks(segment(canvas, one, settings), size)
             ious[f"{name}, CRF"] = _mask_ious(
-                torch.stack([largest_parts(m, settings.min_component) for m in grown]), truth
+                torch.stack([drop_components(m, settings.min_component) for m in grown]), truth
             )
     return ious, proposals
 

@@ -25,7 +25,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from labelpenet.calibration import DenseCRF, confidence_map, normalise
-from labelpenet.calibration.calibrate import (
-    choose_instances,
-    distinct,
-    foreground,
-    instance_attention,
-    instance_heat,
-    settle,
-    unaries,
-    working_canvas,
-)
+from labelpenet.calibration import Candidates, calibrate, choose_instances, proposal_candidates
 from labelpenet.config import AttentionCalibration
 from labelpenet.data import read_image
 from labelpenet.data.dataset import TaggedImage, Truth
@@ -85,33 +75,29 @@ class Scene:
 
     Attributes:
         image: (H, W, 3) uint8.
-        proposals: (R, 4) in pixels of the photograph.
-        areas: (R, 4) where the attention maps lie, likewise.
-        scores: (R, C) in [0, 1].
+        proposals: (R, 4) in pixels of the photograph, and their scores (R, C) in [0, 1]: what heat-maps are made of.
+        found: the candidates.
         tags: the classes that get instances.
-        attend: kind, (n,) proposals and (n,) classes to (n, a, a) attention maps, not weighted by any score.
+        attend: kind and (n,) candidates to (n, a, a) attention maps.
         share: (R, C) the proposals' shares in the image's score of each class, summing to one.
         probabilities: (C,) of the image's classes, by module 1.
     """
 
     image: np.ndarray
     proposals: Tensor
-    areas: Tensor
     scores: Tensor
+    found: Candidates
     tags: tuple[int, ...]
-    attend: Callable[[str, Tensor, Tensor], Tensor]
+    attend: Callable[[str, Tensor], Tensor]
     share: Tensor
     probabilities: Tensor
 
 
 @dataclass
 class Result:
-    """Instances of one variant, the proposals that they were kept for, and the maps behind them (K, h, w)."""
+    """Instances of one variant, and the maps behind them (K, h, w)."""
 
     found: Instances
-    seeds: Tensor
-    attention: Tensor
-    heat: Tensor
     confidence: Tensor
     marginals: Tensor
 
@@ -192,154 +178,50 @@ def detection_variants(settings: AttentionCalibration, sample: int) -> list[Vari
 def classified(network: LabelPEnet, pixels: np.ndarray, proposals: Tensor, known: Tensor, image: TaggedImage) -> Scene:
     """Module 1's scores of the proposals (R, 4) with RoI features (R, D)."""
     one = network.classification
-    view = network.view(pixels)
-    stem = network.stem_map(view)
-    tail, regions = one.tail(stem), view.boxes(proposals)
-    x_c, x_p = network.class_scores(view, proposals, known)
-    own, w = x_c[:, 1:], x_p.softmax(0)
-    positive = own.clamp(min=0) * w
+    batch = network.batch([pixels], [image.tags], [proposals])
+    tail, regions = one.tail(batch.stem), batch.views[0].boxes(proposals)
+    x_c, x_p = one(known)
+    positive = x_c[:, 1:].clamp(min=0) * x_p.softmax(0)
+    scores = x_c[:, 1:].softmax(1)
+    found = proposal_candidates(proposals, scores, image.tags)
 
-    def attend(kind: str, index: Tensor, labels: Tensor) -> Tensor:
-        ones = torch.ones(len(index))
-        return roi_attention(one.head, one.classifier, one.pool(tail, regions[index]), labels + 1, ones, kind)
+    def attend(kind: str, index: Tensor) -> Tensor:
+        pooled = one.pool(tail, [regions[found.rois[index]]])
+        return roi_attention(one.head, one.classifier, pooled, found.labels[index] + 1, found.scores[index], kind)
 
-    return Scene(
-        image=pixels,
-        proposals=proposals,
-        areas=proposals,
-        scores=own.softmax(1),
-        tags=image.tags,
-        attend=attend,
-        share=positive / positive.sum(0).clamp(min=1e-9),
-        probabilities=one.image_probabilities(x_c, x_p),
-    )
+    share = positive / positive.sum(0).clamp(min=1e-9)
+    return Scene(pixels, proposals, scores, found, image.tags, attend, share, one.image_probabilities(x_c, x_p))
 
 
 def detected(network: LabelPEnet, pixels: np.ndarray, proposals: Tensor, known: Tensor, image: TaggedImage) -> Scene:
     """Module 2's detections; module 1 only says how sure it is of each tag."""
-    two, choice = network.detection, network.recipe.modules[1].label
-    view = network.view(pixels)
-    features = two.features(network.stem_map(view))
-    rois, _ = two.propose(features, view.pixels)
-    pooled = two.pool(features, rois)
-    logits, deltas = two.classify(two.head(pooled))
-    size = (int(view.pixels.shape[-2]), int(view.pixels.shape[-1]))
-    found = two.candidates(rois, logits, deltas, size, image.tags, two.settings.score_threshold, choice.nms)
+    one, two = network.classification, network.detection
+    (found,), _, (pooled,) = two.detect(network.batch([pixels], [image.tags]))
     scores = torch.zeros(len(found.scores), len(network.classes))
     scores[torch.arange(len(scores)), found.labels] = found.scores
 
-    def attend(kind: str, index: Tensor, labels: Tensor) -> Tensor:
-        ones = torch.ones(len(index))
-        return roi_attention(two.head, two.classifier, pooled[found.rois[index]], labels + 1, ones, kind)
+    def attend(kind: str, index: Tensor) -> Tensor:
+        own = pooled[found.rois[index]]
+        return roi_attention(two.head, two.classifier, own, found.labels[index] + 1, found.scores[index], kind)
 
-    return Scene(
-        image=pixels,
-        proposals=view.back(found.boxes),
-        areas=view.back(rois[found.rois]),
-        scores=scores,
-        tags=tuple(sorted(set(found.labels.tolist()))),
-        attend=attend,
-        share=scores / scores.sum(0).clamp(min=1e-9),
-        probabilities=network.classification.image_probabilities(*network.class_scores(view, proposals, known)),
-    )
-
-
-# -- all variants of one photograph ----------------------------------------------------------------------------------
-
-
-@dataclass
-class Shared:
-    """What variants of one scene have in common, computed when first asked for."""
-
-    scene: Scene
-    canvas: np.ndarray
-    scale: Tensor
-    choices: dict[Any, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
-    tables: dict[str, Tensor] = field(default_factory=dict)
-    maps: dict[Any, Tensor] = field(default_factory=dict)
-
-    def choice(self, variant: Variant) -> tuple[Tensor, Tensor, Tensor]:
-        """Seeds, labels and members (`choose_instances`)."""
-        key = self.key(variant)
-        if key not in self.choices:
-            scene = self.scene
-            self.choices[key] = choose_instances(scene.proposals, scene.scores, scene.tags, variant.settings)
-        return self.choices[key]
-
-    def key(self, variant: Variant) -> Any:
-        s = variant.settings
-        return s.members, s.nms, s.per_class, s.min_score, s.max_attention
-
-    def attend(self, variants: list[Variant]) -> None:
-        """The attention maps of every proposal that some variant sums, each once."""
-        for kind in sorted({v.kind for v in variants}):
-            wanted = torch.zeros_like(self.scene.share, dtype=torch.bool)
-            for variant in variants:
-                if variant.kind == kind:
-                    _, labels, member = self.choice(variant)
-                    for label, row in zip(labels.tolist(), member, strict=True):
-                        wanted[:, label] |= row
-            index, labels = torch.where(wanted)
-            maps = self.scene.attend(kind, index, labels)
-            self.tables[kind] = maps.new_zeros(*wanted.shape, *maps.shape[1:])
-            self.tables[kind][index, labels] = maps
-
-    def attention(self, variant: Variant) -> Tensor:
-        """Instance attention maps, not normalised."""
-        key = ("attention", variant.kind, self.key(variant))
-        if key not in self.maps:
-            scores, table = self.scene.scores, self.tables[variant.kind]
-            _, labels, member = self.choice(variant)
-            self.maps[key] = instance_attention(
-                self.scene.areas * self.scale,
-                labels,
-                member,
-                lambda index, own: table[index, own] * scores[index, own][:, None, None],
-                (self.canvas.shape[0], self.canvas.shape[1]),
-            )
-        return self.maps[key]
-
-    def heat(self, variant: Variant) -> Tensor:
-        """Object heat-maps; `instance_heat` normalises them."""
-        key = ("heat", self.key(variant))
-        if key not in self.maps:
-            _, labels, member = self.choice(variant)
-            scores, small = self.scene.scores, (self.canvas.shape[0], self.canvas.shape[1])
-            boxes = self.scene.proposals * self.scale
-            self.maps[key] = instance_heat(boxes, scores, labels, member, small, variant.settings)
-        return self.maps[key]
-
-    def confidence(self, variant: Variant) -> Tensor:
-        """Instance confidence maps in [0, 1]."""
-        how = "product" if variant.settings.combine == "product" else "mean"
-        return normalise(confidence_map(self.attention(variant), self.heat(variant), how))  # type: ignore[arg-type]
+    tags = tuple(sorted(set(found.labels.tolist())))
+    share = scores / scores.sum(0).clamp(min=1e-9)
+    return Scene(pixels, found.boxes, scores, found, tags, attend, share, one.image_probabilities(*one(known)))
 
 
 def label(scene: Scene, variants: list[Variant]) -> list[Result]:
-    """The instances of every variant."""
-    size = (scene.image.shape[0], scene.image.shape[1])
-    canvas, scale = working_canvas(scene.image, variants[0].settings.side)
-    shared = Shared(scene, canvas, torch.tensor([*scale, *scale]))
-    shared.attend(variants)
-    started = [unaries(shared.confidence(v), v.settings, shared.attention(v)) for v in variants]
-    settled: dict[int, Tensor] = {}
-    widths = lambda s: (s.sxy_gaussian, s.compat_gaussian, s.sxy_bilateral, s.srgb, s.compat_bilateral)  # noqa: E731
-    for crf_of in {widths(v.settings) for v in variants if v.settings.iterations}:
-        crf = DenseCRF(torch.as_tensor(canvas), *crf_of)
-        ours = [i for i, v in enumerate(variants) if v.settings.iterations and widths(v.settings) == crf_of]
-        for labels in {started[i].shape[1] for i in ours}:
-            same = [i for i in ours if started[i].shape[1] == labels]
-            done = crf(torch.cat([started[i] for i in same]), variants[same[0]].settings.iterations)
-            settled |= dict(zip(same, done.split([len(started[i]) for i in same]), strict=True))
+    """The instances of every variant; attention maps are computed once for each kind and choice."""
+    maps: dict[Any, Tensor] = {}
     results = []
-    for i, variant in enumerate(variants):
-        marginals = foreground(settled.get(i, started[i]), variant.settings.joint)
-        seeds, labels_, _ = shared.choice(variant)
-        weights = scene.scores[seeds, labels_]
-        found = settle(marginals, scene.proposals[seeds].float(), labels_, weights, size, variant.settings)
-        alive = distinct(found, variant.settings.mask_nms)
-        maps = (normalise(shared.attention(variant)), shared.heat(variant), shared.confidence(variant), marginals)
-        results.append(Result(found[alive], seeds[alive], *(one[alive] for one in maps)))
+    for variant in variants:
+        settings = variant.settings
+        chosen = choose_instances(scene.found, settings, each_class=True)
+        key = variant.kind, chosen.mapped.numpy().tobytes()
+        if key not in maps:
+            maps[key] = scene.attend(variant.kind, chosen.mapped)
+        heat = scene.proposals, scene.scores
+        found, trace = calibrate(scene.image, scene.found, chosen, maps[key], settings, heat)
+        results.append(Result(found, trace.confidence, trace.marginals))
     return results
 
 
@@ -370,14 +252,13 @@ def judge(found: Instances, truth: Truth, tags: tuple[int, ...]) -> list[tuple[i
 def candidates_for_weight(result: Result, scene: Scene) -> dict[str, Tensor]:
     """What might tell whether an instance is right: by name, (K,) in [0, 1]."""
     found = result.found
-    labels, seeds = found.labels, result.seeds
+    labels = found.labels
     inside = result.marginals > 0.5
     confidence, eps = result.confidence, 1e-6
 
     def mean(maps: Tensor, where: Tensor) -> Tensor:
         return (maps * where).sum((1, 2)) / where.sum((1, 2)).clamp(min=eps)
 
-    kept = torch.from_numpy(box_iou(found.boxes.numpy(), scene.proposals[seeds].numpy())).float().diagonal()
     overlap = torch.from_numpy(box_iou(found.boxes.numpy(), scene.proposals.numpy())).float()
     score = scene.scores[:, labels].T
     masks = found.masks
@@ -385,12 +266,10 @@ def candidates_for_weight(result: Result, scene: Scene) -> dict[str, Tensor]:
     return {
         "score of the kept proposal": found.weights,
         "image probability": scene.probabilities[labels],
-        "share of the kept proposal": scene.share[seeds, labels],
         "share of the proposals that its box matches": (scene.share[:, labels].T * (overlap >= 0.5)).sum(1),
         "mean score of the proposals that its box matches": (score * (overlap >= 0.5)).sum(1)
         / (overlap >= 0.5).sum(1).clamp(min=1),
         "best IoU of its box with a proposal": overlap.amax(1),
-        "IoU of its box with the kept proposal": kept,
         "confidence inside less outside": (mean(confidence, inside) - mean(confidence, ~inside)).clamp(min=0),
         "confidence inside": mean(confidence, inside),
         "marginal inside": mean(result.marginals, inside),

@@ -433,9 +433,12 @@ def inference_row(setting: Setting, number: int, clock: Clock) -> Row:
                 pixels = read_image(images[index].path)
                 boxes = training.boxes(images[index], pixels.shape)
             features = training.features.known(images[index]) if number == 1 else None
-            proposals = boxes if network.needs_proposals(number) else None
+            proposals = [boxes] if network.needs_proposals(number) else None
             with training.autocast():
-                network.infer(number, pixels, proposals, images[index].tags, features)
+                batch = network.batch(
+                    [pixels], [images[index].tags], proposals, None if features is None else [features]
+                )
+                network.infer(number, batch)
 
     clock.take()
     began = clock.now()

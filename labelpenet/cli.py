@@ -310,21 +310,24 @@ class Proposals:
 
 @dataclass
 class Export:
-    """Write predictions (or a run's pseudo-labels, RUN/instances/module4.json) for other tools.
+    """Write predictions (or a run's pseudo-labels, RUN/instances/module4.json) for other tools, or a student as ONNX.
 
     Try:
+      labelpenet export runs/student --to onnx --out student.onnx
       labelpenet export predictions.json photos/ --to coco --out labels/
       labelpenet export runs/voc/instances/module4.json VOCdevkit/VOC2012 --split train --to yolo --out labels/
     """
 
     predictions: Positional[Path]
-    """predictions.json."""
-    data: Positional[Path]
-    """The data set that the predictions belong to."""
-    out: Path
-    """Folder to write."""
-    to: Literal["coco", "coco-polygons", "voc", "yolo", "label-studio", "voc-submission"] = "coco"
-    """Format; coco-polygons is also for CVAT."""
+    """predictions.json; for onnx a student's folder."""
+    data: Positional[Path | None] = None
+    """The data set that the predictions belong to; none for onnx."""
+    out: Path = Path("labels")
+    """Folder to write; for onnx the file."""
+    to: Literal["coco", "coco-polygons", "voc", "yolo", "label-studio", "voc-submission", "onnx"] = "coco"
+    """Format; coco-polygons is also for CVAT, onnx for programs without torch."""
+    size: str | None = None
+    """onnx: HxW in pixels of the photographs that the file takes, multiples of 32. Default: the student's, 4:3."""
     split: str | None = None
     """VOC: train, val, ..."""
     classes: Comma = None
@@ -655,8 +658,8 @@ def predict(one: Predict) -> None:
     check_outputs([] if one.shard else [one.out], reads, one.overwrite)
     pictures = overlay_paths(one.overlays, [image.id for image in images]) if one.overlays else {}
     check_outputs(pictures.values(), [*reads, one.out], one.overwrite)
-    for folder in (path for path in reads if one.overlays and path.is_dir()):
-        if one.overlays.resolve().is_relative_to(folder.resolve()):
+    for folder in (path for path in reads if path.is_dir()):
+        if one.overlays and one.overlays.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{one.overlays}: lies in {folder}, which is read; choose a folder outside for overlays")
     predictor = Predictor(one.run, one.device, one.devices, one.nodes)
 
@@ -739,6 +742,15 @@ def export(one: Export) -> None:
     from labelpenet.formats import export as write
     from labelpenet.formats import open_tagged, read_predictions
 
+    if one.to == "onnx":
+        from labelpenet.models.onnx import export_onnx, parse_size
+        from labelpenet.models.student import Student
+
+        height, width = export_onnx(Student.from_run(one.predictions), one.out, parse_size(one.size))
+        print(f"{one.out}: takes photographs of {height} x {width} pixels (height x width)")
+        return
+    if one.data is None:
+        raise InputError(f"{one.predictions}: name the data set that the predictions belong to, too")
     images = open_tagged(one.data, one.split, _names(one.classes))
     predictions = read_predictions(one.predictions, images, images.classes, list(range(1, len(images.classes) + 1)))
     written = write(
@@ -812,6 +824,8 @@ def _names(text: str | None) -> list[str] | None:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise InputError("--classes names no class; give them separated by commas, such as --classes cat,dog")
+    if len(set(names)) < len(names):
+        raise InputError(f"--classes names {next(one for one in names if names.count(one) > 1)} twice; name each once")
     return names
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,13 +17,47 @@ from labelpenet.old_recipe import modernise
 
 Pool = typing.Literal["max", "align"]
 Attention = typing.Literal["excitation", "gradient"]
+_FIXED = {"fixed": True}  # of what says who a thing is and cannot be set
 
-# Says who a thing is and is no choice: it cannot be set.
-_FIXED = {"fixed": True}
+
+_SIDE, _SHARE, _COUNT, _WIDTH = (16, 20_000), (0, 1), (1, 1_000_000), (1e-3, 1e4)
+RANGES: dict[str, tuple[float, float]] = {
+    "sides": _SIDE, "longest": _SIDE, "test_side": _SIDE, "side": _SIDE, "limit": _COUNT, "min_area": _SHARE,
+    "nms": _SHARE, "per_class": _COUNT, "min_score": _SHARE, "threshold": (1e-6, 1 - 1e-6), "sxy_gaussian": _WIDTH,
+    "compat_gaussian": (0, 1e4), "sxy_bilateral": _WIDTH, "srgb": _WIDTH, "compat_bilateral": (0, 1e4),
+    "iterations": (0, 1000), "min_component": _SHARE, "mask_nms": _SHARE, "max_attention": _COUNT, "max_masks": _COUNT,
+    "steps": (1, 1e9), "lr": (0, 100), "momentum": _SHARE, "weight_decay": (0, 100), "decay": (0, 100),
+    "warmup": (0, 1e9), "clip": (1e-9, 1e9), "batch_size": (1, 100_000), "anchor_sides": (1, 20_000), "rois": _COUNT,
+    "rpn_pre_nms_top_n_train": _COUNT, "rpn_pre_nms_top_n_test": _COUNT, "rpn_post_nms_top_n_train": _COUNT,
+    "rpn_post_nms_top_n_test": _COUNT, "cells": (1, 28), "score_threshold": _SHARE, "mask_width": (1, 8192),
+    "mask_depth": (0, 64), "beta": _SHARE, "ema": _SHARE, "width": (1, 8192), "proposals": _COUNT,
+    "detections": _COUNT, "keep": _SHARE, "nested": _SHARE, "Noise.limit": (0, 1e6), "limit_from": _SHARE,
+}  # fmt: skip
+"""What each number, or each in a tuple, may be, both ends included."""
+
+
+class _Ranged:
+    """Settings whose numbers are checked against `RANGES` wherever they are made: NaN and infinity are in none."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            for number in _numbers(value):
+                low, high = RANGES.get(f"{type(self).__name__}.{name}") or RANGES[name]
+                if not low <= number <= high:
+                    raise InputError(f"{name} must be from {low:g} to {high:g}, but got {number}")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers in a value of the settings: itself, those of a tuple, or none."""
+    if isinstance(value, tuple):
+        for one in value:
+            yield from _numbers(one)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
 
 
 @dataclass(frozen=True)
-class Images:
+class Images(_Ranged):
     """How photographs are presented.
 
     Attributes:
@@ -40,7 +74,7 @@ class Images:
 
 
 @dataclass(frozen=True)
-class Proposals:
+class Proposals(_Ranged):
     """Which proposals module 1 gets.
 
     Attributes:
@@ -57,7 +91,7 @@ class Proposals:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(_Ranged):
     """From scored boxes to instances with masks (section 3.2, figure 2); the defaults are the literal reading.
 
     Attributes:
@@ -68,7 +102,7 @@ class Calibration:
             background map ``max(0, 1 - sum of the attention maps)``.
         joint: one CRF with a label for every instance and the background, so that instances compete for pixels;
             otherwise each instance against background alone.
-        side: longer side of the canvas that maps and CRF live on, in pixels; None for the image's own.
+        side: longer side of the canvas that maps and CRF live on, in pixels; None for the image's own, up to 640.
         sxy_gaussian, compat_gaussian, sxy_bilateral, srgb, compat_bilateral, iterations: of `calibration.DenseCRF`, the
             widths in pixels of the canvas. Zero iterations leave the CRF out.
         box: where the box comes from: tight around the ``mask``, or that of the kept ``proposal``.
@@ -121,7 +155,7 @@ class MaskCalibration(Calibration):
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Schedule(_Ranged):
     """How a stage is trained (4.2).
 
     Attributes:
@@ -156,6 +190,9 @@ class Classification:
         freeze_head: whether tail and RoI head keep their pretrained weights.
         attention: ``excitation`` (excitation backprop) or ``gradient`` (activation times gradient of the class logit at
             the last spatial layer of the RoI head).
+        heat: whose class scores a heat-map sums where one instance a class is sought: those of the proposals whose best
+            class it is (``class``), as the paper says, or of ``all``.
+        initialiser: of the two branches: He's, which is the paper's [18], or a ``gaussian`` of deviation .01.
         schedule: of its training.
         label: how it labels training images, whose tags are known.
         predict: how it answers for photographs, whose tags are not known.
@@ -165,20 +202,21 @@ class Classification:
     pool: Pool = "max"
     freeze_head: bool = False
     attention: Attention = "excitation"
+    heat: typing.Literal["class", "all"] = "class"
+    initialiser: typing.Literal["he", "gaussian"] = "he"
     schedule: Schedule = Schedule()
     label: AttentionCalibration = AttentionCalibration(per_class=1)
     predict: AttentionCalibration = AttentionCalibration(per_class=1, joint=False)
 
 
 @dataclass(frozen=True)
-class Detector:
+class Detector(_Ranged):
     """What modules 2 to 4 share: RPN and R-CNN head.
 
     Attributes:
         anchor_sides: square roots of the anchors' areas in pixels of the network's input.
         rois: RoIs sampled for each image in training, a quarter of them positive at most.
-        rpn_pre_nms_top_n_train, rpn_pre_nms_top_n_test: boxes of the RPN that enter its NMS.
-        rpn_post_nms_top_n_train, rpn_post_nms_top_n_test: boxes that the RPN passes on.
+        rpn_pre_nms_top_n_*, rpn_post_nms_top_n_*: boxes of the RPN that enter its NMS, and that it passes on.
         pool: as for `Classification`.
         cells: cells per side of the pooling behind a convolutional RoI head (`Backbone.roi_head`).
         weighted: whether the instances' weights enter the losses.
@@ -189,9 +227,9 @@ class Detector:
     name: str = field(metadata=_FIXED)
     anchor_sides: tuple[int, ...] = (128, 256, 512)
     rois: int = 128
-    rpn_pre_nms_top_n_train: int = 2000
-    rpn_pre_nms_top_n_test: int = 1000
-    rpn_post_nms_top_n_train: int = 300
+    rpn_pre_nms_top_n_train: int = 12_000
+    rpn_pre_nms_top_n_test: int = 6000
+    rpn_post_nms_top_n_train: int = 2000
     rpn_post_nms_top_n_test: int = 300
     pool: Pool = "max"
     cells: int = 1
@@ -228,13 +266,11 @@ class Segmentation(Detector):
 
 
 Modules = tuple[Classification, Detection, Segmentation, Segmentation]
-
-MODULES = ("classification", "detection", "refinement", "segmentation")
-"""The names of modules 1 to 4: of attributes, stages and files."""
+MODULES = ("classification", "detection", "refinement", "segmentation")  # of attributes, stages and files
 
 
 @dataclass(frozen=True)
-class ForwardBackward:
+class ForwardBackward(_Ranged):
     """Forward-backward learning (3.3).
 
     Attributes:
@@ -280,7 +316,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class StudentNetwork:
+class StudentNetwork(_Ranged):
     """The student's network (see `models.student`).
 
     Attributes:
@@ -297,7 +333,7 @@ class StudentNetwork:
 
 
 @dataclass(frozen=True)
-class Noise:
+class Noise(_Ranged):
     """What a student does about labels that may be wrong (see `training.distill`).
 
     Attributes:
@@ -342,6 +378,7 @@ def best() -> Recipe:
     )  # fmt: skip
     detector: dict[str, Any] = {
         "anchor_sides": (64, 128, 256), "rois": 64, "pool": "align", "cells": 3, "vote": True,
+        "rpn_pre_nms_top_n_train": 2000, "rpn_pre_nms_top_n_test": 1000,
         "rpn_post_nms_top_n_train": 200, "rpn_post_nms_top_n_test": 200,
     }  # fmt: skip
     label = AttentionCalibration(combine="mean", members="class", per_class=1, max_attention=120, **crf)
@@ -357,7 +394,7 @@ def best() -> Recipe:
         proposals=Proposals(side=250, limit=300, min_area=0.015),
         modules=(
             Classification(
-                pool="align", freeze_head=True, attention="gradient",
+                pool="align", freeze_head=True, attention="gradient", heat="all", initialiser="gaussian",
                 schedule=Schedule(steps=1200, lr=1e-3, kind="adam", weight_decay=0.0, batch_size=8),
                 label=label, predict=replace(label, joint=False),
             ),
@@ -391,6 +428,7 @@ def demo() -> Recipe:
     )  # fmt: skip
     detector: dict[str, Any] = {
         "anchor_sides": (48, 80, 112), "rois": 48, "pool": "align", "cells": 3, "schedule": schedule,
+        "rpn_pre_nms_top_n_train": 2000, "rpn_pre_nms_top_n_test": 1000,
         "rpn_post_nms_top_n_train": 60, "rpn_post_nms_top_n_test": 60,
     }  # fmt: skip
     label = AttentionCalibration(combine="mean", members="class", per_class=1, max_attention=40, **crf)
@@ -409,7 +447,7 @@ def demo() -> Recipe:
         ),
         modules=(
             Classification(
-                pool="align", freeze_head=True, attention="gradient",
+                pool="align", freeze_head=True, attention="gradient", heat="all", initialiser="gaussian",
                 schedule=Schedule(steps=300, lr=3e-3, kind="adam", weight_decay=0.0, batch_size=8),
                 label=label, predict=replace(label, joint=False),
             ),

@@ -32,7 +32,10 @@ def modernise(old: dict[str, Any], known: Sequence[tuple[set[str], set[str]]]) -
         own = dict(old[("classification", "detection", "segmentation", "segmentation")[number - 1]])
         label = old[f"infer{number}"]
         predict = old.get(f"predict{number}") or label | {"joint": False}
-        if number > 1:
+        if number == 1:
+            own |= {"heat": "all", "initialiser": "gaussian"}
+        else:
+            own |= {"rpn_pre_nms_top_n_train": 2000, "rpn_pre_nms_top_n_test": 1000}
             own |= {"score_threshold": predict["score_threshold"], "vote": predict["vote"]}
             own |= dict.fromkeys(("rpn_post_nms_top_n_train", "rpn_post_nms_top_n_test"), own["rpn_proposals"])
             if own.get("freeze_head"):

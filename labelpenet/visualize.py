@@ -75,9 +75,11 @@ def draw_instances(
     colours = instance_colours(shown.labels)
     width = _line_width(picture)
     boxes = [_pixels(box, picture.shape) for box in shown.boxes.tolist()]
+    masks = shown.compact_masks
     for index in reversed(range(len(shown))):  # the best one last, and so on top
-        if shown.masks is not None:
-            _fill(picture, shown.masks[index].numpy(), colours[index], width)
+        if masks is not None and masks.crops[index].size:
+            crop, (x, y) = masks.crops[index], masks.corners[index]
+            _fill(picture[y : y + crop.shape[0], x : x + crop.shape[1]], crop, colours[index], width)
         _frame(picture, boxes[index], colours[index], width)
     if classes is None:
         return picture
@@ -227,7 +229,9 @@ def _pixels(box: Sequence[float], shape: tuple[int, ...]) -> Box:
 
 def _fill(picture: np.ndarray, mask: np.ndarray, colour: np.ndarray, width: int) -> None:
     """Tints a mask (H, W) bool and draws its contour, both inside the mask."""
-    picture[mask] = np.round((1 - _FILL) * picture[mask] + _FILL * colour).astype(np.uint8)
+    tinted = np.round((1 - _FILL) * np.arange(256)[:, None] + _FILL * colour).astype(np.uint8)
+    for channel in range(3):
+        picture[..., channel][mask] = tinted[:, channel][picture[..., channel][mask]]
     kernel = np.ones((2 * width + 1, 2 * width + 1), np.uint8)
     inner = cv2.erode(mask.astype(np.uint8), kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0)
     picture[mask & (inner == 0)] = colour

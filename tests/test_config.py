@@ -51,14 +51,43 @@ def as_text(value) -> str:
     return str(value)
 
 
-def test_the_paper_recipe_is_the_papers_schedule():
-    paper = recipe("paper")
-    assert paper.images.sides == (480, 576, 688, 864, 1024) and paper.images.longest == 1200
-    assert paper.proposals.limit == 1600
-    one = paper.modules[0].schedule
-    assert (one.steps, one.lr, one.kind, one.momentum, one.weight_decay) == (50_000, 1e-3, "sgd", 0.9, 5e-4)
-    assert one.decay == ((0.8, 0.1),) and one.batch_size == 2
-    assert len({module.schedule for module in paper.modules}) == 1
+def test_every_choice_of_the_paper_recipe():
+    """The literal reading, choice by choice: docs/paper-notes.md has a row for each; change both."""
+    sgd = {"kind": "sgd", "momentum": 0.9, "weight_decay": 5e-4, "warmup": 0, "clip": None, "batch_size": 2}
+    schedule = {"steps": 50_000, "lr": 1e-3, "decay": ((0.8, 0.1),), **sgd}
+    chain = {
+        "nms": 0.3, "per_class": 20, "min_score": 0.5, "threshold": None, "joint": True, "side": None,
+        "sxy_gaussian": 3.0, "compat_gaussian": 3.0, "sxy_bilateral": 80.0, "srgb": 13.0, "compat_bilateral": 10.0,
+        "iterations": 10, "box": "mask", "min_component": None, "mask_nms": None,
+    }  # fmt: skip
+    attention = chain | {"combine": "product", "members": "suppressed", "max_attention": 1000}
+    masks = chain | {"max_masks": 1000}
+    answer = {"min_score": 0.05, "joint": False, "box": "proposal"}
+    faster_rcnn = {
+        "anchor_sides": (128, 256, 512), "rois": 128, "rpn_pre_nms_top_n_train": 12_000, "rpn_pre_nms_top_n_test": 6000,
+        "rpn_post_nms_top_n_train": 2000, "rpn_post_nms_top_n_test": 300, "pool": "max", "cells": 1, "weighted": True,
+        "score_threshold": 0.05, "vote": False, "schedule": schedule,
+    }  # fmt: skip
+    mask_rcnn = faster_rcnn | {"mask_width": 256, "mask_depth": 4, "label": masks, "predict": masks | answer}
+    single = attention | {"per_class": 1}
+    adam = {"kind": "adam", "weight_decay": 0.0, "warmup": 50, "batch_size": 8}
+    assert to_dict(recipe("paper")) == {
+        "name": "paper",
+        "images": {"sides": (480, 576, 688, 864, 1024), "longest": 1200, "flip": True, "test_side": None},
+        "proposals": {"method": "selective-search-fast", "side": None, "limit": 1600, "min_area": 0.0},
+        "warm_up": schedule | adam | {"steps": 2000},
+        "modules": (
+            {"name": "classification", "pool": "max", "freeze_head": False, "attention": "excitation",
+             "heat": "class", "initialiser": "he", "schedule": schedule,
+             "label": single, "predict": single | {"joint": False}},
+            {"name": "detection", **faster_rcnn, "attention": "excitation",
+             "label": attention, "predict": attention | answer},
+            {"name": "refinement", **mask_rcnn},
+            {"name": "segmentation", **mask_rcnn, "weighted": False},
+        ),
+        "forward_backward": {"phases": "both", "beta": 0.5, "train_stem": True, "ema": None,
+                             "schedule": {"steps": 80_000, "lr": 1e-4, "decay": (), **sgd}},
+    }  # fmt: skip
 
 
 def test_override_changes_one_choice_and_leaves_the_rest():
@@ -209,3 +238,26 @@ def test_one_threshold_serves_all_modules_of_best():
     """That each module wanted a background of its own was the sign of lopsided unaries."""
     assert {choice.threshold for m in recipe("best").modules for choice in (m.label, m.predict)} == {0.35}
     assert {choice.threshold for m in recipe("paper").modules for choice in (m.label, m.predict)} == {None}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "images.sides=-5", "images.sides=480,0", "images.test_side=1", "proposals.limit=-1", "proposals.side=0",
+        "modules.1.schedule.lr=nan", "modules.2.schedule.steps=0", "modules.2.schedule.lr=inf",
+        "modules.3.schedule.batch_size=0", "modules.*.schedule.decay=0.5:nan", "modules.4.predict.threshold=1",
+        "modules.4.predict.nms=1.5", "modules.1.label.iterations=-1", "modules.2.rois=0", "modules.3.mask_width=0",
+        "warm_up.momentum=2", "forward_backward.ema=-1", "modules.2.anchor_sides=0",
+    ],
+)  # fmt: skip
+def test_a_number_out_of_its_range_is_refused_with_the_range(change: str) -> None:
+    with pytest.raises(InputError, match=r"must be from .* to ") as refused:
+        override(recipe("best"), [change])
+    assert change.partition("=")[0].rsplit(".", 1)[1] in str(refused.value)
+
+
+def test_a_number_out_of_its_range_in_a_file_is_refused() -> None:
+    values = to_dict(recipe("demo"))
+    values["modules"][1]["schedule"]["lr"] = float("nan")
+    with pytest.raises(InputError, match="lr must be from"):
+        from_dict(values)

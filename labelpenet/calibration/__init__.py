@@ -1,6 +1,6 @@
 """Proposal calibration: excitation backprop, attention and heat-maps, dense CRF, and the chain of them."""
 
-from labelpenet.calibration.calibrate import Trace, calibrate
+from labelpenet.calibration.calibrate import Candidates, Chosen, Trace, calibrate, choose_instances, proposal_candidates
 from labelpenet.calibration.crf import DenseCRF, dense_crf
 from labelpenet.calibration.excitation import excitation_backprop, excitation_roi, forward_with_activations
 from labelpenet.calibration.maps import (
@@ -12,10 +12,13 @@ from labelpenet.calibration.maps import (
 )
 
 __all__ = [
+    "Candidates",
+    "Chosen",
     "DenseCRF",
     "Trace",
     "background_map",
     "calibrate",
+    "choose_instances",
     "confidence_map",
     "dense_crf",
     "excitation_backprop",
@@ -24,4 +27,5 @@ __all__ = [
     "heat_map",
     "normalise",
     "project_maps",
+    "proposal_candidates",
 ]

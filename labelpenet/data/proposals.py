@@ -38,6 +38,10 @@ Method = Literal["selective-search-fast", "selective-search-quality", "edge-boxe
 
 _VERSION = 1  # of what `propose` and `read_image` compute; a change makes every cached file stale
 
+LARGEST_SIDE = 640
+"""Longer side in pixels of the working image where the settings name none: selective search of a camera's photograph of
+24 million pixels would take minutes."""
+
 
 @dataclass(frozen=True)
 class ProposalSettings:
@@ -46,7 +50,7 @@ class ProposalSettings:
     Attributes:
         method: selective search with OpenCV's fast or quality strategies, or edge boxes.
         side: longer side in pixels of the working image, to which the photograph is scaled (down, or up to twice);
-            None for its own size. Boxes are always in pixels of the photograph.
+            None for its own size, up to 640. Boxes are always in pixels of the photograph.
         scale: selective search: the scale ``k`` of its finest first segmentation, and the step to the coarser ones; a
             smaller one gives more and smaller regions (OpenCV's default is 150).
         limit: most boxes kept per image, the first by rank.
@@ -115,7 +119,7 @@ def _working_image(image: np.ndarray, side: int | None) -> np.ndarray:
     height, width = image.shape[:2]
     bgr = np.ascontiguousarray(image[:, :, ::-1])
     # Scaling a thumbnail up further than twice finds nothing new and costs time.
-    scale = 1.0 if side is None else min(side / max(height, width), 2.0)
+    scale = min(LARGEST_SIDE / max(height, width), 1.0) if side is None else min(side / max(height, width), 2.0)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     if size == (width, height):
         return bgr

@@ -42,7 +42,7 @@ from labelpenet.instances import Instances
 from labelpenet.models.build import BACKBONES, build_backbone
 from labelpenet.models.cascade import LabelPEnet, read_run
 from labelpenet.models.detection import ANCHOR_RATIOS, rcnn_loss
-from labelpenet.models.segmentation import mask_loss
+from labelpenet.models.segmentation import crop_masks, mask_loss
 from labelpenet.models.weights import load_weights, torchvision_weights
 
 KIND = "student"  # what ``run.json`` says of such a folder, and the name of its weights
@@ -221,7 +221,8 @@ class Student(nn.Module):
             return sum((features.sum() * 0 for features in maps.values()), boxes.new_zeros(()))
         logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(maps, [boxes], [size])))
         own = logits[torch.arange(len(positive), device=boxes.device), rois.labels[positive]]
-        return mask_loss(own, boxes, lesson.target.masks, rois.matched[positive], weights)
+        inside = crop_masks(lesson.target.masks, boxes, rois.matched[positive], own.shape[-1])
+        return mask_loss(own, inside, weights)
 
     @torch.no_grad()
     def _sample(self, proposals: Tensor, lesson: Lesson) -> Rois:

@@ -13,10 +13,10 @@ from __future__ import annotations
 import copy
 import difflib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import timm
 import torch
@@ -30,7 +30,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from labelpenet.calibration.excitation import Residual
 from labelpenet.errors import InputError
-from labelpenet.models.backbones import Backbone, FullPrecisionConv2d, Part, SameConv2d
+from labelpenet.models.backbones import Backbone, Part, SameConv2d, for_training, replace
 from labelpenet.models.weights import load_weights
 
 STRIDE = 16
@@ -39,7 +39,6 @@ SIDE = 64  # of the image that a network is examined with
 _INVERTED = (mobile.ConvBnAct, mobile.DepthwiseSeparableConv, mobile.EdgeResidual, mobile.InvertedResidual,
              mobile.UniversalInvertedResidual)  # fmt: skip
 _BOTTLENECKS = (resnet.BasicBlock, resnet.Bottleneck, regnet.Bottleneck)
-_Module = TypeVar("_Module", bound=nn.Module)
 
 
 def build_timm(name: str, weights: Path | None, pretrained: bool) -> Backbone:
@@ -112,12 +111,12 @@ class Staged(Backbone):
         return Part(nn.Identity(), self.stem.channels, STRIDE)
 
     def mask_tail(self) -> Part:
-        return Part(replace(copy.deepcopy(self._tail), _full_precision), self._tail_channels, STRIDE)
+        return Part(replace(copy.deepcopy(self._tail), for_training), self._tail_channels, STRIDE)
 
     def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
         blocks, end = copy.deepcopy(nn.Sequential(*self._cut.stages, *self._cut.final)), copy.deepcopy(self._end)
         head = nn.Sequential(*map(unfold, blocks), nn.AdaptiveAvgPool2d(cells), *end, nn.Flatten())
-        return replace(head, _full_precision), self._features * cells * cells
+        return replace(head, for_training), self._features * cells * cells
 
 
 class PadToStride(nn.Module):
@@ -327,22 +326,3 @@ def unfold(block: Any) -> nn.Module:
         shortcut = nn.Sequential(layers["downsample"]) if block.downsample is not None else nn.Sequential()
         return nn.Sequential(Residual(chain[:-1], shortcut), chain[-1])  # an activation follows the sum
     return block
-
-
-def replace(module: _Module, make: Callable[[nn.Module], nn.Module | None]) -> _Module:
-    """Puts what ``make`` returns in place of each layer inside the module, unless it is None; the same module."""
-    for name, child in list(module.named_children()):
-        other = make(child)
-        if other is None:
-            replace(child, make)
-        elif other is not child:
-            setattr(module, name, other)
-    return module
-
-
-def _full_precision(layer: nn.Module) -> nn.Module | None:
-    """A strided or dilated depthwise convolution as one that is trained in float32."""
-    if not isinstance(layer, nn.Conv2d) or type(layer) not in (nn.Conv2d, SameConv2d):
-        return None
-    slow = layer.groups == layer.in_channels > 1 and max(*layer.stride, *layer.dilation) > 1
-    return FullPrecisionConv2d.like(layer) if slow else None

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from labelpenet.calibration import Trace
-from labelpenet.calibration.calibrate import grow_masks, segment
+from labelpenet.calibration.calibrate import resize_masks as resize_masks_
+from labelpenet.calibration.calibrate import segment
 from labelpenet.data.dataset import TaggedImage, TaggedImages, Truth
 from labelpenet.data.images import read_image
 from labelpenet.errors import InputError
@@ -226,7 +227,9 @@ def _first_module(
     network: LabelPEnet, photograph: np.ndarray, proposals: Tensor, image: TaggedImage, training: bool
 ) -> tuple[Instances, Trace]:
     """Module 1's instances, those of the tags alone for a training image, and their maps; the best one first."""
-    found, trace, _ = network.infer_classification(photograph, proposals, image.tags if training else None)
+    batch = network.batch([photograph], [image.tags if training else None], [proposals])
+    module = network.classification
+    ((found, trace),) = module.infer(batch, module.settings.label if training else module.settings.predict)
     order = found.weights.argsort(descending=True, stable=True)
     maps = (one[order].cpu() for one in (trace.attention, trace.heat, trace.confidence, trace.marginals))
     return found[order].to("cpu"), Trace(*maps)
@@ -240,7 +243,7 @@ def _map_rows(source: Source, canvas: np.ndarray, found: Instances, trace: Trace
     blank = np.zeros((*trace.confidence.shape[-2:], 3), np.uint8)  # without iterations the CRF's image is not looked at
     size = (canvas.shape[0], canvas.shape[1])
     before = resize_masks(
-        grow_masks(segment(blank, trace.confidence, settings, trace.attention), found.image_size), size
+        resize_masks_(segment(blank, trace.confidence, settings, trace.attention), found.image_size), size
     )
     after = resize_masks(found.masks, size)
     shown = [

@@ -69,9 +69,8 @@ class RoIFeatures:
         try:
             pixels = read_image(image.path)
             with evaluating(self.network), torch.no_grad(), self.fabric.autocast():
-                view = self.network.view(pixels)
                 chosen = self.network.select(torch.from_numpy(np.array(self.proposals[image.id])).float(), pixels.shape)
-                features = module.features(self.network.stem_map(view), view.boxes(chosen))
+                (features,) = module.features(self.network.batch([pixels], proposals=[chosen]))
             found = features.to(torch.float16).cpu().numpy()
         except InputError as error:
             found, note = np.zeros((0, module.classifier.in_features), np.float16), f"skipped: {error}"

@@ -141,7 +141,13 @@ class Observer:
                 if number == 1:
                     features = training.features.known(image)
                 with training.autocast():
-                    found, _ = training.network.infer(number, pixels, proposals, image.tags, features)
+                    batch = training.network.batch(
+                        [pixels],
+                        [image.tags],
+                        None if proposals is None else [proposals],
+                        None if features is None else [features],
+                    )
+                    ((found, _),) = training.network.infer(number, batch)
                 metrics.picture(
                     f"module{number}/{image.id}", draw_instances(pixels, found, training.images.classes), step
                 )

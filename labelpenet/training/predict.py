@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import cv2
 import torch
 
 from labelpenet.data.dataset import TaggedImage
@@ -58,12 +59,17 @@ class Predictor:
         Args:
             boxes: its proposals, computed before; None to compute them where the module needs them.
         """
-        pixels = read_image(image.path)
-        proposals, network = None, self.network
-        if boxes is not None and image.id in boxes and isinstance(network, LabelPEnet):
-            proposals = network.select(torch.from_numpy(boxes[image.id].copy()), pixels.shape)
-        with self.fabric.autocast():
-            return network.predict(pixels, module, proposals)
+        try:
+            pixels = read_image(image.path)
+            proposals, network = None, self.network
+            if boxes is not None and image.id in boxes and isinstance(network, LabelPEnet):
+                proposals = network.select(torch.from_numpy(boxes[image.id].copy()), pixels.shape)
+            with self.fabric.autocast():
+                return network.predict(pixels, module, proposals)
+        except (MemoryError, RuntimeError, cv2.error) as error:
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "memory" not in str(error):
+                raise
+            raise InputError(f"{image.path}: does not fit into memory; make it smaller") from error
 
     def run(
         self, images: Sequence[TaggedImage], module: int, skipped: list[str], boxes: Boxes | None = None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +20,14 @@ from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.files import write_tensors
 from labelpenet.data.images import read_image
+from labelpenet.data.transforms import Batch, View
 from labelpenet.engine.distributed import gather
 from labelpenet.engine.log import Progress
 from labelpenet.engine.stage import Optimiser, Stage
 from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import DamagedError
 from labelpenet.instances import Instances
-from labelpenet.models.cascade import LabelPEnet, View
+from labelpenet.models.cascade import LabelPEnet
 from labelpenet.training.features import RoIFeatures
 from labelpenet.training.inferred import infer_all, read_inferred
 from labelpenet.training.supervised import with_masks
@@ -178,13 +179,12 @@ def label_images(training: Training, number: int) -> None:
         truth = training.truths.get(image.id)
         if truth is not None and truth.masks is not None:
             return truth
-        features = training.features.known(image) if number == 1 else None
+        features = training.features.known(image) if network.needs_proposals(number) else None
         pixels = read_image(image.path)
-        proposals = None
-        if network.needs_proposals(number):
-            proposals = training.boxes(image, pixels.shape)
+        proposals = [training.boxes(image, pixels.shape)] if network.needs_proposals(number) else None
         with training.autocast():
-            found, _ = network.infer(number, pixels, proposals, image.tags, features)
+            batch = network.batch([pixels], [image.tags], proposals, None if features is None else [features])
+            ((found, _),) = network.infer(number, batch)
         return found if truth is None else with_masks(truth, found, pixels, crf)
 
     done = 0
@@ -222,14 +222,14 @@ def stage(training: Training, number: int, targets: Mapping[str, Instances] | No
         "batch_size": schedule.batch_size,
         "optimiser": optimiser(schedule),
     }
-    if number == 1:
-        if training.recipe.modules[0].freeze_head:
-            training.features.compute_all(training.images.images)
-            return Stage(**common, loss=cached_loss(training))
-        return Stage(**common, load=load_tagged(training), loss=classification_loss(training))
-    if targets is None:
+    module = training.network.module(number)
+    if getattr(module.settings, "freeze_head", False):
+        training.features.compute_all(training.images.images)
+        return Stage(**common, loss=cached_loss(training))
+    if targets is None and number > 1:
         targets = read_inferred(training.run, f"module{number - 1}", len(training.images.classes))
-    return Stage(**common, load=load_targets(training, targets, number), loss=detector_loss(training, number))
+    load = load_samples(training, targets, module.needs_proposals, module.needs_masks)
+    return Stage(**common, load=load, loss=module_loss(training, number))
 
 
 def optimiser(schedule: Schedule) -> Optimiser:
@@ -245,125 +245,83 @@ def optimiser(schedule: Schedule) -> Optimiser:
     )
 
 
-# -- module 1 --------------------------------------------------------------------------------------------------------
-
-
-def present_classes(image: TaggedImage, num_classes: int) -> Tensor:
-    """(C,) float, 1 for the classes among the image's tags."""
-    present = torch.zeros(num_classes)
-    present[list(image.tags)] = 1
-    return present
-
-
-def cached_loss(training: Training) -> Callable[[Any, int], dict[str, Tensor]]:
-    """Equation 2 on cached RoI features, meaned over the images of the pass."""
-    module, images = training.network.classification, training.images
-
-    def loss(indices: list[int], step: int) -> dict[str, Tensor]:
-        total = []
-        for index in indices:
-            features = training.features.known(images.images[index])
-            if features is None:  # the image could not be read
-                continue
-            x_c, x_p = module(features)
-            present = present_classes(images.images[index], len(images.classes)).to(x_c.device)
-            total.append(module.loss(x_c, x_p, present))
-        return {"multi_label": torch.stack(total).mean()} if total else {}
-
-    return loss
+# -- what a loss sees ------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Sample:
-    """A training image as a loss sees it: view, tags (C,), proposals (R, 4) and target in pixels of the view."""
+    """A training image as a loss sees it.
 
+    Attributes:
+        image: (H, W, 3) uint8 RGB.
+        view: of it.
+        tags: its classes.
+        proposals: (R, 4) in its pixels; empty where no module needs them.
+        target: the instances to learn, in pixels of the view.
+    """
+
+    image: np.ndarray
     view: View
-    present: Tensor
+    tags: tuple[int, ...]
     proposals: Tensor
     target: Instances | None = None
 
 
-def _view(training: Training, image: TaggedImage, generator: torch.Generator) -> tuple[View, np.ndarray]:
-    choice = training.recipe.images
-    pixels = read_image(image.path)
-    side = choice.sides[int(torch.randint(len(choice.sides), (1,), generator=generator))]
-    flip = choice.flip and bool(torch.rand((), generator=generator) < 0.5)
-    return training.network.view(pixels, side, flip), pixels
-
-
-def load_tagged(training: Training) -> Callable[[list[int], torch.Generator], list[Sample]]:
-    """Images, tags and proposals for module 1."""
-
-    def load(indices: list[int], generator: torch.Generator) -> list[Sample]:
-        samples = []
-        for index in indices:
-            image = training.images.images[index]
-            view, pixels = _view(training, image, generator)
-            boxes = view.boxes(training.boxes(image, pixels.shape))
-            samples.append(Sample(view, present_classes(image, len(training.images.classes)), boxes))
-        return samples
-
-    return load
-
-
-def classification_loss(training: Training) -> Callable[[Any, int], dict[str, Tensor]]:
-    """Equation 2 through RoI pooling and RoI head."""
-    network, module = training.network, training.network.classification
-
-    def loss(samples: list[Sample], step: int) -> dict[str, Tensor]:
-        total = []
-        for sample in samples:
-            stem = network.stem_map(sample.view)
-            features = module.features(stem, sample.proposals)
-            x_c, x_p = module(features)
-            total.append(module.loss(x_c, x_p, sample.present.to(x_c.device)))
-        return {"multi_label": torch.stack(total).mean()}
-
-    return loss
-
-
-# -- modules 2 to 4 --------------------------------------------------------------------------------------------------
-
-
-def load_targets(
-    training: Training, targets: Mapping[str, Instances], number: int
+def load_samples(
+    training: Training, targets: Mapping[str, Instances] | None = None, proposals: bool = False, masks: bool = False
 ) -> Callable[[list[int], torch.Generator], list[Sample]]:
-    """Images and the instances that the module before inferred."""
-    wants_masks = number > 2
+    """Images at a scale and mirroring drawn for each, with the proposals and the instances to learn where wanted."""
+    choice = training.recipe.images
+
+    def sample(image: TaggedImage, generator: torch.Generator) -> Sample:
+        pixels = read_image(image.path)
+        side = choice.sides[int(torch.randint(len(choice.sides), (1,), generator=generator))]
+        flip = choice.flip and bool(torch.rand((), generator=generator) < 0.5)
+        view, target = training.network.view(pixels, side, flip), None
+        if targets is not None:
+            found = targets[image.id]
+            target = view.instances(found if masks else replace(found, masks=None))
+        boxes = training.boxes(image, pixels.shape) if proposals else torch.zeros(0, 4)
+        return Sample(pixels, view, image.tags, boxes, target)
 
     def load(indices: list[int], generator: torch.Generator) -> list[Sample]:
-        samples = []
-        for index in indices:
-            image = training.images.images[index]
-            view, _ = _view(training, image, generator)
-            found = targets[image.id]
-            if not wants_masks:
-                found = Instances(found.boxes, found.labels, found.weights, found.image_size)
-            present = present_classes(image, len(training.images.classes))
-            samples.append(Sample(view, present, torch.zeros(0, 4), view.instances(found)))
-        return samples
+        return [sample(training.images.images[index], generator) for index in indices]
 
     return load
 
 
-def detector_loss(training: Training, number: int) -> Callable[[Any, int], dict[str, Tensor]]:
-    """Equations 3 and 4 (and the masks' loss), meaned over the images of the pass."""
-    network, module = training.network, training.network.module(number)
+def to_batch(network: LabelPEnet, samples: Sequence[Sample]) -> Batch:
+    """The samples as the modules see them, with the stem's map of all."""
+    views = [sample.view for sample in samples]
+    images, tags, proposals = zip(*((one.image, one.tags, one.proposals) for one in samples), strict=True)
+    return Batch(views, network.stem_map(*views), images, tags, proposals)
+
+
+def module_loss(training: Training, number: int) -> Callable[[Any, int], dict[str, Tensor]]:
+    """The losses of a module, each a mean over the images of the pass."""
+    network = training.network
 
     def loss(samples: list[Sample], step: int) -> dict[str, Tensor]:
-        terms: dict[str, list[Tensor]] = {}
-        for sample in samples:
-            assert sample.target is not None
-            stem = network.stem_map(sample.view)
-            own = module.losses(stem, sample.view.pixels, sample.target)  # type: ignore[operator]
-            for name, value in own.items():
-                terms.setdefault(name, []).append(value)
-        return {name: torch.stack(values).mean() for name, values in terms.items()}
+        targets = [sample.target for sample in samples if sample.target is not None]
+        return network.module(number).losses(to_batch(network, samples), targets)
 
     return loss
 
 
-# -- the run folder --------------------------------------------------------------------------------------------------
+def cached_loss(training: Training) -> Callable[[Any, int], dict[str, Tensor]]:
+    """Module 1's loss on cached RoI features, a mean over the images of the pass that could be read."""
+    network = training.network
+
+    def loss(indices: list[int], step: int) -> dict[str, Tensor]:
+        images = [training.images.images[index] for index in indices]
+        known = [(image.tags, training.features.known(image)) for image in images]
+        read = [(tags, features) for tags, features in known if features is not None]
+        if not read:
+            return {}
+        tags, features = zip(*read, strict=True)
+        return network.classification.losses(Batch((), torch.zeros(0), tags=tags, features=features))
+
+    return loss
 
 
 def run_facts(network: LabelPEnet, images: TaggedImages, seed: int, precision: str) -> dict[str, Any]:

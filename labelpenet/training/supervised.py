@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from labelpenet.calibration.calibrate import box_mask, grow_masks, segment, working_canvas
+from labelpenet.calibration.calibrate import box_mask, resize_masks, segment, working_canvas
 from labelpenet.config import Calibration, Recipe, change
 from labelpenet.data.dataset import AnnotatedImages, TaggedImages, Truth
 from labelpenet.data.files import brief, listing, read_names
@@ -241,7 +241,7 @@ def with_masks(truth: Instances, found: Instances, image: np.ndarray, settings: 
         return Instances.empty(size, with_masks=True)
     whole = torch.stack([box_mask(box, size) for box in truth.boxes])
     index, matched = match(truth, found)
-    masks = carve(whole, image, settings) if not bool(matched.all()) else whole.clone()
+    masks = masks_in_boxes(whole, image, settings) if not bool(matched.all()) else whole.clone()
     if found.masks is not None and bool(matched.any()):
         masks[matched] = found.masks[index[matched]]
     masks &= whole
@@ -260,8 +260,8 @@ def match(truth: Instances, found: Instances, iou: float = 0.5) -> tuple[Tensor,
     return index, best >= iou
 
 
-def carve(boxes: Tensor, image: np.ndarray, settings: Calibration) -> Tensor:
+def masks_in_boxes(boxes: Tensor, image: np.ndarray, settings: Calibration) -> Tensor:
     """Masks (N, H, W) by the dense CRF from filled boxes (N, H, W) bool, which compete for pixels that they share."""
     canvas, _ = working_canvas(image, settings.side)
     confidence = F.interpolate(boxes[None].float(), size=canvas.shape[:2], mode="area")[0]
-    return grow_masks(segment(canvas, confidence, settings), (image.shape[0], image.shape[1]))
+    return resize_masks(segment(canvas, confidence, settings), (image.shape[0], image.shape[1]))

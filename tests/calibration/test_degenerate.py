@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from labelpenet.calibration import (
-    calibrate,
     dense_crf,
     excitation_backprop,
     heat_map,
@@ -21,6 +20,7 @@ from labelpenet.calibration import (
 )
 from labelpenet.config import AttentionCalibration
 from labelpenet.instances import Instances, masks_to_boxes
+from tests.calibration.chain import run_chain
 
 SIZE = (24, 32)
 CHOICES = [
@@ -46,7 +46,7 @@ def run(boxes: Tensor, scores: Tensor, tags: tuple[int, ...] | None = (0,), **ch
     image, attend = changes.get("image", picture()), changes.get("attend", ones)
     results = []
     for choice in CHOICES:
-        found, trace = calibrate(image, boxes, scores, tags, attend, choice)
+        found, trace = run_chain(image, boxes, scores, tags, attend, choice)
         found.validate(scores.shape[1])
         assert found.image_size == image.shape[:2] and found.masks is not None
         assert found.masks.flatten(1).any(1).all()
@@ -105,7 +105,7 @@ def test_proposals_that_leave_the_image_or_have_no_area(box: list[float]) -> Non
 
 def test_the_proposals_box_is_clipped_to_the_image() -> None:
     choice = CHOICES[3]
-    found, _ = calibrate(picture(), torch.tensor([[-5.0, 2.5, 40, 12]]), torch.tensor([[0.9]]), (0,), ones, choice)
+    found, _ = run_chain(picture(), torch.tensor([[-5.0, 2.5, 40, 12]]), torch.tensor([[0.9]]), (0,), ones, choice)
     assert found.boxes.tolist() == [[0.0, 2.5, 32.0, 12.0]]
 
 
@@ -148,29 +148,27 @@ def test_a_tag_that_every_proposal_rules_out() -> None:
 def test_numbers_that_are_none(bad: float, choice: AttentionCalibration) -> None:
     boxes, scores = torch.tensor([[4.0, 3, 20, 15], [0, 0, 9, 9]]), torch.tensor([[0.9], [0.8]])
     with pytest.raises(ValueError, match="boxes must be finite"):
-        calibrate(picture(), boxes.index_fill(1, torch.tensor([2]), bad), scores, (0,), ones, choice)
+        run_chain(picture(), boxes.index_fill(1, torch.tensor([2]), bad), scores, (0,), ones, choice)
     with pytest.raises(ValueError, match="scores must be finite"):
-        calibrate(picture(), boxes, scores.index_fill(0, torch.tensor([1]), bad), (0,), ones, choice)
+        run_chain(picture(), boxes, scores.index_fill(0, torch.tensor([1]), bad), (0,), ones, choice)
     with pytest.raises(ValueError, match="regions must be finite"):
         regions = boxes.index_fill(1, torch.tensor([2]), bad)
-        calibrate(picture(), boxes, scores, (0,), ones, choice, regions)
-    with pytest.raises(ValueError, match="attention maps must be finite"):
-        calibrate(picture(), boxes, scores, (0,), lambda i, c: torch.full((len(i), 7, 7), bad), choice)
+        run_chain(picture(), boxes, scores, (0,), ones, choice, regions)
+    with pytest.raises(ValueError, match="maps must be finite"):
+        run_chain(picture(), boxes, scores, (0,), lambda i, c: torch.full((len(i), 7, 7), bad), choice)
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"boxes": torch.zeros(3, 5)}, r"boxes must be \(R, 4\), but got \(3, 5\)"),
-        ({"scores": torch.zeros(2, 2)}, r"scores must be \(3, C\), but got \(2, 2\)"),
-        ({"scores": torch.zeros(3)}, r"scores must be \(3, C\), but got \(3,\)"),
-        ({"regions": torch.zeros(2, 4)}, r"regions must be \(3, 4\), but got \(2, 4\)"),
-        ({"tags": (0, 2)}, r"tags must be in \[0, 2\), but got \(0, 2\)"),
-        ({"tags": (-1,)}, r"tags must be in \[0, 2\), but got \(-1,\)"),
+        ({"boxes": torch.zeros(3, 5)}, r"boxes must be \(R, 4\) and scores .* got \(3, 5\)"),
+        ({"scores": torch.zeros(2, 2)}, r"scores \(R, C\), but got .* \(2, 2\)"),
+        ({"tags": (0, 2)}, r"classes must be in \[0, 2\), but got \(0, 2\)"),
+        ({"tags": (-1,)}, r"classes must be in \[0, 2\), but got \(-1,\)"),
         ({"image": np.zeros(SIZE, np.uint8)}, r"image must be \(H, W, 3\) uint8"),
         ({"image": np.zeros((*SIZE, 3), np.float32)}, r"image must be \(H, W, 3\) uint8"),
         ({"image": np.zeros((0, 5, 3), np.uint8)}, r"image must be \(H, W, 3\) uint8"),
-        ({"attend": lambda i, c: torch.ones(len(i) + 1, 7, 7)}, r"attend must return \(3, a, a\)"),
+        ({"attend": lambda i, c: torch.ones(len(i) + 1, 7, 7)}, r"maps must be \(3, a, a\), but got \(4, 7, 7\)"),
     ],
 )
 def test_what_does_not_fit_is_named(changes: dict, message: str) -> None:
@@ -183,7 +181,7 @@ def test_what_does_not_fit_is_named(changes: dict, message: str) -> None:
         "settings": replace(CHOICES[1], members="class"),
     }
     with pytest.raises(ValueError, match=message):
-        calibrate(**(given | changes))
+        run_chain(**(given | changes))
 
 
 def test_repeated_tags_are_one() -> None:

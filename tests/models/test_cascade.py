@@ -16,9 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from labelpenet.config import Recipe, override, recipe, to_dict
+from labelpenet.data.transforms import View
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances, masks_to_boxes
-from labelpenet.models.cascade import LabelPEnet, View
+from labelpenet.models.cascade import LabelPEnet
 from labelpenet.training.pretrain import run_facts, save_part
 from tests.models.tiny import lively_mobilenet
 
@@ -172,7 +173,7 @@ def test_there_are_four_modules(network):
 def test_only_tags_are_passed_on(network, number, tags):
     for seed in range(2):
         image = photograph(48, 70, seed)
-        found, trace = network.infer(number, image, some_boxes(48, 70), tags)
+        ((found, trace),) = network.infer(number, network.batch([image], [tags], [some_boxes(48, 70)]))
         found.validate(len(CLASSES))
         assert set(found.labels.tolist()) <= set(tags)
         if number == 1:
@@ -187,7 +188,7 @@ def test_the_attention_may_be_either_kind(number):
     marginals = []
     for kind in ("excitation", "gradient"):
         one = build(f"modules.1.attention={kind}", f"modules.2.attention={kind}")
-        found, trace = one.infer(number, photograph(48, 70), some_boxes(48, 70), (0, 1))
+        ((found, trace),) = one.infer(number, one.batch([photograph(48, 70)], [(0, 1)], [some_boxes(48, 70)]))
         found.validate(len(CLASSES))
         assert len(found) == len(trace.marginals) > 0
         marginals.append(trace.marginals)
@@ -197,7 +198,7 @@ def test_the_attention_may_be_either_kind(number):
 def test_inference_repeats_itself(network):
     image, boxes = photograph(48, 70), some_boxes(48, 70)
     for number in (1, 2, 3):
-        first, second = (network.infer(number, image, boxes, (0, 1))[0] for _ in range(2))
+        first, second = (network.infer(number, network.batch([image], [(0, 1)], [boxes]))[0][0] for _ in range(2))
         assert torch.equal(first.boxes, second.boxes) and torch.equal(first.masks, second.masks)
         assert torch.equal(first.weights, second.weights)
 
@@ -209,7 +210,7 @@ def test_every_kept_detection_has_a_mask_of_its_own():
     one = build("modules.4.score_threshold=0.01", *(f"modules.4.predict.{choice}" for choice in choices))
     with torch.no_grad():  # masks of the left half of each box
         one.segmentation.masks = lambda features, boxes, labels: (  # type: ignore[method-assign]
-            torch.cat([torch.ones(len(boxes), 28, 14), torch.zeros(len(boxes), 28, 14)], 2)
+            torch.cat([torch.ones(len(labels), 28, 14), torch.zeros(len(labels), 28, 14)], 2)
         )
     found = one.predict(photograph(60, 60), proposals=some_boxes(60, 60, 30))
     assert len(found) > 2
@@ -224,7 +225,7 @@ def test_each_module_labels_and_answers_by_its_own_choice(module):
     one = build(f"modules.{module}.label.box=proposal", f"modules.{module}.predict.box=proposal", *low)
     image = photograph(60, 60)
     for number in (3, 4):
-        for found in (one.infer(number, image, None, (0, 1))[0], one.predict(image, number)):
+        for found in (one.infer(number, one.batch([image], [(0, 1)]))[0][0], one.predict(image, number)):
             assert len(found)
             assert torch.equal(found.boxes, masks_to_boxes(found.masks)) == (number != module)
 
@@ -240,31 +241,29 @@ def guesses(height: int, width: int) -> Instances:
 def test_modules_1_and_2_have_a_say_in_a_weight(network, number):
     """The geometric mean, one instance after the other; a module does not vote on its own answer."""
     image, found = photograph(48, 70), guesses(48, 70)
-    seen = network.see(image)
-    view, stem = seen
+    batch = network.batch([image])
     weights = []
     for index in range(len(found)):
         box, label = found.boxes[index : index + 1], int(found.labels[index])
-        x_c, _ = network.class_scores(view, box, stem=stem)
+        x_c, _ = network.classification(network.classification.features(replace(batch, proposals=[box]))[0])
         product, count = found.weights[index] * torch.softmax(x_c[0, 1:], 0)[label], 2
         if number > 2:
-            module = network.detection
-            logits, _ = module.classify(module.head(module.pool(module.features(stem), view.boxes(box))))
-            product, count = product * torch.softmax(logits[0], 0)[label + 1], 3
+            (opinion,) = network.detection.probabilities(batch, [batch.views[0].boxes(box)])
+            product, count = product * opinion[0, label], 3
         weights.append(product ** (1 / count))
-    voted = network.vote(number, found, seen)
+    (voted,) = network.vote(number, [found], batch)
     torch.testing.assert_close(voted.weights, torch.stack(weights), rtol=1e-4, atol=1e-6)
     assert torch.equal(voted.boxes, found.boxes) and torch.equal(voted.labels, found.labels)
 
 
 def test_modules_without_weights_abstain():
     one = build()
-    seen = one.see(photograph(48, 70))
+    seen = one.batch([photograph(48, 70)])
     found = guesses(48, 70)
     one.untrained = ("classification", "detection")
-    assert torch.equal(one.vote(4, found, seen).weights, found.weights)
+    assert torch.equal(one.vote(4, [found], seen)[0].weights, found.weights)
     one.untrained = ("detection",)
-    torch.testing.assert_close(one.vote(4, found, seen).weights, one.vote(2, found, seen).weights)
+    torch.testing.assert_close(one.vote(4, [found], seen)[0].weights, one.vote(2, [found], seen)[0].weights)
 
 
 def test_the_recipe_decides_whether_there_is_a_vote():
@@ -355,3 +354,51 @@ def test_a_run_that_is_not_finished_answers_with_what_it_has(tmp_path, network):
     assert torch.equal(loaded.predict(image, 1, boxes).boxes, network.predict(image, 1, boxes).boxes)
     with pytest.raises(InputError, match=r"segmentation|module 4"):
         loaded.predict(image, 4)
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("module", [1, 2, 3, 4])
+def test_photographs_that_go_through_together_are_answered_as_alone(network, module):
+    """Of one size exactly, but for rounding; of several sizes each within its own picture."""
+    images, boxes = [photograph(48, 70, seed) for seed in range(2)], [some_boxes(48, 70)] * 2
+    together = network.predict_batch(images, module, boxes)
+    for image, own, found in zip(images, boxes, together, strict=True):
+        alone = network.predict(image, module, own)
+        assert torch.equal(found.labels, alone.labels)
+        torch.testing.assert_close(found.weights, alone.weights, atol=1e-4, rtol=1e-3)
+    sizes = [(48, 70), (61, 40)]
+    for size, found in zip(sizes, network.predict_batch([photograph(*size) for size in sizes], module), strict=True):
+        assert found.image_size == size
+        found.validate(len(CLASSES))
+
+
+def test_a_stranger_trains_with_a_loop_of_their_own():
+    """The README's ten lines: photographs of several sizes, their instances, an optimiser; each module's loss falls."""
+    network = build()
+    images = [photograph(64, 80, 1), photograph(72, 64, 2)]
+    masks = [torch.zeros(1, *image.shape[:2], dtype=torch.bool) for image in images]
+    for label, mask in enumerate(masks):
+        mask[0, 10:50, 12 + 8 * label : 52] = True
+    targets = [
+        Instances(masks_to_boxes(mask), torch.tensor([label]), torch.ones(1), image.shape[:2], mask)
+        for label, (image, mask) in enumerate(zip(images, masks, strict=True))
+    ]
+    boxes = [some_boxes(*image.shape[:2]) for image in images]
+    for module in (1, 2, 3, 4):
+        network.train()
+        optimiser = torch.optim.Adam([p for p in network.module(module).parameters() if p.requires_grad], 1e-3)
+        seen = []
+        for _ in range(8):
+            torch.manual_seed(0)
+            losses = network.losses(images, targets, module, boxes)
+            total = torch.stack(list(losses.values())).sum()
+            optimiser.zero_grad()
+            total.backward()
+            optimiser.step()
+            seen.append(float(total.detach()))
+        assert seen[-1] < 0.9 * seen[0], (module, seen)
+        network.eval()
+        for found in network.predict_batch(images, module, boxes):
+            found.validate(len(CLASSES))

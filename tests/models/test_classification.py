@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from labelpenet import config
+from labelpenet.data.transforms import Batch, View
 from labelpenet.models.classification import Classification
 from tests.models.tiny import FEATURES, TinyBackbone
 
@@ -87,14 +88,15 @@ def test_forward_is_two_linear_branches():
     x_c, x_p = one(features)
     assert x_c.shape == (5, C + 1) and x_p.shape == (5, C)
     torch.testing.assert_close(x_c, one.classifier(features))
-    torch.testing.assert_close(x_p, one.weigher(features))
+    torch.testing.assert_close(x_p, one.proposal_weights(features))
 
 
-def test_the_new_layers_start_from_the_papers_normal():
+@pytest.mark.parametrize(("initialiser", "deviation"), [("gaussian", 0.01), ("he", (2 / FEATURES) ** 0.5)])
+def test_the_new_layers_start_from_the_recipes_normal(initialiser, deviation):
     torch.manual_seed(1)
-    one = Classification(TinyBackbone(), 400, config.Classification())
-    for layer in (one.classifier, one.weigher):
-        assert abs(float(layer.weight.data.std()) - 0.01) < 1e-3 and not layer.bias.any()
+    one = Classification(TinyBackbone(), 400, config.Classification(initialiser=initialiser))
+    for layer in (one.classifier, one.proposal_weights):
+        assert float(layer.weight.data.std()) == pytest.approx(deviation, rel=0.1) and not layer.bias.any()
 
 
 def test_gradients_reach_what_is_trained_and_nothing_else():
@@ -102,9 +104,9 @@ def test_gradients_reach_what_is_trained_and_nothing_else():
     for frozen in (False, True):
         one = module(freeze_head=frozen)
         stem = torch.rand(1, 6, 6, 6)
-        x_c, x_p = one(one.features(stem, boxes))
+        x_c, x_p = one(one.features(Batch([View(torch.zeros(1, 3, 96, 96), (1.0, 1.0))], stem, proposals=[boxes]))[0])
         one.loss(x_c, x_p, torch.tensor([1.0, 0, 0, 0])).backward()
-        assert one.classifier.weight.grad[1:].any() and one.weigher.weight.grad.any()
+        assert one.classifier.weight.grad[1:].any() and one.proposal_weights.weight.grad.any()
         assert not one.classifier.weight.grad[0].any()  # the background's row
         pretrained = [*one.tail.parameters(), *one.head.parameters()]
         assert all((p.grad is None) == frozen for p in pretrained)
@@ -119,4 +121,4 @@ def test_only_the_class_branch_learns_single_labels():
     p = x_c.double().softmax(1)
     assert float(loss) == pytest.approx(-sum(float(p[i, c].log()) for i, c in enumerate(labels)) / 6, rel=1e-5)
     loss.backward()
-    assert one.classifier.weight.grad[0].any() and one.weigher.weight.grad is None
+    assert one.classifier.weight.grad[0].any() and one.proposal_weights.weight.grad is None

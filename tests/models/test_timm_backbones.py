@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from labelpenet import config
 from labelpenet.calibration.excitation import excitation_backprop, layer_without_rule
 from labelpenet.data.images import read_image
+from labelpenet.data.transforms import Batch
 from labelpenet.errors import InputError
 from labelpenet.formats.open import open_tagged
 from labelpenet.models.attention import roi_attention
@@ -25,7 +26,7 @@ from labelpenet.models.backbones import SameConv2d
 from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.models.detection import rcnn_loss
-from labelpenet.models.segmentation import mask_loss
+from labelpenet.models.segmentation import crop_masks, mask_loss
 from labelpenet.models.timm_backbones import Staged
 
 SHARED = Path(__file__).parents[2] / "../shared"
@@ -181,18 +182,19 @@ def test_a_step_along_the_gradient_lowers_the_loss_of_modules_1_and_3(name):
     view = cascade.view((rand(80, 107, 3).abs() * 80).clamp(0, 255).byte().numpy(), side=80)
     stem = cascade.stem_map(view).detach()
     boxes = torch.tensor([[0.0, 0, 107, 80], [10, 10, 60, 70], [50, 20, 100, 75]])
+    batch = Batch([view], stem, tags=[(1,)], proposals=[boxes])
     one, two = cascade.classification, cascade.refinement
     labels, weights = torch.tensor([0, 2, 1]), torch.ones(3)
     masks = torch.zeros(1, 80, 107, dtype=torch.bool)
     masks[:, 12:68, 12:58] = True
 
     def first_loss() -> Tensor:
-        return one.loss(*one(one.features(stem, boxes)), torch.tensor([0.0, 1.0]))
+        return one.losses(batch)["multi_label"]
 
     def third_loss() -> Tensor:
-        logits, deltas = two.classify(two.head(two.pool(two.features(stem), boxes)))
-        inside = two.mask_head(two.mask_pool(two.mask_features(stem), boxes[1:2]))[:, 1]
-        mask = mask_loss(inside, boxes[1:2], masks, torch.zeros(1, dtype=torch.long), weights[:1])
+        logits, deltas = two.classify(two.head(two.pool(two.tail(stem), [boxes])))
+        inside = two.mask_head(two.mask_pool(two.mask_features(stem), [boxes[1:2]]))[:, 1]
+        mask = mask_loss(inside, crop_masks(masks, boxes[1:2], torch.zeros(1, dtype=torch.long), 28), weights[:1])
         return sum(rcnn_loss(logits, deltas, labels, rand(3, 4), weights)) + mask
 
     one.requires_grad_(True)
@@ -226,7 +228,7 @@ def test_a_run_folder_is_read_again_without_weights_of_the_backbone(tmp_path):
         save_file(state, run / f"weights/{part}.safetensors")
     after = LabelPEnet.from_run(run)
     image = (rand(50, 70, 3).abs() * 80).clamp(0, 255).byte().numpy()
-    assert torch.equal(after.see(image)[1], before.see(image)[1])
+    assert torch.equal(after.batch([image]).stem, before.batch([image]).stem)
     one, other = (cascade.predict(image, 4) for cascade in (before, after))
     assert torch.equal(one.boxes, other.boxes) and after.normalisation == before.normalisation
 

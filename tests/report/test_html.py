@@ -111,14 +111,22 @@ class Network:
     def proposals(self, image: np.ndarray) -> Tensor:
         return torch.tensor([[0.0, 0, image.shape[1], image.shape[0]], [5, 5, 30, 30]])
 
-    def infer_classification(
-        self, image: np.ndarray, proposals: Tensor, tags: tuple[int, ...] | None
-    ) -> tuple[Instances, Trace, Tensor]:
+    @property
+    def classification(self) -> Network:
+        return self
+
+    settings = config.recipe("best").modules[0]
+
+    def batch(self, images: list[np.ndarray], tags: list[Any], proposals: list[Tensor]) -> Any:
+        return images[0], tags[0]
+
+    def infer(self, batch: Any, settings: Any) -> list[tuple[Instances, Trace]]:
+        image, tags = batch
         labels = (0, 1) if tags is None else tags
         size = (image.shape[0], image.shape[1])
         found = Instances.cat([square(8, 8, 32, 32, label, 0.9 - 0.1 * label, size) for label in labels])
         maps = torch.rand(len(labels), 24, 32, generator=torch.Generator().manual_seed(0))
-        return found, Trace(maps, maps, maps, maps), torch.tensor([0.9, 0.8])
+        return [(found, Trace(maps, maps, maps, maps))]
 
     def predict(self, image: np.ndarray, module: int, proposals: Tensor) -> Instances:
         self.predicted.append(module)
@@ -398,7 +406,7 @@ def test_flattening_keeps_order_and_names() -> None:
 def test_the_training_strips_never_ask_for_more_than_the_tags(tmp_path: Path, network: Network) -> None:
     data = photographs(tmp_path / "train", 4)
     asked: list[Any] = []
-    infer: Callable[..., Any] = network.infer_classification
-    network.infer_classification = lambda image, proposals, tags: asked.append(tags) or infer(image, proposals, tags)  # type: ignore[method-assign,func-returns-value]
+    infer: Callable[..., Any] = network.infer
+    network.infer = lambda batch, settings: asked.append(batch[1]) or infer(batch, settings)  # type: ignore[method-assign,func-returns-value]
     write_report(make_run(tmp_path / "run", 1, data), None, data, data, images=2)
     assert asked == [(0,), (1,), None, None]

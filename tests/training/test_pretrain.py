@@ -128,8 +128,8 @@ def test_training_moves_each_module_and_never_the_stem(straight, scenes):
         return [name for name in before if not torch.equal(before[name], after[name])]
 
     assert not moved("stem")
-    own = set(moved("classification")) - {"weigher.bias"}  # which the softmax over the proposals cancels
-    assert own == {"classifier.weight", "classifier.bias", "weigher.weight"}
+    own = set(moved("classification")) - {"proposal_weights.bias"}  # which the softmax over the proposals cancels
+    assert own == {"classifier.weight", "classifier.bias", "proposal_weights.weight"}
     for part in MODULES[1:]:
         names = moved(part)
         assert any(name.startswith("head.") for name in names) and "classifier.weight" in names
@@ -143,11 +143,11 @@ class Interrupter:
         self.left = 10**9
         real = LabelPEnet.stem_map
 
-        def stem_map(network: LabelPEnet, view: object) -> Tensor:
+        def stem_map(network: LabelPEnet, *views: object) -> Tensor:
             self.left -= 1
             if self.left < 0:
                 raise KeyboardInterrupt
-            return real(network, view)
+            return real(network, *views)
 
         monkeypatch.setattr(LabelPEnet, "stem_map", stem_map)
 

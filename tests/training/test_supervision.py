@@ -26,7 +26,7 @@ from labelpenet.formats.review import Reviewed, write_review
 from labelpenet.instances import Instances, masks_to_boxes
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.training.inferred import read_inferred
-from labelpenet.training.pretrain import Training, detector_loss, load_targets
+from labelpenet.training.pretrain import Training, load_samples, module_loss
 from labelpenet.training.run import train_run
 from labelpenet.training.supervised import (
     fully_supervised,
@@ -189,7 +189,7 @@ def test_an_image_with_boxes_only_teaches_boxes_and_no_masks(kit, tmp_path):
     network = LabelPEnet(lively_mobilenet(7), images.classes, tiny_recipe())
     training = Training(network, images, boxes_of(images), tmp_path, 0, Fabric(accelerator="cpu", devices=1))
     truths = read_supervision("full", open_annotated(kit, "train")).truths
-    load, loss = load_targets(training, truths, 4), detector_loss(training, 4)
+    load, loss = load_samples(training, truths, masks=True), module_loss(training, 4)
     for index, image in enumerate(images.images[:5]):
         torch.manual_seed(0)
         network.zero_grad()
