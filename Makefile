@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install test lint types slow test-oldest demo clean
+.PHONY: install test lint types slow test-oldest demo docs clean
 
 install: .venv/.installed
 
@@ -33,5 +33,10 @@ test-oldest:
 demo: install
 	$(BIN)/labelpenet demo --out demo
 
+# The documents with the API reference, in site/.
+docs: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict --quiet
+
 clean:
-	rm -rf demo .pytest_cache .ruff_cache .mypy_cache
+	rm -rf demo site .pytest_cache .ruff_cache .mypy_cache

@@ -7,7 +7,7 @@ In the setting of a run (classes, stem, size of the images, tags only):
 - **class activation map**: a linear classifier on the globally pooled last feature map, trained on the tags. A class's
   map is that map weighted by the class's weights, added over the image's size and half of it, and divided by its
   maximum; above a threshold, its largest component is the mask, and the mask's tight box the box. With dense CRF
-  (settings ``infer1``), the threshold is its background.
+  (settings ``modules.1.label``), the threshold is its own.
 - **whole image**: one box, and mask, for each class.
 - **module 1, top proposals**: the run's module 1 before calibration.
 
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import json
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,21 +35,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labelpenet.calibration import CalibrationSettings
-from labelpenet.calibration.calibrate import segment, settle, working_canvas
+from labelpenet.calibration.calibrate import segment, to_instances, working_canvas
+from labelpenet.config import Calibration
 from labelpenet.data import AnnotatedImages, Truth, read_image
 from labelpenet.data.dataset import TaggedImage
+from labelpenet.data.files import write_json
 from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.engine.distributed import map_images
+from labelpenet.engine.log import Progress
 from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou, cascade_table, classification_ap, evaluate, mask_iou
 from labelpenet.formats import open_annotated
 from labelpenet.instances import Instances, encode_masks
-from labelpenet.models.cascade import calibration_settings, proposal_settings, read_run
+from labelpenet.models.cascade import proposal_settings, read_run
 from labelpenet.models.classification import Classification
-from labelpenet.training.checkpoint import write_atomically
+from labelpenet.training.features import RoIFeatures
 from labelpenet.training.inferred import Inferred
-from labelpenet.training.logging import Progress
-from labelpenet.training.machine import map_images
 from labelpenet.training.measure import rank_images
 from labelpenet.training.predict import Predictor
 
@@ -124,7 +124,7 @@ def activation_maps(features: Sequence[Tensor], weights: Tensor) -> Tensor:
     return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-6)
 
 
-def cut(image: np.ndarray, maps: Tensor, labels: Tensor, weights: Tensor, settings: CalibrationSettings) -> Instances:
+def cut(image: np.ndarray, maps: Tensor, labels: Tensor, weights: Tensor, settings: Calibration) -> Instances:
     """One instance for each activation map, after the CRF or (no iterations) where it exceeds the background.
 
     Args:
@@ -136,7 +136,7 @@ def cut(image: np.ndarray, maps: Tensor, labels: Tensor, weights: Tensor, settin
     canvas, _ = working_canvas(image, settings.side)
     confidence = F.interpolate(maps[None], size=canvas.shape[:2], mode="bilinear", align_corners=False)[0]
     whole = torch.tensor([[0.0, 0.0, size[1], size[0]]]).expand(len(maps), 4)
-    return settle(segment(canvas, confidence, settings), whole, labels, weights, size, settings)
+    return to_instances(segment(canvas, confidence, settings), whole, labels, weights, size, settings)
 
 
 def whole_image(size: tuple[int, int], labels: Tensor, weights: Tensor) -> Instances:
@@ -154,7 +154,7 @@ class Activation:
 
     def __init__(self, predictor: Predictor):
         self.predictor = predictor
-        self.network = predictor.network
+        self.network = predictor.cascade
         self.layers = last_layers(self.network.classification)
         self.classifier: nn.Linear | None = None
 
@@ -197,11 +197,11 @@ class Activation:
                 yield result
 
 
-def variants(network: Any, thresholds: Mapping[str, float], tagged: bool) -> dict[str, CalibrationSettings]:
+def variants(network: Any, thresholds: Mapping[str, float], tagged: bool) -> dict[str, Calibration]:
     """The settings of `cut` by name; classes compete for pixels where they are known to be there."""
-    base = replace(calibration_settings(network.recipe.infer1), box="mask", part=1.0, joint=tagged)
+    base = replace(network.recipe.modules[0].label, box="mask", min_component=1.0, joint=tagged)
     return {
-        name: replace(base, background=threshold, iterations=base.iterations if name.endswith("CRF") else 0)
+        name: replace(base, threshold=threshold, iterations=base.iterations if name.endswith("CRF") else 0)
         for name, threshold in thresholds.items()
     }
 
@@ -260,7 +260,7 @@ def baselines(
             cascade's own predictions need has an instance.
     """
     settings = variants(activation.network, thresholds, tagged)
-    least = activation.network.recipe.predict4.min_score
+    least = activation.network.recipe.modules[3].predict.min_score
     classes = len(activation.network.classes)
 
     def attempt(image: TaggedImage) -> tuple[dict[str, list[dict[str, Any]]], tuple[int, int], np.ndarray]:
@@ -306,9 +306,9 @@ def measure_baselines(
         images = source.tagged.images
         found, probabilities = baselines(activation, images, thresholds, key == "train")
         boxes = compute_proposals(
-            images, proposal_settings(predictor.network.recipe), cache or default_cache(), progress=True
+            images, proposal_settings(predictor.cascade.recipe), cache or default_cache(), progress=True
         )
-        features = run / "cache" / "features" if key == "train" else None
+        features = RoIFeatures(run, predictor.cascade, boxes, predictor.fabric) if key == "train" else None
         ranked, _ = rank_images(predictor, images, boxes, features)
         for name, one in {**found, "module 1, top proposals": ranked}.items():
             results[key][name] = evaluate(one, truth, classes, "voc12")
@@ -331,7 +331,7 @@ def main() -> int:
     try:
         results = measure_baselines(one.run, one.data, one.split, one.train_split, one.device, one.cache)
         if one.json:
-            write_atomically(one.json, json.dumps(results, indent=1))
+            write_json(one.json, results, indent=1)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -17,21 +17,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from labelpenet import config
-from labelpenet.calibration.calibrate import calibrate, segment, working_canvas
-from labelpenet.config import InferenceChoice
+from labelpenet.calibration.calibrate import segment, working_canvas
+from labelpenet.config import AttentionCalibration
 from labelpenet.data import read_image
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.formats import open_tagged
 from labelpenet.models.attention import roi_attention
-from labelpenet.models.cascade import LabelPEnet, calibration_settings, proposal_settings
+from labelpenet.models.cascade import LabelPEnet, proposal_settings
 from labelpenet.training.predict import Predictor
 
 T = TypeVar("T")
@@ -46,32 +48,22 @@ def timed(run: Callable[[], T]) -> tuple[T, float]:
 
 
 def one_image(
-    network: LabelPEnet, image: TaggedImage, proposals: Tensor, choice: InferenceChoice, kind: str
+    network: LabelPEnet, image: TaggedImage, proposals: Tensor, settings: AttentionCalibration, kind: str
 ) -> tuple[float, ...]:
     """Milliseconds of `STEPS` for module 1."""
     one, pixels = network.classification, read_image(image.path)
-    view = network.view(pixels)
-    regions = view.boxes(proposals)
+    batch = network.batch([pixels], [image.tags], [proposals])
+    features, features_ms = timed(lambda: one.features(batch))
+    known = replace(batch, features=[features[0].float()])
+    attention_ms = 0.0
 
-    def roi_features() -> tuple[Tensor, Tensor]:
-        stem = one.tail(network.stem_map(view))
-        return stem, one.head(one.pool(stem, regions))
-
-    (tail, features), features_ms = timed(roi_features)
-    x_c, _ = network.class_scores(view, proposals, features.float())
-    scores, attention_ms = x_c[:, 1:].softmax(1), 0.0
-
-    def attend(index: Tensor, labels: Tensor) -> Tensor:
+    def attend(head: Any, classifier: Any, pooled: Tensor, outputs: Tensor, scores: Tensor, own: str) -> Tensor:
         nonlocal attention_ms
-        maps, attention_ms = timed(
-            lambda: roi_attention(
-                one.head, one.classifier, one.pool(tail, regions[index]), labels + 1, scores[index, labels], kind
-            )
-        )
+        maps, attention_ms = timed(lambda: roi_attention(head, classifier, pooled, outputs, scores, kind))
         return maps
 
-    settings = calibration_settings(choice)
-    (_, trace), whole_ms = timed(lambda: calibrate(pixels, proposals, scores, image.tags, attend, settings))
+    with patch("labelpenet.models.classification.roi_attention", attend):
+        ((_, trace),), whole_ms = timed(lambda: one.infer(known, settings))
     canvas, _ = working_canvas(pixels, settings.side)
     _, crf_ms = timed(lambda: segment(canvas, trace.confidence, settings))
     return features_ms, whole_ms, attention_ms, crf_ms
@@ -80,14 +72,14 @@ def one_image(
 def whole_image(run: Path, data: Path, cache: Path, images: int) -> None:
     """Prints medians over the first images of the training split, one row for each of the two calibrations."""
     predictor = Predictor(run, "cpu")
-    network = predictor.network
+    network = predictor.cascade
     recipe = network.recipe
     chosen = [image for image in open_tagged(data, "train", network.classes).images if image.tags][:images]
     boxes = compute_proposals(chosen, proposal_settings(recipe), cache)
     paper = config.Recipe()
     kinds = {
-        f"the run's ({recipe.name})": (recipe.infer1, recipe.classification.attention),
-        "the paper's": (paper.infer1, paper.classification.attention),
+        f"the run's ({recipe.name})": (recipe.modules[0].label, recipe.modules[0].attention),
+        "the paper's": (paper.modules[0].label, paper.modules[0].attention),
     }
     print(f"milliseconds for one photograph, medians of {len(chosen)}, {recipe.proposals.limit} proposals at most")
     print(f"{'':24}" + "".join(f"{step:>22}" for step in STEPS))

@@ -34,7 +34,7 @@ Columns of the tables:
   object. Split: a group becomes one detection for each object that it covers. Boxes: all four. Duplicate, background:
   these are removed. Missed: objects that nothing overlaps are not counted. Tags: classes that the image does not show
   are removed. Where a mended detection takes an object that another has, the lower score is removed.
-- *masks from true boxes*: the box itself as mask, the dense CRF of the box as confidence (settings ``infer3``), and the
+- *masks from true boxes*: the box itself as mask, the dense CRF of the box as confidence (module 3's), and the
   mask heads of modules 3 and 4, without and with CRF.
 """
 
@@ -46,16 +46,18 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from labelpenet.calibration import project_maps
-from labelpenet.calibration.calibrate import grow_masks, largest_parts, segment, working_canvas
-from labelpenet.data import AnnotatedImages, Truth, read_image
+from labelpenet.calibration.calibrate import drop_components, resize_masks, segment, working_canvas
+from labelpenet.data import AnnotatedImages, Truth, read_image, run_folder
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
 from labelpenet.evaluation import (
     Record,
@@ -70,9 +72,8 @@ from labelpenet.evaluation import (
 )
 from labelpenet.formats import open_annotated, read_predictions
 from labelpenet.instances import Instances, encode_masks
-from labelpenet.models.cascade import calibration_settings, proposal_settings, read_run
-from labelpenet.training.inferred import path_of, read_inferred
-from labelpenet.training.machine import map_images
+from labelpenet.models.cascade import proposal_settings, read_run
+from labelpenet.training.inferred import read_inferred
 from labelpenet.training.predict import Predictor
 
 KINDS = ("right", "duplicate", "wrong class", "group", "part", "loose", "misplaced", "background", "ignored")
@@ -440,9 +441,9 @@ def oracle_masks(predictor: Predictor, image: np.ndarray, truth: Instances) -> t
         For each way to a mask the IoU with each object's true mask, (T,) in [0, 1]; and for modules 2 to 4 the RPN's
         proposals, (R, 4) in pixels of the image.
     """
-    network = predictor.network
+    network = predictor.cascade
     size = (image.shape[0], image.shape[1])
-    settings = calibration_settings(network.recipe.infer3)
+    settings = network.recipe.modules[2].label
     canvas, scale = working_canvas(image, settings.side)
     small = (canvas.shape[0], canvas.shape[1])
     with torch.no_grad(), predictor.fabric.autocast():
@@ -459,18 +460,19 @@ def oracle_masks(predictor: Predictor, image: np.ndarray, truth: Instances) -> t
         confidence = {"box": spread(ones)}
         proposals = {}
         for number in (2, 3, 4):
-            module = network.module(number)
-            rois, _ = module.propose(module.features(stem), view.pixels)  # type: ignore[operator]
+            module: Any = network.module(number)
+            (rois,), _ = module.propose(module.tail(stem), [view.size])
             proposals[f"RPN of module {number}"] = view.back(rois).float().cpu().numpy()
             if number > 2:
-                features = module.mask_features(stem)  # type: ignore[operator]
-                masks = module.masks(features, boxes, truth.labels.to(boxes.device))  # type: ignore[operator]
+                masks = module.masks(module.mask_features(stem), [boxes], truth.labels.to(boxes.device))
                 confidence[f"mask head of module {number}"] = spread(masks)
         ious = {}
         for name, one in confidence.items():
-            ious[name] = _mask_ious(grow_masks(one, size), truth)
-            grown = grow_masks(segment(canvas, one, settings), size)
-            ious[f"{name}, CRF"] = _mask_ious(torch.stack([largest_parts(m, settings.part) for m in grown]), truth)
+            ious[name] = _mask_ious(resize_masks(one, size), truth)
+            grown = resize_masks(segment(canvas, one, settings), size)
+            ious[f"{name}, CRF"] = _mask_ious(
+                torch.stack([drop_components(m, settings.min_component) for m in grown]), truth
+            )
     return ious, proposals
 
 
@@ -506,14 +508,14 @@ def read_found(
     images, classes = data.tagged.images, data.tagged.classes
     found: dict[str, Mapping[str, Instances]] = {}
     for number in numbers:
-        if path_of(run, f"module{number}").is_file():
+        if run_folder.instances(run, f"module{number}").is_file():
             inferred = read_inferred(run, f"module{number}", len(classes))
             if all(image.id in inferred for image in images):
                 found[f"module {number}"] = inferred
     if found:
         return True, found
     for number in numbers:
-        path = run / "predictions" / f"{Path(split).stem}-module{number}.json"
+        path = run_folder.predictions(run, split, number)
         if path.is_file():
             found[f"module {number}"] = read_predictions(path, images, classes, list(range(1, len(classes) + 1)))
     if not found:
@@ -552,7 +554,7 @@ def network_tables(
 ) -> list[Table]:
     """Proposals of the whole split, and oracle masks of ``number`` images that have masks."""
     predictor, classes = Predictor(run, device), data.tagged.classes
-    network = predictor.network
+    network = predictor.cascade
     images = [image for image in data.tagged.images if image.id in truths]
     boxes = compute_proposals(images, proposal_settings(network.recipe), cache or default_cache(), progress=True)
 

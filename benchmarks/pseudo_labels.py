@@ -25,7 +25,7 @@ import itertools
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,26 +33,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from labelpenet.calibration import CalibrationSettings, DenseCRF, agreement, confidence_map, normalise, proposal_scores
-from labelpenet.calibration.calibrate import (
-    choose_instances,
-    distinct,
-    foreground,
-    instance_attention,
-    instance_heat,
-    settle,
-    unaries,
-    working_canvas,
-)
+from labelpenet.calibration import Candidates, calibrate, choose_instances, proposal_candidates
+from labelpenet.config import AttentionCalibration
 from labelpenet.data import read_image
 from labelpenet.data.dataset import TaggedImage, Truth
 from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.engine.distributed import map_images
+from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou, mask_iou
 from labelpenet.formats import open_annotated
 from labelpenet.instances import Instances, encode_masks
 from labelpenet.models.attention import roi_attention
-from labelpenet.models.cascade import LabelPEnet, calibration_settings, proposal_settings
-from labelpenet.training.machine import map_images
+from labelpenet.models.cascade import LabelPEnet, proposal_settings
+from labelpenet.training.features import RoIFeatures
 from labelpenet.training.predict import Predictor
 
 RECIPE = "recipe"
@@ -65,19 +58,14 @@ class Variant:
 
     Attributes:
         name: as printed.
-        settings: of calibration; ``combine`` may also be ``attention``, the heat-map left out.
-        score: which of the scene's scores ranks the proposals, is summed to the heat-map and weighs the attention maps.
+        settings: of calibration.
         kind: of the attention maps, see `roi_attention`.
-        before, after: whether the maps are divided by their maximum before they are combined, and their combination is.
         every: measured on every so many-th photograph only.
     """
 
     name: str
-    settings: CalibrationSettings
-    score: str = "softmax"
+    settings: AttentionCalibration
     kind: str = "gradient"
-    before: bool = True
-    after: bool = True
     every: int = 1
 
 
@@ -87,33 +75,29 @@ class Scene:
 
     Attributes:
         image: (H, W, 3) uint8.
-        proposals: (R, 4) in pixels of the photograph.
-        areas: (R, 4) where the attention maps lie, likewise.
-        scores: by name, (R, C) in [0, 1].
+        proposals: (R, 4) in pixels of the photograph, and their scores (R, C) in [0, 1]: what heat-maps are made of.
+        found: the candidates.
         tags: the classes that get instances.
-        attend: kind, (n,) proposals and (n,) classes to (n, a, a) attention maps, not weighted by any score.
+        attend: kind and (n,) candidates to (n, a, a) attention maps.
         share: (R, C) the proposals' shares in the image's score of each class, summing to one.
         probabilities: (C,) of the image's classes, by module 1.
     """
 
     image: np.ndarray
     proposals: Tensor
-    areas: Tensor
-    scores: dict[str, Tensor]
+    scores: Tensor
+    found: Candidates
     tags: tuple[int, ...]
-    attend: Callable[[str, Tensor, Tensor], Tensor]
+    attend: Callable[[str, Tensor], Tensor]
     share: Tensor
     probabilities: Tensor
 
 
 @dataclass
 class Result:
-    """Instances of one variant, the proposals that they were kept for, and the maps behind them (K, h, w)."""
+    """Instances of one variant, and the maps behind them (K, h, w)."""
 
     found: Instances
-    seeds: Tensor
-    attention: Tensor
-    heat: Tensor
     confidence: Tensor
     marginals: Tensor
 
@@ -121,82 +105,67 @@ class Result:
 # -- the variants ----------------------------------------------------------------------------------------------------
 
 
-def vary(base: Variant, name: str, backgrounds: tuple[float, ...] = (), **changes: Any) -> list[Variant]:
-    """The variant with fields of its own or of its settings changed, one for each background if there are any."""
-    own = {key: value for key, value in changes.items() if key in ("score", "kind", "before", "after", "every")}
+def vary(base: Variant, name: str, thresholds: tuple[float, ...] = (), **changes: Any) -> list[Variant]:
+    """The variant with fields of its own or of its settings changed, one for each threshold if there are any."""
+    own = {key: value for key, value in changes.items() if key in ("kind", "every")}
     settings = replace(base.settings, **{key: value for key, value in changes.items() if key not in own})
     one = replace(base, name=name, settings=settings, **own)
     return [
-        replace(one, name=f"{name}, background {b:g}", settings=replace(settings, background=b)) for b in backgrounds
+        replace(one, name=f"{name}, threshold {t:g}", settings=replace(settings, threshold=t)) for t in thresholds
     ] or [one]
 
 
 PYDENSECRF = {"sxy_bilateral": 80.0, "srgb": 13.0, "compat_bilateral": 10.0}
 
 
-def classification_variants(settings: CalibrationSettings, sample: int) -> list[Variant]:
+def classification_variants(settings: AttentionCalibration, sample: int) -> list[Variant]:
     """Module 1. The excitation variants are measured on every ``sample``-th photograph: each costs seconds."""
     base = Variant(RECIPE, settings)
     some = vary(base, f"{RECIPE}, every {sample}th", every=sample)
     excited: dict[str, Any] = {"kind": "excitation", "every": sample}
     return [
         base,
-        *vary(base, "background", (0.25, 0.35, 0.4)),
-        *vary(base, "background 1 - sum", background=None),
-        *vary(base, "score: logit", (0.3, 0.4), score="logit"),
-        *vary(base, "score: softmax times w", (0.2, 0.3), score="softmax w"),
-        *vary(base, "score: logit times w", (0.3,), score="logit w"),
-        *vary(base, "score: w", (0.3,), score="w"),
+        *vary(base, "threshold", (0.25, 0.35, 0.4)),
+        *vary(base, "1 - sum", threshold=None),
         *vary(base, "product", (0.05, 0.1, 0.15), combine="product"),
-        *vary(base, "product, 1 - sum", combine="product", background=None),
-        *vary(base, "product, not scaled after", (0.1,), combine="product", after=False),
-        *vary(base, "mean, not scaled after", (0.3, 0.4), after=False),
-        *vary(base, "mean of sums, scaled after", (0.3,), before=False),
-        *vary(base, "heat-map alone", (0.4, 0.5, 0.6), combine="heat"),
-        *vary(base, "attention alone", (0.1, 0.2), combine="attention"),
+        *vary(base, "product, 1 - sum", combine="product", threshold=None),
         *vary(base, "members suppressed, NMS .3", (0.3, 0.4), members="suppressed", nms=0.3),
         *vary(base, "members suppressed, NMS .5", (0.3, 0.4), members="suppressed", nms=0.5),
-        *vary(base, "best 40 attended", attended=40),
+        *vary(base, "best 40 attended", max_attention=40),
         *vary(base, "no CRF", (0.3, 0.4), iterations=0),
         *vary(base, "CRF of pydensecrf's widths", (0.3,), **PYDENSECRF),
         *vary(base, "each instance alone", joint=False),
         *vary(base, "box of the proposal", box="proposal"),
-        *vary(base, "all parts of the mask", part=None),
+        *vary(base, "all parts of the mask", min_component=None),
         *some,
         *vary(base, "excitation, mean", (0.3, 0.4), **excited),
         *vary(base, "excitation, product", (0.05,), combine="product", **excited),
-        *vary(base, "excitation, alone", (0.1,), combine="attention", **excited),
     ]
 
 
-def detection_variants(settings: CalibrationSettings, sample: int) -> list[Variant]:
+def detection_variants(settings: AttentionCalibration, sample: int) -> list[Variant]:
     """Module 2."""
     base = Variant(RECIPE, settings)
     some = vary(base, f"{RECIPE}, every {sample}th", every=sample)
     excited: dict[str, Any] = {"kind": "excitation", "every": sample}
     return [
         base,
-        *vary(base, "background", (0.3, 0.35, 0.45, 0.5)),
-        *vary(base, "background 1 - sum", background=None),
+        *vary(base, "threshold", (0.3, 0.35, 0.45, 0.5)),
+        *vary(base, "1 - sum", threshold=None),
         *vary(base, "product", (0.05, 0.1, 0.15, 0.2), combine="product"),
-        *vary(base, "product, 1 - sum", combine="product", background=None),
-        *vary(base, "mean, not scaled after", (0.3,), after=False),
-        *vary(base, "mean of sums, scaled after", (0.4,), before=False),
-        *vary(base, "heat-map alone", (0.4, 0.5), combine="heat"),
-        *vary(base, "attention alone", (0.1, 0.2), combine="attention"),
+        *vary(base, "product, 1 - sum", combine="product", threshold=None),
         *vary(base, "members class, one each", (0.4,), members="class", per_class=1),
         *vary(base, "NMS .5", nms=0.5),
-        *vary(base, "candidates from .2", score="from .2"),
         *vary(base, "further from .2", min_score=0.2),
         *vary(base, "further from .3", min_score=0.3),
         *vary(base, "further from .7", min_score=0.7),
         *vary(base, "one each", per_class=1),
-        *vary(base, "best 20 attended", attended=20),
+        *vary(base, "best 20 attended", max_attention=20),
         *vary(base, "no CRF", (0.4,), iterations=0),
         *vary(base, "CRF of pydensecrf's widths", (0.4,), **PYDENSECRF),
         *vary(base, "each instance alone", joint=False),
         *vary(base, "box of the proposal", box="proposal"),
-        *vary(base, "all parts of the mask", part=None),
+        *vary(base, "all parts of the mask", min_component=None),
         *some,
         *vary(base, "excitation, mean", (0.4,), **excited),
         *vary(base, "excitation, product", (0.05,), combine="product", **excited),
@@ -209,175 +178,50 @@ def detection_variants(settings: CalibrationSettings, sample: int) -> list[Varia
 def classified(network: LabelPEnet, pixels: np.ndarray, proposals: Tensor, known: Tensor, image: TaggedImage) -> Scene:
     """Module 1's scores of the proposals (R, 4) with RoI features (R, D)."""
     one = network.classification
-    view = network.view(pixels)
-    stem = network.stem_map(view)
-    tail, regions = one.tail(stem), view.boxes(proposals)
-    x_c, x_p = network.class_scores(view, proposals, known)
-    own, w = x_c[:, 1:], x_p.softmax(0)
-    softmax, logit, weighted = (proposal_scores(own, w, how, image.tags) for how in ("softmax", "logit", "weighted"))
-    peak = w / w.amax(0)
-    positive = own.clamp(min=0) * w
+    batch = network.batch([pixels], [image.tags], [proposals])
+    tail, regions = one.tail(batch.stem), batch.views[0].boxes(proposals)
+    x_c, x_p = one(known)
+    positive = x_c[:, 1:].clamp(min=0) * x_p.softmax(0)
+    scores = x_c[:, 1:].softmax(1)
+    found = proposal_candidates(proposals, scores, image.tags)
 
-    def attend(kind: str, index: Tensor, labels: Tensor) -> Tensor:
-        ones = torch.ones(len(index))
-        return roi_attention(one.head, one.classifier, one.pool(tail, regions[index]), labels + 1, ones, kind)
+    def attend(kind: str, index: Tensor) -> Tensor:
+        pooled = one.pool(tail, [regions[found.rois[index]]])
+        return roi_attention(one.head, one.classifier, pooled, found.labels[index] + 1, found.scores[index], kind)
 
-    return Scene(
-        image=pixels,
-        proposals=proposals,
-        areas=proposals,
-        scores={
-            "softmax": softmax,
-            "logit": logit,
-            "softmax w": weighted,
-            "logit w": logit * peak,
-            "w": peak,
-        },
-        tags=image.tags,
-        attend=attend,
-        share=positive / positive.sum(0).clamp(min=1e-9),
-        probabilities=one.image_probabilities(x_c, x_p),
-    )
+    share = positive / positive.sum(0).clamp(min=1e-9)
+    return Scene(pixels, proposals, scores, found, image.tags, attend, share, one.image_probabilities(x_c, x_p))
 
 
 def detected(network: LabelPEnet, pixels: np.ndarray, proposals: Tensor, known: Tensor, image: TaggedImage) -> Scene:
     """Module 2's detections; module 1 only says how sure it is of each tag."""
-    two, choice = network.detection, network.recipe.infer2
-    view = network.view(pixels)
-    features = two.features(network.stem_map(view))
-    rois, _ = two.propose(features, view.pixels, extra=view.boxes(proposals))
-    pooled = two.pool(features, rois)
-    logits, deltas = two.classify(two.head(pooled))
-    size = (int(view.pixels.shape[-2]), int(view.pixels.shape[-1]))
-    found = two.candidates(rois, logits, deltas, size, image.tags, choice.score_threshold, choice.nms)
+    one, two = network.classification, network.detection
+    (found,), _, (pooled,) = two.detect(network.batch([pixels], [image.tags]))
     scores = torch.zeros(len(found.scores), len(network.classes))
     scores[torch.arange(len(scores)), found.labels] = found.scores
 
-    def attend(kind: str, index: Tensor, labels: Tensor) -> Tensor:
-        ones = torch.ones(len(index))
-        return roi_attention(two.head, two.classifier, pooled[found.rois[index]], labels + 1, ones, kind)
+    def attend(kind: str, index: Tensor) -> Tensor:
+        own = pooled[found.rois[index]]
+        return roi_attention(two.head, two.classifier, own, found.labels[index] + 1, found.scores[index], kind)
 
-    return Scene(
-        image=pixels,
-        proposals=view.back(found.boxes),
-        areas=view.back(rois[found.rois]),
-        scores={"softmax": scores, "from .2": scores * (scores >= 0.2)},
-        tags=tuple(sorted(set(found.labels.tolist()))),
-        attend=attend,
-        share=scores / scores.sum(0).clamp(min=1e-9),
-        probabilities=network.classification.image_probabilities(*network.class_scores(view, proposals, known)),
-    )
-
-
-# -- all variants of one photograph ----------------------------------------------------------------------------------
-
-
-@dataclass
-class Shared:
-    """What variants of one scene have in common, computed when first asked for."""
-
-    scene: Scene
-    canvas: np.ndarray
-    scale: Tensor
-    choices: dict[Any, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
-    tables: dict[str, Tensor] = field(default_factory=dict)
-    maps: dict[Any, Tensor] = field(default_factory=dict)
-
-    def choice(self, variant: Variant) -> tuple[Tensor, Tensor, Tensor]:
-        """Seeds, labels and members (`choose_instances`)."""
-        key = self.key(variant)
-        if key not in self.choices:
-            scene = self.scene
-            self.choices[key] = choose_instances(
-                scene.proposals, scene.scores[variant.score], scene.tags, variant.settings
-            )
-        return self.choices[key]
-
-    def key(self, variant: Variant) -> Any:
-        s = variant.settings
-        return variant.score, s.members, s.nms, s.per_class, s.min_score, s.attended
-
-    def attend(self, variants: list[Variant]) -> None:
-        """The attention maps of every proposal that some variant sums, each once."""
-        for kind in sorted({v.kind for v in variants}):
-            wanted = torch.zeros_like(self.scene.share, dtype=torch.bool)
-            for variant in variants:
-                if variant.kind == kind and variant.settings.combine != "heat":
-                    _, labels, member = self.choice(variant)
-                    for label, row in zip(labels.tolist(), member, strict=True):
-                        wanted[:, label] |= row
-            index, labels = torch.where(wanted)
-            maps = self.scene.attend(kind, index, labels)
-            self.tables[kind] = maps.new_zeros(*wanted.shape, *maps.shape[1:])
-            self.tables[kind][index, labels] = maps
-
-    def attention(self, variant: Variant) -> Tensor:
-        """Instance attention maps, not normalised."""
-        key = ("attention", variant.kind, self.key(variant))
-        if key not in self.maps:
-            scores, table = self.scene.scores[variant.score], self.tables[variant.kind]
-            _, labels, member = self.choice(variant)
-            self.maps[key] = instance_attention(
-                self.scene.areas * self.scale,
-                labels,
-                member,
-                lambda index, own: table[index, own] * scores[index, own][:, None, None],
-                (self.canvas.shape[0], self.canvas.shape[1]),
-            )
-        return self.maps[key]
-
-    def heat(self, variant: Variant) -> Tensor:
-        """Object heat-maps; `instance_heat` normalises them."""
-        key = ("heat", self.key(variant))
-        if key not in self.maps:
-            _, labels, member = self.choice(variant)
-            scores, small = self.scene.scores[variant.score], (self.canvas.shape[0], self.canvas.shape[1])
-            boxes = self.scene.proposals * self.scale
-            self.maps[key] = instance_heat(boxes, scores, labels, member, small, variant.settings)
-        return self.maps[key]
-
-    def confidence(self, variant: Variant) -> Tensor:
-        """Instance confidence maps in [0, 1]."""
-        how = variant.settings.combine
-        if how == "heat":
-            return self.heat(variant)
-        if how == "attention":
-            return normalise(self.attention(variant))
-        attention, heat = self.attention(variant), self.heat(variant)
-        if variant.before or how == "product":  # a product does not see the scale of its factors
-            both = confidence_map(attention, heat, "product" if how == "product" else "mean")
-        else:
-            # the heat-map is the sum of scores, the attention map of those shared out over 7x7 cells
-            both = attention / attention.mean().clamp(min=1e-9) + heat / heat.mean().clamp(min=1e-9)
-        return normalise(both) if variant.after else both
+    tags = tuple(sorted(set(found.labels.tolist())))
+    share = scores / scores.sum(0).clamp(min=1e-9)
+    return Scene(pixels, found.boxes, scores, found, tags, attend, share, one.image_probabilities(*one(known)))
 
 
 def label(scene: Scene, variants: list[Variant]) -> list[Result]:
-    """The instances of every variant."""
-    size = (scene.image.shape[0], scene.image.shape[1])
-    canvas, scale = working_canvas(scene.image, variants[0].settings.side)
-    shared = Shared(scene, canvas, torch.tensor([*scale, *scale]))
-    shared.attend(variants)
-    started = [unaries(shared.confidence(v), v.settings) for v in variants]
-    settled: dict[int, Tensor] = {}
-    widths = lambda s: (s.sxy_gaussian, s.compat_gaussian, s.sxy_bilateral, s.srgb, s.compat_bilateral)  # noqa: E731
-    for crf_of in {widths(v.settings) for v in variants if v.settings.iterations}:
-        crf = DenseCRF(torch.as_tensor(canvas), *crf_of)
-        ours = [i for i, v in enumerate(variants) if v.settings.iterations and widths(v.settings) == crf_of]
-        for labels in {started[i].shape[1] for i in ours}:
-            same = [i for i in ours if started[i].shape[1] == labels]
-            done = crf(torch.cat([started[i] for i in same]), variants[same[0]].settings.iterations)
-            settled |= dict(zip(same, done.split([len(started[i]) for i in same]), strict=True))
+    """The instances of every variant; attention maps are computed once for each kind and choice."""
+    maps: dict[Any, Tensor] = {}
     results = []
-    for i, variant in enumerate(variants):
-        marginals = foreground(settled.get(i, started[i]), variant.settings.joint)
-        seeds, labels_, _ = shared.choice(variant)
-        weights = scene.scores[variant.score][seeds, labels_]
-        found = settle(marginals, scene.proposals[seeds].float(), labels_, weights, size, variant.settings)
-        alive = distinct(found, variant.settings.duplicate)
-        attention = shared.heat(variant) if variant.settings.combine == "heat" else shared.attention(variant)
-        maps = (normalise(attention), shared.heat(variant), shared.confidence(variant), marginals)
-        results.append(Result(found[alive], seeds[alive], *(one[alive] for one in maps)))
+    for variant in variants:
+        settings = variant.settings
+        chosen = choose_instances(scene.found, settings, each_class=True)
+        key = variant.kind, chosen.mapped.numpy().tobytes()
+        if key not in maps:
+            maps[key] = scene.attend(variant.kind, chosen.mapped)
+        heat = scene.proposals, scene.scores
+        found, trace = calibrate(scene.image, scene.found, chosen, maps[key], settings, heat)
+        results.append(Result(found, trace.confidence, trace.marginals))
     return results
 
 
@@ -408,31 +252,27 @@ def judge(found: Instances, truth: Truth, tags: tuple[int, ...]) -> list[tuple[i
 def candidates_for_weight(result: Result, scene: Scene) -> dict[str, Tensor]:
     """What might tell whether an instance is right: by name, (K,) in [0, 1]."""
     found = result.found
-    labels, seeds = found.labels, result.seeds
+    labels = found.labels
     inside = result.marginals > 0.5
     confidence, eps = result.confidence, 1e-6
 
     def mean(maps: Tensor, where: Tensor) -> Tensor:
         return (maps * where).sum((1, 2)) / where.sum((1, 2)).clamp(min=eps)
 
-    kept = torch.from_numpy(box_iou(found.boxes.numpy(), scene.proposals[seeds].numpy())).float().diagonal()
     overlap = torch.from_numpy(box_iou(found.boxes.numpy(), scene.proposals.numpy())).float()
-    score = scene.scores["softmax"][:, labels].T
+    score = scene.scores[:, labels].T
     masks = found.masks
     assert masks is not None
     return {
         "score of the kept proposal": found.weights,
         "image probability": scene.probabilities[labels],
-        "share of the kept proposal": scene.share[seeds, labels],
         "share of the proposals that its box matches": (scene.share[:, labels].T * (overlap >= 0.5)).sum(1),
         "mean score of the proposals that its box matches": (score * (overlap >= 0.5)).sum(1)
         / (overlap >= 0.5).sum(1).clamp(min=1),
         "best IoU of its box with a proposal": overlap.amax(1),
-        "IoU of its box with the kept proposal": kept,
         "confidence inside less outside": (mean(confidence, inside) - mean(confidence, ~inside)).clamp(min=0),
         "confidence inside": mean(confidence, inside),
         "marginal inside": mean(result.marginals, inside),
-        "agreement of attention and heat-map": agreement(result.attention, result.heat),
         "mask's share of its box": masks.sum((1, 2))
         / ((found.boxes[:, 2] - found.boxes[:, 0]) * (found.boxes[:, 3] - found.boxes[:, 1])).clamp(min=1),
         "box's share of the image": (found.boxes[:, 2] - found.boxes[:, 0])
@@ -521,27 +361,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keeps the rows behind the tables (.npz) and goes on from there")
     one = parser.parse_args()
     predictor = Predictor(one.run, "cpu")
-    network = predictor.network
+    network = predictor.cascade
     annotated = open_annotated(one.data, one.split, network.classes)
     images = annotated.tagged.images
-    features = one.run / "cache" / "features"
-    if len(list(features.glob("*.npy"))) != len(images):
-        parser.error(f"{features} does not hold the RoI features of this split's {len(images)} images")
     boxes = compute_proposals(images, proposal_settings(network.recipe), one.cache or default_cache())
+    features = RoIFeatures(one.run, network, boxes, predictor.fabric)
     chosen = [index for index, image in enumerate(images) if image.tags]
     random.Random(one.seed).shuffle(chosen)  # what is there after any time is a fair sample
     chosen = chosen[: one.images or None]
     if one.module == 1:
-        variants = classification_variants(calibration_settings(network.recipe.infer1), one.sample)
+        variants = classification_variants(network.recipe.modules[0].label, one.sample)
     else:
-        variants = detection_variants(calibration_settings(network.recipe.infer2), one.sample)
+        variants = detection_variants(network.recipe.modules[1].label, one.sample)
 
     def measure(place: int) -> dict[str, np.ndarray]:
         image = images[chosen[place]]
         truth = annotated.read(image.id)
         pixels = read_image(image.path)
         proposals = network.select(torch.from_numpy(boxes[image.id].copy()), pixels.shape).float()
-        known = torch.from_numpy(np.load(features / f"{chosen[place]}.npy")).float()
+        known = features.kept(image)
+        if known is None:
+            raise InputError(f"{one.run} does not hold the RoI features of {image.id}; choose the run's --split")
         mine = [number for number, variant in enumerate(variants) if place % variant.every == 0]
         with torch.no_grad(), predictor.fabric.autocast():
             scene = (classified if one.module == 1 else detected)(network, pixels, proposals, known, image)

@@ -48,16 +48,19 @@ from labelpenet.calibration import DenseCRF
 from labelpenet.config import Recipe, Schedule
 from labelpenet.data import TaggedImages, read_image, write_scenes
 from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.engine.distributed import build_fabric, map_images
+from labelpenet.engine.sampler import batches, seed_step, stream_seed
+from labelpenet.engine.stage import Stage
+from labelpenet.engine.trainer import train_stage
 from labelpenet.formats import open_tagged, training_split
 from labelpenet.instances import Instances
-from labelpenet.models.backbones import Backbone, build_backbone
+from labelpenet.models.backbones import Backbone
+from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import MODULES, LabelPEnet, proposal_settings
 from labelpenet.models.detection import ANCHOR_RATIOS, RPNHead
 from labelpenet.models.segmentation import MASK_POOL, SpatialPyramid
 from labelpenet.training import curriculum
-from labelpenet.training.loop import Stage, batches, seed_step, stream_seed, train_stage
-from labelpenet.training.machine import build_fabric, map_images
-from labelpenet.training.pretrain import Training, cache_features, known_features, stage
+from labelpenet.training.pretrain import Training, stage
 
 AHEAD = 2  # steps whose images are loaded while one is trained on, as in `train_stage`
 CHECKPOINT_SECONDS = 300  # between two checkpoints of `labelpenet train`
@@ -233,7 +236,7 @@ def plain_loop(one: Stage, fabric: Fabric, clock: Clock) -> list[float]:
     The images, augmentation and random numbers are those of `train_stage`. The first step's parts are not counted.
     """
     parameters = [p for p in one.module.parameters() if p.requires_grad]
-    optimiser = one.optimiser.build([{"params": parameters}])
+    optimiser = one.optimiser.build(parameters)
     one.module.train()
     seconds = []
     began = clock.now()
@@ -314,7 +317,7 @@ class MaskPool(MultiScaleRoIAlign):
 def torchvision_model(setting: Setting) -> MaskRCNN:
     """torchvision's Mask R-CNN out of the parts of module 4."""
     recipe, plug = setting.recipe, setting.plug
-    choice = recipe.segmentation
+    choice = recipe.modules[3]
     trunk, classes = Trunk(plug), len(setting.network.classes) + 1
     head, features = plug.roi_head(choice.cells)
     mask_tail = plug.mask_tail()
@@ -327,7 +330,7 @@ def torchvision_model(setting: Setting) -> MaskRCNN:
         image_std=list(plug.std),
         rpn_anchor_generator=AnchorGenerator((choice.anchor_sides,), (ANCHOR_RATIOS,)),
         rpn_head=RPNHead(trunk.out_channels, len(choice.anchor_sides) * len(ANCHOR_RATIOS)),
-        rpn_post_nms_top_n_train=choice.rpn_proposals,
+        rpn_post_nms_top_n_train=choice.rpn_post_nms_top_n_train,
         box_roi_pool=MultiScaleRoIAlign(["0"], plug.pool_size, 1),
         box_head=head,
         box_predictor=FastRCNNPredictor(features, classes),
@@ -429,16 +432,19 @@ def inference_row(setting: Setting, number: int, clock: Clock) -> Row:
             with clock.part("data"):
                 pixels = read_image(images[index].path)
                 boxes = training.boxes(images[index], pixels.shape)
-            features = known_features(training, index) if number == 1 else None
-            proposals = boxes if network.needs_proposals(number) else None
+            features = training.features.known(images[index]) if number == 1 else None
+            proposals = [boxes] if network.needs_proposals(number) else None
             with training.autocast():
-                network.infer(number, pixels, proposals, images[index].tags, features)
+                batch = network.batch(
+                    [pixels], [images[index].tags], proposals, None if features is None else [features]
+                )
+                network.infer(number, batch)
 
     clock.take()
     began = clock.now()
     with watched(network, clock):
         if number == 0:
-            cache_features(training)
+            training.features.compute_all(images)
         else:
             with closing(map_images(infer, range(len(images)), clock.device)) as done:
                 for _ in done:
@@ -539,10 +545,10 @@ def main() -> None:
         setting = prepare(one, Path(folder))
         clock = Clock(setting.fabric.device)
         rows = []
-        choice = setting.recipe.classification
+        choice = setting.recipe.modules[0]
         for number in (1, 2, 3, 4):
             print(f"module {number} ...", flush=True)
-            if number == 1 and choice.freeze_head and not choice.contrast:
+            if number == 1 and choice.freeze_head:
                 rows.append(inference_row(setting, 0, clock))
             rows.append(training_row(setting, number, one.steps, clock))
             rows.append(inference_row(setting, number, clock))

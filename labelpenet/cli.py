@@ -5,21 +5,23 @@ Exit status: 0 done; 2 the input cannot be used (one line on standard error says
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
+import os
 import sys
+import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
+from labelpenet import __version__
 from labelpenet.errors import InputError
-
-if TYPE_CHECKING:
-    from labelpenet.training.supervised import Supervision
 
 Comma = Annotated[str | None, arg(metavar="A,B,...")]
 Device = Literal["auto", "cpu", "cuda"]
@@ -41,6 +43,7 @@ class Train:
       labelpenet train photos/ --out runs/quick --shorten 0.1 --set images.sides=320 images.test_side=320
       labelpenet train VOCdevkit/VOC2012 --out runs/voc-full --supervision full
       labelpenet train VOCdevkit/VOC2012 --out runs/voc-mixed --supervision mixed --supervised annotated.txt
+      labelpenet train photos/ --out runs/better --supervision mixed --corrected runs/mine/review.json
     """
 
     data: Positional[Path]
@@ -68,6 +71,9 @@ class Train:
     best that it has: masks, boxes or tags."""
     supervised: Path | None = None
     """mixed: a file of image names, one a line; the other photographs count as tagged only. Default: all."""
+    corrected: tuple[Path, ...] = ()
+    """mixed: files or folders of corrected labels (of `labelpenet review` or an annotation tool). Their objects are the
+    truth of their photographs; DATA's own annotation is then read only for --supervised."""
     resume: bool = False
     """Continue what RUN holds."""
     seed: int = 0
@@ -100,7 +106,7 @@ class ForwardBackward:
     Try:
       labelpenet forward-backward runs/voc VOCdevkit/VOC2012 --out runs/voc-fb
       labelpenet forward-backward runs/voc VOCdevkit/VOC2012 --out runs/voc-fb --resume
-      labelpenet forward-backward runs/mine photos/ --out runs/mine-fb --set schedule5.steps=100 schedule5.lr=1e-5
+      labelpenet forward-backward runs/mine photos/ --out runs/mine-fb --set forward_backward.schedule.steps=100
     """
 
     run: Positional[Path]
@@ -138,6 +144,57 @@ class ForwardBackward:
 
 
 @dataclass
+class Distill:
+    """Train a student on a run's labels: a standard detector, smaller and faster, that other programs can load.
+
+    The student is torchvision's Mask R-CNN with a feature pyramid. It learns what the run's last module found in the
+    photographs that the run was trained on, or what a file says that somebody corrected. Every command that takes a run
+    takes the student's folder, too.
+
+    Try:
+      labelpenet distill runs/voc VOCdevkit/VOC2012 --out runs/student --weights mobilenet_v2.safetensors
+      labelpenet distill runs/voc photos/ --out runs/student --labels corrected.json
+      labelpenet distill runs/voc photos/ --out runs/student --resume
+      labelpenet distill runs/voc VOCdevkit/VOC2012 --out runs/yardstick --supervision full
+    """
+
+    run: Positional[Path]
+    """Run folder of the cascade."""
+    data: Positional[Path]
+    """The photographs that it was trained on."""
+    out: Path
+    """Folder to write."""
+    labels: Path | None = None
+    """Predictions or COCO file to learn from. Default: RUN/instances/module4.json."""
+    supervision: Literal["labels", "full"] = "labels"
+    """labels: the run's. full, a yardstick: the true boxes and masks of DATA."""
+    backbone: str | None = None
+    """mobilenet_v2, vgg16 or timm/NAME. Default: the run's."""
+    weights: Path | None = None
+    """ImageNet weights of the backbone, as for `train`."""
+    split: str | None = None
+    """As for `train`."""
+    resume: bool = False
+    """Continue what OUT holds."""
+    seed: int = 0
+    """Of everything random."""
+    shorten: float = 1.0
+    """Multiply the number of steps."""
+    set: tuple[str, ...] = ()
+    """Change single choices: network, noise, images or schedule, as schedule.steps=800 noise.weighted=false ..."""
+    device: Device = "auto"
+    """Where to train."""
+    devices: int = 1
+    """Processes on this machine (one per GPU)."""
+    nodes: int = 1
+    """Machines."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    """auto: bf16-mixed where the hardware has it, else 32-true."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between checkpoints."""
+
+
+@dataclass
 class Predict:
     """Find the instances in photographs.
 
@@ -145,6 +202,7 @@ class Predict:
       labelpenet predict runs/voc photo.jpg --out predictions.json --overlays overlays/
       labelpenet predict runs/voc photos/ --out predictions.json --module 2
       labelpenet predict runs/voc --data VOCdevkit/VOC2012 --split val --out predictions.json
+      labelpenet predict runs/voc photos/ --shard 3/100 --out parts/
     """
 
     run: Positional[Path]
@@ -159,6 +217,10 @@ class Predict:
     """Folder for pictures with the instances drawn in."""
     min_score: float = 0.0
     """Instances below are left out of file and pictures."""
+    shard: str | None = None
+    """i/n: only the i-th of n parts, into the folder --out; see labelpenet merge."""
+    overwrite: bool = False
+    """Replace files that are there already; never photographs or a file of the run."""
     data: Path | None = None
     """Instead of images: a data set."""
     split: str | None = None
@@ -174,12 +236,29 @@ class Predict:
 
 
 @dataclass
+class Merge:
+    """Put the parts of predict --shard together, as a stream.
+
+    Try:
+      labelpenet merge parts/ --out predictions.json
+      labelpenet merge parts/ --out predictions.parquet
+    """
+
+    parts: Positional[tuple[Path, ...]]
+    """Parts, or folders of parts."""
+    out: Path = Path("predictions.json")
+    """File to write: .json (COCO, as predict writes it) or .parquet (a row for each instance)."""
+    overwrite: bool = False
+    """Replace that file if it is there already."""
+
+
+@dataclass
 class Evaluate:
     """Measure predictions against annotation, as VOC or COCO define it.
 
     Try:
       labelpenet evaluate predictions.json VOCdevkit/VOC2012 --split val --protocol voc12
-      labelpenet evaluate predictions.json VOCdevkit/VOC2007 --split test --protocol voc07 --json result.json --table
+      labelpenet evaluate predictions.json VOCdevkit/VOC2007 --split test --protocol voc07 --json out.json --table text
     """
 
     predictions: Positional[Path]
@@ -194,6 +273,8 @@ class Evaluate:
     """Only these classes."""
     json: Path | None = None
     """File for the result."""
+    overwrite: bool = False
+    """Replace that file if it is there already."""
     table: Literal["text", "markdown", "latex"] | None = None
     """Print ours beside the paper's tables in this form."""
 
@@ -229,21 +310,26 @@ class Proposals:
 
 @dataclass
 class Export:
-    """Write predictions (or a run's pseudo-labels, RUN/instances/module4.json) for other tools.
+    """Write predictions (or a run's pseudo-labels, RUN/instances/module4.json) for other tools, or a student as ONNX.
 
     Try:
+      labelpenet export runs/student --to onnx --out student.onnx
       labelpenet export predictions.json photos/ --to coco --out labels/
       labelpenet export runs/voc/instances/module4.json VOCdevkit/VOC2012 --split train --to yolo --out labels/
     """
 
     predictions: Positional[Path]
-    """predictions.json."""
-    data: Positional[Path]
-    """The data set that the predictions belong to."""
-    out: Path
-    """Folder to write."""
-    to: Literal["coco", "coco-polygons", "voc", "yolo", "label-studio", "voc-submission"] = "coco"
-    """Format; coco-polygons is also for CVAT."""
+    """predictions.json; for onnx a student's folder."""
+    data: Positional[Path | None] = None
+    """The data set, or the folder of photographs, that the predictions belong to; none for onnx."""
+    out: Path = Path("labels")
+    """Folder to write; for onnx the file."""
+    to: Literal[
+        "coco", "coco-polygons", "coco-results", "voc", "yolo", "labelme", "label-studio", "voc-submission", "onnx"
+    ] = "coco"
+    """Format; coco-polygons is also for CVAT, labelme for X-AnyLabeling, onnx for programs without torch."""
+    size: str | None = None
+    """onnx: HxW in pixels of the photographs that the file takes, multiples of 32. Default: the student's, 4:3."""
     split: str | None = None
     """VOC: train, val, ..."""
     classes: Comma = None
@@ -251,7 +337,13 @@ class Export:
     min_score: float = 0.0
     """Instances below are left out."""
     copy_images: bool = False
-    """Copy the photographs beside the labels (voc, yolo)."""
+    """Copy the photographs beside the labels (voc, yolo, labelme)."""
+    images: Path | None = None
+    """Folder of the photographs, where the data set's file lies elsewhere."""
+    tolerance: float = 0.0
+    """Pixels by which polygons may differ from the masks, for corners that a person can drag (2 is a good start)."""
+    overwrite: bool = False
+    """Replace an earlier export that nobody has changed."""
 
 
 @dataclass
@@ -283,6 +375,29 @@ class Measure:
 
 
 @dataclass
+class Review:
+    """Look at a run's labels in the browser, the doubtful ones first; accept, correct or drop them by keys.
+
+    Serves a page on this machine's loopback address until Ctrl-C. Every verdict is saved at once.
+
+    Try:
+      labelpenet review runs/mine photos/
+      labelpenet train photos/ --out runs/better --supervision mixed --corrected runs/mine/review.json
+    """
+
+    run: Positional[Path]
+    """Run folder of `labelpenet train`."""
+    data: Positional[Path]
+    """The photographs that it was trained on."""
+    out: Path | None = None
+    """File of the verdicts; an earlier one is continued. Default: RUN/review.json."""
+    split: str | None = None
+    """As for `train`."""
+    port: int = 8765
+    """Of 127.0.0.1; 0 for any free one."""
+
+
+@dataclass
 class Report:
     """Write RUN/report.html: one self-contained page with table, loss curves and picture strips.
 
@@ -297,7 +412,9 @@ class Report:
     split: str = "val"
     """Held-out split."""
     out: Path | None = None
-    """The page. Default: RUN/report.html."""
+    """The page. Default: RUN/report.html, which is replaced."""
+    overwrite: bool = False
+    """Replace another page that is there already."""
     images: int = 6
     """Strips of each kind."""
 
@@ -319,18 +436,79 @@ class Demo:
 Command = (
     Annotated[Train, subcommand("train")]
     | Annotated[ForwardBackward, subcommand("forward-backward")]
+    | Annotated[Distill, subcommand("distill")]
     | Annotated[Predict, subcommand("predict")]
+    | Annotated[Merge, subcommand("merge")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Proposals, subcommand("proposals")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Measure, subcommand("measure")]
+    | Annotated[Review, subcommand("review")]
     | Annotated[Report, subcommand("report")]
     | Annotated[Demo, subcommand("demo")]
 )
 
 
+RANGES: dict[str, tuple[float, float]] = {
+    "min_score": (0, 1), "shorten": (1e-6, 100), "seed": (0, 2**63 - 1), "devices": (1, 1024), "nodes": (1, 4096),
+    "workers": (1, 256), "side": (16, 10_000), "images": (0, 10_000), "checkpoint_minutes": (0, 1e5),
+    "observe_minutes": (0, 1e5), "modules": (1, 4),
+}  # fmt: skip
+"""What each number on the command line may be, both ends included."""
+
+
+def overview() -> str:
+    """``labelpenet --help``: a line a command."""
+    commands = {member.__metadata__[0].name: member.__origin__ for member in typing.get_args(Command)}
+    lines = [f"  {name:<18}{(kind.__doc__ or '').splitlines()[0]}" for name, kind in commands.items()]
+    head = "usage: labelpenet COMMAND ...\n\nInstance segmentation from image tags alone.\n\n"
+    return (
+        head
+        + "\n".join(lines)
+        + "\n\nlabelpenet COMMAND --help has options and examples; --version prints the version."
+    )
+
+
+def check_ranges(command: object) -> None:
+    """Raises InputError for a number that is out of its range, or for NaN."""
+    for name, (low, high) in RANGES.items():
+        given = getattr(command, name, None)
+        for value in given if isinstance(given, tuple) else (given,):
+            if isinstance(value, (int, float)) and not low <= value <= high:
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} must be from {low:g} to {high:g}, but got {value}")
+    if getattr(command, "modules", None) == ():
+        raise InputError("--modules names no module; give some of 1, 2, 3, 4")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``labelpenet``."""
+    try:
+        # A name that the terminal's encoding does not have must not end a command that has done its work.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()  # here, where a pipe that was closed still ends quietly
+    except InputError as error:
+        _end(2, str(error))
+    except KeyboardInterrupt as interrupt:
+        _end(130, str(interrupt) or "interrupted")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it shuts down
+        sys.exit(1)
+    except OSError as error:
+        remedy = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
+        _end(2, f"{error.filename or 'a file'}: {error.strerror or error}; {remedy}")
+
+
+def _run(arguments: list[str]) -> None:
+    if arguments == ["--version"]:
+        print(f"labelpenet {__version__}")
+        return
+    if arguments in ([], ["-h"], ["--help"]):
+        print(overview())
+        return
     command = tyro.cli(
         Command,  # type: ignore[arg-type]
         prog="labelpenet",
@@ -338,20 +516,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args=arguments,
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
     )
-    try:
-        RUN[type(command)](command)  # type: ignore[operator]
-    except InputError as error:
-        print(f"labelpenet: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as interrupt:
-        print(f"labelpenet: {interrupt or 'interrupted'}", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(1)
-    except OSError as error:
-        remedy = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
-        print(f"labelpenet: {error.filename or 'a file'}: {error.strerror or error}; {remedy}", file=sys.stderr)
-        sys.exit(2)
+    check_ranges(command)
+    RUN[type(command)](command)  # type: ignore[operator]
+
+
+def _end(status: int, line: str) -> NoReturn:
+    """Ends the command with a line on standard error, if there still is one."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        print(f"labelpenet: {line}", file=sys.stderr, flush=True)
+    sys.exit(status)
 
 
 def train(one: Train) -> None:
@@ -366,7 +539,11 @@ def train(one: Train) -> None:
         print(f"note: {note}", file=sys.stderr)
     held_out = open_annotated(one.data, one.evaluate, images.classes) if one.evaluate else None
     from labelpenet.training.run import train_run
+    from labelpenet.training.supervised import open_supervision
 
+    supervision = open_supervision(one.supervision, one.data, split, images, one.supervised, one.corrected)
+    for note in supervision.notes if supervision is not None else ():
+        print(f"note: {note}", file=sys.stderr)
     train_run(
         images,
         one.out,
@@ -383,28 +560,11 @@ def train(one: Train) -> None:
         cache=one.cache,
         checkpoint_minutes=one.checkpoint_minutes,
         source={"data": str(one.data), "split": split},
-        supervision=_supervision(one, split, images.classes),
+        supervision=supervision,
         held_out=held_out,
         observe_minutes=one.observe_minutes,
     )
     print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
-
-
-def _supervision(one: Train, split: str | None, classes: Sequence[str]) -> Supervision | None:
-    """What the run may know beyond tags; nothing of it is opened unless the user asks for it."""
-    if one.supervised and one.supervision != "mixed":
-        raise InputError("--supervised goes with --supervision mixed; to train on other photographs use --split")
-    if one.supervision == "tags":
-        return None
-    from labelpenet.data.files import read_names
-    from labelpenet.formats import open_annotated
-    from labelpenet.training.supervised import read_supervision
-
-    listed = read_names(one.supervised) if one.supervised else None
-    found = read_supervision(one.supervision, open_annotated(one.data, split, classes), listed)
-    for note in found.notes:
-        print(f"note: {note}", file=sys.stderr)
-    return found
 
 
 def forward_backward(one: ForwardBackward) -> None:
@@ -441,30 +601,90 @@ def forward_backward(one: ForwardBackward) -> None:
     print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
 
 
+def distill(one: Distill) -> None:
+    """``labelpenet distill``."""
+    from labelpenet import config
+    from labelpenet.formats import open_tagged, training_split
+    from labelpenet.models.cascade import read_run
+    from labelpenet.training import distill as training
+
+    facts = read_run(one.run)
+    recipe = config.shorten(config.override(config.StudentRecipe(), one.set), one.shorten)
+    split = one.split or training_split(one.data)
+    images = open_tagged(one.data, split, facts["classes"])
+    if one.supervision == "full":
+        if one.labels:
+            raise InputError("--labels and --supervision full exclude each other: the labels are DATA's own")
+        labels, notes = training.read_truths(one.data, split, images)
+    else:
+        labels, notes = training.read_labels(one.run, one.labels, images)
+    for note in (*images.notes, *notes):
+        print(f"note: {note}", file=sys.stderr)
+    training.distill(
+        images,
+        labels,
+        one.out,
+        recipe,
+        backbone=one.backbone or facts["backbone"],
+        weights=one.weights,
+        resume=one.resume,
+        seed=one.seed,
+        device=one.device,
+        devices=one.devices,
+        nodes=one.nodes,
+        precision=one.precision,
+        checkpoint_minutes=one.checkpoint_minutes,
+        source={"data": str(one.data), "split": split, "teacher": str(one.run)},
+        supervision=one.supervision,
+    )
+    print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
+
+
 def predict(one: Predict) -> None:
     """``labelpenet predict``."""
     from labelpenet.data import TaggedImage, read_image
+    from labelpenet.data.files import check_outputs
     from labelpenet.data.images import find_images
     from labelpenet.formats import open_tagged
+    from labelpenet.formats.parts import parse_shard
     from labelpenet.instances import Instances
+    from labelpenet.models.cascade import read_run
     from labelpenet.training.predict import Predictor, predict_images
+    from labelpenet.training.shards import predict_shard
+    from labelpenet.visualize import overlay_paths, write_overlay
 
+    if one.shard and (one.devices, one.nodes) != (1, 1):
+        raise InputError("--shard is for one process each; leave --devices and --nodes out")
     if bool(one.images) == bool(one.data):
         raise InputError("give either photographs (or folders of them) or --data DATA")
-    predictor = Predictor(one.run, one.device, one.devices, one.nodes)
+    classes = read_run(one.run)["classes"]
     if one.data:
-        images: Sequence[TaggedImage] = open_tagged(one.data, one.split, predictor.network.classes).images
+        images: Sequence[TaggedImage] = open_tagged(one.data, one.split, classes).images
     else:
         images = [TaggedImage(name, path, ()) for name, path in find_images(one.images)]
+    reads = [one.run, *([one.data] if one.data else one.images), *(image.path for image in images)]
+    check_outputs([] if one.shard else [one.out], reads, one.overwrite)
+    pictures = overlay_paths(one.overlays, [image.id for image in images]) if one.overlays else {}
+    check_outputs(pictures.values(), [*reads, one.out], one.overwrite)
+    for folder in (path for path in reads if path.is_dir()):
+        if one.overlays and one.overlays.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{one.overlays}: lies in {folder}, which is read; choose a folder outside for overlays")
+    predictor = Predictor(one.run, one.device, one.devices, one.nodes)
 
     def keep(image: TaggedImage, instances: Instances) -> Instances:
         instances = instances[instances.weights >= one.min_score]
-        if one.overlays:
-            from labelpenet.report.overlays import write_overlay
-
-            write_overlay(one.overlays, image.id, read_image(image.path), instances, predictor.network.classes)
+        if pictures:
+            write_overlay(pictures[image.id], read_image(image.path), instances, classes)
         return instances
 
+    if one.shard:
+        choices = {"min_score": one.min_score}
+        shard = parse_shard(one.shard)
+        part, skipped = predict_shard(
+            predictor, images, one.module, one.out, shard, keep=keep, choices=choices, cache=one.cache
+        )
+        print(f"{part.path}: {len(part.images)} images" + (f", {len(skipped)} skipped" if skipped else ""))
+        return
     skipped = predict_images(predictor, images, one.module, one.out, keep=keep, cache=one.cache)
     done = len(images) - len(skipped)
     if predictor.first:
@@ -473,13 +693,24 @@ def predict(one: Predict) -> None:
         raise InputError("no image could be read; see the lines above")
 
 
+def merge(one: Merge) -> None:
+    """``labelpenet merge``."""
+    from labelpenet.data.files import check_outputs
+    from labelpenet.formats.parts import merge_parts
+
+    check_outputs([one.out], one.parts, one.overwrite)
+    photographs, instances = merge_parts(one.parts, one.out)
+    print(f"{one.out}: {photographs} images, {instances} instances")
+
+
 def evaluate(one: Evaluate) -> None:
     """``labelpenet evaluate``."""
-    from labelpenet.data.files import write_bytes
+    from labelpenet.data.files import check_outputs, write_bytes
     from labelpenet.evaluation import evaluate as measure
     from labelpenet.evaluation import paper_tables, summary_table
     from labelpenet.formats import open_annotated, read_predictions
 
+    check_outputs([one.json] if one.json else [], [one.predictions, one.data], one.overwrite)
     annotated = open_annotated(one.data, one.split, _names(one.classes))
     tagged = annotated.tagged
     predictions = read_predictions(one.predictions, tagged, tagged.classes, annotated.categories)
@@ -516,15 +747,46 @@ def proposals(one: Proposals) -> None:
 
 def export(one: Export) -> None:
     """``labelpenet export``."""
+    from labelpenet.data.files import check_new_folder
     from labelpenet.formats import export as write
-    from labelpenet.formats import open_tagged, read_predictions
+    from labelpenet.formats import open_annotated, open_tagged, read_predictions
+    from labelpenet.formats.open import NotRecognised, open_photographs
+    from labelpenet.formats.predictions import class_names
 
-    images = open_tagged(one.data, one.split, _names(one.classes))
-    predictions = read_predictions(one.predictions, images, images.classes, list(range(1, len(images.classes) + 1)))
+    if one.to == "onnx":
+        from labelpenet.models.onnx import export_onnx, parse_size
+        from labelpenet.models.student import Student
+
+        height, width = export_onnx(Student.from_run(one.predictions), one.out, parse_size(one.size))
+        print(f"{one.out}: takes photographs of {height} x {width} pixels (height x width)")
+        return
+    if one.data is None:
+        raise InputError(f"{one.predictions}: name the data set that the predictions belong to, too")
+    check_new_folder(one.out, [one.data, one.predictions])
+    notes: tuple[str, ...] = ()
+    ids: tuple[int, ...] = ()  # a bare results list without names says nothing of a data set without ids
+    try:
+        images = open_tagged(one.data, one.split, _names(one.classes), one.images)
+        with contextlib.suppress(InputError):
+            ids = open_annotated(one.data, one.split, images.classes, one.images).categories
+    except NotRecognised:
+        images = open_photographs(one.data, _names(one.classes) or class_names(one.predictions))
+        notes = images.notes
+    predictions = read_predictions(one.predictions, images, images.classes, ids)
     written = write(
-        predictions, images, images.classes, one.out, one.to, min_score=one.min_score, copy_images=one.copy_images
+        predictions,
+        images,
+        images.classes,
+        one.out,
+        one.to,
+        category_ids=ids or None,
+        split=Path(one.split or "train").stem,
+        min_score=one.min_score,
+        copy_images=one.copy_images,
+        tolerance=one.tolerance,
+        overwrite=one.overwrite,
     )
-    for note in (*predictions.notes, *written.notes):
+    for note in (*notes, *predictions.notes, *written.notes):
         print(f"note: {note}", file=sys.stderr)
     print(f"{one.out}: {len(written.paths)} files")
 
@@ -536,9 +798,22 @@ def measure(one: Measure) -> None:
     print(measure_run(one.run, one.data, one.split, one.train_split, one.modules, one.protocol, one.device, one.cache))
 
 
+def review(one: Review) -> None:
+    """``labelpenet review``."""
+    from labelpenet.data import run_folder
+    from labelpenet.formats import open_tagged, training_split
+    from labelpenet.models.cascade import read_run
+    from labelpenet.review import serve
+
+    classes = read_run(one.run)["classes"]
+    images = open_tagged(one.data, one.split or training_split(one.data), classes)
+    serve(one.run, images, one.out or run_folder.review(one.run), one.port)
+
+
 def report(one: Report) -> None:
     """``labelpenet report``."""
     from labelpenet.data import AnnotatedImages, TaggedImages
+    from labelpenet.data.files import check_outputs
     from labelpenet.formats import open_annotated, open_tagged
     from labelpenet.models.cascade import read_run
     from labelpenet.report import write_report
@@ -546,6 +821,8 @@ def report(one: Report) -> None:
     facts = read_run(one.run)
     source = facts.get("source") or {}
     data = one.data or (Path(source["data"]) if source.get("data") else None)
+    if one.out and one.out.resolve() != (one.run / "report.html").resolve():
+        check_outputs([one.out], [one.run, *([data] if data else [])], one.overwrite)
 
     def opened(split: str | None) -> AnnotatedImages | TaggedImages | None:
         if data is None or not data.exists():
@@ -566,7 +843,7 @@ def report(one: Report) -> None:
 
 def demo(one: Demo) -> None:
     """``labelpenet demo``."""
-    from labelpenet.training.demo import run_demo
+    from labelpenet.demo import run_demo
 
     print(run_demo(one.out, one.seed))
 
@@ -577,17 +854,22 @@ def _names(text: str | None) -> list[str] | None:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise InputError("--classes names no class; give them separated by commas, such as --classes cat,dog")
+    if len(set(names)) < len(names):
+        raise InputError(f"--classes names {next(one for one in names if names.count(one) > 1)} twice; name each once")
     return names
 
 
 RUN = {
     Train: train,
     ForwardBackward: forward_backward,
+    Distill: distill,
     Predict: predict,
+    Merge: merge,
     Evaluate: evaluate,
     Proposals: proposals,
     Export: export,
     Measure: measure,
+    Review: review,
     Report: report,
     Demo: demo,
 }

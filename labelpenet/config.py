@@ -8,18 +8,56 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from labelpenet.errors import InputError
+from labelpenet.old_recipe import modernise
 
 Pool = typing.Literal["max", "align"]
 Attention = typing.Literal["excitation", "gradient"]
-Score = typing.Literal["softmax", "logit", "weighted"]
+_FIXED = {"fixed": True}  # of what says who a thing is and cannot be set
+
+
+_SIDE, _SHARE, _COUNT, _WIDTH = (16, 20_000), (0, 1), (1, 1_000_000), (1e-3, 1e4)
+RANGES: dict[str, tuple[float, float]] = {
+    "sides": _SIDE, "longest": _SIDE, "test_side": _SIDE, "side": _SIDE, "limit": _COUNT, "min_area": _SHARE,
+    "nms": _SHARE, "per_class": _COUNT, "min_score": _SHARE, "threshold": (1e-6, 1 - 1e-6), "sxy_gaussian": _WIDTH,
+    "compat_gaussian": (0, 1e4), "sxy_bilateral": _WIDTH, "srgb": _WIDTH, "compat_bilateral": (0, 1e4),
+    "iterations": (0, 1000), "min_component": _SHARE, "mask_nms": _SHARE, "max_attention": _COUNT, "max_masks": _COUNT,
+    "steps": (1, 1e9), "lr": (0, 100), "momentum": _SHARE, "weight_decay": (0, 100), "decay": (0, 100),
+    "warmup": (0, 1e9), "clip": (1e-9, 1e9), "batch_size": (1, 100_000), "anchor_sides": (1, 20_000), "rois": _COUNT,
+    "rpn_pre_nms_top_n_train": _COUNT, "rpn_pre_nms_top_n_test": _COUNT, "rpn_post_nms_top_n_train": _COUNT,
+    "rpn_post_nms_top_n_test": _COUNT, "cells": (1, 28), "score_threshold": _SHARE, "mask_width": (1, 8192),
+    "mask_depth": (0, 64), "beta": _SHARE, "ema": _SHARE, "width": (1, 8192), "proposals": _COUNT,
+    "detections": _COUNT, "keep": _SHARE, "nested": _SHARE, "Noise.limit": (0, 1e6), "limit_from": _SHARE,
+}  # fmt: skip
+"""What each number, or each in a tuple, may be, both ends included."""
+
+
+class _Ranged:
+    """Settings whose numbers are checked against `RANGES` wherever they are made: NaN and infinity are in none."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            for number in _numbers(value):
+                low, high = RANGES.get(f"{type(self).__name__}.{name}") or RANGES[name]
+                if not low <= number <= high:
+                    raise InputError(f"{name} must be from {low:g} to {high:g}, but got {number}")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The numbers in a value of the settings: itself, those of a tuple, or none."""
+    if isinstance(value, tuple):
+        for one in value:
+            yield from _numbers(one)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
 
 
 @dataclass(frozen=True)
-class Images:
+class Images(_Ranged):
     """How photographs are presented.
 
     Attributes:
@@ -36,8 +74,8 @@ class Images:
 
 
 @dataclass(frozen=True)
-class ProposalChoice:
-    """Which proposals a training image gets.
+class Proposals(_Ranged):
+    """Which proposals module 1 gets.
 
     Attributes:
         method: ``selective-search-fast``, ``selective-search-quality`` or ``edge-boxes``.
@@ -53,59 +91,29 @@ class ProposalChoice:
 
 
 @dataclass(frozen=True)
-class ClassificationChoice:
-    """Module 1 (see `models.classification.Classification`).
+class Calibration(_Ranged):
+    """From scored boxes to instances with masks (section 3.2, figure 2); the defaults are the literal reading.
 
     Attributes:
-        form, contrast, pool, freeze_head: of `Classification`.
-        attention: ``excitation`` (excitation backprop) or ``gradient`` (activation times gradient of the class logit at
-            the last spatial layer of the RoI head).
-        score: what ranks the proposals, makes the heat-maps and weighs the attention maps, see
-            `calibration.proposal_scores`.
+        nms: IoU above which boxes of a class suppress one another.
+        per_class: instances kept for each class, at most.
+        min_score: an instance needs this score; where the tags are known, the first of each is kept in any case.
+        threshold: confidence at which a pixel is equally likely object or background, in (0, 1); None for the paper's
+            background map ``max(0, 1 - sum of the attention maps)``.
+        joint: one CRF with a label for every instance and the background, so that instances compete for pixels;
+            otherwise each instance against background alone.
+        side: longer side of the canvas that maps and CRF live on, in pixels; None for the image's own, up to 640.
+        sxy_gaussian, compat_gaussian, sxy_bilateral, srgb, compat_bilateral, iterations: of `calibration.DenseCRF`, the
+            widths in pixels of the canvas. Zero iterations leave the CRF out.
+        box: where the box comes from: tight around the ``mask``, or that of the kept ``proposal``.
+        min_component: components of a mask smaller than this fraction of its largest one are dropped; None keeps all.
+        mask_nms: IoU above which masks of a class suppress one another; None keeps all.
     """
 
-    form: typing.Literal["paper", "wsddn"] = "paper"
-    contrast: bool = False
-    pool: Pool = "max"
-    freeze_head: bool = False
-    attention: Attention = "excitation"
-    score: Score = "softmax"
-
-
-@dataclass(frozen=True)
-class DetectorChoice:
-    """Modules 2 to 4 (see `models.detection.DetectorSettings`; ``attention`` as in `ClassificationChoice`)."""
-
-    anchor_sides: tuple[int, ...] = (128, 256, 512)
-    rois: int = 128
-    rpn_proposals: int = 300
-    extra_proposals: bool = False
-    pool: Pool = "max"
-    cells: int = 1
-    freeze_head: bool = False
-    mask_width: int = 256
-    mask_depth: int = 4
-    attention: Attention = "excitation"
-
-
-@dataclass(frozen=True)
-class InferenceChoice:
-    """From scores to instances, for one module (see `calibration.CalibrationSettings` for all but the last three).
-
-    Attributes:
-        weight: modules 1 and 2; an instance of modules 3 and 4 weighs its score in any case.
-        affiliated: modules 3 and 4: whether the masks of the detections that a kept one suppressed join its own.
-        score_threshold: modules 2 to 4: a detection needs this softmax score to be a candidate.
-        vote: answers of modules 2 to 4: whether modules 1 and 2 have a say in the weights (`LabelPEnet.vote`).
-    """
-
-    combine: typing.Literal["product", "mean", "heat"] = "product"
-    members: typing.Literal["suppressed", "class"] = "suppressed"
     nms: float = 0.3
     per_class: int = 20
     min_score: float = 0.5
-    attended: int = 1000
-    background: float | None = None
+    threshold: float | None = None
     joint: bool = True
     side: int | None = None
     sxy_gaussian: float = 3.0
@@ -115,21 +123,50 @@ class InferenceChoice:
     compat_bilateral: float = 10.0
     iterations: int = 10
     box: typing.Literal["mask", "proposal"] = "mask"
-    part: float | None = None
-    duplicate: float | None = None
-    weight: typing.Literal["score", "agreement", "overlap"] = "score"
-    affiliated: bool = True
-    score_threshold: float = 0.05
-    vote: bool = False
+    min_component: float | None = None
+    mask_nms: float | None = None
 
 
 @dataclass(frozen=True)
-class Schedule:
+class AttentionCalibration(Calibration):
+    """Calibration of modules 1 and 2, by attention and heat-maps.
+
+    Attributes:
+        combine: how instance attention map and heat-map become the confidence map.
+        members: whose attention maps make up an instance's: those of the proposals that it ``suppressed``, or of all
+            proposals of its ``class`` (for one instance a class).
+        max_attention: proposals of each class, best first, whose attention map is computed.
+    """
+
+    combine: typing.Literal["product", "mean"] = "product"
+    members: typing.Literal["suppressed", "class"] = "suppressed"
+    max_attention: int = 1000
+
+
+@dataclass(frozen=True)
+class MaskCalibration(Calibration):
+    """Calibration of modules 3 and 4, by predicted masks.
+
+    Attributes:
+        max_masks: masks predicted for an image, those of the best detections; a kept detection's is in any case.
+    """
+
+    max_masks: int = 1000
+
+
+@dataclass(frozen=True)
+class Schedule(_Ranged):
     """How a stage is trained (4.2).
 
     Attributes:
-        steps: optimiser steps; decay: (fraction of the steps, factor) pairs of the learning rate.
-        lr, kind, momentum, weight_decay, warmup, clip: of `training.loop.Optimiser`.
+        steps: optimiser steps.
+        lr: learning rate for the whole batch; scale it with ``batch_size``, not with the number of processes.
+        kind: ``sgd``, ``adam`` or ``adamw``.
+        momentum: of SGD.
+        weight_decay: L2 (``sgd``, ``adam``) or decoupled (``adamw``).
+        decay: (fraction of the steps, factor) pairs: from there on the learning rate is ``lr * factor``.
+        warmup: number of steps over which the learning rate rises linearly to its value.
+        clip: largest norm of all gradients together; None leaves them.
         batch_size: images a step, over all processes.
     """
 
@@ -145,7 +182,95 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class ForwardBackward:
+class Classification:
+    """Module 1, multi-label classification.
+
+    Attributes:
+        pool: RoI pooling as Fast R-CNN's (``max``) or RoIAlign (``align``).
+        freeze_head: whether tail and RoI head keep their pretrained weights.
+        attention: ``excitation`` (excitation backprop) or ``gradient`` (activation times gradient of the class logit at
+            the last spatial layer of the RoI head).
+        heat: whose class scores a heat-map sums where one instance a class is sought: those of the proposals whose best
+            class it is (``class``), as the paper says, or of ``all``.
+        initialiser: of the two branches: He's, which is the paper's [18], or a ``gaussian`` of deviation .01.
+        schedule: of its training.
+        label: how it labels training images, whose tags are known.
+        predict: how it answers for photographs, whose tags are not known.
+    """
+
+    name: str = field(default="classification", metadata=_FIXED)
+    pool: Pool = "max"
+    freeze_head: bool = False
+    attention: Attention = "excitation"
+    heat: typing.Literal["class", "all"] = "class"
+    initialiser: typing.Literal["he", "gaussian"] = "he"
+    schedule: Schedule = Schedule()
+    label: AttentionCalibration = AttentionCalibration(per_class=1)
+    predict: AttentionCalibration = AttentionCalibration(per_class=1, joint=False)
+
+
+@dataclass(frozen=True)
+class Detector(_Ranged):
+    """What modules 2 to 4 share: RPN and R-CNN head.
+
+    Attributes:
+        anchor_sides: square roots of the anchors' areas in pixels of the network's input.
+        rois: RoIs sampled for each image in training, a quarter of them positive at most.
+        rpn_pre_nms_top_n_*, rpn_post_nms_top_n_*: boxes of the RPN that enter its NMS, and that it passes on.
+        pool: as for `Classification`.
+        cells: cells per side of the pooling behind a convolutional RoI head (`Backbone.roi_head`).
+        weighted: whether the instances' weights enter the losses.
+        score_threshold: a detection needs this softmax score to be a candidate.
+        vote: answers: whether modules 1 and 2 have a say in the scores (`LabelPEnet.vote`).
+    """
+
+    name: str = field(metadata=_FIXED)
+    anchor_sides: tuple[int, ...] = (128, 256, 512)
+    rois: int = 128
+    rpn_pre_nms_top_n_train: int = 12_000
+    rpn_pre_nms_top_n_test: int = 6000
+    rpn_post_nms_top_n_train: int = 2000
+    rpn_post_nms_top_n_test: int = 300
+    pool: Pool = "max"
+    cells: int = 1
+    weighted: bool = True
+    score_threshold: float = 0.05
+    vote: bool = False
+    schedule: Schedule = Schedule()
+
+
+@dataclass(frozen=True)
+class Detection(Detector):
+    """Module 2, object detection; ``attention``, ``label`` and ``predict`` as for `Classification`."""
+
+    name: str = field(default="detection", metadata=_FIXED)
+    attention: Attention = "excitation"
+    label: AttentionCalibration = AttentionCalibration()
+    predict: AttentionCalibration = AttentionCalibration(min_score=0.05, box="proposal", joint=False)
+
+
+@dataclass(frozen=True)
+class Segmentation(Detector):
+    """Modules 3 and 4, instance refinement and segmentation; ``label`` and ``predict`` as for `Classification`.
+
+    Attributes:
+        mask_width: channels of the mask branch.
+        mask_depth: convolutions of the mask head before its deconvolution.
+    """
+
+    name: str = field(default="segmentation", metadata=_FIXED)
+    mask_width: int = 256
+    mask_depth: int = 4
+    label: MaskCalibration = MaskCalibration()
+    predict: MaskCalibration = MaskCalibration(min_score=0.05, box="proposal", joint=False)
+
+
+Modules = tuple[Classification, Detection, Segmentation, Segmentation]
+MODULES = ("classification", "detection", "refinement", "segmentation")  # of attributes, stages and files
+
+
+@dataclass(frozen=True)
+class ForwardBackward(_Ranged):
     """Forward-backward learning (3.3).
 
     Attributes:
@@ -153,12 +278,14 @@ class ForwardBackward:
         beta: IoU with a detection of module 2 above which a proposal of module 1 gets its class, else background.
         train_stem: whether the stem, frozen in the cascade, is trained too.
         ema: decay of a moving average of the weights, which are the result; None for the weights themselves.
+        schedule: a step is an iteration, that is, one update a phase.
     """
 
     phases: typing.Literal["both", "forward", "backward"] = "both"
     beta: float = 0.5
     train_stem: bool = True
     ema: float | None = None
+    schedule: Schedule = Schedule(steps=80_000, lr=1e-4, decay=())
 
 
 @dataclass(frozen=True)
@@ -166,76 +293,170 @@ class Recipe:
     """Everything that decides a run, but for data, seed and backbone.
 
     Attributes:
-        infer1 to infer4: how modules 1 to 4 label the training images, each for the next one; module 4's labels are the
+        name: of the recipe that this one started from.
+        images: how photographs are presented.
+        proposals: which proposals module 1 gets.
+        warm_up: of the warm-up on whole images, which only a backbone without pretrained weights needs.
+        modules: modules 1 to 4 in order: each is trained on the labels of the one before; module 4's labels are the
             result, and in forward-backward learning they teach module 3.
-        predict2, predict3, predict4: how modules 2 to 4 answer `predict`.
-        schedule0: of the warm-up on whole images, which only a backbone without pretrained weights needs.
-        schedule1 to schedule4: of cascaded pre-training.
-        schedule5: of forward-backward learning; a step is an iteration, that is, one update a phase.
+        forward_backward: forward-backward learning.
     """
 
-    name: str = "paper"
-    images: Images = field(default_factory=Images)
-    proposals: ProposalChoice = field(default_factory=ProposalChoice)
-    classification: ClassificationChoice = field(default_factory=ClassificationChoice)
-    detection: DetectorChoice = field(default_factory=DetectorChoice)
-    segmentation: DetectorChoice = field(default_factory=DetectorChoice)
-    infer1: InferenceChoice = field(default_factory=lambda: InferenceChoice(per_class=1))
-    infer2: InferenceChoice = field(default_factory=InferenceChoice)
-    infer3: InferenceChoice = field(default_factory=InferenceChoice)
-    infer4: InferenceChoice = field(default_factory=InferenceChoice)
-    predict2: InferenceChoice = InferenceChoice(min_score=0.05, box="proposal", joint=False)
-    predict3: InferenceChoice = predict2
-    predict4: InferenceChoice = predict2
-    schedule0: Schedule = field(
-        default_factory=lambda: Schedule(steps=2000, lr=1e-3, kind="adam", weight_decay=0.0, batch_size=8, warmup=50)
+    name: str = field(default="paper", metadata=_FIXED)
+    images: Images = Images()
+    proposals: Proposals = Proposals()
+    warm_up: Schedule = Schedule(steps=2000, lr=1e-3, kind="adam", weight_decay=0.0, batch_size=8, warmup=50)
+    modules: Modules = (
+        Classification(),
+        Detection(),
+        Segmentation("refinement"),
+        Segmentation("segmentation", weighted=False),
     )
-    schedule1: Schedule = field(default_factory=Schedule)
-    schedule2: Schedule = field(default_factory=Schedule)
-    schedule3: Schedule = field(default_factory=Schedule)
-    schedule4: Schedule = field(default_factory=Schedule)
-    forward_backward: ForwardBackward = field(default_factory=ForwardBackward)
-    schedule5: Schedule = field(default_factory=lambda: Schedule(steps=80_000, lr=1e-4, decay=()))
+    forward_backward: ForwardBackward = ForwardBackward()
+
+
+@dataclass(frozen=True)
+class StudentNetwork(_Ranged):
+    """The student's network (see `models.student`).
+
+    Attributes:
+        width: channels of the feature pyramid and of the mask head; mask_depth: the latter's convolutions.
+        rois: sampled from each image in training; proposals: boxes that the RPN passes on in answering.
+        detections: instances of an image at most.
+    """
+
+    width: int = 128
+    mask_depth: int = 4
+    rois: int = 64
+    proposals: int = 150
+    detections: int = 50
+
+
+@dataclass(frozen=True)
+class Noise(_Ranged):
+    """What a student does about labels that may be wrong (see `training.distill`).
+
+    Attributes:
+        keep: an instance is taught if its confidence is at least this fraction of the best one's of its class in its
+            image, as the best one itself always is; the others are doubtful.
+        nested: an instance of which this fraction of the box lies inside a better one of its class is doubtful too.
+        weighted: whether confidences weigh the losses.
+        limit: a RoI whose class or box loss exceeds it is left out, after the fraction ``limit_from`` of the steps.
+        ema: decay of the averaged weights, which are the result; None for the last ones.
+    """
+
+    keep: float = 0.5
+    nested: float = 0.85
+    weighted: bool = True
+    limit: float | None = 4.0
+    limit_from: float = 0.2
+    ema: float | None = 0.998
+
+
+@dataclass(frozen=True)
+class StudentRecipe:
+    """Everything that decides a student, but for labels, seed and backbone; the defaults fit photographs."""
+
+    network: StudentNetwork = field(default_factory=StudentNetwork)
+    noise: Noise = field(default_factory=Noise)
+    images: Images = Images(sides=(320, 360, 400, 440, 480, 520), longest=800, test_side=480)
+    schedule: Schedule = Schedule(
+        steps=1600, lr=3e-4, kind="adamw", weight_decay=1e-2, batch_size=2, warmup=100, clip=10.0,
+        decay=((0.6, 0.3), (0.85, 0.1)),
+    )  # fmt: skip
 
 
 def best() -> Recipe:
     """What measured best on real photographs (`docs/paper-notes.md`)."""
     crf: dict[str, Any] = {
-        "side": 250, "sxy_bilateral": 40.0, "srgb": 5.0, "compat_bilateral": 5.0, "part": 0.2,
+        "side": 250, "sxy_bilateral": 40.0, "srgb": 5.0, "compat_bilateral": 5.0, "min_component": 0.2,
+        "threshold": 0.35,
     }  # fmt: skip
-    detector = DetectorChoice(
-        anchor_sides=(64, 128, 256), rois=64, rpn_proposals=200, extra_proposals=False, pool="align", cells=3,
-        mask_width=128, mask_depth=2, attention="gradient",
-    )  # fmt: skip
     schedule = Schedule(
         steps=1200, lr=2e-4, kind="adamw", weight_decay=1e-2, batch_size=2, warmup=50, clip=10.0,
         decay=((0.6, 0.3), (0.85, 0.1)),
     )  # fmt: skip
-    label = InferenceChoice(per_class=5, duplicate=0.5, attended=100, **crf)
-    answer = InferenceChoice(min_score=0.05, nms=0.4, duplicate=0.5, joint=False, attended=100, vote=True, **crf)
+    detector: dict[str, Any] = {
+        "anchor_sides": (64, 128, 256), "rois": 64, "pool": "align", "cells": 3, "vote": True,
+        "rpn_pre_nms_top_n_train": 2000, "rpn_pre_nms_top_n_test": 1000,
+        "rpn_post_nms_top_n_train": 200, "rpn_post_nms_top_n_test": 200,
+    }  # fmt: skip
+    label = AttentionCalibration(combine="mean", members="class", per_class=1, max_attention=120, **crf)
+    detect = AttentionCalibration(combine="mean", max_attention=80, **crf)
+    masks = MaskCalibration(per_class=5, mask_nms=0.5, max_masks=100, **crf)
+    answer = replace(masks, per_class=20, min_score=0.05, nms=0.4, joint=False)
+    segmenter: dict[str, Any] = {
+        **detector, "mask_width": 128, "mask_depth": 2, "schedule": replace(schedule, steps=800),
+    }  # fmt: skip
     return Recipe(
         name="best",
         images=Images(sides=(480,), longest=800, flip=True, test_side=480),
-        proposals=ProposalChoice(side=250, limit=300, min_area=0.015),
-        classification=ClassificationChoice(pool="align", freeze_head=True, attention="gradient"),
-        detection=detector,
-        segmentation=detector,
-        infer1=InferenceChoice(combine="mean", members="class", per_class=1, attended=120, background=0.3, **crf),
-        infer2=InferenceChoice(combine="mean", per_class=5, attended=80, background=0.4, duplicate=0.5, **crf),
-        infer3=replace(label, background=0.4),
-        infer4=replace(label, background=0.2),
-        predict2=InferenceChoice(
-            combine="mean", min_score=0.05, box="proposal", joint=False, attended=80, background=0.4, vote=True, **crf
+        proposals=Proposals(side=250, limit=300, min_area=0.015),
+        modules=(
+            Classification(
+                pool="align", freeze_head=True, attention="gradient", heat="all", initialiser="gaussian",
+                schedule=Schedule(steps=1200, lr=1e-3, kind="adam", weight_decay=0.0, batch_size=8),
+                label=label, predict=replace(label, joint=False),
+            ),
+            Detection(
+                **detector, attention="gradient", schedule=schedule,
+                label=replace(detect, per_class=5, mask_nms=0.5),
+                predict=replace(detect, min_score=0.05, box="proposal", joint=False),
+            ),
+            Segmentation(
+                "refinement", **segmenter,
+                label=masks, predict=answer,
+            ),
+            Segmentation(
+                "segmentation", **segmenter, weighted=False,
+                label=masks, predict=answer,
+            ),
         ),
-        predict3=replace(answer, background=0.3),
-        predict4=replace(answer, background=0.2),
-        schedule1=Schedule(steps=1200, lr=1e-3, kind="adam", weight_decay=0.0, batch_size=8),
-        schedule2=schedule,
-        schedule3=replace(schedule, steps=800),
-        schedule4=replace(schedule, steps=800),
-        forward_backward=ForwardBackward(ema=0.99),
-        schedule5=replace(schedule, steps=100, lr=2e-5, warmup=20),
-    )
+        forward_backward=ForwardBackward(ema=0.99, schedule=replace(schedule, steps=100, lr=2e-5, warmup=20)),
+    )  # fmt: skip
+
+
+def demo() -> Recipe:
+    """A tiny schedule for generated scenes of about 160 pixels and the backbone `tiny`: minutes on two cores."""
+    crf: dict[str, Any] = {
+        "sxy_bilateral": 30.0, "srgb": 8.0, "compat_bilateral": 5.0, "iterations": 5, "threshold": 0.45,
+        "min_component": 1.0, "mask_nms": 0.5,
+    }  # fmt: skip
+    schedule = Schedule(
+        steps=300, lr=1e-3, kind="adamw", weight_decay=1e-2, batch_size=4, warmup=20, clip=10.0,
+        decay=((0.6, 0.3), (0.85, 0.1)),
+    )  # fmt: skip
+    detector: dict[str, Any] = {
+        "anchor_sides": (48, 80, 112), "rois": 48, "pool": "align", "cells": 3, "schedule": schedule,
+        "rpn_pre_nms_top_n_train": 2000, "rpn_pre_nms_top_n_test": 1000,
+        "rpn_post_nms_top_n_train": 60, "rpn_post_nms_top_n_test": 60,
+    }  # fmt: skip
+    label = AttentionCalibration(combine="mean", members="class", per_class=1, max_attention=40, **crf)
+    detect = AttentionCalibration(combine="mean", per_class=4, max_attention=40, **crf)
+    masks = MaskCalibration(per_class=4, max_masks=40, **crf)
+    answer: dict[str, Any] = {"per_class": 20, "min_score": 0.05, "box": "proposal", "joint": False}
+    segmenter: dict[str, Any] = {
+        **detector, "mask_width": 64, "mask_depth": 1, "label": masks, "predict": replace(masks, **answer),
+    }  # fmt: skip
+    return Recipe(
+        name="demo",
+        images=Images(sides=(160,), longest=240, flip=True, test_side=160),
+        proposals=Proposals(side=None, limit=100, min_area=0.02),
+        warm_up=Schedule(
+            steps=400, lr=2e-3, kind="adam", weight_decay=0.0, batch_size=8, warmup=20, decay=((0.6, 0.3), (0.85, 0.1))
+        ),
+        modules=(
+            Classification(
+                pool="align", freeze_head=True, attention="gradient", heat="all", initialiser="gaussian",
+                schedule=Schedule(steps=300, lr=3e-3, kind="adam", weight_decay=0.0, batch_size=8),
+                label=label, predict=replace(label, joint=False),
+            ),
+            Detection(**detector, attention="gradient", label=detect, predict=replace(detect, **answer)),
+            Segmentation("refinement", **segmenter),
+            Segmentation("segmentation", **segmenter, weighted=False),
+        ),
+        forward_backward=ForwardBackward(schedule=replace(schedule, steps=60, lr=2e-5)),
+    )  # fmt: skip
 
 
 def recipe(name: str) -> Recipe:
@@ -250,89 +471,96 @@ def recipe(name: str) -> Recipe:
     return known[name]()
 
 
-def demo() -> Recipe:
-    """A tiny schedule for generated scenes of about 160 pixels and the backbone `tiny`: minutes on two cores."""
-    crf: dict[str, Any] = {
-        "sxy_bilateral": 30.0, "srgb": 8.0, "compat_bilateral": 5.0, "iterations": 5, "background": 0.45, "part": 1.0,
-        "attended": 40, "duplicate": 0.5,
-    }  # fmt: skip
-    detector = DetectorChoice(
-        anchor_sides=(48, 80, 112), rois=48, rpn_proposals=60, extra_proposals=False, pool="align", cells=3,
-        mask_width=64, mask_depth=1, attention="gradient",
-    )  # fmt: skip
-    schedule = Schedule(
-        steps=300, lr=1e-3, kind="adamw", weight_decay=1e-2, batch_size=4, warmup=20, clip=10.0,
-        decay=((0.6, 0.3), (0.85, 0.1)),
-    )  # fmt: skip
-    return Recipe(
-        name="demo",
-        images=Images(sides=(160,), longest=240, flip=True, test_side=160),
-        proposals=ProposalChoice(side=None, limit=100, min_area=0.02),
-        classification=ClassificationChoice(pool="align", freeze_head=True, attention="gradient"),
-        detection=detector,
-        segmentation=detector,
-        infer1=InferenceChoice(combine="mean", members="class", per_class=1, **crf),
-        infer2=InferenceChoice(combine="mean", per_class=4, **crf),
-        infer3=InferenceChoice(per_class=4, **crf),
-        infer4=InferenceChoice(per_class=4, **crf),
-        predict2=InferenceChoice(combine="mean", min_score=0.05, box="proposal", joint=False, **crf),
-        predict3=InferenceChoice(min_score=0.05, box="proposal", joint=False, **crf),
-        predict4=InferenceChoice(min_score=0.05, box="proposal", joint=False, **crf),
-        schedule0=Schedule(
-            steps=400, lr=2e-3, kind="adam", weight_decay=0.0, batch_size=8, warmup=20, decay=((0.6, 0.3), (0.85, 0.1))
-        ),
-        schedule1=Schedule(steps=300, lr=3e-3, kind="adam", weight_decay=0.0, batch_size=8),
-        schedule2=schedule,
-        schedule3=schedule,
-        schedule4=schedule,
-        schedule5=replace(schedule, steps=60, lr=2e-5),
-    )
+def change(recipe: Recipe, number: int, **changes: Any) -> Recipe:
+    """The recipe with fields of module ``number``, 1 to 4, changed."""
+    modules: list[Any] = list(recipe.modules)
+    modules[number - 1] = replace(modules[number - 1], **changes)
+    return replace(recipe, modules=tuple(modules))  # type: ignore[arg-type]
 
 
-def shorten(one: Recipe, factor: float) -> Recipe:
+R = typing.TypeVar("R", Recipe, StudentRecipe)
+
+
+def shorten(recipe: R, factor: float) -> R:
     """The recipe with every stage's steps multiplied by ``factor``, at least one step each."""
     if not factor > 0:
         raise InputError(f"--shorten must be positive, but got {factor}")
-    changes = {
-        name: replace(schedule, steps=max(1, round(schedule.steps * factor)), warmup=round(schedule.warmup * factor))
-        for name in ("schedule0", "schedule1", "schedule2", "schedule3", "schedule4", "schedule5")
-        for schedule in [getattr(one, name)]
-    }
-    return replace(one, **changes)
+    return _shortened(recipe, factor)
 
 
-def override(one: Recipe, assignments: typing.Iterable[str]) -> Recipe:
+def _shortened(value: Any, factor: float) -> Any:
+    if isinstance(value, Schedule):
+        return replace(value, steps=max(1, round(value.steps * factor)), warmup=round(value.warmup * factor))
+    if isinstance(value, tuple):
+        return tuple(_shortened(item, factor) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = dataclasses.fields(value)
+        return replace(value, **{part.name: _shortened(getattr(value, part.name), factor) for part in parts})
+    return value
+
+
+class _UnknownChoiceError(ValueError):
+    """There is no choice of that name."""
+
+
+def override(recipe: R, assignments: Iterable[str]) -> R:
     """The recipe with single choices changed.
 
     Args:
-        assignments: ``part.field=value`` each, such as ``schedule2.steps=800`` or ``images.sides=480,576``.
+        assignments: ``images.sides=480,576``, ``modules.2.schedule.steps=800`` (modules count from 1 to 4) or
+            ``modules.*.schedule.batch_size=8`` (every module that has this choice).
 
     Raises:
-        InputError: an unknown part or field (the message lists the known ones), or a value of the wrong type.
+        InputError: an unknown choice (the message lists the known ones), or a value of the wrong type.
     """
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
-        part, dot, name = key.partition(".")
-        if not equals or not dot:
-            raise InputError(f"--set {assignment}: expected part.field=value, such as schedule2.steps=800")
-        parts = [f.name for f in dataclasses.fields(one) if dataclasses.is_dataclass(getattr(one, f.name))]
-        if part not in parts:
-            raise InputError(f"--set {assignment}: unknown part {part!r}; choose from {', '.join(parts)}")
-        owner = getattr(one, part)
-        hints = typing.get_type_hints(type(owner))
-        if name not in hints:
-            raise InputError(f"--set {assignment}: {part} has no {name!r}; choose from {', '.join(hints)}")
         try:
-            value = _parse(text, hints[name])
+            if not equals:
+                raise ValueError("expected choice=value, such as modules.2.schedule.steps=800")
+            recipe = _assign(recipe, key.split("."), text, "a recipe")
         except ValueError as error:
             raise InputError(f"--set {assignment}: {error}") from error
-        one = replace(one, **{part: replace(owner, **{name: value})})
-    return one
+    return recipe
 
 
-def to_dict(one: Recipe) -> dict[str, Any]:
+def _assign(owner: Any, path: Sequence[str], text: str, where: str) -> Any:
+    """The owner with the choice at ``path`` set to what ``text`` says."""
+    name, *rest = path
+    if isinstance(owner, tuple):
+        return _assign_modules(owner, name, rest, text)
+    known = [choice.name for choice in dataclasses.fields(owner) if "fixed" not in choice.metadata]
+    if name not in known:
+        raise _UnknownChoiceError(f"{where} has no {name!r}; choose from {', '.join(known)}")
+    value = getattr(owner, name)
+    if dataclasses.is_dataclass(value) or name == "modules":
+        if not rest:
+            raise ValueError(f"expected {name}.choice=value, such as modules.2.schedule.steps=800")
+        return replace(owner, **{name: _assign(value, rest, text, name)})
+    if rest:
+        raise _UnknownChoiceError(f"{name} has no {rest[0]!r}; it takes a value")
+    return replace(owner, **{name: _parse(text, typing.get_type_hints(type(owner))[name])})
+
+
+def _assign_modules(modules: tuple[Any, ...], which: str, rest: Sequence[str], text: str) -> tuple[Any, ...]:
+    numbers = [str(number) for number in range(1, len(modules) + 1)]
+    if which not in (*numbers, "*") or not rest:
+        raise ValueError(f"expected modules.N.choice=value, where N is {', '.join(numbers)} or *")
+    changed, unknown = list(modules), []
+    chosen = range(len(modules)) if which == "*" else [int(which) - 1]
+    for index in chosen:
+        try:
+            changed[index] = _assign(modules[index], rest, text, f"module {index + 1}")
+        except _UnknownChoiceError as error:
+            unknown.append(error)
+    if len(unknown) == len(chosen):
+        raise unknown[0]
+    return tuple(changed)
+
+
+def to_dict(recipe: Recipe | StudentRecipe) -> dict[str, Any]:
     """The recipe as plain values, for ``run.json`` and checkpoints."""
-    return dataclasses.asdict(one)
+    return dataclasses.asdict(recipe)
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:
@@ -344,16 +572,31 @@ def from_dict(values: dict[str, Any]) -> Recipe:
         InputError: an entry is unknown, or the recipe's name (the run was made by another version).
     """
     try:
-        return _build(recipe(values["name"]), values)
-    except (TypeError, KeyError, AttributeError, InputError) as error:
+        base = recipe(values["name"])
+        if "modules" not in values:
+            known = [(set(vars(module)), set(vars(module.label))) for module in base.modules]
+            values = modernise(values, known)
+        return _build(base, values)
+    except (TypeError, KeyError, AttributeError, ValueError, InputError) as error:
         raise InputError(f"the run's recipe cannot be read ({error}); it was made by another version") from error
+
+
+def student_from_dict(values: dict[str, Any]) -> StudentRecipe:
+    """As `from_dict`, for the recipe of a student."""
+    try:
+        return _build(StudentRecipe(), values)
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"the student's recipe cannot be read ({error}); it was made by another version") from error
 
 
 def _build(base: Any, values: dict[str, Any]) -> Any:
     changes = {}
     for key, value in values.items():
         own = getattr(base, key)
-        changes[key] = _build(own, value) if dataclasses.is_dataclass(own) else _tupled(value)
+        if key == "modules":
+            changes[key] = tuple(_build(one, other) for one, other in zip(own, value, strict=True))
+        else:
+            changes[key] = _build(own, value) if dataclasses.is_dataclass(own) else _tupled(value)
     return replace(base, **changes)
 
 

@@ -13,6 +13,10 @@ class InputError(ValueError):
         super().__init__(one_line(str(message)))
 
 
+class DamagedError(InputError):
+    """A file that this package wrote is not as it was written; who can, makes it again."""
+
+
 def one_line(text: str) -> str:
     """The text with line breaks, terminal codes and other unprintable characters written as escapes.
 

@@ -5,7 +5,8 @@ Shape letters: ``N`` instances, ``H, W`` height and width of the image in pixels
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,106 @@ from torch import Tensor
 from labelpenet.errors import InputError
 
 
+@dataclass(frozen=True, eq=False)
+class CompactMasks:
+    """N masks of one image as crops: an image of 24 million pixels with thirty instances fits where one float does.
+
+    Attributes:
+        image_size: (H, W).
+        crops: for each mask its tight crop (h, w) bool, on the CPU; (0, 0) where it is empty.
+        corners: for each crop the (x, y) of its first pixel.
+    """
+
+    image_size: tuple[int, int]
+    crops: tuple[np.ndarray, ...]
+    corners: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(
+        cls, image_size: tuple[int, int], parts: Iterable[np.ndarray], corners: Iterable[tuple[int, int]] | None = None
+    ) -> CompactMasks:
+        """From (h, w) bool arrays that lie with their first pixel at ``corners``, by default (0, 0)."""
+        crops, places = [], []
+        for part, (x, y) in zip(parts, itertools.repeat((0, 0)) if corners is None else corners):  # noqa: B905
+            rows, columns = np.flatnonzero(part.any(1)), np.flatnonzero(part.any(0))
+            if not len(rows):
+                rows, columns = np.array([0, -1]), np.array([0, -1])
+            crops.append(part[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].copy())
+            places.append((x + int(columns[0]), y + int(rows[0])))
+        return cls(image_size, tuple(crops), tuple(places))
+
+    def __len__(self) -> int:
+        return len(self.crops)
+
+    def __getitem__(self, index: Sequence[int]) -> CompactMasks:
+        return CompactMasks(self.image_size, tuple(self.crops[i] for i in index), tuple(self.corners[i] for i in index))
+
+    def dense(self) -> Tensor:
+        """(N, H, W) bool."""
+        masks = np.zeros((len(self), *self.image_size), bool)
+        for mask, crop, (x, y) in zip(masks, self.crops, self.corners, strict=True):
+            mask[y : y + crop.shape[0], x : x + crop.shape[1]] = crop
+        return torch.from_numpy(masks)
+
+    def boxes(self) -> Tensor:
+        """The tight boxes (N, 4) float32, half-open in pixels; zeros for an empty mask."""
+        rows = [(x, y, x + crop.shape[1], y + crop.shape[0]) if crop.size else (0, 0, 0, 0) for crop, (x, y) in self]
+        return torch.tensor(rows, dtype=torch.float32).reshape(-1, 4)
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
+        return zip(self.crops, self.corners, strict=True)
+
+    def areas(self) -> list[int]:
+        """The number of pixels of each mask."""
+        return [int(np.count_nonzero(crop)) for crop in self.crops]
+
+    def overlap(self, one: int, other: int) -> int:
+        """The number of pixels that two of the masks share."""
+        (a, (ax, ay)), (b, (bx, by)) = (
+            (self.crops[one], self.corners[one]), (self.crops[other], self.corners[other])
+        )  # fmt: skip
+        x1, y1 = max(ax, bx), max(ay, by)
+        x2, y2 = min(ax + a.shape[1], bx + b.shape[1]), min(ay + a.shape[0], by + b.shape[0])
+        if x1 >= x2 or y1 >= y2:
+            return 0
+        return int(np.count_nonzero(a[y1 - ay : y2 - ay, x1 - ax : x2 - ax] & b[y1 - by : y2 - by, x1 - bx : x2 - bx]))
+
+    def encode(self) -> list[dict[str, Any]]:
+        """The masks as compressed COCO RLE, as `encode_masks` gives them."""
+        height, width = self.image_size
+        rows = []
+        for crop, (x, y) in self:
+            padded = np.zeros((crop.shape[1], crop.shape[0] + 2), np.int8)  # columns, as COCO counts
+            padded[:, 1:-1] = crop.T
+            turns = np.diff(padded, axis=1)
+            columns, first = np.nonzero(turns == 1)
+            last = np.nonzero(turns == -1)[1]
+            column = (columns.astype(np.int64) + x) * height + y
+            starts, ends = column + first, column + last
+            joined = np.flatnonzero(starts[1:] == ends[:-1])  # a run that goes on at the top of the next column
+            starts, ends = np.delete(starts, joined + 1), np.delete(ends, joined)
+            edges = np.concatenate([[0], np.stack([starts, ends], 1).ravel(), [height * width]])
+            runs = np.diff(edges)
+            if len(runs) > 1 and runs[-1] == 0:
+                runs = runs[:-1]
+            row = rle.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width)
+            rows.append({"size": [height, width], "counts": row["counts"].decode("ascii")})
+        return rows
+
+
+class _Masks:
+    """The field `Instances.masks`: given dense or compact, read dense."""
+
+    def __get__(self, owner: Instances | None, kind: type[Instances]) -> Tensor | None:
+        if owner is None:  # the field's default
+            return None
+        kept = owner.__dict__["_masks"]
+        return kept.dense().to(owner.boxes.device) if isinstance(kept, CompactMasks) else kept
+
+    def __set__(self, owner: Instances, masks: Tensor | CompactMasks | None) -> None:
+        owner.__dict__["_masks"] = masks
+
+
 @dataclass(eq=False)
 class Instances:
     """The instances of one image.
@@ -26,14 +127,15 @@ class Instances:
         labels: (N,) int64, index into the list of foreground classes, from 0.
         weights: (N,) float32 in [0, 1]: confidence of a pseudo-label, score of a prediction, 1 for a true object.
         image_size: (H, W) of the image that boxes and masks refer to.
-        masks: (N, H, W) bool, or None where there are none.
+        masks: (N, H, W) bool, or None where there are none. Those given as `CompactMasks` are kept so, and made
+            dense each time they are read; `compact_masks` and `has_masks` do not.
     """
 
     boxes: Tensor
     labels: Tensor
     weights: Tensor
     image_size: tuple[int, int]
-    masks: Tensor | None = None
+    masks: _Masks = _Masks()
 
     def __post_init__(self) -> None:
         n = len(self.boxes)
@@ -44,8 +146,26 @@ class Instances:
             raise ValueError(f"labels must be ({n},), but got {tuple(self.labels.shape)}")
         if self.weights.shape != (n,):
             raise ValueError(f"weights must be ({n},), but got {tuple(self.weights.shape)}")
-        if self.masks is not None and self.masks.shape != (n, height, width):
-            raise ValueError(f"masks must be ({n}, {height}, {width}), but got {tuple(self.masks.shape)}")
+        kept = self._kept
+        if kept is not None:
+            shape = (len(kept), *kept.image_size) if isinstance(kept, CompactMasks) else tuple(kept.shape)
+            if shape != (n, height, width):
+                raise ValueError(f"masks must be ({n}, {height}, {width}), but got {shape}")
+
+    @property
+    def _kept(self) -> Tensor | CompactMasks | None:
+        return self.__dict__["_masks"]
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether there are masks."""
+        return self._kept is not None
+
+    @property
+    def compact_masks(self) -> CompactMasks | None:
+        """The masks as crops on the CPU, None where there are none."""
+        kept = self._kept
+        return CompactMasks.of(self.image_size, kept.cpu().numpy()) if isinstance(kept, Tensor) else kept
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -56,7 +176,11 @@ class Instances:
             index = [index]
         if not isinstance(index, (Tensor, slice)):
             index = torch.as_tensor(index, dtype=torch.long, device=self.boxes.device)
-        masks = None if self.masks is None else self.masks[index]
+        masks = self._kept
+        if isinstance(masks, CompactMasks):
+            masks = masks[torch.arange(len(self), device=self.boxes.device)[index].tolist()]
+        elif masks is not None:
+            masks = masks[index]
         return Instances(self.boxes[index], self.labels[index], self.weights[index], self.image_size, masks)
 
     @classmethod
@@ -73,7 +197,7 @@ class Instances:
         sizes = {part.image_size for part in parts}
         if len(sizes) > 1:
             raise ValueError(f"parts must belong to one image, but their sizes are {sorted(sizes)}")
-        masks = [part.masks for part in parts if part.masks is not None]
+        masks = [dense for part in parts if (dense := part.masks) is not None]
         return cls(
             torch.cat([part.boxes for part in parts]),
             torch.cat([part.labels for part in parts]),
@@ -84,8 +208,12 @@ class Instances:
 
     def to(self, device: torch.device | str) -> Instances:
         """The same instances on another device."""
-        masks = None if self.masks is None else self.masks.to(device)
+        masks = self._kept.to(device) if isinstance(self._kept, Tensor) else self._kept
         return Instances(self.boxes.to(device), self.labels.to(device), self.weights.to(device), self.image_size, masks)
+
+    def weighted(self, weights: Tensor) -> Instances:
+        """The same instances with other weights (N,)."""
+        return Instances(self.boxes, self.labels, weights, self.image_size, self._kept)
 
     def validate(self, num_classes: int | None = None) -> Instances:
         """Checks the values, not only the shapes, and returns self.
@@ -122,7 +250,8 @@ class Instances:
             masks, ``segmentation`` (compressed RLE with ``counts`` as text).
         """
         rows = []
-        encoded = [None] * len(self) if self.masks is None else encode_masks(self.masks)
+        compact = self.compact_masks
+        encoded = [None] * len(self) if compact is None else compact.encode()
         for box, label, weight, segmentation in zip(
             self.boxes.tolist(), self.labels.tolist(), self.weights.tolist(), encoded, strict=True
         ):

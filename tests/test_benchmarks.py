@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from labelpenet.calibration import CalibrationSettings
+from labelpenet.config import Calibration
 from labelpenet.evaluation import Record
 
 
@@ -217,7 +217,7 @@ def test_a_cut_map_is_one_piece_with_its_tight_box():
     maps[0, 5:20, 10:30] = 1.0  # the object
     maps[0, 30:35, 50:55] = 0.9  # a smaller piece elsewhere
     maps[0, 20:30, 10:30] = 0.2  # below the threshold
-    settings = CalibrationSettings(background=0.5, iterations=0, part=1.0, joint=True)
+    settings = Calibration(threshold=0.5, iterations=0, min_component=1.0, joint=True)
     found = baselines.cut(image, maps, torch.tensor([2]), torch.tensor([0.7]), settings)
     assert found.boxes.tolist() == [[10, 5, 30, 20]]
     assert found.masks is not None and int(found.masks.sum()) == 300

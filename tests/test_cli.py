@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -111,7 +113,7 @@ def test_train_refuses_a_folder_in_use_and_changed_settings(
     run: Path, kit: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "--resume" in one_line(train_arguments(kit, run), capsys)
-    assert "recipe" in one_line(train_arguments(kit, run, "--resume", "--set", "detection.rois=7"), capsys)
+    assert "recipe" in one_line(train_arguments(kit, run, "--resume", "--set", "modules.2.rois=7"), capsys)
     main(train_arguments(kit, run, "--resume"))  # finished: nothing left to do
 
 
@@ -125,8 +127,8 @@ def test_train_refuses_a_folder_in_use_and_changed_settings(
         (["--evaluate", "nope"], "available are"),
         (["--evaluate", "train"], "choose a split that shares no image"),
         (["--weights", "nope.pth"], "no such weights file"),
-        (["--set", "schedule2.stps=3"], "choose from"),
-        (["--shorten", "0"], "positive"),
+        (["--set", "modules.2.schedule.stps=3"], "choose from"),
+        (["--shorten", "0"], "must be from"),
         (["--device", "cuda"], "--device cpu"),
     ],
 )
@@ -151,3 +153,93 @@ def test_other_commands_name_file_and_remedy(run: Path, tmp_path: Path, capsys: 
     assert str(empty) in one_line(["evaluate", str(tmp_path / "x.json"), str(empty)], capsys)
     assert str(empty) in one_line(["train", str(empty), "--out", str(tmp_path / "r")], capsys)
     assert not (tmp_path / "p.json").exists()
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """The content of every file below a folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_no_command_writes_over_what_it_reads_or_did_not_make(
+    run: Path, kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(kit / "JPEGImages", photos)
+    photo = next(photos.iterdir())
+    (tmp_path / "link").symlink_to(photos)
+    old = tmp_path / "old.json"
+    old.write_text("old")
+    predict, new = ["predict", str(run), str(photos), "--device", "cpu"], str(tmp_path / "new.json")
+    one, evaluate = ["predict", str(run), str(photo)], ["evaluate", str(old), str(kit), "--split", "val"]
+    report = ["report", str(run), "--data", str(kit)]
+    refused = [
+        [*predict, "--out", new, "--overlays", str(photos)],
+        [*predict, "--out", new, "--overlays", str(tmp_path / "link"), "--overwrite"],
+        [*predict, "--out", new, "--overlays", str(photos / "sub")],
+        [*predict, "--out", new, "--overlays", str(run), "--overwrite"],
+        [*one, "--out", str(photo), "--overwrite"],
+        [*one, "--out", new, "--overlays", str(photos), "--overwrite"],
+        [*predict, "--out", str(photo)],
+        [*predict, "--out", str(old)],
+        [*predict, "--out", str(run / "run.json"), "--overwrite"],
+        [*predict, "--out", str(photos)],
+        [*predict, "--out", str(old / "new.json")],
+        ["predict", str(run), "--data", str(kit), "--out", str(kit / "classes.txt"), "--overwrite"],
+        [*evaluate, "--json", str(old), "--overwrite"],
+        [*evaluate, "--json", str(kit / "classes.txt"), "--overwrite"],
+        [*report, "--out", str(old)],
+        [*report, "--out", str(run / "run.json"), "--overwrite"],
+        [*report, "--out", str(kit / "classes.txt"), "--overwrite"],
+    ]
+    before = snapshot(tmp_path) | snapshot(run) | snapshot(kit)
+    for arguments in refused:
+        one_line(arguments, capsys)
+        assert snapshot(tmp_path) | snapshot(run) | snapshot(kit) == before, arguments
+    main([*predict, "--out", str(old), "--overwrite", "--overlays", str(tmp_path / "overlays")])
+    assert len(list((tmp_path / "overlays").iterdir())) == len(list(photos.iterdir()))
+    assert "annotations" in json.loads(old.read_text())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["predict", "RUN", "x.png", "--min-score", "nan"],
+        ["predict", "RUN", "x.png", "--min-score", "-1"],
+        ["predict", "RUN", "x.png", "--devices", "1000000"],
+        ["predict", "RUN", "x.png", "--devices", "0"],
+        ["measure", "RUN", "x", "--modules", "7"],
+        ["train", "x", "--out", "y", "--shorten", "inf"],
+        ["train", "x", "--out", "y", "--seed", "-1"],
+        ["train", "x", "--out", "y", "--checkpoint-minutes", "nan"],
+        ["proposals", "x", "--side", "-5"],
+        ["proposals", "x", "--workers", "0"],
+        ["report", "RUN", "--images", "-1"],
+    ],
+)
+def test_numbers_out_of_range_are_refused_with_their_range(
+    options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = one_line(options, capsys)
+    assert options[-2] in line and " from " in line and options[-1] in line
+
+
+def test_help_is_a_line_a_command_and_needs_no_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    code = "import sys, labelpenet.cli as c; c.main(['--help']); c.main(['--version']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "False"
+    assert done.stdout.splitlines()[-2].startswith("labelpenet ")
+    main([])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert len(lines) >= 9 and all(len(line) < 120 for line in lines)
+
+
+def test_streams_that_end_or_cannot_write_a_name_cost_no_traceback(tmp_path: Path) -> None:
+    def shell(line: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["sh", "-c", line], capture_output=True, text=True)
+
+    labelpenet = f"{sys.executable} -m labelpenet"
+    assert "Traceback" not in shell(f"({labelpenet} train --help; {labelpenet} --help) | true").stderr
+    missing = f"{labelpenet} export 'p.json' '{tmp_path}/äß☃' --out x"
+    refused = shell(f"PYTHONIOENCODING=ascii {missing}")
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1) and "2603" in refused.stderr
+    assert shell(f"{missing} 2>&-").returncode == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -25,13 +26,23 @@ def test_a_recipe_survives_json(name):
 def test_every_choice_can_be_set_to_what_it_is(name):
     """Writing each field of each part as text and reading it back changes nothing: no field is out of reach."""
     one = recipe(name)
-    for part in dataclasses.fields(one):
-        owner = getattr(one, part.name)
-        if not dataclasses.is_dataclass(owner):
-            continue
-        for choice in dataclasses.fields(owner):
-            assignment = f"{part.name}.{choice.name}={as_text(getattr(owner, choice.name))}"
-            assert override(one, [assignment]) == one, assignment
+    keys = list(every_choice(one))
+    assert len(keys) == len({key for key, _ in keys}) > 100
+    for key, value in keys:
+        assert override(one, [f"{key}={as_text(value)}"]) == one, key
+
+
+def every_choice(owner, prefix: str = ""):
+    """(key, value) of every choice in a recipe, but names."""
+    for choice in dataclasses.fields(owner):
+        value, key = getattr(owner, choice.name), prefix + choice.name
+        if choice.name == "modules":
+            for number, module in enumerate(value, 1):
+                yield from every_choice(module, f"{key}.{number}.")
+        elif dataclasses.is_dataclass(value):
+            yield from every_choice(value, f"{key}.")
+        elif choice.name != "name":
+            yield key, value
 
 
 def as_text(value) -> str:
@@ -40,14 +51,43 @@ def as_text(value) -> str:
     return str(value)
 
 
-def test_the_paper_recipe_is_the_papers_schedule():
-    paper = recipe("paper")
-    assert paper.images.sides == (480, 576, 688, 864, 1024) and paper.images.longest == 1200
-    assert paper.proposals.limit == 1600
-    one = paper.schedule1
-    assert (one.steps, one.lr, one.kind, one.momentum, one.weight_decay) == (50_000, 1e-3, "sgd", 0.9, 5e-4)
-    assert one.decay == ((0.8, 0.1),) and one.batch_size == 2
-    assert paper.schedule1 == paper.schedule2 == paper.schedule3 == paper.schedule4
+def test_every_choice_of_the_paper_recipe():
+    """The literal reading, choice by choice: docs/paper-notes.md has a row for each; change both."""
+    sgd = {"kind": "sgd", "momentum": 0.9, "weight_decay": 5e-4, "warmup": 0, "clip": None, "batch_size": 2}
+    schedule = {"steps": 50_000, "lr": 1e-3, "decay": ((0.8, 0.1),), **sgd}
+    chain = {
+        "nms": 0.3, "per_class": 20, "min_score": 0.5, "threshold": None, "joint": True, "side": None,
+        "sxy_gaussian": 3.0, "compat_gaussian": 3.0, "sxy_bilateral": 80.0, "srgb": 13.0, "compat_bilateral": 10.0,
+        "iterations": 10, "box": "mask", "min_component": None, "mask_nms": None,
+    }  # fmt: skip
+    attention = chain | {"combine": "product", "members": "suppressed", "max_attention": 1000}
+    masks = chain | {"max_masks": 1000}
+    answer = {"min_score": 0.05, "joint": False, "box": "proposal"}
+    faster_rcnn = {
+        "anchor_sides": (128, 256, 512), "rois": 128, "rpn_pre_nms_top_n_train": 12_000, "rpn_pre_nms_top_n_test": 6000,
+        "rpn_post_nms_top_n_train": 2000, "rpn_post_nms_top_n_test": 300, "pool": "max", "cells": 1, "weighted": True,
+        "score_threshold": 0.05, "vote": False, "schedule": schedule,
+    }  # fmt: skip
+    mask_rcnn = faster_rcnn | {"mask_width": 256, "mask_depth": 4, "label": masks, "predict": masks | answer}
+    single = attention | {"per_class": 1}
+    adam = {"kind": "adam", "weight_decay": 0.0, "warmup": 50, "batch_size": 8}
+    assert to_dict(recipe("paper")) == {
+        "name": "paper",
+        "images": {"sides": (480, 576, 688, 864, 1024), "longest": 1200, "flip": True, "test_side": None},
+        "proposals": {"method": "selective-search-fast", "side": None, "limit": 1600, "min_area": 0.0},
+        "warm_up": schedule | adam | {"steps": 2000},
+        "modules": (
+            {"name": "classification", "pool": "max", "freeze_head": False, "attention": "excitation",
+             "heat": "class", "initialiser": "he", "schedule": schedule,
+             "label": single, "predict": single | {"joint": False}},
+            {"name": "detection", **faster_rcnn, "attention": "excitation",
+             "label": attention, "predict": attention | answer},
+            {"name": "refinement", **mask_rcnn},
+            {"name": "segmentation", **mask_rcnn, "weighted": False},
+        ),
+        "forward_backward": {"phases": "both", "beta": 0.5, "train_stem": True, "ema": None,
+                             "schedule": {"steps": 80_000, "lr": 1e-4, "decay": (), **sgd}},
+    }  # fmt: skip
 
 
 def test_override_changes_one_choice_and_leaves_the_rest():
@@ -55,20 +95,20 @@ def test_override_changes_one_choice_and_leaves_the_rest():
     after = override(
         before,
         [
-            "schedule2.steps=800",
+            "modules.2.schedule.steps=800",
             "images.sides=480,576",
             "images.flip=false",
             "images.test_side=320",
-            "infer1.background=0.25",
-            "schedule3.decay=0.5:0.1,0.9:0.01",
-            "schedule3.kind=adamw",
+            "modules.1.label.threshold=0.25",
+            "modules.3.schedule.decay=0.5:0.1,0.9:0.01",
+            "modules.3.schedule.kind=adamw",
         ],
     )
-    assert after.schedule2.steps == 800
+    assert after.modules[1].schedule.steps == 800
     assert after.images.sides == (480, 576) and after.images.flip is False and after.images.test_side == 320
-    assert after.infer1.background == 0.25
-    assert after.schedule3.decay == ((0.5, 0.1), (0.9, 0.01)) and after.schedule3.kind == "adamw"
-    assert (after.schedule1, after.schedule4, after.infer2) == (before.schedule1, before.schedule4, before.infer2)
+    assert after.modules[0].label.threshold == 0.25
+    assert after.modules[2].schedule.decay == ((0.5, 0.1), (0.9, 0.01)) and after.modules[2].schedule.kind == "adamw"
+    assert after.modules[3] == before.modules[3] and after.modules[0].schedule == before.modules[0].schedule
     assert override(after, ["images.test_side=none"]).images.test_side is None
     assert before == recipe("paper")
 
@@ -76,26 +116,38 @@ def test_override_changes_one_choice_and_leaves_the_rest():
 @pytest.mark.parametrize(
     ("assignment", "expected"),
     [
-        ("steps=3", "part.field=value"),
-        ("schedule2.steps", "part.field=value"),
-        ("schedul2.steps=3", "schedule2"),
-        ("schedule2.step=3", "steps"),
-        ("schedule2.kind=lion", "adamw"),
-        ("schedule2.steps=many", "int"),
-        ("schedule2.steps=none", "None"),
-        ("schedule2.lr=fast", "float"),
+        ("steps=3", "choose from images, proposals, warm_up, modules, forward_backward"),
+        ("modules.2.schedule.steps", "choice=value"),
+        ("schedule2.steps=3", "modules"),
+        ("modules.2.schedule.step=3", "steps"),
+        ("modules.2.schedule.kind=lion", "adamw"),
+        ("modules.2.schedule.steps=many", "int"),
+        ("modules.2.schedule.steps=none", "None"),
+        ("modules.2.schedule.lr=fast", "float"),
         ("images.flip=perhaps", "true or false"),
         ("images.sides=480,big", "big"),
         ("images.sides=", "at least one"),
-        ("schedule2.decay=0.8", "pairs"),
-        ("name.x=3", "choose from"),
-        ("classification.form=papper", "wsddn"),
-        ("classification.pool=mean", "align"),
-        ("classification.attention=grad", "gradient"),
-        ("detection.pool=mean", "align"),
-        ("infer1.combine=sum", "product"),
-        ("infer1.members=all", "suppressed"),
-        ("infer1.box=masks", "proposal"),
+        ("modules.2.schedule.decay=0.8", "pairs"),
+        ("name=mine", "choose from"),
+        ("modules.1.name=mine", "choose from pool"),
+        ("modules.0.pool=max", "1, 2, 3, 4 or *"),
+        ("modules.5.pool=max", "1, 2, 3, 4 or *"),
+        ("modules.2=3", "1, 2, 3, 4 or *"),
+        ("modules=3", "modules.2.schedule.steps=800"),
+        ("modules.2.schedule=3", "modules.2.schedule.steps=800"),
+        ("images.flip.x=true", "takes a value"),
+        ("modules.1.vote=true", "module 1 has no 'vote'"),
+        ("modules.1.label.max_masks=3", "max_attention"),
+        ("modules.3.label.combine=mean", "max_masks"),
+        ("modules.4.attention=gradient", "mask_width"),
+        ("modules.2.mask_depth=2", "rois"),
+        ("modules.*.steps=3", "module 1 has no 'steps'"),
+        ("modules.1.pool=mean", "align"),
+        ("modules.1.attention=grad", "gradient"),
+        ("modules.2.pool=mean", "align"),
+        ("modules.1.label.combine=sum", "product"),
+        ("modules.1.label.members=all", "suppressed"),
+        ("modules.1.label.box=masks", "proposal"),
         ("proposals.method=mcg", "edge-boxes"),
     ],
 )
@@ -112,15 +164,24 @@ def test_an_unknown_recipe_is_answered_with_the_known_ones():
         recipe("papr")
 
 
+def schedules(one: Recipe) -> list[config.Schedule]:
+    return [one.warm_up, *(module.schedule for module in one.modules), one.forward_backward.schedule]
+
+
+def test_an_asterisk_sets_every_module_that_has_the_choice():
+    after = override(recipe("best"), ["modules.*.schedule.batch_size=8", "modules.*.mask_width=16"])
+    assert [module.schedule.batch_size for module in after.modules] == [8] * 4
+    assert after.modules[2].mask_width == after.modules[3].mask_width == 16
+
+
 def test_shorten_scales_every_schedule_and_keeps_one_step():
     one = recipe("best")
     half = shorten(one, 0.5)
-    for number in range(6):
-        before, after = getattr(one, f"schedule{number}"), getattr(half, f"schedule{number}")
+    for before, after in zip(schedules(one), schedules(half), strict=True):
         assert after.steps == round(before.steps / 2) and after.warmup == round(before.warmup / 2)
         assert dataclasses.replace(after, steps=before.steps, warmup=before.warmup) == before
     assert shorten(one, 1) == one
-    assert shorten(one, 1e-9).schedule3.steps == 1
+    assert shorten(one, 1e-9).modules[2].schedule.steps == 1
     for factor in (0, -1, float("nan")):
         with pytest.raises(InputError, match="positive"):
             shorten(one, factor)
@@ -135,10 +196,35 @@ def test_a_recipe_of_another_version_is_refused():
             from_dict(damaged)
 
 
+OLD = json.loads((Path(__file__).parent / "recipe-0.1.json").read_text())
+
+
+def test_runs_of_version_0_1_are_read():
+    """Their recipes had schedules and calibrations beside the modules, some under other names."""
+    one = from_dict(OLD)
+    assert (one.name, one.warm_up.steps, one.forward_backward.schedule.lr) == ("best", 2000, 2e-5)
+    for number, module in enumerate(one.modules, 1):
+        label, predict = OLD[f"infer{number}"], OLD.get(f"predict{number}", OLD[f"infer{number}"] | {"joint": False})
+        assert dataclasses.asdict(module.schedule) == OLD[f"schedule{number}"] | {"decay": module.schedule.decay}
+        for ours, theirs in ((module.label, label), (module.predict, predict)):
+            assert (ours.threshold, ours.mask_nms) == (theirs["background"], theirs["duplicate"])
+            assert (ours.min_component, ours.joint) == (theirs["part"], theirs["joint"])
+            assert getattr(ours, "max_attention" if number < 3 else "max_masks") == theirs["attended"]
+    assert one.modules[0].freeze_head and one.modules[3].vote and one.modules[1].rpn_post_nms_top_n_test == 200
+
+
+@pytest.mark.parametrize(
+    ("part", "gone"), [("detection", {"extra_proposals": True}), ("infer1", {"weight": "overlap"})]
+)
+def test_a_choice_that_is_gone_is_refused_where_it_did_something(part, gone):
+    with pytest.raises(InputError, match=f"{next(iter(gone))}.*another version"):
+        from_dict(OLD | {part: OLD[part] | gone})
+
+
 def test_a_choice_that_a_run_does_not_know_yet_is_that_of_its_recipe():
-    values = to_dict(override(recipe("best"), ["images.sides=320", "schedule4.steps=7"]))
+    values = to_dict(override(recipe("best"), ["images.sides=320", "modules.4.schedule.steps=7"]))
     del values["forward_backward"], values["images"]["flip"]
-    assert from_dict(values) == override(recipe("best"), ["images.sides=320", "schedule4.steps=7"])
+    assert from_dict(values) == override(recipe("best"), ["images.sides=320", "modules.4.schedule.steps=7"])
 
 
 def test_recipes_are_values():
@@ -146,3 +232,32 @@ def test_recipes_are_values():
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipe("best").name = "other"
     assert config.best() == config.best()
+
+
+def test_one_threshold_serves_all_modules_of_best():
+    """That each module wanted a background of its own was the sign of lopsided unaries."""
+    assert {choice.threshold for m in recipe("best").modules for choice in (m.label, m.predict)} == {0.35}
+    assert {choice.threshold for m in recipe("paper").modules for choice in (m.label, m.predict)} == {None}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "images.sides=-5", "images.sides=480,0", "images.test_side=1", "proposals.limit=-1", "proposals.side=0",
+        "modules.1.schedule.lr=nan", "modules.2.schedule.steps=0", "modules.2.schedule.lr=inf",
+        "modules.3.schedule.batch_size=0", "modules.*.schedule.decay=0.5:nan", "modules.4.predict.threshold=1",
+        "modules.4.predict.nms=1.5", "modules.1.label.iterations=-1", "modules.2.rois=0", "modules.3.mask_width=0",
+        "warm_up.momentum=2", "forward_backward.ema=-1", "modules.2.anchor_sides=0",
+    ],
+)  # fmt: skip
+def test_a_number_out_of_its_range_is_refused_with_the_range(change: str) -> None:
+    with pytest.raises(InputError, match=r"must be from .* to ") as refused:
+        override(recipe("best"), [change])
+    assert change.partition("=")[0].rsplit(".", 1)[1] in str(refused.value)
+
+
+def test_a_number_out_of_its_range_in_a_file_is_refused() -> None:
+    values = to_dict(recipe("demo"))
+    values["modules"][1]["schedule"]["lr"] = float("nan")
+    with pytest.raises(InputError, match="lr must be from"):
+        from_dict(values)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from pycocotools import mask as rle
 from torch import Tensor
 
 from labelpenet import InputError, Instances
-from labelpenet.instances import decode_mask, encode_masks, masks_to_boxes
+from labelpenet.instances import CompactMasks, decode_mask, encode_masks, masks_to_boxes
 
 
 def some(n: int = 3, size: tuple[int, int] = (20, 30), seed: int = 0) -> Instances:
@@ -230,3 +232,43 @@ def test_polygons_are_drawn_as_pycocotools_does() -> None:
     polygons = [[2.0, 3.0, 12.5, 3.0, 12.5, 11.0, 2.0, 11.0], [14.0, 1.0, 20.0, 9.0, 16.0, 15.0]]
     expected = rle.decode(rle.merge(rle.frPyObjects(polygons, 16, 24))).astype(bool)
     assert np.array_equal(decode_mask(polygons, (16, 24)).numpy(), expected)
+
+
+def random_masks(count: int, height: int, width: int, seed: int) -> torch.Tensor:
+    """Masks of every kind: empty, full, single pixels, rows that touch the borders, several parts."""
+    rng = np.random.default_rng(seed)
+    masks = rng.random((count, height, width)) < rng.choice([0, 0.02, 0.5, 0.98, 1], (count, 1, 1))
+    for mask in masks:
+        y, x = sorted(rng.integers(0, height + 1, 2)), sorted(rng.integers(0, width + 1, 2))
+        window = np.zeros_like(mask)
+        window[y[0] : y[1], x[0] : x[1]] = True
+        mask &= window
+    return torch.from_numpy(masks)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (17, 23), (40, 31)])
+def test_compact_masks_are_the_dense_ones(size: tuple[int, int]) -> None:
+    for seed in range(20):
+        dense = random_masks(6, *size, seed)
+        compact = CompactMasks.of(size, dense.numpy())
+        assert torch.equal(compact.dense(), dense)
+        assert torch.equal(compact.boxes(), masks_to_boxes(dense))
+        assert compact.areas() == dense.flatten(1).sum(1).tolist()
+        packed = np.asfortranarray(dense.numpy().astype(np.uint8).transpose(1, 2, 0))
+        assert [row["counts"].encode() for row in compact.encode()] == [row["counts"] for row in rle.encode(packed)]
+        shared = [[compact.overlap(a, b) for b in range(6)] for a in range(6)]
+        assert shared == (dense[:, None] & dense[None]).flatten(2).sum(2).tolist()
+        found = Instances(masks_to_boxes(dense), torch.arange(6), torch.rand(6), size, compact)
+        chosen = found[torch.tensor([True, False, True, True, False, True])][[2, 0]]
+        assert torch.equal(chosen.masks, dense[[3, 0]])
+        assert torch.equal(Instances.cat([found, chosen]).masks, torch.cat([dense, dense[[3, 0]]]))
+        assert replace(found, masks=None).masks is None
+        assert torch.equal(replace(found, weights=torch.ones(6)).masks, dense)
+
+
+def test_compact_masks_must_fit_their_instances() -> None:
+    compact = CompactMasks.of((4, 5), np.ones((2, 4, 5), bool))
+    with pytest.raises(ValueError, match="masks must be"):
+        Instances(torch.zeros(1, 4), torch.zeros(1).long(), torch.zeros(1), (4, 5), compact)
+    with pytest.raises(ValueError, match="masks must be"):
+        Instances(torch.zeros(2, 4), torch.zeros(2).long(), torch.zeros(2), (5, 4), compact)

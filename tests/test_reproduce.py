@@ -25,7 +25,7 @@ from labelpenet.cli import main
 from labelpenet.data import proposals, write_scenes
 from labelpenet.data.dataset import VOC_CLASSES
 from labelpenet.formats import export_voc, open_annotated, open_tagged, read_predictions
-from labelpenet.models import backbones
+from labelpenet.models import backbones, build
 
 PAGE = Path(__file__).parents[1] / "docs" / "reproduce.md"
 WIDTH = 64
@@ -33,12 +33,11 @@ RUNS = ("voc07", "voc07-fb", "voc12", "voc12-fb", "voc12seg", "voc12seg-fb")
 SUBSET = ("bottle", "chair", "diningtable", "tvmonitor")  # what the four kinds of scenes' objects are called
 SMALL = [
     *("images.sides=96,112", "images.longest=128", "proposals.limit=24"),
-    *(f"{part}.{one}" for part in ("detection", "segmentation") for one in ("rois=16", "rpn_proposals=24")),
-    *("detection.anchor_sides=16,32,64", "segmentation.anchor_sides=16,32,64"),
-    *("segmentation.mask_width=16", "segmentation.mask_depth=1"),
-    *(f"{part}.iterations=2" for part in ("infer1", "infer2", "infer3", "infer4", "predict2", "predict3", "predict4")),
-    *(f"{part}.attended=12" for part in ("infer1", "infer2", "infer3", "infer4", "predict2", "predict3", "predict4")),
-    *(f"{part}.per_class=2" for part in ("infer2", "infer3", "infer4", "predict2", "predict3", "predict4")),
+    *(f"modules.*.{one}" for one in ("rois=16", "rpn_post_nms_top_n_train=24", "rpn_post_nms_top_n_test=24")),
+    *("modules.*.anchor_sides=16,32,64", "modules.*.mask_width=16", "modules.*.mask_depth=1"),
+    *(f"modules.*.{part}.iterations=2" for part in ("label", "predict")),
+    *(f"modules.*.{part}.{one}=12" for part in ("label", "predict") for one in ("max_attention", "max_masks")),
+    *(f"modules.{number}.{part}.per_class=2" for number in (2, 3, 4) for part in ("label", "predict")),
 ]
 # What is added to the commands of the page: another machine, and a schedule of two to three iterations.
 ADDED = {
@@ -86,7 +85,7 @@ def reproduced(tmp_path_factory) -> tuple[Path, list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
-        patch.setitem(backbones.BACKBONES, "vgg16", (NarrowVGG, NarrowPlug))
+        patch.setitem(build.BACKBONES, "vgg16", (NarrowVGG, NarrowPlug))
         patch.setattr(proposals, "_usable_cores", lambda: 1)  # starting processes would take longer than the work
         torch.set_num_threads(1)
         for command in commands:

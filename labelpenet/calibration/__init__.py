@@ -1,10 +1,9 @@
 """Proposal calibration: excitation backprop, attention and heat-maps, dense CRF, and the chain of them."""
 
-from labelpenet.calibration.calibrate import CalibrationSettings, Trace, calibrate, proposal_scores
+from labelpenet.calibration.calibrate import Candidates, Chosen, Trace, calibrate, choose_instances, proposal_candidates
 from labelpenet.calibration.crf import DenseCRF, dense_crf
 from labelpenet.calibration.excitation import excitation_backprop, excitation_roi, forward_with_activations
 from labelpenet.calibration.maps import (
-    agreement,
     background_map,
     confidence_map,
     heat_map,
@@ -13,12 +12,13 @@ from labelpenet.calibration.maps import (
 )
 
 __all__ = [
-    "CalibrationSettings",
+    "Candidates",
+    "Chosen",
     "DenseCRF",
     "Trace",
-    "agreement",
     "background_map",
     "calibrate",
+    "choose_instances",
     "confidence_map",
     "dense_crf",
     "excitation_backprop",
@@ -27,5 +27,5 @@ __all__ = [
     "heat_map",
     "normalise",
     "project_maps",
-    "proposal_scores",
+    "proposal_candidates",
 ]

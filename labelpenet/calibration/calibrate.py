@@ -1,23 +1,28 @@
-"""Proposal calibration (section 3.2, figure 2): from scored proposals to instances with masks, boxes and weights.
+"""From scored boxes to instances with masks, boxes and weights (section 3.2, figure 2): one chain for modules 1 to 4.
 
-Shape letters: ``R`` proposals, ``C`` foreground classes, ``K`` instances, ``H, W`` the image, ``h, w`` the canvas.
+A module scores boxes (`Candidates`), `choose_instances` tells which of them become instances and whose maps make up
+each one, the module computes those maps (attention maps in modules 1 and 2, masks in 3 and 4), and `calibrate` does the
+rest: confidence maps, dense CRF, masks, boxes. What is chosen is chosen on the CPU and what is computed for pixels on
+the device of the maps, so that the host waits for a device a few times an image, however many boxes there are.
+
+Shape letters: ``M`` candidates, ``C`` foreground classes, ``K`` instances, ``n`` candidates with a map, ``a`` side of a
+map, ``H, W`` the image, ``h, w`` the canvas.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
+from torchvision.ops import clip_boxes_to_image
 
 from labelpenet.calibration.crf import DenseCRF
 from labelpenet.calibration.maps import (
-    agreement,
     background_map,
     confidence_map,
     full_precision,
@@ -25,69 +30,57 @@ from labelpenet.calibration.maps import (
     normalise,
     project_maps,
 )
-from labelpenet.instances import Instances, masks_to_boxes
+from labelpenet.calibration.nms import mask_nms, nms_groups, rank_within_class
+from labelpenet.config import AttentionCalibration, Calibration, MaskCalibration
+from labelpenet.instances import CompactMasks, Instances
 
-Attend = Callable[[Tensor, Tensor], Tensor]
-"""(n,) indices of proposals and (n,) their class indices to (n, a, a) attention maps >= 0 of those proposals."""
+SURE = 1e-3
+"""Confidences are taken to be in [SURE, 1 - SURE]: no map is ever surer than that."""
 
-COMBINE = ("product", "mean", "heat")
-MEMBERS = ("suppressed", "class")
-BOX = ("mask", "proposal")
-WEIGHT = ("score", "agreement", "overlap")
+LARGEST_CANVAS = 640
+"""Longer side in pixels of the canvas where the recipe names none: a camera's photograph has 24 million pixels."""
 
 
 @dataclass(frozen=True)
-class CalibrationSettings:
-    """What the paper leaves open, each choice a field; the defaults are the literal reading (recipe ``paper``).
+class Candidates:
+    """The scored boxes of an image, on the CPU.
 
     Attributes:
-        combine: how instance attention map and heat-map become the confidence map: ``product``, ``mean`` or ``heat``
-            (the attention map left out).
-        members: whose attention maps make up an instance's: those of the proposals that it ``suppressed``, or of all
-            proposals of its ``class`` (for one instance a class).
-        nms: IoU above which proposals of a class suppress one another.
-        per_class: instances kept for each class, at most.
-        min_score: a further instance of a class needs this score; the first is kept in any case.
-        attended: proposals of each class, best first, whose attention map is computed.
-        background: None for the paper's background map ``max(0, 1 - sum of the maps)``; a number for a constant
-            confidence of the background, which is the confidence at which a pixel is equally likely either.
-        joint: one CRF with a label for every instance and the background, so that instances compete for pixels;
-            otherwise each instance against background alone.
-        side: longer side of the canvas that maps and CRF live on, in pixels; None for the image's own.
-        sxy_gaussian, compat_gaussian, sxy_bilateral, srgb, compat_bilateral, iterations: of `DenseCRF`, the widths in
-            pixels of the canvas. Zero iterations leave the CRF out.
-        box: where the box comes from: tight around the ``mask``, or that of the kept ``proposal``.
-        part: components of a mask smaller than this fraction of its largest one are dropped; None keeps all.
-        duplicate: instances of a class whose masks overlap by a larger IoU are one; None keeps all.
-        weight: of an instance: the ``score`` of the kept proposal; ``agreement``, the geometric mean of the image's
-            probability of its class and of how far attention map and heat-map agree (`maps.agreement`); ``overlap``,
-            that of the score and the IoU of the kept proposal with the mask's tight box.
+        boxes: (M, 4) in pixels of the image.
+        scores: (M,) in [0, 1].
+        labels: (M,) class index from 0.
+        regions: (M, 4) where their maps lie, in pixels of the image; a detector regresses its RoIs to boxes.
+        rois: (M,) index of the proposal or RoI that each came from.
     """
 
-    combine: str = "product"
-    members: str = "suppressed"
-    nms: float = 0.3
-    per_class: int = 1
-    min_score: float = 0.5
-    attended: int = 1000
-    background: float | None = None
-    joint: bool = True
-    side: int | None = None
-    sxy_gaussian: float = 3.0
-    compat_gaussian: float = 3.0
-    sxy_bilateral: float = 80.0
-    srgb: float = 13.0
-    compat_bilateral: float = 10.0
-    iterations: int = 10
-    box: str = "mask"
-    part: float | None = None
-    duplicate: float | None = None
-    weight: str = "score"
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    regions: Tensor
+    rois: Tensor
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which candidates become instances, on the CPU.
+
+    Attributes:
+        kept: (K,) indices of candidates.
+        member: (K, M) bool, whose maps make up each instance.
+    """
+
+    kept: Tensor
+    member: Tensor
+
+    @property
+    def mapped(self) -> Tensor:
+        """(n,) indices of the candidates whose maps are wanted, ascending."""
+        return torch.where(self.member.any(0))[0]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """The maps behind the instances, for reports: each (K, h, w) float32 in [0, 1]."""
+    """The maps behind the instances, for reports: each (K, h, w) float32 in [0, 1], attention and heat 0 if unused."""
 
     attention: Tensor
     heat: Tensor
@@ -95,130 +88,144 @@ class Trace:
     marginals: Tensor
 
 
-def proposal_scores(logits: Tensor, shares: Tensor, how: str, tags: tuple[int, ...] | None = None) -> Tensor:
-    """The scores of module 1's proposals for `calibrate`, (R, C) in [0, 1].
+def proposal_candidates(boxes: Tensor, scores: Tensor, classes: tuple[int, ...]) -> Candidates:
+    """The proposals of an image as candidates, each for the class that fits it best.
 
     Args:
-        logits: (R, C) ``x^c``, without the background.
-        shares: (R, C) the proposal weights ``w``, the softmax of ``x^p`` over the proposals.
-        how: ``softmax`` of the logits over the classes, as the paper says; ``logit``, moved and scaled so that the
-            smallest of an image becomes 0 and the largest 1; ``weighted``, the softmax times the proposal's weight,
-            which is divided by its largest value for the class.
-        tags: the classes that the image shows, the only ones that the smallest and the largest logit are sought in.
-
-    Raises:
-        ValueError: another ``how``.
+        boxes: (R, 4) in pixels of the image.
+        scores: (R, C) class scores in [0, 1], on the CPU.
+        classes: the classes that are sought. One that is no proposal's best class gets the best proposal for it as a
+            further candidate.
     """
-    if how == "softmax":
-        return logits.softmax(1)
-    if how == "weighted":
-        return logits.softmax(1) * shares / shares.amax(0, keepdim=True).clamp(min=1e-30) if len(logits) else logits
-    if how != "logit":
-        raise ValueError(f"score must be 'softmax', 'logit' or 'weighted', but got {how!r}")
-    ours = logits if tags is None else logits[:, list(tags)]
-    if not ours.numel():
-        return torch.zeros_like(logits)
-    low, high = ours.min(), ours.max()
-    return ((logits - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    if boxes.ndim != 2 or boxes.shape[1] != 4 or scores.ndim != 2 or len(scores) != len(boxes):
+        raise ValueError(
+            f"boxes must be (R, 4) and scores (R, C), but got {tuple(boxes.shape)} and {tuple(scores.shape)}"
+        )
+    if not all(0 <= label < scores.shape[1] for label in classes):
+        raise ValueError(f"classes must be in [0, {scores.shape[1]}), but got {classes}")
+    present = torch.tensor(sorted(set(classes)), dtype=torch.long)
+    if not len(boxes) or not len(present):
+        none = torch.zeros(0, dtype=torch.long)
+        return Candidates(boxes[:0].float(), scores.new_zeros(0), none, boxes[:0].float(), none)
+    labels = present[scores[:, present].argmax(1)]
+    lost = present[~torch.isin(present, labels)]
+    rows = torch.cat([torch.arange(len(boxes)), scores[:, lost].argmax(0)])
+    labels = torch.cat([labels, lost])
+    order = (rows * scores.shape[1] + labels).argsort()
+    rows, labels = rows[order], labels[order]
+    return Candidates(boxes[rows].float(), scores[rows, labels], labels, boxes[rows].float(), rows)
+
+
+def choose_instances(found: Candidates, settings: Calibration, each_class: bool) -> Chosen:
+    """The candidates that NMS keeps and that are good enough, and who belongs to them.
+
+    Args:
+        found: M candidates.
+        settings: the recipe's choices.
+        each_class: whether the best of each class is kept whatever its score.
+    """
+    keep, leader = nms_groups(found.boxes, found.scores, found.labels, settings.nms)
+    if isinstance(settings, AttentionCalibration):  # one class after the other
+        keep = keep[found.labels[keep].argsort(stable=True)]
+    place = rank_within_class(found.labels[keep])
+    strong = found.scores[keep] >= settings.min_score
+    if each_class:
+        strong |= place == 0
+    kept = keep[strong & (place < settings.per_class)]
+    if isinstance(settings, AttentionCalibration) and settings.members == "class":
+        member = found.labels[None] == found.labels[kept][:, None]
+    else:
+        member = leader[None] == kept[:, None]
+    member &= _with_a_map(found, member, settings)
+    member[torch.arange(len(kept)), kept] = True
+    return Chosen(kept, member)
+
+
+def _with_a_map(found: Candidates, member: Tensor, settings: Calibration) -> Tensor:
+    """(M,) bool: the best so many, of each class by attention, of all that belong to an instance by masks."""
+    order = found.scores.argsort(descending=True, stable=True)
+    allowed = torch.zeros(len(order), dtype=torch.bool)
+    if isinstance(settings, AttentionCalibration):
+        allowed[order] = rank_within_class(found.labels[order]) < settings.max_attention
+    elif isinstance(settings, MaskCalibration):
+        allowed[order] = member.any(0)[order].cumsum(0) <= settings.max_masks
+    return allowed
 
 
 def calibrate(
     image: np.ndarray,
-    boxes: Tensor,
-    scores: Tensor,
-    tags: tuple[int, ...] | None,
-    attend: Attend,
-    settings: CalibrationSettings,
-    regions: Tensor | None = None,
-    probabilities: Tensor | None = None,
+    found: Candidates,
+    chosen: Chosen,
+    maps: Tensor,
+    settings: Calibration,
+    heat: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Instances, Trace]:
-    """Instances of an image from its scored proposals.
+    """The chosen instances of an image.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        boxes: (R, 4) proposals in pixels of the image.
-        scores: (R, C) class scores in [0, 1]; a proposal's class is the best one among ``tags``.
-        tags: the classes that the image shows, or None where they are not known.
-        attend: computes the proposals' attention maps; only asked for those that are summed into some instance.
+        found: M candidates.
+        chosen: which of them become instances.
+        maps: (n, a, a) >= 0 of the candidates ``chosen.mapped``: attention maps (`config.AttentionCalibration`) or mask
+            probabilities (`config.MaskCalibration`), on the device that is to compute.
         settings: the recipe's choices.
-        regions: (R, 4) where the attention maps lie, if not in the boxes (a detector regresses its RoIs to boxes).
-        probabilities: (C,) in [0, 1] that the image shows each class, for ``weight="agreement"``; 1 if None.
+        heat: boxes (R, 4) and class scores (R, C) that make the heat-maps of a class that has one instance; the
+            candidates' own if None.
 
     Returns:
-        The instances, within each class the best kept proposal first; none if there is no proposal or no tag. And the
-        maps behind them.
+        K instances on the CPU, within each class the best first, and the maps behind them.
 
     Raises:
-        ValueError: shapes that do not fit, a tag that is no class, an unknown choice, or NaN or infinity in scores,
-            boxes, regions or attention maps.
+        ValueError: shapes that do not fit, or NaN or infinity in scores, boxes or maps.
     """
-    _check(image, boxes, scores, tags, settings, regions)
+    _check(image, found, chosen, maps)
     size = (image.shape[0], image.shape[1])
     canvas, scale = working_canvas(image, settings.side)
-    small = canvas.shape[:2]
-    seeds, labels, member = choose_instances(boxes, scores, tags, settings)
-    if not len(seeds):
-        nothing = torch.zeros(0, *small, device=boxes.device)
-        return Instances.empty(size, with_masks=True).to(boxes.device), Trace(nothing, nothing, nothing, nothing)
-    scaled = boxes.float() * boxes.new_tensor([*scale, *scale]).float()
-    areas = scaled if regions is None else regions.float() * scaled.new_tensor([*scale, *scale])
-    if settings.combine == "heat":
-        attention = heat_map(scaled[:0], scores[:0, labels], small)
+    small = (canvas.shape[0], canvas.shape[1])
+    if not len(chosen.kept):
+        nothing = torch.zeros(0, *small, device=maps.device)
+        return Instances.empty(size, with_masks=True), Trace(nothing, nothing, nothing, nothing)
+    kept, factor = chosen.kept, torch.tensor([*scale, *scale])
+    if isinstance(settings, AttentionCalibration):
+        attention = project_members(maps, found, chosen, factor, small)
+        warmth = instance_heat(found, chosen, heat, factor, small, settings, maps.device)
+        confidence = normalise(confidence_map(attention, warmth, settings.combine))
+        background: Tensor | None = attention
     else:
-        attention = instance_attention(areas, labels, member, attend, small)
-    heat = instance_heat(scaled, scores, labels, member, small, settings)
-    if settings.combine == "heat":
-        confidence = heat
-    else:
-        confidence = normalise(confidence_map(attention, heat, "product" if settings.combine == "product" else "mean"))
-    marginals = segment(canvas, confidence, settings)
-    found = settle(marginals, boxes[seeds].float(), labels, scores[seeds, labels], size, settings)
-    alive = distinct(found, settings.duplicate)
-    found, trace = found[alive], Trace(normalise(attention)[alive], heat[alive], confidence[alive], marginals[alive])
-    if settings.weight == "overlap":
-        assert found.masks is not None
-        same = box_iou(masks_to_boxes(found.masks), boxes[seeds[alive]].float()).diagonal().nan_to_num()
-        found = replace(found, weights=(found.weights * same.clamp(0, 1)).sqrt())
-    elif settings.weight == "agreement":
-        weights = agreement(trace.attention, trace.heat)
-        if probabilities is not None:
-            weights = weights * probabilities[found.labels]
-        found = replace(found, weights=weights.sqrt().clamp(0, 1))
-    return found, trace
+        confidence = mean_of_members(maps, found, chosen, factor, small)
+        attention = warmth = torch.zeros_like(confidence)
+        background = None
+    marginals = segment(canvas, confidence, settings, background)
+    instances = to_instances(
+        marginals.cpu(), found.boxes[kept].float(), found.labels[kept], found.scores[kept], size, settings
+    )
+    alive = mask_nms(instances, settings.mask_nms)
+    if len(alive) < len(instances):
+        index = alive.to(maps.device)
+        attention, warmth, confidence, marginals = (one[index] for one in (attention, warmth, confidence, marginals))
+    return instances[alive], Trace(normalise(attention), warmth, confidence, marginals)
 
 
-def _check(
-    image: np.ndarray,
-    boxes: Tensor,
-    scores: Tensor,
-    tags: tuple[int, ...] | None,
-    settings: CalibrationSettings,
-    regions: Tensor | None,
-) -> None:
+def _check(image: np.ndarray, found: Candidates, chosen: Chosen, maps: Tensor) -> None:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         raise ValueError(f"image must be (H, W, 3) uint8, but got {image.shape} {image.dtype}")
-    if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"boxes must be (R, 4), but got {tuple(boxes.shape)}")
-    if scores.ndim != 2 or len(scores) != len(boxes):
-        raise ValueError(f"scores must be ({len(boxes)}, C), but got {tuple(scores.shape)}")
-    if regions is not None and regions.shape != boxes.shape:
-        raise ValueError(f"regions must be ({len(boxes)}, 4), but got {tuple(regions.shape)}")
-    if tags is not None and not all(0 <= tag < scores.shape[1] for tag in tags):
-        raise ValueError(f"tags must be in [0, {scores.shape[1]}), but got {tags}")
-    for name, known in (("combine", COMBINE), ("members", MEMBERS), ("box", BOX), ("weight", WEIGHT)):
-        if getattr(settings, name) not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, but got {getattr(settings, name)!r}")
-    if settings.weight == "agreement" and settings.combine == "heat":
-        raise ValueError("weight 'agreement' needs attention maps, which combine 'heat' leaves out; choose another")
-    for name, values in (("boxes", boxes), ("scores", scores), ("regions", regions)):
-        if values is not None and not bool(torch.isfinite(values).all()):
+    for name, values in (("boxes", found.boxes), ("scores", found.scores), ("regions", found.regions)):
+        expected = (len(found.labels),) if name == "scores" else (len(found.labels), 4)
+        if values.shape != expected:
+            raise ValueError(f"{name} must be {expected}, but got {tuple(values.shape)}")
+        if not bool(torch.isfinite(values).all()):
             raise ValueError(f"{name} must be finite, but hold NaN or infinity")
+    if maps.ndim != 3 or len(maps) != len(chosen.mapped):
+        raise ValueError(f"maps must be ({len(chosen.mapped)}, a, a), but got {tuple(maps.shape)}")
+    if not bool(torch.isfinite(maps).all()):
+        raise ValueError("maps must be finite, but hold NaN or infinity")
 
 
 def working_canvas(image: np.ndarray, side: int | None) -> tuple[np.ndarray, tuple[float, float]]:
-    """The image scaled down to a longer side of ``side``, never up, and the factors of x and y."""
+    """The image scaled down to a longer side of ``side`` (None: `LARGEST_CANVAS`), never up, and the factors."""
     height, width = image.shape[:2]
-    if side is None or side >= max(height, width):
+    side = LARGEST_CANVAS if side is None else side
+    if side >= max(height, width):
         return np.ascontiguousarray(image), (1.0, 1.0)
     factor = side / max(height, width)
     small = cv2.resize(
@@ -227,102 +234,81 @@ def working_canvas(image: np.ndarray, side: int | None) -> tuple[np.ndarray, tup
     return small, (small.shape[1] / width, small.shape[0] / height)
 
 
-def choose_instances(
-    boxes: Tensor, scores: Tensor, tags: tuple[int, ...] | None, settings: CalibrationSettings
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The kept proposals and who belongs to them.
-
-    Returns:
-        seeds (K,) proposal indices; labels (K,) their classes; member (K, R) bool, the proposals whose attention maps
-        make up each instance.
-    """
-    present = list(range(scores.shape[1]) if tags is None else dict.fromkeys(tags))
-    if not len(boxes) or not present:
-        none = torch.zeros(0, dtype=torch.long, device=boxes.device)
-        return none, none, torch.zeros(0, len(boxes), dtype=torch.bool, device=boxes.device)
-    columns = torch.tensor(present, device=boxes.device)
-    own = columns[scores[:, columns].argmax(1)]
-    score = scores.gather(1, own[:, None])[:, 0]
-    seeds, labels, members = [], [], []
-    for label in present:
-        ours = torch.where(own == label)[0]
-        if not len(ours):  # a tag that is no proposal's best class: the best proposal for it stands in
-            if tags is None:
-                continue
-            ours = scores[:, label].argmax()[None]
-        ours = ours[score[ours].argsort(descending=True, stable=True)]
-        rank = scores[ours, label]
-        keep = batched_nms(boxes[ours].float(), rank.float(), torch.zeros_like(ours), settings.nms)
-        first = 0 if tags is None else 1
-        strong = [
-            index for place, index in enumerate(keep.tolist()) if place < first or rank[index] >= settings.min_score
-        ]
-        attended = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-        attended[ours[: settings.attended]] = True
-        # in double precision, as NMS compares: a float32 overlap of 3 / 10 exceeds 0.3 there
-        suppressor = box_iou(boxes[ours].float(), boxes[ours[keep]].float()).double() > settings.nms
-        group = suppressor.float().argmax(1)
-        group[keep] = torch.arange(len(keep), device=keep.device)
-        for place in range(min(len(strong), settings.per_class)):
-            if settings.members == "class":
-                member = attended.clone()
-            else:
-                member = torch.zeros_like(attended)
-                member[ours[group == place]] = True
-                member &= attended
-            member[ours[keep[place]]] = True
-            seeds.append(ours[keep[place]])
-            labels.append(label)
-            members.append(member)
-    if not seeds:
-        return choose_instances(boxes, scores, (), settings)
-    return torch.stack(seeds), torch.tensor(labels, device=boxes.device), torch.stack(members)
+# -- confidence maps ---------------------------------------------------------------------------------------------------
 
 
-def instance_attention(
-    boxes: Tensor, labels: Tensor, member: Tensor, attend: Attend, canvas: tuple[int, int]
+def project_members(
+    maps: Tensor,
+    found: Candidates,
+    chosen: Chosen,
+    factor: Tensor,
+    canvas: tuple[int, int],
+    weights: Tensor | None = None,
 ) -> Tensor:
-    """Instance attention maps (K, h, w): the members' attention maps, projected into their boxes and added.
+    """Instance maps (K, h, w): the members' maps, projected into their regions and added.
 
     Args:
-        boxes: (R, 4) in pixels of the canvas; labels: (K,); member: (K, R) bool; attend: see `Attend`; canvas: (h, w).
+        maps: (n, a, a) of the candidates ``chosen.mapped``.
+        found: M candidates.
+        chosen: K instances.
+        factor: (4,) from pixels of the image to those of the canvas.
+        canvas: (h, w).
+        weights: (M,) factors of the maps; 1 if None.
     """
-    instance, proposal = torch.where(member)
-    # with members="class" instances of one class share their proposals: each pair is computed once
-    pairs, inverse = torch.unique(torch.stack([proposal, labels[instance]], 1), dim=0, return_inverse=True)
-    maps = attend(pairs[:, 0], pairs[:, 1])
-    if maps.ndim != 3 or len(maps) != len(pairs):
-        raise ValueError(f"attend must return ({len(pairs)}, a, a), but got {tuple(maps.shape)}")
-    if not bool(torch.isfinite(maps).all()):
-        raise ValueError("attention maps must be finite, but hold NaN or infinity")
-    return project_maps(maps[inverse], boxes[proposal], canvas, groups=instance, num_groups=len(labels))
+    instance, candidate = torch.where(chosen.member)
+    position = torch.zeros(len(found.boxes), dtype=torch.long)
+    position[chosen.mapped] = torch.arange(len(maps))
+    regions = (found.regions.float() * factor)[candidate]
+    device = maps.device
+    own = None if weights is None else weights[candidate].to(device)
+    index = position[candidate].to(device)
+    return project_maps(maps[index], regions.to(device), canvas, own, instance.to(device), len(chosen.kept))
 
 
 def instance_heat(
-    boxes: Tensor,
-    scores: Tensor,
-    labels: Tensor,
-    member: Tensor,
+    found: Candidates,
+    chosen: Chosen,
+    heat: tuple[Tensor, Tensor] | None,
+    factor: Tensor,
     canvas: tuple[int, int],
-    settings: CalibrationSettings,
+    settings: AttentionCalibration,
+    device: torch.device,
 ) -> Tensor:
-    """Object heat-maps (K, h, w) in [0, 1]: pixel-wise sum of the class score over the proposals.
+    """Object heat-maps (K, h, w) in [0, 1]: pixel-wise sum of the class score over the boxes.
 
-    Of all proposals where one instance a class is sought; of the instance's own members where there are several, whose
-    heat would otherwise run together.
+    Of all boxes where one instance a class is sought; of the instance's own members where there are several, whose heat
+    would otherwise run together. Arguments as for `project_members` and `calibrate`.
     """
-    if settings.members == "class" or settings.per_class == 1:
-        return normalise(heat_map(boxes, scores[:, labels], canvas))
-    return normalise(heat_map(boxes, (member * scores[:, labels].T).T, canvas))
+    labels = found.labels[chosen.kept]
+    boxes, scores = found.boxes, (found.labels[:, None] == labels[None]) * found.scores[:, None]
+    if settings.members != "class" and settings.per_class > 1:
+        scores = chosen.member.T * scores
+    elif heat is not None:
+        boxes, scores = heat[0], heat[1][:, labels]
+    return normalise(heat_map((boxes.float() * factor).to(device), scores.to(device), canvas))
 
 
-def segment(canvas: np.ndarray, confidence: Tensor, settings: CalibrationSettings) -> Tensor:
+def mean_of_members(maps: Tensor, found: Candidates, chosen: Chosen, factor: Tensor, canvas: tuple[int, int]) -> Tensor:
+    """Confidence maps (K, h, w): the members' masks in the image, a mean weighted by score."""
+    summed = project_members(maps, found, chosen, factor, canvas, found.scores)
+    instance, candidate = torch.where(chosen.member)
+    total = torch.zeros(len(chosen.kept)).index_add_(0, instance, found.scores[candidate]).to(maps.device)
+    return (summed / total.clamp(min=1e-6)[:, None, None]).clamp(0, 1)
+
+
+# -- the CRF -----------------------------------------------------------------------------------------------------------
+
+
+def segment(canvas: np.ndarray, confidence: Tensor, settings: Calibration, attention: Tensor | None = None) -> Tensor:
     """Foreground probabilities (K, h, w) of the instances after the dense CRF.
 
     Args:
-        canvas: (h, w, 3) uint8; confidence: (K, h, w) in [0, 1].
+        canvas: (h, w, 3) uint8.
+        confidence: (K, h, w) in [0, 1].
+        attention: (K, h, w) >= 0, the instance attention maps that the paper's background map is made of; the
+            confidence maps if None.
     """
-    p = unaries(confidence, settings)
+    p = unaries(confidence, settings, attention)
     if settings.iterations:
         crf = DenseCRF(
             torch.as_tensor(canvas).to(confidence.device),
@@ -337,23 +323,30 @@ def segment(canvas: np.ndarray, confidence: Tensor, settings: CalibrationSetting
     return foreground(p, settings.joint)
 
 
-def unaries(confidence: Tensor, settings: CalibrationSettings) -> Tensor:
+def unaries(confidence: Tensor, settings: Calibration, attention: Tensor | None = None) -> Tensor:
     """What the CRF starts from: probabilities of the background, the first label, and the instances.
+
+    With a threshold t an instance of confidence c has the odds ``c / (1 - c) : t / (1 - t)`` against the background, so
+    that both sides can become equally sure; alone it has the probability sigmoid(logit(c) - logit(t)). A constant
+    background b against c, as one might write first, would leave the object at most 1 / (1 + b).
 
     Args:
         confidence: (K, h, w) in [0, 1].
+        attention: as for `segment`.
 
     Returns:
         (1, K + 1, h, w) where the instances compete (``joint``), else (K, 2, h, w), each against the background alone.
     """
-    if settings.background is None:
-        background = background_map(confidence)
+    if settings.threshold is None:
+        background = background_map(confidence if attention is None else normalise(attention))
+        object_ = confidence
     else:
-        background = torch.full_like(confidence[0], settings.background)
+        background = torch.ones_like(confidence[0])
+        object_ = (torch.logit(confidence, SURE) - math.log(settings.threshold / (1 - settings.threshold))).exp()
     if settings.joint:
-        p = torch.cat([background[None], confidence])[None]
+        p = torch.cat([background[None], object_])[None]
     else:
-        p = torch.stack([background.expand_as(confidence), confidence], 1)
+        p = torch.stack([background.expand_as(object_), object_], 1)
     return (p / p.sum(1, keepdim=True).clamp(min=1e-8)).clamp(0, 1)
 
 
@@ -369,25 +362,34 @@ def foreground(p: Tensor, joint: bool) -> Tensor:
     return torch.where(wins, own.clamp(min=0.5 + margin), own.clamp(max=0.5 - margin))
 
 
-def settle(
+# -- masks and boxes -------------------------------------------------------------------------------------------------
+
+
+def to_instances(
     marginals: Tensor,
     proposals: Tensor,
     labels: Tensor,
     weights: Tensor,
     size: tuple[int, int],
-    settings: CalibrationSettings,
+    settings: Calibration,
 ) -> Instances:
     """Instances with masks and boxes at the image's size from their probabilities; none is left without a pixel.
 
     Args:
-        marginals: (K, h, w) in [0, 1]; proposals: (K, 4) the kept proposals in pixels of the image; labels: (K,);
-        weights: (K,); size: (H, W).
+        marginals: (K, h, w) in [0, 1], on the CPU.
+        proposals: (K, 4) the kept boxes in pixels of the image.
+        labels: (K,) class index from 0.
+        weights: (K,).
+        size: (H, W).
+        settings: the recipe's choices.
     """
-    masks = torch.stack([largest_parts(mask, settings.part) for mask in grow_masks(marginals, size)])
-    empty = ~masks.flatten(1).any(1)
-    for index in torch.nonzero(empty).flatten().tolist():  # an instance without a pixel falls back to its proposal
-        masks[index] = box_mask(proposals[index], size)
-    boxes = masks_to_boxes(masks)
+    masks = resize_to_crops(marginals, size)
+    parts = [drop_components(torch.from_numpy(crop), settings.min_component).numpy() for crop in masks.crops]
+    corners = list(masks.corners)
+    for index in [place for place, part in enumerate(parts) if not part.size]:
+        parts[index], corners[index] = box_mask(proposals[index], size).numpy(), (0, 0)  # its proposal stands in
+    masks = CompactMasks.of(size, parts, corners)
+    boxes = masks.boxes()
     if settings.box == "proposal":
         clipped = clip_boxes_to_image(proposals, size)
         inside = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
@@ -395,16 +397,26 @@ def settle(
     return Instances(boxes, labels, weights.clamp(0, 1), size, masks)
 
 
-def grow_masks(probabilities: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_masks(probabilities: Tensor, size: tuple[int, int]) -> Tensor:
     """(K, h, w) probabilities as (K, H, W) bool masks: resized bilinearly, then cut at one half."""
     if probabilities.shape[-2:] != size:
         probabilities = F.interpolate(probabilities[None], size=size, mode="bilinear", align_corners=False)[0]
     return probabilities > 0.5
 
 
-def largest_parts(mask: Tensor, fraction: float | None) -> Tensor:
+def resize_to_crops(probabilities: Tensor, size: tuple[int, int]) -> CompactMasks:
+    """What `resize_masks` gives, pixel for pixel, with one mask at a time at the image's size."""
+    at_least = (probabilities >= 0.5).flatten(1).any(1).tolist()
+    parts = [
+        resize_masks(one[None], size)[0].cpu().numpy() if possible else np.zeros((0, 0), bool)
+        for one, possible in zip(probabilities, at_least, strict=True)
+    ]
+    return CompactMasks.of(size, parts)
+
+
+def drop_components(mask: Tensor, fraction: float | None) -> Tensor:
     """The (H, W) bool mask without components smaller than ``fraction`` of its largest one."""
-    if fraction is None:
+    if fraction is None or not mask.numel():
         return mask
     count, components, stats, _ = cv2.connectedComponentsWithStats(mask.cpu().numpy().astype(np.uint8))
     if count <= 2:
@@ -421,20 +433,3 @@ def box_mask(box: Tensor, size: tuple[int, int]) -> Tensor:
     x2, y2 = max(x1 + 1, int(box[2].ceil())), max(y1 + 1, int(box[3].ceil()))
     mask[y1:y2, x1:x2] = True
     return mask
-
-
-def distinct(found: Instances, duplicate: float | None) -> Tensor:
-    """Indices (K',) of the instances that are no duplicate of a better one of their class, in order."""
-    if duplicate is None or len(found) < 2 or found.masks is None:
-        return torch.arange(len(found), device=found.boxes.device)
-    flat = found.masks.flatten(1).float()
-    with full_precision(flat.device):
-        inter = flat @ flat.T
-    area = flat.sum(1)
-    overlap = inter / (area[:, None] + area[None] - inter).clamp(min=1)
-    alive: list[int] = []
-    for index in found.weights.argsort(descending=True, stable=True).tolist():
-        same = [other for other in alive if found.labels[other] == found.labels[index]]
-        if not any(overlap[index, other] > duplicate for other in same):
-            alive.append(index)
-    return torch.tensor(sorted(alive), device=found.boxes.device)

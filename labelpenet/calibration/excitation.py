@@ -19,8 +19,8 @@ AvgPool2d, AdaptiveAvgPool2d    the averaging itself
 MaxPool2d, AdaptiveMaxPool2d    the largest entry of each window, which gets the whole signal
 `RegionPool` of RoIAlign        its bilinear weights
 `RegionPool` of RoIPool         the largest entry of each bin, which gets the whole signal
-InvertedResidual (torchvision)  ``y = x + f(x)``: the signal is split between x and f(x) in the ratio of max(x, 0) to
-                                max(f(x), 0), and f's share goes on through f
+`Residual`, InvertedResidual    ``y = g(x) + f(x)``: the signal is split between the two in the ratio of max(g(x), 0)
+(torchvision; g(x) = x)         to max(f(x), 0), and each share goes on through its own layers
 Sequential (hence torchvision's its layers, one after the other
 Conv2dNormActivation)
 ReLU, ReLU6, Flatten, Dropout,  the signal is passed on unchanged (through ReLU6 also where the value was clipped)
@@ -77,6 +77,27 @@ class RegionPool(nn.Module):
         if isinstance(rois, Tensor):
             return self.pool(features, rois.to(features.dtype, copy=True))
         return self.pool(features, [boxes.to(features.dtype, copy=True) for boxes in rois])
+
+
+class Residual(nn.Module):
+    """A sum of two chains of layers, ``branch(x) + shortcut(x)``; an empty shortcut passes ``x`` on."""
+
+    def __init__(self, branch: nn.Sequential, shortcut: nn.Sequential) -> None:
+        super().__init__()
+        self.branch, self.shortcut = branch, shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(R, ...) to (R, ...)."""
+        return self.branch(x) + self.shortcut(x)
+
+
+def layer_without_rule(layers: Layers) -> str | None:
+    """The type of the first layer that excitation backprop cannot pass, None if it passes all of them."""
+    try:
+        _steps(layers)
+    except TypeError as error:
+        return str(error).split(";")[0].removeprefix("no excitation rule for ")
+    return None
 
 
 def excitation_backprop(layers: Layers, x: Tensor, top: Tensor, activations: Sequence[Tensor] | None = None) -> Tensor:
@@ -158,7 +179,7 @@ def excitatory(layer: nn.Module, norm: nn.Module | None = None) -> Callable[[Ten
         TypeError: no rule for this type; names those there are.
     """
     rules = [rule.__name__ for rule in excitatory.registry if rule is not object]
-    passing = ["ReLU", "ReLU6", "Flatten", "Dropout", "Identity", "Sequential", "InvertedResidual"]
+    passing = ["ReLU", "ReLU6", "Flatten", "Dropout", "Identity", "Sequential", "InvertedResidual", "Residual"]
     raise TypeError(
         f"no excitation rule for {type(layer).__name__}; there are rules for {', '.join(sorted(rules + passing))}"
     )
@@ -233,18 +254,29 @@ def _flatten(layers: Layers) -> Iterator[nn.Module]:
         elif isinstance(layer, InvertedResidual) and not layer.use_res_connect:
             yield from _flatten(layer.conv)
         elif not isinstance(layer, nn.Identity):
-            if not isinstance(layer, (*PASSING, InvertedResidual)):
-                excitatory(layer)  # refuses an unknown layer before any work is done
+            # refuses an unknown layer before any work is done
+            if (summands := _summands(layer)) is not None:
+                for chain in summands:
+                    list(_flatten(chain))
+            elif not isinstance(layer, PASSING):
+                excitatory(layer)
             yield layer
+
+
+def _summands(layer: nn.Module) -> tuple[Layers, Layers] | None:
+    """Branch and shortcut of a residual sum; None for other layers."""
+    if isinstance(layer, Residual):
+        return layer.branch, layer.shortcut
+    return (layer.conv, ()) if isinstance(layer, InvertedResidual) and layer.use_res_connect else None
 
 
 def _forward(steps: Sequence[Step], x: Tensor) -> tuple[Tensor, list[Tensor]]:
     kept: list[Tensor] = []
     for layer, norm in steps:
-        if isinstance(layer, InvertedResidual):
-            branch, inner = _forward(_steps(layer.conv), x)
-            kept += [*inner, x, branch]
-            x = x + branch
+        if (summands := _summands(layer)) is not None:
+            (branch, inner), (straight, outer) = (_forward(_steps(chain), x) for chain in summands)
+            kept += [*inner, *outer, straight, branch]
+            x = straight + branch
             continue
         if not isinstance(layer, PASSING):
             kept.append(x)
@@ -258,7 +290,7 @@ def _activations(steps: Sequence[Step], x: Tensor) -> list[Tensor]:
     """What `_forward` keeps, without computing the output of the last layer, which nothing needs."""
     while steps and isinstance(steps[-1][0], PASSING):
         steps = steps[:-1]
-    if not steps or isinstance(steps[-1][0], InvertedResidual):
+    if not steps or _summands(steps[-1][0]) is not None:
         return _forward(steps, x)[1]
     y, kept = _forward(steps[:-1], x)
     return [*kept, y]
@@ -272,10 +304,12 @@ def _descend(steps: Sequence[Step], kept: list[Tensor], signal: Tensor) -> Tenso
     for layer, norm in reversed(steps):
         if isinstance(layer, PASSING):
             continue
-        if isinstance(layer, InvertedResidual):
-            branch, x = _take(kept, signal), _take(kept, signal)
-            straight, bent = _split(x, branch, signal.reshape(x.shape))
-            signal = straight + _descend(_steps(layer.conv), kept, bent).reshape(x.shape)
+        if (summands := _summands(layer)) is not None:
+            branch, straight = _take(kept, signal), _take(kept, signal)
+            to_straight, to_branch = _split(straight, branch, signal.reshape(straight.shape))
+            outer = _descend(_steps(summands[1]), kept, to_straight)
+            inner = _descend(_steps(summands[0]), kept, to_branch)
+            signal = outer + inner.reshape(outer.shape)
         else:
             signal = _share(excitatory(layer, norm), _take(kept, signal), signal)
     return signal
@@ -298,11 +332,11 @@ def _share(excite: Callable[[Tensor], Tensor], a: Tensor, signal: Tensor) -> Ten
     return shares.mul_(active.detach())
 
 
-def _split(x: Tensor, branch: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
-    """The signal of ``x + branch``, shared in the ratio of their positive parts."""
-    straight, bent = x.clamp(min=0), branch.clamp(min=0)
-    ratio = _divide(signal, straight + bent)
-    return straight * ratio, bent * ratio
+def _split(straight: Tensor, branch: Tensor, signal: Tensor) -> tuple[Tensor, Tensor]:
+    """The signal of ``straight + branch``, shared in the ratio of their positive parts."""
+    straight, branch = straight.clamp(min=0), branch.clamp(min=0)
+    ratio = _divide(signal, straight + branch)
+    return straight * ratio, branch * ratio
 
 
 def _divide(signal: Tensor, total: Tensor) -> Tensor:

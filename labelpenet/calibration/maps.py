@@ -166,19 +166,6 @@ def background_map(class_maps: Tensor) -> Tensor:
     return (1 - class_maps.sum(0)).clamp(min=0)
 
 
-def agreement(maps: Tensor, others: Tensor) -> Tensor:
-    """How far two maps show the same, in [0, 1]: the sum of their pixel-wise minima over that of their maxima.
-
-    Args:
-        maps, others: (..., H, W) in [0, 1] (see `normalise`).
-
-    Returns:
-        (...,), the IoU if both are masks; 0 where both are zero.
-    """
-    largest = torch.maximum(maps, others).sum((-2, -1))
-    return torch.where(largest == 0, 0.0, torch.minimum(maps, others).sum((-2, -1)) / largest)
-
-
 def confidence_map(attention: Tensor, heat: Tensor, how: Literal["mean", "product"] = "mean") -> Tensor:
     """Instance confidence maps from attention and heat-maps, each first divided by its maximum (section 3.2).
 

@@ -30,7 +30,7 @@ class TaggedImage:
     """One photograph and what is in it.
 
     Attributes:
-        id: unique name within the data set (VOC: the file's stem; COCO: the image id as text; folder: relative path).
+        id: unique name within the data set: the path below its image folder (VOC: the file's stem, as in its lists).
         path: the image file.
         tags: ascending class indices, from 0; empty for an image that shows none of the classes.
         number: the id that COCO files use for the image, where the data set has one.
@@ -66,12 +66,14 @@ class Truth:
         difficult: (N,) bool, VOC's *difficult* flag: neither counted nor penalised.
         crowd: (N,) bool, COCO's ``iscrowd``.
         semantic: (H, W) uint8 class map: 0 background, 1..C the classes, 255 ignore; None where there is none.
+        notes: one line each about objects that were cut or left out, and masks that cannot be used.
     """
 
     instances: Instances
     difficult: Tensor
     crowd: Tensor
     semantic: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,20 +99,24 @@ class AnnotatedImages:
 
         Returns:
             The truth of every image whose annotation can be read, by id and in order, and a line for each other one
-            (the first twenty, then their number).
+            and for each note of a truth (the first twenty, then their number).
 
         Raises:
             InputError: no annotation can be read.
         """
-        truths, problems = {}, []
+        truths: dict[str, Truth] = {}
+        problems: list[str] = []
+        remarks: list[str] = []
         for image in self.tagged.images:
             try:
                 truths[image.id] = self.read(image.id)
+                remarks += truths[image.id].notes
             except InputError as error:
                 problems.append(str(error))
         if not truths:
             raise InputError(problems[0] if problems else "the data set holds no image")
-        return truths, tuple(brief(problems, "images are left out because their annotation is damaged"))
+        notes = brief(problems, "images are left out because their annotation is damaged")
+        return truths, (*notes, *brief(remarks, "objects or masks are cut or left out"))
 
 
 @dataclass(frozen=True)
@@ -136,6 +142,8 @@ def choose_classes(classes: Sequence[str] | None, known: Iterable[str], source: 
     """
     names = sorted(set(known))
     for name in names:
+        if not name.strip():
+            raise InputError(f"{source}: a class without a name; name it")
         if not name.isprintable():  # it would break every table, file and terminal that it reaches
             raise InputError(f"{source}: the class name {name!r} holds unprintable characters; rename it")
     if classes is None:
@@ -145,11 +153,13 @@ def choose_classes(classes: Sequence[str] | None, known: Iterable[str], source: 
     chosen = tuple(classes)
     if not chosen:
         raise InputError(f"{source}: no class is asked for; known are {listing(names)}")
+    known, asked = set(names), set[str]()
     for name in chosen:
-        if name not in names:
+        if name not in known:
             raise InputError(f"{source}: unknown class {name!r}; known are {listing(names)}")
-        if chosen.count(name) > 1:
+        if name in asked:
             raise InputError(f"{source}: class {name!r} is asked for twice; name each once")
+        asked.add(name)
     return chosen
 
 

@@ -1,22 +1,27 @@
 """Files: read without trusting them, written whole or not at all.
 
-Everything here turns a missing, damaged or hostile file, and a disk that fails, into one `InputError` that names the
-file and the remedy.
+Everything here turns a missing, damaged or hostile file, or a full disk, into one `InputError` that names the file and
+the remedy. What the package keeps for a later stage carries a checksum (CRC-32) within the file: JSON as a last entry
+``checksum``, arrays behind their numbers, tensors in safetensors' metadata. Files without one are taken as they are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+import numpy as np
 from defusedxml import ElementTree
 
 from labelpenet.errors import InputError, one_line
@@ -26,10 +31,17 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 TEXT_LIMIT = 64 * 2**20  # bytes of a list, a tags file: ten million lines
 XML_LIMIT = 8 * 2**20  # bytes of one annotation: VOC's largest has 30 kB
 NOTES_OF_A_KIND = 20
 MANIFEST = ".labelpenet"
+
+ROOM = "make room or choose another place"
+_SEAL = re.compile(r', "checksum": "([0-9a-f]{8})"}\s*$')
+_MARK = b"\nlabelpenet crc32:"  # with four more bytes of an odd length, so that no array could end in it
 
 
 def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
@@ -52,16 +64,24 @@ def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
 
 
 def read_json(path: Path, limit: int = 4 * 2**30) -> Any:
-    """The content of a JSON file.
+    """The content of a JSON file, without the checksum of those that `write_json` made.
 
     Raises:
-        InputError: as `read_text`, or the text is not JSON.
+        InputError: as `read_text`, the text is not JSON, or its checksum is wrong.
     """
     text = read_text(path, limit)
     try:
-        return json.loads(text)
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}); export or download it again") from error
+    if not is_whole(text):
+        raise InputError(
+            f'{path}: damaged, its checksum is wrong; make it again (or take out the last entry, "checksum", if you '
+            "changed the file yourself)"
+        )
+    if isinstance(content, dict):
+        content.pop("checksum", None)
+    return content
 
 
 def read_xml(path: Path, limit: int = XML_LIMIT) -> Any:
@@ -120,6 +140,261 @@ def is_file(path: Path) -> bool:
         return False
 
 
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+def check_outputs(paths: Iterable[Path], reads: Iterable[Path] = (), overwrite: bool = False) -> None:
+    """Refuses, before any work is done, files that may not or cannot be written. Links are followed.
+
+    Args:
+        paths: the files that will be written.
+        reads: files and folders that the work reads; neither the files nor anything that lies in the folders is ever
+            written over.
+        overwrite: whether other files that are there already may be replaced.
+
+    Raises:
+        InputError: one of the files is read, is there already or is no regular file, or its folder cannot be written.
+    """
+    reads = list(reads)
+    files = {_place(path) for path in reads} | {path.resolve() for path in reads}
+    identities = {_identity(path) for path in reads if path.is_file()}
+    folders = [path.resolve() for path in reads if path.is_dir()]
+    probed: set[Path] = set()
+    for path in paths:
+        try:
+            place, there = _place(path), os.path.lexists(path)
+            if "\0" in str(path) or len(os.fsencode(path.name)) > 255:
+                raise InputError(f"{path}: is no name that a file can have; choose another")
+            if path.is_dir():
+                raise InputError(f"{path}: is a folder; name a file in it")
+            if there:
+                if place in files or (path.exists() and _identity(path) in identities):
+                    raise InputError(f"{path}: is read by this command and would be written over; choose another place")
+                if any(place.is_relative_to(folder) for folder in folders):
+                    raise InputError(f"{path}: belongs to what this command reads; choose another place")
+                if path.exists() and not path.is_file():
+                    raise InputError(f"{path}: is no regular file; choose another place")
+                if not overwrite:
+                    raise InputError(f"{path}: is there already; choose another place, or replace it with --overwrite")
+            folder = next(parent for parent in place.parents if parent.exists())
+            if folder not in probed:
+                with tempfile.TemporaryFile(dir=folder):
+                    probed.add(folder)
+        except (OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, InputError):
+                raise
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise InputError(f"{path}: cannot be written ({reason or error}); choose another place") from error
+
+
+def _place(path: Path) -> Path:
+    """Where a file lies, folders' links followed; that of the file itself is not, as writing replaces it."""
+    return path.parent.resolve() / path.name
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_dev, status.st_ino
+
+
+def write_bytes(path: Path, content: bytes | Callable[[BinaryIO], object], remedy: str = ROOM) -> Path:
+    """Writes a file, and its folder where that is missing; whatever happens, the file is there whole or as it was.
+
+    It is written under a name of its own, ``PATH.tmp``, always the same and locked while the writer lives: what a
+    killed process left is overwritten, and processes that write the same file wait for one another.
+
+    Args:
+        path: the file; a link there is replaced, not followed.
+        content: the bytes, or what writes them to an open file.
+        remedy: what the user can do where it fails.
+
+    Raises:
+        InputError: full disk, no permission, a folder of that name.
+    """
+    short = path.name if len(path.name.encode()) < 240 else hashlib.blake2b(path.name.encode()).hexdigest()[:32]
+    temporary = path.with_name(f"{short}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _open_alone(temporary) as file:
+            try:
+                content(file) if callable(content) else file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+                if fcntl is None:
+                    file.close()
+                temporary.replace(path)
+            except BaseException:
+                with contextlib.suppress(OSError):  # which would hide the reason
+                    temporary.unlink()
+                raise
+    except (OSError, RuntimeError) as error:
+        reason = _os_error(error)
+        if reason is None:
+            raise
+        raise InputError(f"{path}: cannot be written ({reason.strerror or reason}); {remedy}") from error
+    return path
+
+
+def write_text(path: Path, text: str, remedy: str = ROOM) -> Path:
+    """Writes a UTF-8 file as `write_bytes` does."""
+    return write_bytes(path, text.encode("utf-8"), remedy)
+
+
+def write_json(path: Path, content: Mapping[str, Any], remedy: str = ROOM, indent: int | None = None) -> Path:
+    """Writes a JSON object, not empty, with a checksum that `read_json` verifies."""
+    return write_text(path, sealed(json.dumps(content, indent=indent)) + "\n", remedy)
+
+
+def write_array(path: Path, array: np.ndarray, remedy: str = ROOM) -> Path:
+    """Writes an array as ``.npy``, which numpy reads too, with a checksum behind the numbers."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    content = buffer.getvalue()
+    return write_bytes(path, content + _MARK + zlib.crc32(content).to_bytes(4, "big"), remedy)
+
+
+def read_array(path: Path) -> np.ndarray | None:
+    """The array of an ``.npy`` file; None if it is missing or damaged."""
+    try:
+        content = path.read_bytes()
+        body, mark, checksum = content.rpartition(_MARK) if _MARK in content[-len(_MARK) - 4 :] else (content, b"", b"")
+        if mark and checksum != zlib.crc32(body).to_bytes(4, "big"):
+            return None
+        stream = io.BytesIO(body)
+        array = np.load(stream, allow_pickle=False)
+    except (OSError, ValueError, EOFError, SyntaxError):  # numpy parses the header as Python
+        return None
+    return array if isinstance(array, np.ndarray) and stream.tell() == len(body) else None
+
+
+def write_tensors(path: Path, state: Mapping[str, Tensor], remedy: str = ROOM) -> Path:
+    """Writes tensors as safetensors, with a checksum in the metadata."""
+    from safetensors.torch import save
+
+    state = {name: value.detach().contiguous().cpu() for name, value in state.items()}
+    return write_bytes(path, save(state, {"crc32": _tensor_checksum(state)}), remedy)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Raises:
+        ValueError: the file is damaged; OSError: it cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            expected = (file.metadata() or {}).get("crc32")
+    except SafetensorError as error:
+        raise ValueError(f"damaged, {str(error).splitlines()[0]}") from error
+    if expected is not None and expected != _tensor_checksum(state):
+        raise ValueError("damaged, its checksum is wrong")
+    return state
+
+
+def sealed(text: str) -> str:
+    """The text of a JSON object, not empty, with its checksum as the last entry."""
+    body = text.rstrip().removesuffix("}").rstrip()
+    return f'{body}, "checksum": "{zlib.crc32(body.encode()):08x}"}}'
+
+
+def is_whole(text: str) -> bool:
+    """Whether the text of a JSON object is as `sealed` left it; True where it has no checksum."""
+    seal = _SEAL.search(text, max(0, len(text) - 64))
+    return seal is None or f"{zlib.crc32(text[: seal.start()].encode()):08x}" == seal.group(1)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Whether this process alone has the lock of a folder, or of a file, made where it is missing.
+
+    The lock dies with the process.
+
+    True also where the file system knows no locks.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    if fcntl is None:
+        yield True
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        yield _lock(descriptor, wait=False)
+    finally:
+        os.close(descriptor)
+
+
+def hash_file(path: Path) -> str:
+    """Names the content of a file: 128 bits of BLAKE2b, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def hash_files(paths: Iterable[Path], threads: int = 4) -> dict[Path, str | InputError]:
+    """The content hash of each file, or why it cannot be read."""
+
+    def attempt(path: Path) -> str | InputError:
+        try:
+            return hash_file(path)
+        except OSError as error:
+            return InputError(f"{path}: cannot be read ({error.strerror or error}); check the path")
+
+    unique = list(dict.fromkeys(paths))
+    with ThreadPoolExecutor(threads) as pool:  # hashing and reading let other threads run
+        return dict(zip(unique, pool.map(attempt, unique), strict=True))
+
+
+def _open_alone(path: Path) -> BinaryIO:
+    """The file, empty, open for writing by this process alone."""
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666), "wb")
+        try:
+            _lock(file, wait=True)
+            # The one who had it before may have given it its final name.
+            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                file.truncate(0)
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _lock(file: BinaryIO | int, wait: bool) -> bool:
+    """Locks an open file against other processes; False if another one has the lock."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return True
+    return True
+
+
+def _os_error(error: BaseException) -> OSError | None:
+    """The system's error behind an exception: torch.save may bury a full disk under an error of its own."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, OSError):
+        seen = seen.__cause__ or seen.__context__
+    return seen
+
+
+def _tensor_checksum(state: Mapping[str, Tensor]) -> str:
+    import torch
+
+    found = 0
+    for name in sorted(state):
+        value = state[name]
+        found = zlib.crc32(f"{name}{value.dtype}{tuple(value.shape)}".encode(), found)
+        found = zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().data, found)
+    return f"{found:08x}"
+
+
 def brief(problems: Sequence[str], what: str) -> list[str]:
     """The problems as notes: the first twenty, and a last line that counts all of them as ``what``."""
     if not problems:
@@ -135,35 +410,12 @@ def listing(names: Iterable[str], limit: int = 30) -> str:
     return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "") or "none"
 
 
-def write_bytes(path: Path, content: bytes) -> Path:
-    """Writes a file, and its folder where that is missing: by a temporary file beside it, which then takes its name.
-
-    Raises:
-        InputError: the file cannot be written (full disk, no permission, a folder of that name); the old file, if any,
-            is as it was.
-    """
-    temporary = None
+def excerpt(value: object, length: int = 60) -> str:
+    """What a file holds, for a message; it may be nested deep, or a number of thousands of digits."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(temporary).chmod(0o666 & ~mask)  # mkstemp's 0600 would hide the file from the user's other tools
-        os.replace(temporary, path)  # noqa: PTH105
-        temporary = None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-    return path
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Writes a UTF-8 file as `write_bytes` does."""
-    return write_bytes(path, text.encode("utf-8"))
+        return str(value)[:length]
+    except (RecursionError, ValueError):
+        return f"a {type(value).__name__}"
 
 
 def safe_name(name: str) -> str:
@@ -177,7 +429,7 @@ def safe_name(name: str) -> str:
     return plain
 
 
-@contextmanager
+@contextlib.contextmanager
 def whole_folder(
     out: Path | str,
     reads: Iterable[Path] = (),
@@ -203,7 +455,7 @@ def whole_folder(
     """
     out = Path(os.path.abspath(out))  # noqa: PTH100 resolving would follow a link at the end
     part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
-    about = dict(about or {})
+    about, ours = dict(about or {}), False
     try:
         if old.is_dir() and not old.is_symlink() and (old / MANIFEST).is_file():  # killed in the middle of a swap
             shutil.rmtree(old) if out.exists() else old.rename(out)
@@ -211,14 +463,19 @@ def whole_folder(
         made = _manifest(out) if out.is_dir() and any(out.iterdir()) else None
         if made is not None and not overwrite and not (extend and made == about):
             raise InputError(f"{out}: already holds an export; choose another folder, or overwrite it")
+        if part.is_symlink():
+            raise InputError(f"{part}: is a link; remove it")
         part.mkdir(parents=True, exist_ok=True)
-        with _alone(part):
+        with locked(part) as alone:
+            if not alone:
+                raise InputError(f"{part}: another process is writing there; wait for it")
+            ours = True
             for entry in part.iterdir():
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             if made is not None and not overwrite:
                 _link_files(out, part)
             yield part
-            digests = {path.relative_to(part).as_posix(): _digest(path) for path in _files(part)}
+            digests = {path.relative_to(part).as_posix(): hash_file(path) for path in _files(part)}
             write_text(part / MANIFEST, json.dumps({"about": about, "files": digests}))
             if made is not None:
                 out.rename(old)
@@ -231,7 +488,7 @@ def whole_folder(
     except InputError as error:  # about a file in the folder that nobody will find
         raise InputError(str(error).replace(str(part), str(out))) from error
     finally:
-        if not part.is_symlink():
+        if ours:
             shutil.rmtree(part, ignore_errors=True)
 
 
@@ -256,7 +513,7 @@ def unchanged(folder: Path) -> set[Path]:
     """The files of a folder that `whole_folder` made which nobody has changed since; none of another folder."""
     try:
         digests = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
-        return {path for path in _files(folder) if digests.get(path.relative_to(folder).as_posix()) == _digest(path)}
+        return {path for path in _files(folder) if digests.get(path.relative_to(folder).as_posix()) == hash_file(path)}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 
@@ -274,7 +531,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: is not empty and no export of labelpenet; choose a new folder") from error
     for path in _files(folder):
         name = path.relative_to(folder).as_posix()
-        if name != MANIFEST and (name not in digests or path.is_symlink() or _digest(path) != digests[name]):
+        if name != MANIFEST and (name not in digests or path.is_symlink() or hash_file(path) != digests[name]):
             raise InputError(f"{path}: was added or changed since the export; move it away, or choose another folder")
     return about
 
@@ -282,11 +539,6 @@ def _manifest(folder: Path) -> dict[str, Any]:
 def _files(folder: Path) -> list[Path]:
     """All files and links below a folder, in order; links are not followed."""
     return sorted(Path(home) / name for home, _, names in os.walk(folder) for name in names)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
 
 
 def _link_files(folder: Path, into: Path) -> None:
@@ -298,25 +550,3 @@ def _link_files(folder: Path, into: Path) -> None:
             target.hardlink_to(path)
         except OSError:
             shutil.copy2(path, target)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keeps other processes from a folder as long as this one lives.
-
-    Raises:
-        InputError: another one has it, or it is a link.
-    """
-    if folder.is_symlink():
-        raise InputError(f"{folder}: is a link; remove it")
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise InputError(f"{folder}: another process is writing there; wait for it") from error
-    finally:
-        os.close(descriptor)

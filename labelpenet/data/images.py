@@ -52,6 +52,26 @@ def read_image(path: Path | str) -> np.ndarray:
         return _upright(pixels, _orientation(image))
 
 
+def as_pixels(image: np.ndarray | Image.Image | str | Path) -> np.ndarray:
+    """A photograph in whatever form one has it, as `read_image` returns it.
+
+    Args:
+        image: a file, a PIL image (its EXIF orientation is applied), or an array (H, W, 3) or (H, W) uint8.
+
+    Raises:
+        InputError: the file cannot be read; an array of another shape or type.
+    """
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    if isinstance(image, Image.Image):
+        return _upright(_rgb(image), _orientation(image))
+    if image.ndim == 2:
+        image = np.repeat(image[..., None], 3, axis=2)
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+        raise InputError(f"an image must be (H, W, 3) uint8 RGB, but this array is {image.shape} {image.dtype}")
+    return image
+
+
 def image_size(path: Path | str) -> tuple[int, int]:
     """(H, W) in pixels of what `read_image` returns, from the file's header where the format allows it.
 

@@ -33,7 +33,7 @@ import numpy as np
 from PIL import Image
 
 from labelpenet.data.dataset import TaggedImage
-from labelpenet.data.files import brief, listing, read_json
+from labelpenet.data.files import brief, excerpt, listing, read_json
 from labelpenet.data.images import PIXEL_LIMIT, SUFFIXES, image_size
 from labelpenet.data.proposals import Proposals
 from labelpenet.errors import InputError
@@ -136,9 +136,10 @@ def _image_names(image: TaggedImage) -> list[str]:
 def _read_npz(path: Path) -> dict[str, Raw]:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            arrays = {name: archive[name] for name in archive.files}
     except Exception as error:  # zip, zlib and numpy each raise their own
         raise InputError(f"{path}: no readable .npz archive of plain arrays ({_line(error)}); save it again") from error
+    return {name: _numbers(boxes, path, name) for name, boxes in arrays.items()}
 
 
 def _read_mat(path: Path) -> dict[str, Raw]:
@@ -190,14 +191,18 @@ def _from_object(content: Any, path: Path) -> dict[str, Raw]:
     if names is None:
         return {str(name): _numbers(value, path, name) for name, value in content.items()}
     columns = [names, content["boxes"], content.get("scores")]
-    if columns[2] is None and isinstance(names, list | tuple | np.ndarray):
+    if columns[2] is None and _is_column(names):
         columns[2] = [None] * len(names)
-    if not all(isinstance(column, list | tuple | np.ndarray) for column in columns) or len(set(map(len, columns))) > 1:
+    if not all(map(_is_column, columns)) or len(set(map(len, columns))) > 1:
         raise InputError(f"{path}: boxes, names and scores must be lists of one length, with an entry for each image")
     return {
         _text(name): _by_score(_numbers(boxes, path, name) + np.array([0, 0, 1, 1]), scores, path)
         for name, boxes, scores in zip(*columns, strict=True)
     }
+
+
+def _is_column(value: Any) -> bool:
+    return isinstance(value, list | tuple) or (isinstance(value, np.ndarray) and value.ndim > 0)
 
 
 def _by_score(boxes: np.ndarray, scores: Any, path: Path) -> np.ndarray:
@@ -229,6 +234,8 @@ def _sorted_rows(rows: list, path: Path) -> list:
 def _numbers(value: Any, path: Path, name: object) -> np.ndarray:
     """(R, 4) float64 from whatever a file holds for an image."""
     try:
+        if isinstance(value, np.ndarray) and value.dtype.kind not in "biufO":
+            raise TypeError
         boxes = np.asarray(value, np.float64)
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: the boxes of image {name} are no numbers; expected (R, 4)") from error
@@ -282,7 +289,9 @@ def _row_boxes(rows: list, size: tuple[int, int]) -> np.ndarray:
             try:
                 x, y, width, height = map(float, row["bbox"])
             except (TypeError, ValueError, OverflowError) as error:
-                raise InputError(f"a bbox must be four numbers x, y, width, height, but is {row['bbox']!r}") from error
+                raise InputError(
+                    f"a bbox must be four numbers x, y, width, height, but is {excerpt(row['bbox'])}"
+                ) from error
             boxes[i] = x, y, x + width, y + height
         elif row.get("segmentation"):
             boxes[i] = masks_to_boxes(decode_mask(row["segmentation"], size)[None])[0].numpy()
@@ -471,6 +480,8 @@ def _plain(value: Any, budget: Iterator[int]) -> Any:
         return {_plain(key, budget): _plain(item, budget) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return type(value)(_plain(item, budget) for item in value)
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return _refuse("a number of too many digits")
     if value is None or isinstance(value, (str, bytes, bytearray, int, float)):
         return value
     return _refuse(f"a {type(value).__name__}")

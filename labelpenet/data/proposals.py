@@ -15,11 +15,9 @@ import itertools
 import json
 import os
 import signal
-import tempfile
 import threading
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context, parent_process
@@ -29,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import cv2
 import numpy as np
 
-from labelpenet.data.files import brief
+from labelpenet.data.files import brief, hash_file, hash_files, read_array, write_array, write_text
 from labelpenet.data.images import read_image
 from labelpenet.errors import InputError
 
@@ -40,6 +38,10 @@ Method = Literal["selective-search-fast", "selective-search-quality", "edge-boxe
 
 _VERSION = 1  # of what `propose` and `read_image` compute; a change makes every cached file stale
 
+LARGEST_SIDE = 640
+"""Longer side in pixels of the working image where the settings name none: selective search of a camera's photograph of
+24 million pixels would take minutes."""
+
 
 @dataclass(frozen=True)
 class ProposalSettings:
@@ -48,7 +50,7 @@ class ProposalSettings:
     Attributes:
         method: selective search with OpenCV's fast or quality strategies, or edge boxes.
         side: longer side in pixels of the working image, to which the photograph is scaled (down, or up to twice);
-            None for its own size. Boxes are always in pixels of the photograph.
+            None for its own size, up to 640. Boxes are always in pixels of the photograph.
         scale: selective search: the scale ``k`` of its finest first segmentation, and the step to the coarser ones; a
             smaller one gives more and smaller regions (OpenCV's default is 150).
         limit: most boxes kept per image, the first by rank.
@@ -117,7 +119,7 @@ def _working_image(image: np.ndarray, side: int | None) -> np.ndarray:
     height, width = image.shape[:2]
     bgr = np.ascontiguousarray(image[:, :, ::-1])
     # Scaling a thumbnail up further than twice finds nothing new and costs time.
-    scale = 1.0 if side is None else min(side / max(height, width), 2.0)
+    scale = min(LARGEST_SIDE / max(height, width), 1.0) if side is None else min(side / max(height, width), 2.0)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     if size == (width, height):
         return bgr
@@ -281,22 +283,24 @@ def compute_proposals(
     """
     folder = _prepare(cache, settings)
     count = workers or _usable_cores()
-    hashed = _hash_files([image.path for image in images], count)
+    hashed = hash_files([image.path for image in images], count)
     targets = {path: folder / key[:2] / f"{key}.npy" for path, key in hashed.items() if not isinstance(key, Exception)}
     failures = {path: str(error) for path, error in hashed.items() if isinstance(error, Exception)}
     missing = {target: path for path, target in targets.items() if _load(target) is None}  # alike files: only once
+    damaged = [f"{target} was damaged; the proposals were computed again" for target in missing if target.is_file()]
     results = _run_all(list(missing.values()), settings, count)
     with _bar(progress, len(missing)) as advance, contextlib.closing(results):
         for path, result in results:
             if isinstance(result, np.ndarray):
-                _save(result, targets[path], folder)
+                write_array(targets[path], result, "free some space or name another cache, then run again")
             else:
                 alike = [twin for twin, target in targets.items() if target == targets[path]]
                 failures.update({twin: result.replace(str(path), str(twin)) for twin in alike})
             advance()
     found = {image.id: targets[image.path] for image in images if image.path not in failures}
     skipped = [failures[image.path] for image in images if image.path in failures]
-    return Proposals(found, brief(skipped, "images have no proposals"))
+    notes = brief(damaged, "cached files were damaged") + brief(skipped, "images have no proposals")
+    return Proposals(found, notes)
 
 
 def default_cache() -> Path:
@@ -305,76 +309,22 @@ def default_cache() -> Path:
 
 
 def _prepare(cache: Path, settings: ProposalSettings) -> Path:
-    """The cache's folder for these settings, with the settings as JSON, swept of what killed runs left."""
+    """The cache's folder for these settings, with the settings as JSON."""
     key = {**asdict(settings), "version": _VERSION, "opencv": cv2.__version__}
-    key["model"] = None if settings.model is None else _hash_file(settings.model)
+    key["model"] = None if settings.model is None else hash_file(settings.model)
     text = json.dumps(key, indent=1, sort_keys=True)
     folder = cache / f"{settings.method}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _whole_file(folder / "settings.json", folder) as file:
-            file.write(text.encode())
-        for leftover in folder.glob("*.tmp"):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - leftover.stat().st_mtime > 3600:  # younger ones may be another run's
-                    leftover.unlink()
-    except OSError as error:
-        raise InputError(f"{folder}: cannot write the proposal cache ({error}); name another folder") from error
+    described = folder / "settings.json"
+    if not described.is_file() or described.read_text(encoding="utf-8", errors="replace") != text:
+        write_text(described, text, "name another folder for the proposal cache")
     return folder
-
-
-@contextlib.contextmanager
-def _whole_file(path: Path, folder: Path) -> Iterator[Any]:
-    """A binary file to write that becomes ``path`` when all is written, by way of a temporary file in ``folder``."""
-    descriptor, temporary = tempfile.mkstemp(".tmp", dir=folder)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _save(boxes: np.ndarray, target: Path, folder: Path) -> None:
-    try:
-        target.parent.mkdir(exist_ok=True)
-        with _whole_file(target, folder) as file:
-            np.save(file, boxes)
-    except OSError as error:
-        raise InputError(
-            f"{target}: cannot write proposals ({error}); free some space or name another cache, then run again"
-        ) from error
 
 
 def _load(path: Path) -> np.ndarray | None:
     """The boxes of a cache file, or None if it is missing or damaged."""
-    try:
-        boxes = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
-        return None
-    whole = isinstance(boxes, np.ndarray) and boxes.dtype == np.float32 and boxes.ndim == 2 and boxes.shape[1] == 4
+    boxes = read_array(path)
+    whole = boxes is not None and boxes.dtype == np.float32 and boxes.ndim == 2 and boxes.shape[1] == 4
     return boxes if whole else None
-
-
-def _hash_file(path: Path) -> str:
-    """Names the content of a file: 128 bits of BLAKE2b, in hexadecimal."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-
-
-def _hash_files(paths: Iterable[Path], threads: int) -> dict[Path, str | InputError]:
-    """The content hash of each file, or why it cannot be read."""
-
-    def attempt(path: Path) -> str | InputError:
-        try:
-            return _hash_file(path)
-        except OSError as error:
-            return InputError(f"{path}: cannot be read ({error.strerror or error}); check the path")
-
-    unique = list(dict.fromkeys(paths))
-    with ThreadPoolExecutor(threads) as pool:  # hashing and reading let other threads run
-        return dict(zip(unique, pool.map(attempt, unique), strict=True))
 
 
 def _compute(path: Path, settings: ProposalSettings) -> np.ndarray | str:

@@ -144,8 +144,8 @@ def average_precision(precision: np.ndarray, recall: np.ndarray, interpolation: 
         return 0.0
     best = np.maximum.accumulate(precision[::-1])[::-1]
     if interpolation == "voc07":
-        # k / 10 rather than k * 0.1: a recall of exactly 3/10 must reach the third point.
-        position = np.searchsorted(recall, np.arange(11) / 10, side="left")
+        # k * 0.1 in floating point, as the kit counts 0:0.1:1: a recall of exactly 3/10, 6/10 or 7/10 misses its point.
+        position = np.searchsorted(recall, np.arange(11) * 0.1, side="left")
         return float(np.append(best, 0.0)[position].mean())
     return float(np.sum(np.diff(recall, prepend=0.0) * best))
 

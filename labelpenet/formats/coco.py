@@ -6,15 +6,13 @@ which no single object can be told, often at the edge of sight. In the truth it 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
 
 from labelpenet.data.dataset import (
     AnnotatedImages,
@@ -25,15 +23,23 @@ from labelpenet.data.dataset import (
     choose_classes,
     tag_images,
 )
-from labelpenet.data.files import brief, inside, is_file, listing, read_json, read_names, write_text
-from labelpenet.data.images import PIXEL_LIMIT, image_size
+from labelpenet.data.files import brief, excerpt, inside, is_file, listing, read_json, read_names, write_text
 from labelpenet.errors import InputError
 from labelpenet.formats.polygons import coco_polygons
 from labelpenet.formats.predictions import file_names, image_numbers
 from labelpenet.formats.selection import Exported, mask_arrays, new_export, selected
+from labelpenet.formats.shapes import PROBE, Shape, checked_size, image_folder, read_truth
 from labelpenet.instances import Instances
 
-_PROBE = 50  # images by which an image folder is judged
+# COCO and datumaro, Roboflow, FiftyOne (beside data), Label Studio's COCO export, our own.
+_NAMES = (
+    "instances.json",
+    "instances_*.json",
+    "_annotations.coco.json",
+    "labels.json",
+    "result.json",
+    "annotations.json",
+)
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,9 @@ def is_coco(content: Any) -> bool:
 
 
 def json_files(data: Path) -> list[Path]:
-    """The instances files of a folder: ``instances.json``, ``instances_*.json``, also below ``annotations``."""
+    """The instances files of a folder, under the names that tools give them, also below ``annotations``."""
     folders = [folder for folder in (data, data / "annotations") if folder.is_dir()]
-    names = ("instances.json", "instances_*.json")
-    return [path for folder in folders for name in names for path in sorted(folder.glob(name)) if path.is_file()]
+    return [path for folder in folders for name in _NAMES for path in sorted(folder.glob(name)) if path.is_file()]
 
 
 def choose_file(files: Sequence[Path], split: str | None, data: Path) -> Path:
@@ -77,7 +82,7 @@ def choose_file(files: Sequence[Path], split: str | None, data: Path) -> Path:
     """
     if len(files) == 1:
         return files[0]
-    splits = {path: path.stem.removeprefix("instances").lstrip("_") for path in files}
+    splits = {path: _split_of(path) for path in files}
     fitting = [path for path in files if splits[path] == split] or [
         path for path in files if split and splits[path].rstrip("0123456789") == split
     ]
@@ -100,7 +105,8 @@ def open_tagged(
         path: the JSON file.
         split: a text file of image ids or file names to restrict to; any other name is taken for that of the file.
         classes: names of the classes, in label order; None: those that occur, in alphabetical order.
-        images: the image folder; None: ``images`` or ``<split>2017`` beside the file, or the file's own folder.
+        images: the image folder; None: ``images``, ``data`` or ``<split>2017`` beside the file or beside its folder,
+            or the file's own folder.
         content: the parsed file, where the caller has it already.
 
     Raises:
@@ -120,21 +126,23 @@ def open_annotated(
     instances = _read(path, content)
     tagged = _tagged(instances, split, classes, images)
     number = {name: category for category, name in instances.names.items()}
-    categories = tuple(number[name] for name in tagged.classes)
-    rows = {str(key): key for key in instances.images}
+    label = {name: index for index, name in enumerate(tagged.classes)}
+    keys = {_image_id(row): key for key, row in instances.images.items()}
     files = {image.id: image.path for image in tagged.images}
 
     def read(image_id: str) -> Truth:
         if image_id not in files:
             raise InputError(f"{path}: no image {image_id!r}; check the ids of the predictions")
-        key = rows[image_id]
+        row = instances.images[keys[image_id]]
+        source = f"{path}: image {image_id}"
         try:
-            size = _size(instances.images[key], files[image_id])
-            return _truth(instances.annotations.get(key, []), size, categories)
+            size = checked_size(files[image_id], (row.get("height"), row.get("width")))
         except InputError as error:
-            raise InputError(f"{path}: image {image_id}: {error}") from error
+            raise InputError(f"{source}: {error}") from error
+        shapes = (_shape(one, instances.names) for one in instances.annotations.get(keys[image_id], []))
+        return read_truth(shapes, size, label, source)
 
-    return AnnotatedImages(tagged, read, categories)
+    return AnnotatedImages(tagged, read, tuple(number[name] for name in tagged.classes))
 
 
 def _read(path: Path, content: Any) -> CocoFile:
@@ -143,31 +151,37 @@ def _read(path: Path, content: Any) -> CocoFile:
         raise InputError(f"{path}: no COCO instances file; it needs the lists images, annotations and categories")
     problems: list[str] = []
     names: dict[int, str] = {}
+    taken: set[str] = set()
     for row in content["categories"]:
-        if not isinstance(row, dict) or not _is_id(row.get("id")) or not isinstance(row.get("name"), str):
-            raise InputError(f"{path}: a category needs an integer id and a name, but got {str(row)[:80]}")
-        if row["id"] in names or row["name"] in names.values():
-            raise InputError(f"{path}: category {row['id']} {row['name']!r} stands there twice; merge the two")
-        names[row["id"]] = row["name"]
+        name = row.get("name") if isinstance(row, dict) else None
+        if not isinstance(name, str) or not name.strip() or not _is_id(row.get("id")):
+            raise InputError(f"{path}: a category needs an integer id and a name, but got {excerpt(row)}; mend it")
+        if row["id"] in names or name in taken:
+            raise InputError(f"{path}: category {row['id']} {name!r} stands there twice; merge the two")
+        taken.add(name)
+        names[row["id"]] = name
     images: dict[int | str, dict[str, Any]] = {}
     seen: set[str] = set()
     for row in content["images"]:
         key: Any = row.get("id") if isinstance(row, dict) else None
-        if not (_is_id(key) or isinstance(key, str)) or not isinstance(row.get("file_name"), str):
-            problems.append(f"{path}: an image without id or file_name: {str(row)[:80]}")
-        elif str(key) in seen:  # 7 and "7" would be one id for the tags
-            problems.append(f"{path}: image id {key} stands there twice; the first is used")
+        if not _is_key(key) or not isinstance(row.get("file_name"), str):
+            problems.append(f"{path}: an image without id or file_name: {excerpt(row)}")
+        elif key in images or _image_id(row) in seen:
+            twice = f"image id {excerpt(key)}" if key in images else f"image {_image_id(row)[:80]}"
+            problems.append(f"{path}: {twice} stands there twice; the first is used")
         else:
-            seen.add(str(key))
+            seen.add(_image_id(row))
             images[key] = row
     annotations: dict[int | str, list[dict[str, Any]]] = defaultdict(list)
     for row in content["annotations"]:
-        if not isinstance(row, dict) or not isinstance(row.get("image_id"), (int, str)):
-            problems.append(f"{path}: an annotation without image_id: {str(row)[:80]}")
+        if not isinstance(row, dict) or not _is_key(row.get("image_id")):
+            problems.append(f"{path}: an annotation without image_id: {excerpt(row)}")
         elif row["image_id"] not in images:
-            problems.append(f"{path}: annotation {row.get('id')} belongs to no image ({str(row['image_id'])[:40]})")
+            problems.append(
+                f"{path}: annotation {excerpt(row.get('id'))} belongs to no image ({excerpt(row['image_id'])})"
+            )
         elif not _is_id(row.get("category_id")) or row["category_id"] not in names:
-            problems.append(f"{path}: annotation {row.get('id')} has no known category")
+            problems.append(f"{path}: annotation {excerpt(row.get('id'))} has no known category")
         else:
             annotations[row["image_id"]].append(row)
     return CocoFile(path, names, images, dict(annotations), tuple(problems))
@@ -175,7 +189,8 @@ def _read(path: Path, content: Any) -> CocoFile:
 
 def _tagged(content: CocoFile, split: str | None, classes: Sequence[str] | None, images: Path | None) -> TaggedImages:
     chosen, notes = _chosen(content, split)
-    folder = _image_folder(content, images)
+    folder, said = _image_folder(content, images)
+    notes += said
     found, problems, only_crowd = [], [], 0
     for key in chosen:
         rows = content.annotations.get(key, [])
@@ -185,7 +200,8 @@ def _tagged(content: CocoFile, split: str | None, classes: Sequence[str] | None,
             path = inside(folder, content.images[key]["file_name"])
             if not is_file(path):
                 raise InputError(f"{path}: no such image; add it or remove it from {content.path.name}")
-            found.append(NamedImage(str(key), path, single, key if isinstance(key, int) else None))
+            number = key if isinstance(key, int) else None
+            found.append(NamedImage(_image_id(content.images[key]), path, single, number))
         except InputError as error:
             problems.append(str(error))
     notes += brief(content.problems, "rows are passed over")
@@ -214,70 +230,38 @@ def _chosen(content: CocoFile, split: str | None) -> tuple[list[int | str], list
     return list(content.images), [f"{content.path.name} has no splits: all its images are used as {split!r}"]
 
 
-def _image_folder(content: CocoFile, images: Path | None) -> Path:
-    """The folder that holds most of the first images.
+def _image_folder(content: CocoFile, images: Path | None) -> tuple[Path, list[str]]:
+    """The folder that holds most of the first images, and notes.
 
     Raises:
         InputError: none holds any (the folders looked at are listed).
     """
-    home = content.path.parent
-    own = content.path.stem.removeprefix("instances").lstrip("_") or "images"
-    folders = [images] if images else [home / "images", home / own, home, home.parent / own, home.parent / "images"]
-    names = [row["file_name"] for row in list(content.images.values())[:_PROBE]]
-
-    def held(folder: Path) -> int:
-        return sum(is_file(folder / name) for name in names)
-
-    best = max(folders, key=held)
-    if not held(best):
-        raise InputError(f"{content.path}: its images are in none of {listing(map(str, folders))}; give their folder")
-    return best
+    home, own = content.path.parent, _split_of(content.path) or "images"
+    homes = [home, home.parent] if home.name == "annotations" else [home]
+    inner = (f"images/{own}", own, "images", f"data/{own}", "data", ".")
+    folders = [images] if images else [root / name for root in homes for name in inner]
+    names = [row["file_name"] for row in list(content.images.values())[:PROBE]]
+    held = {folder: sum(is_file(folder / name) for name in names) for folder in folders if folder.is_dir()}
+    return image_folder(held, content.path)
 
 
-def _size(row: dict[str, Any], path: Path) -> tuple[int, int]:
-    """(H, W) of an image as it is read, checked against what the file says.
-
-    Raises:
-        InputError: the image cannot be read, or the annotation was drawn on an image of another size.
-    """
-    size = image_size(path)
-    said = row.get("height"), row.get("width")
-    if all(_is_id(side) for side in said) and said != size:
-        raise InputError(
-            f"annotated at {said[1]} x {said[0]} pixels, but {path.name} has {size[1]} x {size[0]} (upright); "
-            "use the image that was annotated"
-        )
-    if size[0] * size[1] > PIXEL_LIMIT:
-        raise InputError(f"{path.name} has more than {PIXEL_LIMIT} pixels; make it smaller")
-    return size
+def _split_of(path: Path) -> str:
+    """``val2017`` of ``instances_val2017.json``, else nothing."""
+    return path.stem.removeprefix("instances").lstrip("_") if path.stem.startswith("instances") else ""
 
 
-def _truth(rows: Sequence[dict[str, Any]], size: tuple[int, int], categories: Sequence[int]) -> Truth:
-    """The annotations of one image, restricted to the chosen categories.
-
-    Raises:
-        InputError: a box or a mask is damaged or leaves the image.
-    """
-    rows = [{**row, "score": 1.0, "bbox": _box(row)} for row in rows if row["category_id"] in categories]
-    instances = Instances.from_coco(rows, size, categories).validate(len(categories))
-    limits = torch.tensor([size[1], size[0], size[1], size[0]])
-    instances.boxes = instances.boxes.clamp(min=0).minimum(limits)  # within the pixel that validate lets pass
-    crowd = torch.tensor([_is_crowd(row) for row in rows], dtype=torch.bool)
-    return Truth(instances, difficult=torch.zeros(len(rows), dtype=torch.bool), crowd=crowd)
+def _image_id(row: dict[str, Any]) -> str:
+    return row["file_name"].replace("\\", "/").removeprefix("./")
 
 
-def _box(row: dict[str, Any]) -> list[float] | None:
-    """The ``bbox`` of a row, or None where its mask's tight box is to serve."""
+def _shape(row: dict[str, Any], names: dict[int, str]) -> Shape:
     box = row.get("bbox")
-    if box is None and row.get("segmentation"):
-        return None
-    try:
-        values = np.array(box, np.float64)
-    except (TypeError, ValueError):
-        values = np.array([])
-    if values.shape != (4,) or not np.isfinite(values).all():
-        raise InputError(f"annotation {row.get('id')} needs a bbox of four numbers, but has {str(box)[:60]}; mend it")
-    return values.tolist()
+    if isinstance(box, list) and len(box) == 4:
+        with contextlib.suppress(TypeError):  # what are no numbers will be called so
+            box = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
+    mask = row.get("segmentation")
+    where = f"annotation {excerpt(row.get('id'), 40)}"
+    return Shape(names[row["category_id"]], where, box, mask, crowd=_is_crowd(row))
 
 
 def _is_crowd(row: dict[str, Any]) -> bool:
@@ -285,7 +269,11 @@ def _is_crowd(row: dict[str, Any]) -> bool:
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+
+
+def _is_key(value: Any) -> bool:
+    return _is_id(value) or isinstance(value, str)
 
 
 def export_coco(

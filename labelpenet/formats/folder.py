@@ -1,7 +1,8 @@
 """A folder of photographs with a tags file, or with one sub-folder per class.
 
-- ``tags.csv``: a header ``file,tags``, then an image a row; several tags are separated by ``;``, none makes a negative.
-- ``tags.json``: ``{"file": ["tag", ...], ...}``.
+- CSV, ``,`` ``;`` or tab: a header, then an image a row (or several rows: their tags are put together). A column names
+  the file, with or without suffix; another holds its tags, or each class has a column of 0 and 1.
+- JSON ``{"file": ["tag", ...], ...}``, and lines of JSON such as Hugging Face's ``metadata.jsonl``.
 - sub-folders: each image has the name of its sub-folder as its one tag.
 
 Files are named relative to the folder. ``SPLIT.txt`` in the folder (a file name a line) makes a split.
@@ -9,39 +10,85 @@ Files are named relative to the folder. ``SPLIT.txt`` in the folder (a file name
 
 from __future__ import annotations
 
+import ast
 import csv
 import io
+import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from labelpenet.data.dataset import NamedImage, TaggedImages, choose_classes, tag_images
-from labelpenet.data.files import brief, inside, is_file, listing, read_json, read_text
+from labelpenet.data.files import brief, excerpt, inside, is_file, listing, read_json, read_text
 from labelpenet.data.images import SUFFIXES
 from labelpenet.errors import InputError
+from labelpenet.formats.shapes import PROBE, image_folder
 
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "trainval")
 # Folders that other layouts use: never classes, or a data set that lacks a file would be read as something else.
-_NO_CLASSES = ("images", "annotations", "labels", "jpegimages", "imagesets", "segmentationclass", "segmentationobject")
+_NO_CLASSES = (
+    *("images", "annotations", "labels", "jpegimages", "imagesets", "segmentationclass", "segmentationobject", "masks"),
+    *("data", "obj_train_data", "obj_valid_data", "obj_test_data", "obj_validation_data"),
+)
+FILE_COLUMNS = ("file", "filename", "file_name", "image", "image_id", "image_path", "path", "filepath")
+TAG_COLUMNS = ("tags", "labels", "tag", "label", "classes", "class", "categories", "category")
+_REMEDY = (
+    f"name them {' or '.join(FILE_COLUMNS[:5])}, and {' or '.join(TAG_COLUMNS[:4])} "
+    "(or give each class a column of 0 and 1)"
+)
+
+
+@dataclass
+class _Table:
+    """What a tags file says: tags by file as written there, what looked odd, and what is to be said once."""
+
+    tags: dict[str, frozenset[str]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, name: str, tags: frozenset[str]) -> None:
+        self.tags[name] = self.tags.get(name, frozenset()) | tags
 
 
 def open_tags_file(
     path: Path, split: str | None = None, classes: Sequence[str] | None = None, images: Path | None = None
 ) -> TaggedImages:
-    """The tagged images of a ``tags.csv`` or ``tags.json``.
+    """The tagged images of a CSV, JSON or JSON-lines file of tags.
 
     Args:
         path: the tags file.
         split: a name for which ``SPLIT.txt`` lies beside the file, or a text file of file names.
         classes: names of the classes, in label order; None: all tags, in alphabetical order.
-        images: the folder that the names are relative to; None: the file's own.
+        images: the folder that the names are relative to; None: the file's own, or ``images``, ``data`` or one of the
+            file's name there.
 
     Raises:
-        InputError: the file is damaged, a class or the split is unknown, or no image can be used.
+        InputError: the file is damaged or ambiguous, a class or the split is unknown, or no image can be used.
     """
-    tags, notes = _read_csv(path) if path.suffix.lower() == ".csv" else _read_tags_json(path)
-    home = images or path.parent
+    suffix = path.suffix.lower()
+    table = _read_lines(path) if suffix == ".jsonl" else _read_json(path) if suffix == ".json" else _read_csv(path)
+    stemless = any(Path(name).suffix.lower() not in SUFFIXES for name in table.tags)
+    folders = [images] if images else [path.parent, *(path.parent / name for name in ("images", "data", path.stem))]
+    stems = {folder: _stems(folder) if stemless else {} for folder in folders if folder.is_dir()}
+    first = list(table.tags)[:PROBE]
+    held = {folder: sum(exists(folder, name) or name in stems[folder] for name in first) for folder in stems}
+    home, said = image_folder(held, path) if any(held.values()) else (images or path.parent, [])
+    tags: dict[str, frozenset[str]] = {}
+    for name, names in table.tags.items():
+        fitting = [] if exists(home, name) else stems[home].get(name, [])
+        if len(fitting) > 1:
+            table.problems.append(f"{path}: {name[:80]} may be {listing(fitting)}; write the suffix")
+        else:
+            full = fitting[0] if fitting else name
+            tags[full] = tags.get(full, frozenset()) | names
+    if not tags and table.problems:
+        raise InputError(table.problems[0])
+    notes = [*table.notes, *said, *brief(table.problems, "rows look odd")]
+    occurring = set().union(*tags.values()) if tags else set()
+    if occurring and all(name.isdigit() for name in occurring):
+        notes.append(f"{path.name} calls the classes by numbers: {listing(sorted(occurring, key=int))}")
     untagged = sum(name not in tags for name in _image_files(home))
     if untagged:
         notes.append(f"{untagged} images of {home} do not stand in {path.name}; they are not used")
@@ -49,7 +96,9 @@ def open_tags_file(
 
 
 def open_class_folders(data: Path, split: str | None = None, classes: Sequence[str] | None = None) -> TaggedImages:
-    """The images of a folder with one sub-folder per class, each with that class as its tag. No deeper folder is read.
+    """The images of a folder with one sub-folder per class, each with that class as its tag, also those deeper down.
+
+    Where all images lie a folder deeper (``animals/cat/1.jpg``), ``classes`` says which of the two levels is meant.
 
     Args:
         data: the folder.
@@ -57,21 +106,39 @@ def open_class_folders(data: Path, split: str | None = None, classes: Sequence[s
         classes: names of the classes, in label order; images of other sub-folders are negatives. None: all.
 
     Raises:
-        InputError: a class or the split is unknown, or no image can be used.
+        InputError: a class or the split is unknown, the level is not clear, or no image can be used.
     """
-    folders = class_folders(data)
-    tags = {f"{name}/{file}": frozenset({name}) for name in folders for file in _image_files(data / name)}
+    files = [name.split("/") for names in class_folders(data).values() for name in names]
+    level, notes = 0, []
+    deep = sum(len(parts) > 2 for parts in files)
+    if deep == len(files):
+        upper, lower = {parts[0] for parts in files}, {parts[1] for parts in files}
+        fits = [set(classes or ()) <= names for names in (upper, lower)]
+        if classes is None or fits[0] == fits[1]:
+            raise InputError(
+                f"{data}: all photographs lie two folders deep; name the classes, of the upper folders "
+                f"({listing(sorted(upper), 5)}) or of the lower ones ({listing(sorted(lower), 5)})"
+            )
+        level = fits.index(True)
+    if deep:
+        notes.append(f"{deep} images lie deeper; their class is the {'lower' if level else 'upper'} folder's name")
+    tags = {"/".join(parts): frozenset({parts[level]}) for parts in files}
     loose = len(_image_files(data))
-    notes = [f"{loose} images lie in no class's sub-folder; they are not used"] if loose else []
+    if loose:
+        notes.append(f"{loose} images lie in no class's sub-folder; they are not used")
     return tag_names(tags, data, data, split, classes, notes)
 
 
-def class_folders(data: Path) -> list[str]:
-    """Names of the sub-folders that hold images; none at all where one has a name that another layout uses."""
-    names = sorted(path.name for path in data.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
-    if any(name.lower() in (*SPLIT_NAMES, *_NO_CLASSES) for name in names):
-        return []
-    return [name for name in names if _image_files(data / name)]
+def class_folders(data: Path) -> dict[str, list[str]]:
+    """The images below each sub-folder; nothing at all where a folder has a name that another layout uses."""
+    found: dict[str, list[str]] = {}
+    for name in _all_images(data):
+        folders = name.split("/")[:-1]
+        if any(one.lower() in (*SPLIT_NAMES, *_NO_CLASSES) for one in folders):
+            return {}
+        if folders:
+            found.setdefault(folders[0], []).append(name)
+    return found
 
 
 def tag_names(
@@ -127,45 +194,178 @@ def _restrict(
     return list(tags), [f"{source} has no splits: all its images are used as {split!r}"]
 
 
-def _read_csv(path: Path) -> tuple[dict[str, frozenset[str]], list[str]]:
+def _read_csv(path: Path) -> _Table:
+    """A row a file, or several; a column of tags, or one of 0 and 1 for each class."""
+    text = read_text(path)
+    delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
-        rows = list(csv.reader(io.StringIO(read_text(path), newline="")))
+        rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:
-        raise InputError(f"{path}: no valid CSV ({error}); save it again as file,tags") from error
-    header = [cell.strip().lower() for cell in rows[0]] if rows else []
-    if "file" not in header or "tags" not in header:
-        raise InputError(f"{path}: its first line must be file,tags, but is {','.join(header)[:60]!r}")
-    file, tag = header.index("file"), header.index("tags")
-    tags: dict[str, frozenset[str]] = {}
-    problems = []
-    for number, row in enumerate(rows[1:], 2):
-        if not any(cell.strip() for cell in row):
-            continue
-        name = row[file].strip().replace("\\", "/") if len(row) > file else ""
+        raise InputError(f"{path}: line {reader.line_num}: no valid CSV ({error}); save it again") from error
+    header = [cell.strip() for cell in rows[0][1]] if rows else []
+    file, tag = _columns(header, path)
+    table, cells = _Table(), list[tuple[str, int, list[str]]]()
+    extra = 0
+    for number, row in rows[1:]:
+        name = _name(row[file]) if len(row) > file else ""
         if not name:
-            problems.append(f"{path}: row {number} names no file")
+            table.problems.append(f"{path}: line {number} names no file")
             continue
-        if name in tags:
-            problems.append(f"{path}: row {number} names {name[:80]} again; the tags are put together")
-        cell = row[tag] if len(row) > tag else ""
-        tags[name] = tags.get(name, frozenset()) | tag_set(cell.split(";"))
-    return tags, brief(problems, "rows look odd")
+        more = [cell for cell in row[len(header) :] if cell.strip()]
+        if more and tag != len(header) - 1:
+            raise InputError(
+                f"{path}: line {number} has {len(row)} cells for {len(header)} columns; put several tags in quotes"
+            )
+        extra += bool(more)
+        cells.append((name, number, [*row[tag : tag + 1], *more] if tag is not None else row))
+    again = len(cells) - len({name for name, _, _ in cells})
+    if again:
+        table.notes.append(f"{again} rows of {path.name} name a file again; the tags of a file are put together")
+    if tag is None:
+        for name, number, row in cells:
+            table.add(name, _marked(header, file, row, f"{path}: line {number}"))
+        return table
+    _add_cells(table, cells, path)
+    if extra:
+        table.notes.append(f"{extra} lines of {path.name} are longer than the first; all that follows is taken as tags")
+    unread = [one for index, one in enumerate(header) if index not in (file, tag)]
+    if unread:
+        table.notes.append(f"{path.name}: the columns {listing(unread, 8)} are not read")
+    return table
 
 
-def _read_tags_json(path: Path) -> tuple[dict[str, frozenset[str]], list[str]]:
+def _columns(header: Sequence[str], path: Path) -> tuple[int, int | None]:
+    """Where the file's name and its tags stand; None for the tags where all other columns are classes."""
+    names = [name.lower() for name in header]
+    files = [names.index(name) for name in FILE_COLUMNS if name in names]
+    tags = [names.index(name) for name in TAG_COLUMNS if name in names]
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if not files or len(header) < 2:
+        raise InputError(f"{path}: its first line must name the columns, but is {','.join(header)[:60]!r}; {_REMEDY}")
+    if len(tags) > 1 or twice:
+        columns = listing(twice or [header[index] for index in tags])
+        raise InputError(f"{path}: several columns could hold the tags ({columns}); leave one")
+    return files[0], tags[0] if tags else None
+
+
+def _marked(header: Sequence[str], file: int, row: Sequence[str], where: str) -> frozenset[str]:
+    """The names of the columns that hold 1."""
+    found = []
+    for index, (name, cell) in enumerate(zip(header, row, strict=False)):
+        mark = cell.strip().lower()
+        if index != file and mark not in ("", "0", "1", "0.0", "1.0", "false", "true"):
+            raise InputError(f"{where}: column {name!r} holds {cell[:40]!r}, not 0 or 1; remove it, or {_REMEDY}")
+        if index != file and mark in ("1", "1.0", "true"):
+            found.append(name)
+    return tag_set(found)
+
+
+def _add_cells(table: _Table, cells: Sequence[tuple[str, int, list[str]]], path: Path) -> None:
+    """Adds tags that stand together in cells: ``cat;dog``, ``cat|dog``, ``cat, dog`` or a list ``["cat", "dog"]``.
+
+    Raises:
+        InputError: different marks stand between the tags.
+    """
+    joined = [(text, number) for _, number, texts in cells for text in texts if not text.strip().startswith("[")]
+    lines = {mark: next((number for text, number in joined if mark in text), 0) for mark in ";|,"}
+    marks = {mark: number for mark, number in lines.items() if number}
+    if len(marks) > 1:
+        where = " and ".join(f"{mark!r} (line {number})" for mark, number in marks.items())
+        raise InputError(f"{path}: tags are separated by {where}; use ; alone")
+    mark = next(iter(marks), ";")
+    if mark != ";":
+        table.notes.append(f"{path.name}: tags are separated by {mark!r}")
+    for name, number, texts in cells:
+        found: list[Any] = []
+        for text in texts:
+            if not text.strip().startswith("["):
+                found += text.split(mark)
+                continue
+            try:
+                found += _plain_list(ast.literal_eval(text.strip()), f"{path}: line {number}")
+            except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+                raise InputError(f"{path}: line {number}: no list of tags: {text[:60]!r}; write cat;dog") from error
+        table.add(name, tag_set(found))
+
+
+def _plain_list(value: Any, where: str) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(one, (str, int)) and not isinstance(one, bool) for one in values):
+        raise InputError(f"{where}: tags must be names, but are {excerpt(value)}; write them as a list of texts")
+    return [str(one) for one in values]
+
+
+def _read_lines(path: Path) -> _Table:
+    """JSON lines: ``{"file_name": "a.jpg", "labels": ["cat"]}``, or with ``objects`` and their ``categories``."""
+    table, cells = _Table(), list[tuple[str, int, list[str]]]()
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}: line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: not valid JSON ({error}); save it again") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: no object; write one with file_name and labels")
+        row = {key.lower(): value for key, value in row.items()}
+        name = next((row[key] for key in FILE_COLUMNS if key in row), None)
+        objects = row["objects"] if isinstance(row.get("objects"), dict) else {}
+        values = [part[key] for part in (row, objects) for key in TAG_COLUMNS if part.get(key) is not None]
+        if not isinstance(name, str) or len(values) != 1:
+            raise InputError(f"{where}: it must name one file and its tags once; {_REMEDY}")
+        if isinstance(values[0], str):
+            cells.append((_name(name), number, [values[0]]))
+        else:
+            table.add(_name(name), tag_set(_plain_list(values[0], where)))
+    _add_cells(table, cells, path)
+    return table
+
+
+def _read_json(path: Path) -> _Table:
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f'{path}: expected {{"file": ["tag", ...], ...}}; write one object with a list for each file')
-    tags: dict[str, frozenset[str]] = {}
-    problems = []
-    for name, values in content.items():
+    table, cells = _Table(), list[tuple[str, int, list[str]]]()
+    for number, (name, values) in enumerate(content.items(), 1):
         if isinstance(values, str):
-            values = values.split(";")
-        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            problems.append(f"{path}: the tags of {name[:80]} are no list of names; it is passed over")
+            table.add(_name(name), frozenset())  # its place among the others
+            cells.append((_name(name), number, [values]))
+        elif not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            table.problems.append(f"{path}: the tags of {name[:80]} are no list of names; it is passed over")
         else:
-            tags[name.replace("\\", "/")] = tag_set(values)
-    return tags, brief(problems, "files have no list of tags")
+            table.add(_name(name), tag_set(values))
+    _add_cells(table, cells, path)
+    return table
+
+
+def _name(text: str) -> str:
+    return text.strip().replace("\\", "/").removeprefix("./")
+
+
+def exists(home: Path, name: str) -> bool:
+    """Whether a name, as the data set writes it, is a file in the folder."""
+    try:
+        return is_file(inside(home, name))
+    except InputError:
+        return False
+
+
+def _stems(folder: Path) -> dict[str, list[str]]:
+    """The images below a folder by their paths without suffix."""
+    found: dict[str, list[str]] = {}
+    for name in _all_images(folder):
+        found.setdefault(name.rsplit(".", 1)[0], []).append(name)
+    return found
+
+
+def _all_images(folder: Path) -> Iterator[str]:
+    """The paths of the images below a folder, in order; hidden files and folders are left out, links not followed."""
+    for home, folders, _ in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        below = Path(home).relative_to(folder)
+        yield from ((below / name).as_posix() for name in _image_files(Path(home)))
 
 
 def _image_files(folder: Path) -> list[str]:

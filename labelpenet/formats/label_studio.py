@@ -1,14 +1,19 @@
-"""Label Studio's export of a choices project, ``JSON`` or ``JSON-MIN``: every choice of a task is a tag of its image.
+"""Label Studio's exports, ``JSON``, ``JSON-MIN`` and ``CSV``: choices, taxonomy entries and labels of shapes are tags.
 
-Tasks that nobody has annotated are left out (nothing is known of them); an annotation without a choice makes a
-negative. Where several people annotated one task, their tags are put together.
+Rectangles, polygons, ellipses and brushes are the truth. Tasks that nobody has annotated are left out (nothing is known
+of them); an annotation without any result makes a negative. Where several people annotated one task, their tags are put
+together, and the truth is what is marked as ground truth, else the last annotation.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -16,14 +21,15 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from labelpenet.data.dataset import TaggedImage, TaggedImages
-from labelpenet.data.files import brief, inside, is_file, read_json, write_text
+from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, Truth
+from labelpenet.data.files import brief, excerpt, listing, read_json, read_text, write_text
 from labelpenet.data.images import SUFFIXES
 from labelpenet.errors import InputError
-from labelpenet.formats.folder import tag_names, tag_set
+from labelpenet.formats.folder import exists, tag_names, tag_set
 from labelpenet.formats.polygons import joined, outline
 from labelpenet.formats.predictions import file_names
 from labelpenet.formats.selection import Exported, clipped_boxes, mask_arrays, new_export, selected
+from labelpenet.formats.shapes import Shape, checked_size, read_truth
 from labelpenet.instances import Instances
 
 LOCAL_FILES = "/data/local-files/?d="
@@ -32,6 +38,17 @@ LOCAL_FILES = "/data/local-files/?d="
 _UPLOAD = re.compile(r"^[0-9a-f]{8}-")
 # Columns of JSON-MIN that are about the work, not the answer.
 _ABOUT = {"id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time"}
+_TAG_COLUMNS = {"choice", "choices", "label", "labels", "tag", "tags", "class", "category"}
+
+
+@dataclass
+class _Tasks:
+    """What an export says: by image name its tags and the results that are its truth."""
+
+    home: Path
+    tags: dict[str, frozenset[str]] = field(default_factory=dict)
+    results: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def is_label_studio(content: Any) -> bool:
@@ -44,47 +61,259 @@ def is_label_studio(content: Any) -> bool:
     )
 
 
+def is_csv(text: str) -> bool:
+    """Whether a CSV file has the columns that Label Studio writes."""
+    return {"annotation_id", "lead_time"} <= {name.strip('"\r') for name in text.split("\n", 1)[0].split(",")}
+
+
 def open_tagged(
     path: Path, split: str | None = None, classes: Sequence[str] | None = None, images: Path | None = None
 ) -> TaggedImages:
     """The tagged images of an export.
 
     Args:
-        path: the exported JSON file.
+        path: the exported JSON or CSV file.
         split: a name for which ``SPLIT.txt`` lies beside the images, or a text file of file names.
-        classes: names of the classes, in label order; None: all choices that occur, in alphabetical order.
+        classes: names of the classes, in label order; None: all that occur, in alphabetical order.
         images: the folder with the images; None: ``images`` beside the file, or the file's own folder.
 
     Raises:
         InputError: the file is no such export, a class is unknown, or no image can be used.
     """
-    content = read_json(path)
+    tasks = _read(path, images)
+    return tag_names(tasks.tags, tasks.home, path, split, classes, tasks.notes)
+
+
+def open_annotated(
+    path: Path, split: str | None = None, classes: Sequence[str] | None = None, images: Path | None = None
+) -> AnnotatedImages:
+    """The same images with the shapes that were drawn on them. Arguments and errors as `open_tagged`.
+
+    Raises:
+        InputError: also if there is no shape.
+    """
+    tasks = _read(path, images)
+    if not any(_drawn(result) for results in tasks.results.values() for result in results):
+        raise InputError(f"{path}: holds tags but no boxes or masks; measuring needs shapes")
+    tagged = tag_names(tasks.tags, tasks.home, path, split, classes, tasks.notes)
+    label = {name: index for index, name in enumerate(tagged.classes)}
+    files = {image.id: image.path for image in tagged.images}
+
+    def read(image_id: str) -> Truth:
+        if image_id not in files:
+            raise InputError(f"{path}: no image {image_id!r}; check the ids of the predictions")
+        results = [result for result in tasks.results[image_id] if _drawn(result)]
+        source = f"{path}: image {image_id}"
+        try:
+            size = checked_size(files[image_id], (None, None))
+            for result in results:
+                checked_size(files[image_id], (result.get("original_height"), result.get("original_width")))
+                if result.get("image_rotation"):
+                    raise InputError("its shapes were drawn on the turned photograph; turn it back in Label Studio")
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from error
+        shapes = [shape for index, result in enumerate(results, 1) for shape in _shapes(result, size, f"shape {index}")]
+        return read_truth(shapes, size, label, source)
+
+    return AnnotatedImages(tagged, read, tuple(range(1, len(tagged.classes) + 1)))
+
+
+def _read(path: Path, images: Path | None) -> _Tasks:
+    content = _csv_rows(path) if path.suffix.lower() == ".csv" else read_json(path)
     if not is_label_studio(content):
-        raise InputError(f"{path}: no Label Studio export; export the project as JSON or JSON-MIN")
+        raise InputError(f"{path}: no Label Studio export; export the project as JSON, JSON-MIN or CSV")
     home = images or (path.parent / "images" if (path.parent / "images").is_dir() else path.parent)
-    tags: dict[str, frozenset[str]] = {}
-    problems, waiting = [], 0
+    tasks, addresses = _Tasks(home), dict[str, str]()
+    problems, waiting, silent, several = [], 0, 0, 0
+    column = _text_column(content, path)
+    entries: dict[str, str] = {}
     for task in content:
+        where = f"{path}: task {excerpt(task.get('id'), 40)}"
         address = _address(task)
         if address is None:
-            problems.append(f"{path}: task {str(task.get('id'))[:40]} names no image")
+            problems.append(f"{where} names no image")
             continue
-        choices = _choices(task)
-        if choices is None:
+        annotations = _annotations(task, column)
+        if not annotations:
             waiting += 1
             continue
-        name = next((name for name in _names(address) if _exists(home, name)), None)
-        if name is None:
-            problems.append(f"{path}: the image of task {str(task.get('id'))[:40]} ({address[:80]}) is not in {home}")
+        tags = tag_set(word for results in annotations for result in results for word in _words(result, entries, where))
+        if not tags and any(annotations):
+            silent += 1
             continue
-        tags[name] = tags.get(name, frozenset()) | choices
-    if not tags:
-        reason = problems[0] if problems else f"{path}: no task has an annotation; annotate some and export again"
-        raise InputError(reason)
-    notes = brief(problems, "tasks are skipped")
-    if waiting:
-        notes.append(f"{waiting} tasks have no annotation yet; they are not used")
-    return tag_names(tags, home, path, split, classes, notes)
+        name = next((name for name in _names(address) if exists(home, name)), None)
+        if name is None or addresses.setdefault(name, address) != address:
+            reason = f"may be {name}, as may be {addresses[name][:80]}" if name else f"is not in {home}"
+            problems.append(f"{where}: its image ({address[:80]}) {reason}")
+            continue
+        tasks.tags[name] = tasks.tags.get(name, frozenset()) | tags
+        several += len(annotations) > 1
+        tasks.results[name] = annotations[-1]
+    if not tasks.tags:
+        raise InputError(problems[0] if problems else f"{path}: no task has an annotation; annotate and export again")
+    tasks.notes += brief(problems, "tasks are skipped")
+    for count, what in (
+        (waiting, "have no annotation yet; they are not used"),
+        (silent, "have neither choices nor shapes with labels; they are not used"),
+        (several, "have several annotations: their tags are put together, and the shapes of one are the truth"),
+    ):
+        if count:
+            tasks.notes.append(f"{count} tasks {what}")
+    return tasks
+
+
+def _csv_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV export as those of JSON-MIN: cells that hold JSON are read, empty ones are left out."""
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    rows = []
+    try:
+        for row in reader:
+            cells = {key: cell for key, cell in row.items() if isinstance(key, str) and isinstance(cell, str) and cell}
+            rows.append({key: json.loads(cell) if cell[0] in "[{" else cell for key, cell in cells.items()})
+    except (csv.Error, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: line {reader.line_num}: {error}; export the project again") from error
+    return rows
+
+
+def _annotations(task: dict[str, Any], column: str | None) -> list[list[dict[str, Any]]]:
+    """The results of each annotation of a task, that of the truth last; none where nobody has annotated it."""
+    if "annotations" in task or "data" in task:
+        rows = task.get("annotations")
+        done = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+        done = sorted(
+            (row for row in done if not row.get("was_cancelled")), key=lambda row: bool(row.get("ground_truth"))
+        )
+        return [[one for one in row.get("result") or [] if isinstance(one, dict)] for row in done
+                if isinstance(row.get("result") or [], list)]  # fmt: skip
+    values: list[Any] = []
+    for key, value in task.items():  # JSON-MIN: a column for each control
+        if key in _ABOUT:
+            continue
+        if isinstance(value, str):
+            values += [{"choices": [value]}] if key == column else []
+        elif isinstance(value, dict):
+            values.append(value)
+        elif isinstance(value, list):
+            if value and all(isinstance(one, list) for one in value):
+                values.append({"taxonomy": value})
+            values += [one for one in value if isinstance(one, dict)]
+            values.append({"choices": [one for one in value if isinstance(one, str)]})
+    return [[{**value, "value": value} for value in values if any(value.values())]]
+
+
+def _text_column(content: Sequence[dict[str, Any]], path: Path) -> str | None:
+    """JSON-MIN writes a single choice as plain text, beside whatever else the project's data holds as text.
+
+    Raises:
+        InputError: several columns could be the choice.
+    """
+    texts = {
+        key
+        for task in content
+        if "annotations" not in task and "data" not in task
+        for key, value in task.items()
+        if isinstance(value, str) and key not in _ABOUT and value != _address(task) and "://" not in value
+    }
+    chosen = texts & _TAG_COLUMNS if len(texts) > 1 else texts
+    if len(texts) > 1 and len(chosen) != 1:
+        raise InputError(f"{path}: {listing(sorted(texts))} could each be the tag; export the project as JSON")
+    return next(iter(chosen), None)
+
+
+def _words(result: Mapping[str, Any], entries: dict[str, str], where: str) -> list[str]:
+    """The choices, taxonomy entries (the last level; ``entries`` remembers where it stands) and labels of a result."""
+    value = result.get("value")
+    if not isinstance(value, dict):
+        return []
+    words = _labels(value) + [one for one in _list(value, "choices") if isinstance(one, str)]
+    for entry in _list(value, "taxonomy"):
+        levels = [level for level in entry if isinstance(level, str)] if isinstance(entry, list) else []
+        if levels:
+            whole = " / ".join(levels)
+            if entries.setdefault(levels[-1], whole) != whole:
+                raise InputError(f"{where}: {whole} and {entries[levels[-1]]} end alike; rename one in the taxonomy")
+            words.append(levels[-1])
+    return words
+
+
+def _labels(value: Mapping[str, Any]) -> list[str]:
+    """The names in ``rectanglelabels``, ``polygonlabels``, ``brushlabels``, ``labels`` ..."""
+    keys = [key for key in value if isinstance(key, str) and key.endswith("labels")]
+    return list(tag_set(one for key in keys for one in _list(value, key) if isinstance(one, str)))
+
+
+def _list(value: Mapping[str, Any], key: str) -> list[Any]:
+    found = value.get(key)
+    return found if isinstance(found, list) else []
+
+
+def _drawn(result: Mapping[str, Any]) -> bool:
+    """Whether a result is a shape with a label."""
+    value = result.get("value")
+    return isinstance(value, dict) and bool(_labels(value)) and any(key in value for key in ("points", "rle", "x"))
+
+
+def _shapes(result: Mapping[str, Any], size: tuple[int, int], where: str) -> list[Shape]:
+    """A shape for each label of a result."""
+    value: dict[str, Any] = result["value"]
+    scale = np.array([size[1], size[0]]) / 100
+    box: Any = None
+    mask: Any = None
+    try:
+        if "rle" in value:
+            mask = _brush(value["rle"], size)
+        elif "points" in value:
+            mask = [(np.array(value["points"], np.float64).reshape(-1, 2) * scale).flatten().tolist()]
+        else:
+            angle = math.radians(float(value.get("rotation") or 0))
+            turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+            ellipse = "radiusX" in value
+            sides = [value["radiusX"], value["radiusY"]] if ellipse else [value["width"], value["height"]]
+            around = np.linspace(0, 2 * np.pi, 73)[:-1]
+            ring = (
+                np.stack([np.cos(around), np.sin(around)], 1) if ellipse else np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
+            )
+            corners = np.array([value["x"], value["y"]], np.float64) * scale
+            corners = corners + ring * (np.array(sides, np.float64) * scale) @ turn
+            box = [*corners.min(0), *corners.max(0)]
+            mask = [corners.flatten().tolist()] if ellipse else None
+    except (TypeError, ValueError, OverflowError, KeyError):
+        box = value  # which reading calls unreadable
+    return [Shape(name, where, box, mask) for name in _labels(value)]
+
+
+def _brush(numbers: Any, size: tuple[int, int]) -> np.ndarray:
+    """(H, W) bool of a brush: the opacity of RGBA pixels, packed as runs.
+
+    After 32 bits for the number of bytes follow the width of a byte and of four kinds of counts, less 1; then for each
+    run whether it repeats one byte, the kind of its count, its count less 1, and the byte or bytes.
+
+    Raises:
+        ValueError: the runs are damaged or of another size.
+    """
+    bits = "".join(f"{value:08b}" for value in bytes(numbers))
+    place = 0
+
+    def read(width: int) -> int:
+        nonlocal place
+        place += width
+        return int(bits[place - width : place], 2)
+
+    total, width = read(32), read(5) + 1
+    kinds = [read(4) + 1 for _ in range(4)]
+    if total != size[0] * size[1] * 4 or width > 8:
+        raise ValueError("of another size")
+    parts: list[np.ndarray] = []
+    done = 0
+    while done < total:
+        repeats = read(1)
+        count = read(kinds[read(2)]) + 1
+        if place + width > len(bits) or done + count > total:
+            raise ValueError("damaged")
+        values = [read(width)] if repeats else [read(width) for _ in range(count)]
+        parts.append(np.full(count, values[0], np.uint8) if repeats else np.array(values, np.uint8))
+        done += count
+    return np.concatenate(parts).reshape(*size, 4)[..., 3] > 0
 
 
 def _address(task: dict[str, Any]) -> str | None:
@@ -95,35 +324,6 @@ def _address(task: dict[str, Any]) -> str | None:
         if isinstance(value, str) and any(name.lower().endswith(SUFFIXES) for name in _names(value)):
             return value
     return None
-
-
-def _choices(task: dict[str, Any]) -> frozenset[str] | None:
-    """The choices of a task, or None where nobody has annotated it."""
-    if "annotations" in task or "data" in task:
-        rows = task.get("annotations")
-        rows = rows if isinstance(rows, list) else []
-        done = [row for row in rows if isinstance(row, dict) and not row.get("was_cancelled")]
-        if not done:
-            return None
-        return frozenset().union(*(tag_set(_results(row.get("result"))) for row in done))
-    found: list[Any] = []
-    for key, value in task.items():  # JSON-MIN: a column for each control, "a" or {"choices": ["a", "b"]}
-        if key in _ABOUT or value == _address(task):
-            continue
-        if isinstance(value, str):
-            found.append(value)
-        elif isinstance(value, dict) and isinstance(value.get("choices"), list):
-            found += [choice for choice in value["choices"] if isinstance(choice, str)]
-    return tag_set(found)
-
-
-def _results(results: Any) -> Iterator[str]:
-    for result in results if isinstance(results, list) else []:
-        value = result.get("value") if isinstance(result, dict) and result.get("type") == "choices" else None
-        choices = value.get("choices") if isinstance(value, dict) else None
-        for choice in choices if isinstance(choices, list) else []:
-            if isinstance(choice, str):
-                yield choice
 
 
 def _names(address: str) -> list[str]:
@@ -142,13 +342,6 @@ def _names(address: str) -> list[str]:
     names = ["/".join(pieces[start:]) for start in range(len(pieces))]
     plain = _UPLOAD.sub("", pieces[-1]) if pieces else ""
     return [*names, plain] if plain and plain not in names else names
-
-
-def _exists(home: Path, name: str) -> bool:
-    try:
-        return is_file(inside(home, name))
-    except InputError:
-        return False
 
 
 def export_label_studio(

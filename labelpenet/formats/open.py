@@ -8,15 +8,22 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from labelpenet.data.dataset import AnnotatedImages, TaggedImages
-from labelpenet.data.files import read_json
+from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
+from labelpenet.data.files import listing, read_json, read_text
+from labelpenet.data.images import find_images
 from labelpenet.errors import InputError
-from labelpenet.formats import coco, folder, label_studio, labelme, voc
+from labelpenet.formats import coco, folder, label_studio, labelme, voc, yolo
 
 KINDS = (
-    "a VOC year folder (Annotations, JPEGImages, ImageSets), a COCO instances.json, tags.csv (file,tags), tags.json, "
-    "one sub-folder of images per class, a folder of Labelme or X-AnyLabeling files, or a Label Studio choices export"
+    "a VOC year folder (Annotations, JPEGImages, ImageSets), COCO JSON, YOLO (data.yaml, obj.data, or classes.txt "
+    "beside labels), tags.csv (file,tags), tags.json, metadata.jsonl, one sub-folder of images per class, Labelme "
+    "or X-AnyLabeling files, or a Label Studio export; docs/data.md shows each"
 )
+_SAME = ({"val", "valid", "validation"}, {"train", "training"})
+
+
+class NotRecognised(InputError):
+    """A folder or file that exists, but is no data set."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +40,12 @@ def open_tagged(
     """The photographs and tags of a data set: all that a weakly supervised run may know.
 
     Args:
-        data: a VOC year folder (or the VOCdevkit that holds one year), a COCO ``instances.json`` or a folder with
-            one, a folder with ``tags.csv`` or ``tags.json``, or with one sub-folder per class, or a Label Studio
-            choices export (``.json``).
+        data: a folder or a file; docs/data.md shows every layout: VOC, COCO, YOLO, tags as CSV or JSON, one sub-folder
+            per class, Label Studio.
         split: a name (``train``, ``val``, ``Segmentation/val``) or a text file of image ids. None: everything but VOC's
             ``test``. A data set without any splits is used whole, and the notes say so.
         classes: names of the classes, in label order; None: those that occur, in alphabetical order.
-        images: the image folder of a COCO, Label Studio or tags file that lies elsewhere.
+        images: the image folder of a COCO, YOLO, Label Studio or tags file that lies elsewhere.
 
     Raises:
         InputError: the data set is not recognised or damaged, the split or a class is unknown (the known ones are
@@ -60,8 +66,20 @@ def open_annotated(
     with _readable(data):
         annotated = _door(Path(data), split, classes, _folder(images)).annotated
         if annotated is None:
-            raise InputError(f"{data}: holds tags but no boxes or masks; measuring needs a VOC or COCO data set")
+            raise InputError(
+                f"{data}: holds tags but no boxes or masks; measuring needs a VOC, COCO, YOLO or Label Studio data set"
+            )
         return annotated()
+
+
+def open_photographs(data: Path, classes: Sequence[str]) -> TaggedImages:
+    """A photograph, or all in a folder and below, of which no tags are known, as `labelpenet predict` takes them.
+
+    Raises:
+        InputError: there is none.
+    """
+    images = tuple(TaggedImage(name, path, ()) for name, path in find_images([data]))
+    return TaggedImages(tuple(classes), images, (f"{data}: no tags are known of its {len(images)} photographs",))
 
 
 def training_split(data: Path | str) -> str | None:
@@ -93,7 +111,10 @@ def _door(data: Path, split: str | None, classes: Sequence[str] | None, images: 
     files = coco.json_files(data)
     if files:
         return _file_door(coco.choose_file(files, split, data), split, classes, images)
-    for name in ("tags.csv", "tags.json"):
+    settings = yolo.settings_file(data)
+    if settings is not None:
+        return _file_door(settings, split, classes, images)
+    for name in ("tags.csv", "tags.json", "metadata.csv", "metadata.jsonl"):
         if (data / name).is_file():
             return _file_door(data / name, split, classes, images)
     if labelme.json_files(data):
@@ -103,18 +124,38 @@ def _door(data: Path, split: str | None, classes: Sequence[str] | None, images: 
         )
     below = sorted(path.name for path in data.iterdir() if path.is_dir() and path.name.lower() in folder.SPLIT_NAMES)
     if below:
-        if split not in below:
+        same = next((names for names in _SAME if split in names), {split})
+        fitting = [split] if split in below else [name for name in below if name in same]
+        if len(fitting) != 1:
             wrong = "has sub-folders for splits; name one" if split is None else f"no split {split!r}"
             raise InputError(f"{data}: {wrong}; available are {', '.join(below)}")
-        return _door(data / split, None, classes, images)
+        return _door(data / str(fitting[0]), None, classes, images)
+    lone = [path for path in sorted(data.iterdir()) if path.suffix.lower() in (".json", ".jsonl", ".csv", ".yaml")]
+    if len(lone) > 1:
+        raise InputError(
+            f"{data}: holds {listing(path.name for path in lone)}; give the file that holds the annotation"
+        )
+    if lone and lone[0].is_file():
+        return _file_door(lone[0], split, classes, images)
     if folder.class_folders(data):
         return _Door(partial(folder.open_class_folders, data, split, classes), None)
-    raise InputError(f"{data}: no data set recognised; looked for {KINDS}")
+    raise NotRecognised(f"{data}: no data set recognised; looked for {KINDS}")
 
 
 def _file_door(path: Path, split: str | None, classes: Sequence[str] | None, images: Path | None) -> _Door:
     suffix = path.suffix.lower()
-    if suffix == ".csv":
+    if suffix in (".yaml", ".yml") or path.name in ("obj.data", "obj.names", "classes.txt"):
+        return _Door(
+            partial(yolo.open_tagged, path, split, classes, images),
+            partial(yolo.open_annotated, path, split, classes, images),
+        )
+    studio = _Door(
+        partial(label_studio.open_tagged, path, split, classes, images),
+        partial(label_studio.open_annotated, path, split, classes, images),
+    )
+    if suffix == ".csv" and label_studio.is_csv(read_text(path)):
+        return studio
+    if suffix in (".csv", ".jsonl"):
         return _Door(partial(folder.open_tags_file, path, split, classes, images), None)
     if suffix == ".json":
         content = read_json(path)
@@ -124,10 +165,10 @@ def _file_door(path: Path, split: str | None, classes: Sequence[str] | None, ima
                 partial(coco.open_annotated, path, split, classes, images, content),
             )
         if label_studio.is_label_studio(content):
-            return _Door(partial(label_studio.open_tagged, path, split, classes, images), None)
+            return studio
         if path.name == "tags.json" or _is_tags(content):
             return _Door(partial(folder.open_tags_file, path, split, classes, images), None)
-    raise InputError(f"{path}: no data set recognised; give {KINDS}")
+    raise NotRecognised(f"{path}: no data set recognised; give {KINDS}")
 
 
 def _is_tags(content: object) -> bool:

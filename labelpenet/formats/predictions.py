@@ -92,13 +92,17 @@ def image_numbers(images: Sequence[TaggedImage]) -> dict[str, int]:
     return {image.id: position + 1 for position, image in enumerate(images)}
 
 
+def file_name(image: TaggedImage) -> str:
+    """The name of an image in COCO files: its id where that is a path, else the name of its file."""
+    return image.id if image.id.endswith(image.path.name) else image.path.name
+
+
 def file_names(images: Sequence[TaggedImage]) -> dict[str, str]:
     """For each image id the name of its file in what is written, different for every image.
 
-    The id where that is a path; else the name of the file or, where two have the same one, its path below the folder
-    that all lie in.
+    `file_name`, or where two images have the same one, the path below the folder that all lie in.
     """
-    names = {image.id: image.id if image.id.endswith(image.path.name) else image.path.name for image in images}
+    names = {image.id: file_name(image) for image in images}
     if len(set(names.values())) == len(names):
         return names
     paths = {image.id: Path(os.path.abspath(image.path)) for image in images}  # noqa: PTH100 links stay as they are
@@ -152,6 +156,19 @@ class Predictions(Mapping[str, Instances]):
         if masks is not None and bool(missing.any()):
             boxes[missing] = masks_to_boxes(masks[missing])
         return Instances(boxes, torch.from_numpy(rows.labels), torch.from_numpy(rows.scores).float(), rows.size, masks)
+
+
+def class_names(path: Path) -> list[str]:
+    """The names of the categories that a predictions file lists, in its order.
+
+    Raises:
+        InputError: it cannot be read or names none, as a bare results list.
+    """
+    content = read_json(path)
+    entries = _entries(path, content, "categories") if isinstance(content, dict) else None
+    if not entries or not all(isinstance(entry.get("name"), str) for entry in entries):
+        raise InputError(f"{path}: names no classes, and neither do the photographs; give a data set with tags")
+    return [entry["name"] for entry in entries]
 
 
 def read_predictions(

@@ -52,6 +52,8 @@ from labelpenet.formats.selection import (
     selected,
     stems,
 )
+from labelpenet.formats.shapes import Shape
+from labelpenet.formats.shapes import read_truth as read_shapes
 from labelpenet.instances import Instances
 
 IGNORE = 255
@@ -185,20 +187,18 @@ def object_names(path: Path) -> list[str]:
 def read_objects(path: Path) -> list[VocObject]:
     """The objects of an annotation, in the order of the file.
 
-    VOC's ``xmin..xmax`` (1-based, inclusive) becomes the interval ``[xmin - 1, xmax]``.
+    VOC's ``xmin..xmax`` (1-based, inclusive) becomes the interval ``[xmin - 1, xmax]``; what are no four numbers, NaN.
 
     Raises:
-        InputError: the XML cannot be read, or an object has no name or no box of four finite numbers.
+        InputError: the XML cannot be read, or an object has no name.
     """
     objects = []
-    for number, one in enumerate(read_xml(path).findall("object"), 1):
+    for one in read_xml(path).findall("object"):
         corners = [one.findtext(f"bndbox/{side}", "") for side in ("xmin", "ymin", "xmax", "ymax")]
         try:
             x1, y1, x2, y2 = (float(corner) for corner in corners)
-        except ValueError as error:
-            raise InputError(f"{path}: object {number} has no box of four numbers; mend its bndbox") from error
-        if not all(math.isfinite(corner) for corner in (x1, y1, x2, y2)):
-            raise InputError(f"{path}: object {number} has a box that is not finite; mend its bndbox")
+        except ValueError:
+            x1 = y1 = x2 = y2 = math.nan
         difficult = one.findtext("difficult", "0").strip() == "1"
         objects.append(VocObject(_name(one, path), (x1 - 1, y1 - 1, x2, y2), difficult))
     return objects
@@ -215,46 +215,39 @@ def read_truth(year: Path, image: TaggedImage, classes: Sequence[str], order: Ca
 
     Returns:
         Boxes, labels and flags from the XML. Masks from SegmentationObject, where index i is the i-th object of the
-        XML. The class map from SegmentationClass, where classes that are not chosen become background.
+        XML. The class map from SegmentationClass, where classes that are not chosen become background. Maps that are
+        damaged, or contradict the XML or one another, are not used, and the truth's notes say so.
 
     Raises:
-        InputError: the XML or a map is damaged, a box leaves the image, or a map does not fit the XML.
+        InputError: the XML is damaged, or the image cannot be read.
     """
     annotation = _annotation(year, image.id)
     objects = read_objects(annotation)
     size = image_size(image.path)
-    instance_map = _map(year, "SegmentationObject", image.id, size)
-    class_map = _map(year, "SegmentationClass", image.id, size)
-    if instance_map is not None:
-        _check_instance_map(instance_map, objects, f"{year.name}/SegmentationObject/{image.id}.png")
-    if instance_map is not None and class_map is not None:
-        _check_class_map(class_map, instance_map, objects, order(), f"{year.name}/SegmentationClass/{image.id}.png")
-
-    label = {name: index for index, name in enumerate(classes)}
-    kept = [number for number, one in enumerate(objects) if one.name in label]
-    boxes = np.array([objects[number].box for number in kept], np.float32).reshape(-1, 4)
-    masks = None
-    if instance_map is not None:
-        masks = torch.from_numpy(instance_map[None] == np.array(kept, np.int64)[:, None, None] + 1)
-    instances = Instances(
-        torch.from_numpy(boxes),
-        torch.tensor([label[objects[number].name] for number in kept], dtype=torch.long),
-        torch.ones(len(kept)),
-        size,
-        masks,
-    )
+    instance_map = class_map = None
+    notes = []
     try:
-        instances.validate(len(classes))
+        instance_map = _map(year, "SegmentationObject", image.id, size)
+        class_map = _map(year, "SegmentationClass", image.id, size)
+        if instance_map is not None:
+            _check_instance_map(instance_map, objects, f"{year.name}/SegmentationObject/{image.id}.png")
+        if instance_map is not None and class_map is not None:
+            _check_class_map(class_map, instance_map, objects, order(), f"{year.name}/SegmentationClass/{image.id}.png")
     except InputError as error:
-        raise InputError(f"{annotation}: {error}") from error
-    limits = torch.tensor([size[1], size[0], size[1], size[0]])
-    instances.boxes = instances.boxes.clamp(min=0).minimum(limits)  # within the pixel that validate lets pass
-    return Truth(
-        instances,
-        difficult=torch.tensor([objects[number].difficult for number in kept], dtype=torch.bool),
-        crowd=torch.zeros(len(kept), dtype=torch.bool),
-        semantic=None if class_map is None else _chosen_classes(class_map, order(), classes),
+        instance_map = class_map = None
+        notes.append(f"{error}; only the boxes of {image.id} are used")
+    shapes = (
+        Shape(
+            one.name,
+            f"object {number}",
+            one.box,
+            None if instance_map is None else instance_map == number,
+            one.difficult,
+        )
+        for number, one in enumerate(objects, 1)
     )
+    semantic = None if class_map is None else _chosen_classes(class_map, order(), classes)
+    return read_shapes(shapes, size, {name: i for i, name in enumerate(classes)}, annotation, semantic, notes)
 
 
 def map_classes(year: Path) -> tuple[str, ...]:
@@ -350,6 +343,8 @@ def _check_instance_map(indices: np.ndarray, objects: Sequence[VocObject], name:
     if last > len(objects):
         raise InputError(f"{name}: holds object {last}, but the XML names {len(objects)} objects; mend one of them")
     for number, one in enumerate(objects, 1):
+        if not np.isfinite(one.box).all():
+            continue
         x1, y1, x2, y2 = (max(0, round(corner)) for corner in one.box)
         within = int((indices[y1:y2, x1:x2] == number).sum())
         if 2 * within < counts[number]:

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
+import yaml
 
-from labelpenet.data.dataset import TaggedImage
-from labelpenet.data.files import safe_name, write_text
+from labelpenet.data.dataset import (
+    AnnotatedImages,
+    NamedImage,
+    TaggedImage,
+    TaggedImages,
+    Truth,
+    choose_classes,
+    tag_images,
+)
+from labelpenet.data.files import inside, is_file, listing, read_text, safe_name, write_text
+from labelpenet.data.images import find_images
 from labelpenet.errors import InputError
 from labelpenet.formats.polygons import joined, outline, straight
 from labelpenet.formats.selection import (
@@ -21,6 +34,7 @@ from labelpenet.formats.selection import (
     selected,
     stems,
 )
+from labelpenet.formats.shapes import Shape, checked_size, read_truth
 from labelpenet.instances import Instances
 
 
@@ -103,3 +117,221 @@ def _settings(folder: Path, classes: Sequence[str]) -> str:
     names = "".join(f"  {label}: {json.dumps(name, ensure_ascii=False)}\n" for label, name in enumerate(classes))
     places = {"train": train, "val": val} | {name: name for name in splits}
     return "".join(f"{key}: images/{name}\n" for key, name in places.items()) + f"names:\n{names}"
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+_LISTS = ("data.yaml", "data.yml", "dataset.yaml", "obj.data")
+
+
+def settings_file(data: Path) -> Path | None:
+    """What describes a folder of YOLO labels: data.yaml, darknet's obj.data, or a list of classes beside ``labels``."""
+    lists = [data / name for name in _LISTS]
+    names = [data / name for name in ("classes.txt", "obj.names") if (data / "labels").is_dir()]
+    return next((path for path in [*lists, *names] if path.is_file()), None)
+
+
+def open_tagged(
+    path: Path, split: str | None = None, classes: Sequence[str] | None = None, images: Path | None = None
+) -> TaggedImages:
+    """The images of a YOLO data set, with a tag for each class of their label files; without such a file, a negative.
+
+    Args:
+        path: ``data.yaml``, ``obj.data``, ``classes.txt`` or ``obj.names``; all paths in it stay inside its folder.
+        split: ``train``, ``val``, ``test`` as the file calls them; None: all but ``test``.
+        classes: names of the classes, in label order; None: those that occur, in alphabetical order.
+        images: the folder that the file's paths are relative to, where it is another one.
+
+    Raises:
+        InputError: the file is damaged, the split or a class is unknown, or no image can be used.
+    """
+    return _open(path, split, classes, images)[0]
+
+
+def open_annotated(
+    path: Path, split: str | None = None, classes: Sequence[str] | None = None, images: Path | None = None
+) -> AnnotatedImages:
+    """The same images with their boxes and outlines; these are drawn as Ultralytics draws them.
+
+    Arguments and errors as `open_tagged`.
+    """
+    tagged, names, pose = _open(path, split, classes, images)
+    label = {name: index for index, name in enumerate(tagged.classes)}
+    files = {image.id: image.path for image in tagged.images}
+
+    def read(image_id: str) -> Truth:
+        if image_id not in files:
+            raise InputError(f"{path}: no image {image_id!r}; check the ids of the predictions")
+        labels, size = _label_file(files[image_id]), checked_size(files[image_id], (None, None))
+        scale = np.array([size[1], size[0]], np.float64)
+        shapes = []
+        for number, (index, points) in _rows(labels, len(names), pose).items():
+            corners = points * scale
+            if len(points) == 2:  # centre and sides
+                shapes.append(Shape(names[index], f"line {number}", [*(corners[0] - corners[1] / 2),
+                                                                     *(corners[0] + corners[1] / 2)]))  # fmt: skip
+            else:
+                mask = np.zeros(size, np.uint8)
+                cv2.fillPoly(mask, [corners.clip(-10, 10 + scale).astype(np.int32)], 1)
+                shapes.append(Shape(names[index], f"line {number}", None, mask.astype(bool)))
+        return read_truth(shapes, size, label, labels)
+
+    occurring = {name: index for index, name in reversed(list(enumerate(names)))}
+    return AnnotatedImages(tagged, read, tuple(occurring[name] + 1 for name in tagged.classes))
+
+
+def _open(
+    path: Path, split: str | None, classes: Sequence[str] | None, images: Path | None
+) -> tuple[TaggedImages, list[str], bool]:
+    names, places, pose = _settings_of(path, images)
+    root = images or path.parent
+    listed = {name: one for name, one in places.items() if name != "test" or split == "test"}
+    if split is not None:
+        aliases = {"valid": "val", "validation": "val"}
+        listed = {name: one for name, one in places.items() if aliases.get(name, name) == aliases.get(split, split)}
+        if not listed:
+            raise InputError(f"{path}: no split {split!r}; available are {listing(places)}")
+    found: list[NamedImage] = []
+    problems: list[str] = []
+    bare = 0
+    photographs = [one for places in listed.values() for place in places for one in _photographs(root, place, path)]
+    for photograph in dict.fromkeys(photographs):
+        try:
+            labels = _label_file(inside(root, photograph.relative_to(root).as_posix()))
+            bare += not is_file(labels)
+            indices = {index for index, _ in _rows(labels, len(names), pose).values()}
+            tags = frozenset(names[index] for index in indices)
+            found.append(NamedImage(photograph.relative_to(root).as_posix(), photograph, tags))
+        except InputError as error:
+            problems.append(str(error))
+    if found and bare == len(found):
+        raise InputError(
+            f"{path}: none of {len(found)} images has a label file ({_label_file(found[0].path)}); add them"
+        )
+    occurring = {name for one in found for name in one.names}
+    if problems and not occurring:
+        raise InputError(problems[0])
+    chosen = choose_classes(classes, occurring if classes is None else names, path) if found else ()
+    tagged = tag_images(found, chosen, problems, path)
+    notes = [f"{bare} images have no label file; as in YOLO, they show none of the classes"] if bare else []
+    if split is None and len(places) > 1:
+        notes.append(f"no split is named: used are {listing(listed)} of {listing(places)}")
+    return TaggedImages(tagged.classes, tagged.images, (*notes, *tagged.notes)), names, pose
+
+
+def _settings_of(path: Path, images: Path | None) -> tuple[list[str], dict[str, list[str]], bool]:
+    """The classes, the places of the images by split (folders and lists), and whether labels hold key points."""
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return _yaml(path, images)
+    content: dict[str, str] = {}
+    if path.name == "obj.data":
+        lines = (line.partition("=") for line in read_text(path).splitlines())
+        content = {key.strip(): value.strip() for key, _, value in lines}
+        beside = content.get("names", "obj.names").removeprefix("data/")
+        names = _class_lines(inside(path.parent, beside))
+        places = {key: [content[key].removeprefix("data/")] for key in ("train", "valid", "test") if content.get(key)}
+        return names, {"val" if key == "valid" else key: value for key, value in places.items()}, False
+    root = images or path.parent
+    return _class_lines(path), {"all": ["images" if (root / "images").is_dir() else "."]}, False
+
+
+def _class_lines(path: Path) -> list[str]:
+    lines = [line.strip() for line in read_text(path).rstrip().splitlines()]
+    if not lines or not all(lines):
+        raise InputError(f"{path}: a line without a class; name a class on every line")
+    return lines
+
+
+def _yaml(path: Path, images: Path | None) -> tuple[list[str], dict[str, list[str]], bool]:
+    try:
+        content = yaml.safe_load(read_text(path, 2**18))
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
+        raise InputError(f"{path}: no valid YAML ({' '.join(str(error).split())[:160]}); mend it") from error
+    names = content.get("names") if isinstance(content, dict) else None
+    if isinstance(names, dict) and set(names) == set(range(len(names))):
+        names = [names[index] for index in range(len(names))]
+    if not isinstance(names, list) or not names or not all(_is_name(name) for name in names):
+        raise InputError(f"{path}: names must list the classes from 0 on, such as names: [cat, dog]")
+    places: dict[str, list[str]] = {}
+    for split in ("train", "val", "test", "valid"):
+        value = content.get(split)
+        values = value if isinstance(value, list) else [value]
+        if value and all(isinstance(one, str) for one in values):
+            places["val" if split == "valid" else split] = [
+                _place(path, content.get("path"), one, images) for one in values
+            ]
+        elif value:
+            raise InputError(f"{path}: {split} must name a folder or list of images, but is a {type(value).__name__}")
+    if not places:
+        raise InputError(f"{path}: names no images; add train: images/train")
+    return [str(name) for name in names], places, "kpt_shape" in content
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, (str, int)) and not isinstance(value, bool)  # YAML's yes and no are neither
+
+
+def _place(path: Path, base: Any, place: str, images: Path | None) -> str:
+    """A place relative to the data set's folder. ``path`` is where its author had it: what exists here counts."""
+    root = images or path.parent
+    bases = [base] if isinstance(base, str) and base not in (".", "./") else []
+    # Roboflow writes ../train/images for what lies beside the file.
+    plain = re.sub(r"^(\.\.?/)+", "", place.replace("\\", "/"))
+    for one in (*(f"{one}/{plain}" for one in bases), plain):
+        try:
+            if inside(root, one).exists():
+                return one
+        except (InputError, OSError):
+            continue
+    raise InputError(
+        f"{path}: {place[:80]!r} is not in {root}; put the images there, mend the file, or give their folder (images)"
+    )
+
+
+def _photographs(root: Path, place: str, source: Path) -> list[Path]:
+    """The images of a folder, or those that a list names, a path a line."""
+    path = inside(root, place)
+    if path.is_dir():
+        return [one for _, one in find_images([path])]
+    if path.suffix.lower() != ".txt":
+        raise InputError(f"{source}: {place[:80]!r} is neither a folder nor a list (.txt) of images; mend it")
+    names = [line.strip().replace("\\", "/").removeprefix("./") for line in read_text(path).splitlines()]
+    found = []
+    for name in filter(None, names):  # darknet's and CVAT's lists begin with data/, which is the data set's folder
+        tried = [name, name.removeprefix("data/")]
+        found.append(next((inside(root, one) for one in tried if is_file(inside(root, one))), inside(root, tried[-1])))
+    return found
+
+
+def _label_file(image: Path) -> Path:
+    """``labels/train/a.txt`` of ``images/train/a.jpg``; where no folder is called images, beside the image."""
+    parts = list(image.parts)
+    places = [index for index, part in enumerate(parts[:-1]) if part == "images"]
+    if places:
+        parts[places[-1]] = "labels"
+    return Path(*parts).with_suffix(".txt")
+
+
+def _rows(path: Path, classes: int, pose: bool) -> dict[int, tuple[int, np.ndarray]]:
+    """By line number the class and (2, 2) centre and sides, or (P, 2) corners, as fractions of the image.
+
+    Raises:
+        InputError: a line is not of that form; it costs its image, lest a tag be lost unseen.
+    """
+    found = {}
+    for number, line in enumerate(read_text(path).splitlines() if is_file(path) else (), 1):
+        if not (words := line.split()):
+            continue
+        try:
+            index, values = int(float(words[0])), np.array(words[1:5] if pose else words[1:], np.float64)
+        except (ValueError, OverflowError):
+            index, values = -1, np.zeros(0)
+        if not 0 <= index < classes or str(index) != words[0].removesuffix(".0"):
+            raise InputError(f"{path}: line {number}: {words[0][:20]!r} is none of the {classes} classes; mend it")
+        if len(values) not in (4, *range(6, len(values) + 1, 2)) or not (np.abs(values) < 10).all():
+            raise InputError(
+                f"{path}: line {number}: {len(values)} numbers; expected x y width height, or x y of three corners and "
+                "more, as fractions of the image"
+            )
+        found[number] = index, values.reshape(-1, 2)
+    return found

@@ -19,8 +19,10 @@ def roi_attention(
     """Attention maps (R, a, a) >= 0 of RoIs, each for one output of the classifier.
 
     Args:
-        head: the RoI head, ending in (R, D') features; classifier: the class branch on top of it.
-        pooled: (R, D, P, P) RoI features; outputs: (R,) index of the classifier's output that each map explains.
+        head: the RoI head, ending in (R, D') features.
+        classifier: the class branch on top of it.
+        pooled: (R, D, P, P) RoI features.
+        outputs: (R,) index of the classifier's output that each map explains.
         scores: (R,) the activation vector's entry: the class score of the RoI, >= 0.
         kind: ``excitation``: excitation backprop to the RoI features, summed over channels (a = P); ``gradient``:
             activation times gradient of the logit at the head's last spatial layer, summed over channels, negative
@@ -28,9 +30,10 @@ def roi_attention(
     """
     if kind not in ("excitation", "gradient"):
         raise ValueError(f"attention must be 'excitation' or 'gradient', but got {kind!r}")
-    one = _excitation if kind == "excitation" else _gradient
+    explain = _excitation if kind == "excitation" else _gradient
+    outputs = outputs.to(pooled.device)
     parts = [
-        one(head, classifier, pooled[start : start + CHUNK], outputs[start : start + CHUNK])
+        explain(head, classifier, pooled[start : start + CHUNK], outputs[start : start + CHUNK])
         for start in range(0, len(pooled), CHUNK)
     ]
     if not parts:

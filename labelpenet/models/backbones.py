@@ -18,6 +18,9 @@ RoI head               fc6, relu, dropout, fc7, relu, dropout: 4096   features 1
 
 MobileNetV2 has no pretrained fully connected layers; its last blocks, applied to each RoI, are their analogue. `Tiny`
 is a third backbone for generated scenes, which no one has pretrained: a run trains it on the tags first.
+
+``timm/NAME`` is any network of timm that is a chain of convolutional stages, cut as MobileNetV2 is: the stem ends with
+the last stage of stride 16, and what follows it becomes RoI head and, dilated, mask tail (`Staged`).
 """
 
 from __future__ import annotations
@@ -26,16 +29,15 @@ import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import torch
+import torch.nn.functional as F
 import torchvision
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from labelpenet.errors import InputError
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -155,13 +157,13 @@ class MobileNetV2(Backbone):
             depthwise.stride = (1, 1)
             if number > 0:  # the first block's input is still at the stem's resolution
                 depthwise.dilation = depthwise.padding = (2, 2)
-            block.conv[1][0] = FullPrecisionConv2d.like(depthwise)
-        return Part(blocks, 320, 16)
+        return Part(replace(blocks, for_training), 320, 16)
 
     def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
         blocks = copy.deepcopy(self._network.features[14:19])
-        blocks[0].conv[1][0] = FullPrecisionConv2d.like(blocks[0].conv[1][0])
-        return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(cells), nn.Flatten()), 1280 * cells * cells
+        return nn.Sequential(
+            *replace(blocks, for_training), nn.AdaptiveAvgPool2d(cells), nn.Flatten()
+        ), 1280 * cells * cells
 
 
 class TinyNetwork(nn.Module):
@@ -209,6 +211,25 @@ class Tiny(Backbone):
         return head, self._network.channels * cells * cells
 
 
+def replace(module: _Module, make: Callable[[nn.Module], nn.Module | None]) -> _Module:
+    """Puts what ``make`` returns in place of each layer inside the module, unless it is None; the same module."""
+    for name, child in list(module.named_children()):
+        other = make(child)
+        if other is None:
+            replace(child, make)
+        elif other is not child:
+            setattr(module, name, other)
+    return module
+
+
+def for_training(layer: nn.Module) -> nn.Module | None:
+    """A strided or dilated depthwise convolution in the form that trains fast; None for other layers."""
+    if not isinstance(layer, nn.Conv2d) or type(layer) not in (nn.Conv2d, SameConv2d):
+        return None
+    slow = layer.groups == layer.in_channels > 1 and max(*layer.stride, *layer.dilation) > 1
+    return FullPrecisionConv2d.like(layer) if slow else None
+
+
 def _convolution(channels: int, width: int, stride: int = 1) -> tuple[nn.Conv2d, nn.ReLU]:
     layer = nn.Conv2d(channels, width, 3, stride, 1)
     nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
@@ -216,16 +237,29 @@ def _convolution(channels: int, width: int, stride: int = 1) -> tuple[nn.Conv2d,
     return layer, nn.ReLU()
 
 
-class FullPrecisionConv2d(nn.Conv2d):
-    """A convolution that is trained in float32 also under autocast.
+class SameConv2d(nn.Conv2d):
+    """A convolution that pads as TensorFlow's ``same`` does: to ``ceil(size / stride)``, the odd pixel at the end."""
 
-    The backward pass of a strided or dilated depthwise convolution in bfloat16 is 6 to 25 times slower than in float32
-    on a CPU with torch 2.15 (207 against 8 ms for 64 RoIs on one core): it was two thirds of a training step.
-    """
+    same = True
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.same:
+            return super()._conv_forward(input, weight, bias)
+        pads: list[int] = []
+        for size, kernel, stride, dilation in zip(
+            input.shape[:-3:-1], self.kernel_size[::-1], self.stride[::-1], self.dilation[::-1], strict=True
+        ):
+            total = max(0, (-(-size // stride) - 1) * stride + (kernel - 1) * dilation + 1 - size)
+            pads += [total // 2, total - total // 2]
+        return F.conv2d(F.pad(input, pads), weight, bias, self.stride, 0, self.dilation, self.groups)
 
     @classmethod
-    def like(cls, other: nn.Conv2d) -> FullPrecisionConv2d:
-        """The same convolution, with the same parameters."""
+    def like(cls, other: nn.Conv2d, same: bool | None = None) -> Self:
+        """The same convolution, with the same parameters.
+
+        Args:
+            same: whether it pads as TensorFlow does; None for as ``other`` does.
+        """
         one = cls(
             other.in_channels,
             other.out_channels,
@@ -236,90 +270,45 @@ class FullPrecisionConv2d(nn.Conv2d):
             other.groups,
             other.bias is not None,
         )
+        one.same = getattr(other, "same", False) if same is None else same
         one.load_state_dict(other.state_dict())
         return one
+
+
+class FullPrecisionConv2d(SameConv2d):
+    """A convolution that is trained in float32 also under autocast.
+
+    The backward pass of a strided or dilated depthwise convolution in bfloat16 is 6 to 25 times slower than in float32
+    on a CPU with torch 2.15 (207 against 8 ms for 64 RoIs on one core): it was two thirds of a training step.
+    The dilated one is slow in float32 too (oneDNN lacks a kernel for its gradients), but each grid of every second
+    cell is an ordinary convolution: forward and backward 16 against 54 ms (3 x 3), 54 against 163 ms (5 x 5).
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """(R, D, h, w) to the same, in float32 where gradients are wanted."""
         if not torch.is_grad_enabled():
             return super().forward(input)
         with torch.autocast(input.device.type, enabled=False):
+            if input.device.type == "cpu" and self._is_interleaved():
+                return self._by_grids(input.float())
             return super().forward(input.float())
 
+    def _is_interleaved(self) -> bool:
+        """Whether the output's cells, each in its own grid of every n-th cell, are those of a padded convolution."""
+        whole = all(p == d * (k // 2) for p, d, k in zip(self.padding, self.dilation, self.kernel_size, strict=True))
+        return self.dilation[0] > 1 and self.stride == (1, 1) and whole and not self.same
 
-def build_backbone(name: str, weights: Path | None = None, pretrained: bool = True) -> Backbone:
-    """The backbone called ``name`` with ImageNet weights.
-
-    Args:
-        name: one of `BACKBONES`.
-        weights: a state dict of the torchvision model of that name (``.safetensors``, or a ``.pt`` / ``.pth`` that
-            holds tensors only). Without it, torchvision's own weights are used, which it downloads once.
-        pretrained: False for random weights (tests, speed).
-
-    Raises:
-        InputError: unknown name; weights that are missing, unreadable or of another network.
-    """
-    if name not in BACKBONES:
-        raise InputError(f"unknown backbone {name!r}; choose from {', '.join(BACKBONES)}")
-    build, plug = BACKBONES[name]
-    if weights is None and pretrained and plug.imagenet:
-        try:
-            network = build(weights="IMAGENET1K_V1")
-        except OSError as error:
-            raise InputError(
-                f"ImageNet weights of {name} could not be downloaded ({error}); give a file with --weights"
-            ) from error
-        backbone = plug(network)
-        # torchvision's own weights expect ImageNet's mean and standard deviation
-        backbone.mean, backbone.std = VGG16.mean, VGG16.std
-    else:
-        network = build(weights=None)
-        if weights is not None:
-            load_weights(network, weights, name)
-        own_statistics = weights is not None and name == "mobilenet_v2" and not _is_folded(network)
-        backbone = plug(network)
-        if own_statistics:
-            backbone.mean, backbone.std = VGG16.mean, VGG16.std
-        if weights is None:
-            backbone.untrained = network
-    return backbone
-
-
-def load_weights(network: nn.Module, path: Path, name: str) -> None:
-    """Loads a state dict into ``network``, or says in one line why not.
-
-    Raises:
-        InputError: the file is missing, damaged or belongs to another network.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such weights file; give the state dict of torchvision's {name} with --weights")
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(state, dict):
-            raise ValueError(f"it holds a {type(state).__name__}")
-    except Exception as error:
-        line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: cannot be read as weights ({line}); expected a state dict of {name}") from error
-    own = network.state_dict()
-    wrong = [key for key, value in own.items() if key not in state or getattr(state[key], "shape", None) != value.shape]
-    if wrong:
-        raise InputError(
-            f"{path}: not the weights of {name} ({len(wrong)} of {len(own)} entries missing or of another shape, "
-            f"such as {wrong[0]}); give the state dict of torchvision.models.{name}"
-        )
-    network.load_state_dict(state, strict=False)
-
-
-def _is_folded(network: nn.Module) -> bool:
-    """Whether all batch norms are identities plus a bias, as in weights converted from an 8-bit model.
-
-    Those expect inputs in [-1, 1]; torchvision's own expect ImageNet's mean and standard deviation.
-    """
-    norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
-    return all(bool((layer.running_mean == 0).all()) for layer in norms if isinstance(layer.running_mean, Tensor))
+    def _by_grids(self, x: Tensor) -> Tensor:
+        images, channels, height, width = x.shape
+        rows, columns = self.dilation
+        x = F.pad(x, (0, -width % columns, 0, -height % rows)).permute(0, 2, 3, 1)
+        h, w = x.shape[1] // rows, x.shape[2] // columns
+        x = x.reshape(images, h, rows, w, columns, channels).permute(2, 4, 0, 1, 3, 5)
+        x = x.reshape(-1, h, w, channels).permute(0, 3, 1, 2)
+        padding = [kernel // 2 for kernel in self.kernel_size]
+        y = F.conv2d(x, self.weight, self.bias, 1, padding, 1, self.groups).permute(0, 2, 3, 1)
+        y = y.reshape(rows, columns, images, h, w, -1).permute(2, 3, 0, 4, 1, 5)
+        return y.reshape(images, h * rows, w * columns, -1)[:, :height, :width].permute(0, 3, 1, 2)
 
 
 def fold_batch_norm(module: nn.Module) -> None:
@@ -337,10 +326,3 @@ def fold_batch_norm(module: nn.Module) -> None:
             if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 child._modules[first] = fuse_conv_bn_eval(convolution.eval(), norm.eval())
                 child._modules[second] = nn.Identity()
-
-
-BACKBONES: dict[str, tuple[Callable[..., nn.Module], type[Backbone]]] = {
-    "vgg16": (torchvision.models.vgg16, VGG16),
-    "mobilenet_v2": (torchvision.models.mobilenet_v2, MobileNetV2),
-    "tiny": (TinyNetwork, Tiny),
-}

@@ -1,88 +1,50 @@
-"""`LabelPEnet`: one stem, four modules, and what each of them infers for an image.
+"""`LabelPEnet`: one stem and four modules in order.
 
-Shape letters: ``H, W`` the photograph, ``h, w`` the network's input, ``R`` proposals, ``C`` foreground classes.
+Shape letters: ``N`` photographs, ``H, W`` one of them, ``R`` proposals, ``C`` foreground classes.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import cv2
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import nms
 
 from labelpenet import config
-from labelpenet.calibration import CalibrationSettings, Trace, calibrate, project_maps, proposal_scores
-from labelpenet.calibration.calibrate import distinct, segment, settle, working_canvas
-from labelpenet.config import InferenceChoice, Recipe
-from labelpenet.data.images import read_image
+from labelpenet.calibration.calibrate import Trace
+from labelpenet.calibration.excitation import layer_without_rule
+from labelpenet.config import MODULES, Recipe
+from labelpenet.data import run_folder
+from labelpenet.data.files import read_tensors
+from labelpenet.data.images import as_pixels, find_images
 from labelpenet.data.proposals import ProposalSettings, propose
-from labelpenet.errors import InputError
+from labelpenet.data.transforms import Batch, View, stack
+from labelpenet.errors import DamagedError, InputError
 from labelpenet.instances import Instances
-from labelpenet.models.attention import roi_attention
-from labelpenet.models.backbones import Backbone, build_backbone
-from labelpenet.models.classification import Classification, frame_boxes
-from labelpenet.models.detection import Candidates, Detector, DetectorSettings
-from labelpenet.models.segmentation import Segmenter
+from labelpenet.models.backbones import Backbone
+from labelpenet.models.build import build_backbone
+from labelpenet.models.classification import Classification
+from labelpenet.models.detection import Detection
+from labelpenet.models.segmentation import Segmentation
+from labelpenet.models.weights import check_weights
 
-MODULES = ("classification", "detection", "refinement", "segmentation")
+Photograph = np.ndarray | Image.Image | str | Path
+"""A photograph in whatever form one has it (see `data.images.as_pixels`)."""
 
-
-@dataclass
-class View:
-    """A photograph as the network sees it.
-
-    Attributes:
-        pixels: (1, 3, h, w) normalised.
-        scale: factors (x, y) from the photograph's pixels to the network's.
-        flipped: whether it is mirrored left to right.
-    """
-
-    pixels: Tensor
-    scale: tuple[float, float]
-    flipped: bool = False
-
-    def boxes(self, boxes: Tensor) -> Tensor:
-        """(R, 4) boxes of the photograph in pixels of the view."""
-        scaled = boxes.to(self.pixels.device).float() * self.pixels.new_tensor([*self.scale, *self.scale])
-        if not self.flipped:
-            return scaled
-        width = self.pixels.shape[-1]
-        return torch.stack([width - scaled[:, 2], scaled[:, 1], width - scaled[:, 0], scaled[:, 3]], 1)
-
-    def back(self, boxes: Tensor) -> Tensor:
-        """The inverse of `boxes`, for a view that is not flipped."""
-        return boxes / boxes.new_tensor([*self.scale, *self.scale])
-
-    def instances(self, one: Instances) -> Instances:
-        """The photograph's instances in pixels of the view; boxes exact, masks resized to the nearest pixel."""
-        height, width = int(self.pixels.shape[-2]), int(self.pixels.shape[-1])
-        masks = None
-        if one.masks is not None:
-            masks = torch.zeros(len(one), height, width, dtype=torch.bool)
-            for index, mask in enumerate(one.masks.cpu().numpy()):
-                resized = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
-                masks[index] = torch.from_numpy(resized.astype(bool))
-            masks = masks.flip(-1) if self.flipped else masks
-            masks = masks.to(self.pixels.device)
-        device = self.pixels.device
-        return Instances(self.boxes(one.boxes), one.labels.to(device), one.weights.to(device), (height, width), masks)
-
-
-Seen = tuple[View, Tensor]
-"""A view and the stem's map of it."""
+Tags = tuple[int, ...] | None
+"""The classes that a photograph shows, None where they are not known."""
 
 
 class LabelPEnet(nn.Module):
-    """The cascade.
+    """The cascade: a shared stem and the modules `classification`, `detection`, `refinement` and `segmentation`.
 
     Args:
         backbone: what `build_backbone` returned.
@@ -97,15 +59,13 @@ class LabelPEnet(nn.Module):
         super().__init__()
         self.classes, self.recipe, self.backbone_name = tuple(classes), recipe, backbone.name
         c = len(self.classes)
+        one, two, three, four = recipe.modules
         self.stem = backbone.stem.module
-        one = recipe.classification
-        self.classification = Classification(backbone, c, one.pool, one.form, one.contrast, one.freeze_head)
-        self.detection = Detector(backbone, c, backbone.region_tail(), _settings(recipe.detection, weighted=True))
-        choice = recipe.segmentation
-        self.refinement = Segmenter(backbone, c, _settings(choice, weighted=True), choice.mask_width, choice.mask_depth)
-        self.segmentation = Segmenter(
-            backbone, c, _settings(choice, weighted=False), choice.mask_width, choice.mask_depth
-        )
+        self.classification = Classification(backbone, c, one)
+        self.detection = Detection(backbone, c, two)
+        self.refinement = Segmentation(backbone, c, three)
+        self.segmentation = Segmentation(backbone, c, four)
+        self._check_attention(backbone)
         self.to(memory_format=torch.channels_last)
         self.register_buffer("_mean", torch.tensor(backbone.mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("_std", torch.tensor(backbone.std).view(1, 3, 1, 1) * 255, persistent=False)
@@ -113,18 +73,29 @@ class LabelPEnet(nn.Module):
         self.normalisation = {"mean": list(backbone.mean), "std": list(backbone.std)}
         self.eval()
 
+    def _check_attention(self, backbone: Backbone) -> None:
+        one, two, _, _ = self.recipe.modules
+        for name, attention in ((one.name, one.attention), (two.name, two.attention)):
+            if attention == "excitation":
+                missing = layer_without_rule(getattr(self, name).head)
+                if missing is not None:
+                    raise InputError(
+                        f"{backbone.name}: excitation backprop cannot pass its {missing}; choose "
+                        "--set modules.*.attention=gradient"
+                    )
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.parameters()).device
 
-    def module(self, number: int) -> nn.Module:
+    def module(self, number: int) -> Classification | Detection | Segmentation:
         """Module 1 to 4."""
         return getattr(self, MODULES[number - 1])
 
     def require(self, number: int) -> None:
         """Raises InputError unless module ``number`` exists and has been trained."""
-        if number not in (1, 2, 3, 4):
+        if number not in range(1, len(MODULES) + 1):
             raise InputError(f"no module {number}; choose 1, 2, 3 or 4")
         if MODULES[number - 1] in self.untrained:
             raise InputError(f"module {number} is not trained in this run yet; train on with --resume or ask another")
@@ -145,16 +116,30 @@ class LabelPEnet(nn.Module):
         pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].to(self.device)
         return View((pixels.float() - self._mean) / self._std, (size[0] / width, size[1] / height), flip)
 
-    def stem_map(self, view: View) -> Tensor:
-        """The shared stem's map of a view; without gradients where the stem is frozen."""
+    def stem_map(self, *views: View) -> Tensor:
+        """The shared stem's map (N, D, h, w) of views; without gradients where the stem is frozen."""
         frozen = not any(p.requires_grad for p in self.stem.parameters())
         with torch.no_grad() if frozen else contextlib.nullcontext():
-            return self.stem(view.pixels.contiguous(memory_format=torch.channels_last))
+            return self.stem(stack(views).contiguous(memory_format=torch.channels_last))
 
-    def see(self, image: np.ndarray) -> Seen:
-        """The photograph's view for inference and the stem's map of it."""
-        view = self.view(image)
-        return view, self.stem_map(view)
+    def batch(
+        self,
+        images: Sequence[np.ndarray],
+        tags: Sequence[Tags] | None = None,
+        proposals: Sequence[Tensor] | None = None,
+        features: Sequence[Tensor] | None = None,
+    ) -> Batch:
+        """Photographs as the modules see them at inference.
+
+        Args:
+            images: (H, W, 3) uint8 RGB each.
+            tags: the classes of each; None where they are not known.
+            proposals: (R, 4) of each in its own pixels, for module 1.
+            features: (R, D) module 1's RoI features of each, where they are known.
+        """
+        views = [self.view(image) for image in images]
+        known = [None] * len(images) if tags is None else tags
+        return Batch(views, self.stem_map(*views), images, known, proposals or (), features)
 
     def proposals(self, image: np.ndarray) -> Tensor:
         """Selective-search proposals (R, 4) of a photograph, computed now, as the recipe wants them."""
@@ -169,83 +154,119 @@ class LabelPEnet(nn.Module):
         whole = boxes.new_tensor([[0, 0, width, height]])
         return torch.cat([whole, boxes[(boxes != whole).any(1)]])
 
-    # -- what each module infers -------------------------------------------------------------------------------------
+    # -- what the modules learn and infer ----------------------------------------------------------------------------
 
-    def class_scores(
-        self, view: View, proposals: Tensor, features: Tensor | None = None, stem: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Module 1's ``x^c`` (R, C + 1) and ``x^p`` (R, C) for proposals (R, 4) of the photograph.
+    def losses(
+        self,
+        images: Sequence[np.ndarray],
+        targets: Sequence[Instances],
+        module: int = 4,
+        proposals: Sequence[Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The named losses of a module on a batch, each a mean; their sum is to be minimised.
 
         Args:
-            features: (R, D) RoI features computed before, where the RoI head is frozen.
-            stem: the stem's map of the view, where it is known.
+            images: N photographs, (H, W, 3) uint8 RGB, of any sizes.
+            targets: the instances of each in pixels of its photograph. Module 1 reads their labels alone, module 2
+                needs no masks.
+            module: which one learns.
+            proposals: (R, 4) of each photograph; computed if the module needs them and they are not given.
         """
-        one = self.classification
-        boxes = view.boxes(proposals)
-        if stem is None and (features is None or one.contrast):
-            stem = self.stem_map(view)
-        if features is None:
-            assert stem is not None
-            features = one.features(stem, boxes)
-        frames = None
-        if one.contrast:
-            assert stem is not None
-            frames = one.features(stem, frame_boxes(boxes, (view.pixels.shape[-2], view.pixels.shape[-1])))
-        return one(features, frames)
+        batch = self.batch(
+            images, [tuple(one.labels.unique().tolist()) for one in targets], self._proposed(images, module, proposals)
+        )
+        seen = [view.instances(target) for view, target in zip(batch.views, targets, strict=True)]
+        return self.module(module).losses(batch, seen)
 
-    def infer_classification(
+    @torch.no_grad()
+    def infer(self, number: int, batch: Batch) -> list[tuple[Instances, Trace]]:
+        """What module ``number`` passes on for training images: instances of their tags only, and the maps behind."""
+        module: Any = self.module(number)
+        return module.infer(batch, module.settings.label)
+
+    @overload
+    def predict(self, image: Photograph, module: int = 4, proposals: Tensor | None = None) -> Instances: ...
+
+    @overload
+    def predict(self, image: list[Photograph] | tuple[Photograph, ...], module: int = 4) -> list[Instances]: ...
+
+    def predict(
         self,
-        image: np.ndarray,
-        proposals: Tensor,
-        tags: tuple[int, ...] | None,
-        features: Tensor | None = None,
-        seen: Seen | None = None,
-    ) -> tuple[Instances, Trace, Tensor]:
-        """Module 1, calibrated: one instance for each tag.
+        image: Photograph | list[Photograph] | tuple[Photograph, ...],
+        module: int = 4,
+        proposals: Tensor | None = None,
+    ) -> Instances | list[Instances]:
+        """The instances of a photograph, or of each of several, whose tags are not known.
 
-        Without tags every class gets an instance, its weight multiplied by the image's probability of the class
-        (which the weight ``agreement`` holds anyway).
+        Args:
+            image: an image file, (H, W, 3) uint8 RGB, a PIL image, or a list of them; a folder stands for the list of
+                its image files in order of name (`data.images.find_images`).
+            module: which of the four answers.
+            proposals: (R, 4) in pixels of the photograph; computed if the module needs them and they are not given.
 
         Returns:
-            The instances, the maps behind them, and the image's class probabilities (C,).
+            `Instances` on the CPU, best first: scores in [0, 1] as weights, masks for every module. A list of them for
+            a list or a folder.
+
+        Raises:
+            InputError: a file cannot be read; no such module.
         """
-        view, stem = seen or self.see(image)
-        x_c, x_p = self.class_scores(view, proposals, features, stem)
-        probabilities = self.classification.image_probabilities(x_c, x_p)
-        scores = proposal_scores(x_c[:, 1:], x_p.softmax(0), self.recipe.classification.score, tags)
-        one = self.classification
-        regions = view.boxes(proposals)
+        self.require(module)
+        if isinstance(image, (str, Path)) and Path(image).is_dir():
+            image = [path for _, path in find_images([Path(image)])]
+        if isinstance(image, (list, tuple)):
+            return [self.predict(one, module) for one in image]
+        return self.predict_batch([as_pixels(image)], module, None if proposals is None else [proposals])[0]
 
-        def attend(index: Tensor, labels: Tensor) -> Tensor:
-            pooled = one.pool(one.tail(stem), regions[index])
-            return roi_attention(
-                one.head,
-                one.classifier,
-                pooled,
-                labels + 1,
-                scores[index, labels],
-                self.recipe.classification.attention,
-            )
+    @torch.no_grad()
+    def predict_batch(
+        self, images: Sequence[np.ndarray], module: int = 4, proposals: Sequence[Tensor] | None = None
+    ) -> list[Instances]:
+        """As `predict`, for photographs that go through the network together."""
+        self.require(module)
+        batch = self.batch(images, None, self._proposed(images, module, proposals))
+        answering: Any = self.module(module)
+        found = [one for one, _ in answering.infer(batch, answering.settings.predict)]
+        if getattr(answering.settings, "vote", False):
+            found = self.vote(module, found, batch)
+        return [one[one.weights.argsort(descending=True, stable=True)] for one in found]
 
-        wanted = tuple(range(len(self.classes))) if tags is None else tags
-        # classes that the image may not show must not take pixels from those that it does
-        choice = self.recipe.infer1 if tags is not None else replace(self.recipe.infer1, joint=False)
-        found, trace = calibrate(
-            image,
-            proposals.to(scores.device),
-            scores,
-            wanted,
-            attend,
-            calibration_settings(choice),
-            probabilities=probabilities,
-        )
-        if tags is None and choice.weight == "score":
-            found = replace(found, weights=found.weights * probabilities[found.labels])
-        return found, trace, probabilities
+    def vote(self, number: int, found: Sequence[Instances], batch: Batch) -> list[Instances]:
+        """The instances of module ``number``, weighted by what modules 1 and 2, as far as they came before, think too.
+
+        A weight becomes the geometric mean of itself and the probabilities that those modules give to the instance's
+        class in its final box: module 1 by the softmax of its logits over the classes, module 2 by its scores. They
+        learnt from other targets than the later ones and so make other errors. Modules without weights abstain. Not in
+        the paper.
+
+        Args:
+            found: the instances of each photograph, in its pixels, on the CPU.
+            batch: the photographs.
+
+        Returns:
+            The same instances in the same order, weights in [0, 1].
+        """
+        voters = [voter for voter in (1, 2) if voter < number and MODULES[voter - 1] not in self.untrained]
+        counts = [len(one) for one in found]
+        if not sum(counts) or not voters:
+            return list(found)
+        boxes, labels = [one.boxes for one in found], torch.cat([one.labels for one in found]).to(self.device)
+        opinions = []
+        if 1 in voters:
+            features = self.classification.features(replace(batch, proposals=boxes, features=None))
+            logits, _ = self.classification(torch.cat(features))
+            opinions.append(_of_class(logits[:, 1:].softmax(1), labels))
+        if 2 in voters:
+            seen = [view.boxes(own) for view, own in zip(batch.views, boxes, strict=True)]
+            opinions.append(_of_class(torch.cat(self.detection.probabilities(batch, seen)), labels))
+        others = torch.stack(opinions).float().cpu()
+        together = torch.cat([torch.cat([one.weights for one in found])[None].float(), others])
+        weights = together.clamp(min=1e-6).log().mean(0).exp().split(counts)
+        return [one.weighted(own) for one, own in zip(found, weights, strict=True)]
 
     @torch.no_grad()
     def rank_proposals(
-        self, image: np.ndarray, proposals: Tensor, tags: tuple[int, ...] | None, features: Tensor | None = None
+        self, image: np.ndarray, proposals: Tensor, tags: Tags, features: Tensor | None = None
     ) -> tuple[Instances, Tensor]:
         """Module 1 by itself, uncalibrated: proposals (R, 4) ranked by ``x^c w``, after NMS; boxes without masks.
 
@@ -254,9 +275,11 @@ class LabelPEnet(nn.Module):
         Returns:
             At most 20 boxes a class, and the image's class probabilities (C,).
         """
-        x_c, x_p = self.class_scores(self.view(image), proposals, features)
-        probabilities = self.classification.image_probabilities(x_c, x_p)
-        scores = self.classification.scores(x_c, x_p)
+        module = self.classification
+        batch = self.batch([image], [tags], [proposals]) if features is None else None
+        x_c, x_p = module(module.features(batch)[0] if batch is not None else features)
+        probabilities = module.image_probabilities(x_c, x_p)
+        scores = module.scores(x_c, x_p)
         scores = scores - scores.amin(0).clamp(max=0)
         share = (scores / scores.sum(0).clamp(min=1e-6) * probabilities).clamp(0, 1).cpu()
         parts = [Instances.empty((image.shape[0], image.shape[1]))]
@@ -266,213 +289,16 @@ class LabelPEnet(nn.Module):
             parts.append(Instances(proposals[kept], labels, share[kept, label], parts[0].image_size))
         return Instances.cat(parts), probabilities
 
-    def _candidates(
-        self,
-        module: Detector,
-        image: np.ndarray,
-        proposals: Tensor | None,
-        tags: tuple[int, ...] | None,
-        choice: InferenceChoice,
-        seen: Seen | None,
-    ) -> tuple[View, Tensor, Tensor, Tensor, Candidates]:
-        """View, stem map, RoIs (R, 4), pooled RoI features and candidates of a detector."""
-        view, stem = seen or self.see(image)
-        features = module.features(stem)
-        extra = None if proposals is None else view.boxes(proposals)
-        rois, _ = module.propose(features, view.pixels, extra=extra)
-        pooled = module.pool(features, rois)
-        logits, deltas = module.classify(module.head(pooled))
-        size = (int(view.pixels.shape[-2]), int(view.pixels.shape[-1]))
-        found = module.candidates(rois, logits, deltas, size, tags, choice.score_threshold, choice.nms)
-        return view, stem, rois, pooled, found
-
-    def infer_detection(
-        self,
-        image: np.ndarray,
-        proposals: Tensor | None,
-        tags: tuple[int, ...] | None,
-        choice: InferenceChoice | None = None,
-        seen: Seen | None = None,
-    ) -> tuple[Instances, Trace]:
-        """Module 2, calibrated: several instances for each class."""
-        choice = choice or self.recipe.infer2
-        module = self.detection
-        view, _, rois, pooled, found = self._candidates(module, image, proposals, tags, choice, seen)
-        scores = found.scores.new_zeros(len(found.scores), len(self.classes))
-        scores[torch.arange(len(scores), device=scores.device), found.labels] = found.scores
-
-        def attend(index: Tensor, labels: Tensor) -> Tensor:
-            return roi_attention(
-                module.head,
-                module.classifier,
-                pooled[found.rois[index]],
-                labels + 1,
-                found.scores[index],
-                self.recipe.detection.attention,
-            )
-
-        present = tuple(sorted(set(found.labels.tolist())))
-        if not present:
-            empty = torch.zeros(0, 1, 1)
-            size = (image.shape[0], image.shape[1])
-            return Instances.empty(size, with_masks=True), Trace(empty, empty, empty, empty)
-        return calibrate(
-            image,
-            view.back(found.boxes),
-            scores,
-            present,
-            attend,
-            calibration_settings(choice),
-            regions=view.back(rois[found.rois]),
-        )
-
-    def infer_segmentation(
-        self,
-        number: int,
-        image: np.ndarray,
-        proposals: Tensor | None,
-        tags: tuple[int, ...] | None,
-        choice: InferenceChoice | None = None,
-        seen: Seen | None = None,
-    ) -> tuple[Instances, Trace]:
-        """Module 3 or 4: detections, their masks (and those of the detections that they suppressed), dense CRF."""
-        choice = choice or (self.recipe.infer3 if number == 3 else self.recipe.infer4)
-        module = self.refinement if number == 3 else self.segmentation
-        view, stem, _, _, found = self._candidates(module, image, proposals, tags, choice, seen)
-        size = (image.shape[0], image.shape[1])
-        canvas, scale = working_canvas(image, choice.side)
-        small = (canvas.shape[0], canvas.shape[1])
-        kept_scores, kept_labels = found.scores[found.keep], found.labels[found.keep]
-        place = _rank_within_class(kept_labels)
-        strong = (kept_scores >= choice.min_score) | ((place == 0) if tags is not None else False)
-        chosen = torch.where(strong & (place < choice.per_class))[0]
-        if not len(chosen):
-            empty = torch.zeros(0, *small)
-            return Instances.empty(size, with_masks=True), Trace(empty, empty, empty, empty)
-        position = torch.full((len(found.keep),), -1, device=chosen.device)
-        position[chosen] = torch.arange(len(chosen), device=chosen.device)
-        group = position[found.group]
-        if not choice.affiliated:
-            own = torch.zeros_like(group, dtype=torch.bool)
-            own[found.keep] = True
-            group = torch.where(own, group, -1)
-        kept_itself = torch.zeros_like(group, dtype=torch.bool)
-        kept_itself[found.keep[chosen]] = True
-        belongs = group >= 0  # the best so many, and each kept detection in any case
-        members = torch.where(belongs & ((belongs.cumsum(0) <= choice.attended) | kept_itself))[0]
-        masks = module.masks(module.mask_features(stem), found.boxes[members], found.labels[members])
-        boxes = view.back(found.boxes)
-        scaled = boxes[members] * boxes.new_tensor([*scale, *scale])
-        summed = project_maps(masks, scaled, small, found.scores[members], group[members], len(chosen))
-        total = torch.zeros(len(chosen), device=boxes.device).index_add_(0, group[members], found.scores[members])
-        confidence = (summed / total.clamp(min=1e-6)[:, None, None]).clamp(0, 1)
-        settings = calibration_settings(choice)
-        if choice.iterations:
-            marginals = segment(canvas, confidence, settings)
-        else:
-            marginals = confidence
-        kept = boxes[found.keep[chosen]]
-        instances = settle(marginals, kept, kept_labels[chosen], kept_scores[chosen], size, settings)
-        alive = distinct(instances, choice.duplicate)
-        nothing = torch.zeros_like(confidence)
-        return instances[alive], Trace(nothing[alive], nothing[alive], confidence[alive], marginals[alive])
-
-    @torch.no_grad()
-    def infer(
-        self,
-        number: int,
-        image: np.ndarray,
-        proposals: Tensor | None,
-        tags: tuple[int, ...] | None,
-        features: Tensor | None = None,
-        seen: Seen | None = None,
-    ) -> tuple[Instances, Trace]:
-        """What module ``number`` passes on for a training image: instances of its tags only, and the maps behind.
-
-        Args:
-            image: (H, W, 3) uint8 RGB; proposals: (R, 4) in its pixels; tags: the image's classes.
-            features: (R, D) RoI features of module 1, where they are known.
-            seen: the image's view, not flipped, and the stem's map of it, where they are known (`see`).
-        """
-        if number == 1:
-            if proposals is None:
-                proposals = self.proposals(image)
-            found, trace, _ = self.infer_classification(image, proposals, tags, features, seen)
-            return found, trace
-        if number == 2:
-            return self.infer_detection(image, proposals, tags, seen=seen)
-        return self.infer_segmentation(number, image, proposals, tags, seen=seen)
-
-    @torch.no_grad()
-    def predict(self, image: np.ndarray | str | Path, module: int = 4, proposals: Tensor | None = None) -> Instances:
-        """The instances of a photograph whose tags are not known.
-
-        Args:
-            image: (H, W, 3) uint8 RGB, or an image file.
-            module: which of the four answers.
-            proposals: (R, 4) in pixels of the photograph; computed if the module needs them and they are not given.
-
-        Returns:
-            `Instances` on the CPU, best first: scores in [0, 1] as weights, masks for every module.
-
-        Raises:
-            InputError: the file cannot be read; no such module.
-        """
-        self.require(module)
-        pixels = image if isinstance(image, np.ndarray) else read_image(image)
-        if proposals is None and self.needs_proposals(module):
-            proposals = self.proposals(pixels)
-        seen = self.see(pixels)
-        one = self.recipe
-        choice = {2: one.predict2, 3: one.predict3, 4: one.predict4}.get(module)
-        if module == 1:
-            assert proposals is not None
-            found, _, _ = self.infer_classification(pixels, proposals, None, seen=seen)
-        elif module == 2:
-            found, _ = self.infer_detection(pixels, proposals, None, choice, seen)
-        else:
-            found, _ = self.infer_segmentation(module, pixels, proposals, None, choice, seen)
-        if choice is not None and choice.vote:
-            found = self.vote(module, found, seen)
-        found = found.to("cpu")
-        return found[found.weights.argsort(descending=True, stable=True)]
-
-    @torch.no_grad()
-    def vote(self, number: int, found: Instances, seen: Seen) -> Instances:
-        """The instances of module ``number``, weighted by what modules 1 and 2, as far as they came before, think too.
-
-        A weight becomes the geometric mean of itself and the probabilities that those modules give to the instance's
-        class in its final box: module 1 by the softmax of its logits over the classes, module 2 by its scores. They
-        learnt from other targets than the later ones and so make other errors. Modules without weights abstain. Not in
-        the paper.
-
-        Args:
-            found: N instances in pixels of the photograph.
-            seen: the photograph's view and the stem's map of it (`see`).
-
-        Returns:
-            The same instances in the same order, weights (N,) in [0, 1].
-        """
-        voters = [voter for voter in (1, 2) if voter < number and MODULES[voter - 1] not in self.untrained]
-        if not len(found) or not voters:
-            return found
-        view, stem = seen
-        opinions = [found.weights]
-        if 1 in voters:
-            x_c, _ = self.class_scores(view, found.boxes, stem=stem)
-            opinions.append(_of_class(x_c[:, 1:].softmax(1), found.labels))
-        if 2 in voters:
-            module = self.detection
-            logits, _ = module.classify(module.head(module.pool(module.features(stem), view.boxes(found.boxes))))
-            opinions.append(_of_class(logits.float().softmax(1)[:, 1:], found.labels))
-        together = torch.stack([one.float().clamp(min=1e-6).log() for one in opinions]).mean(0).exp()
-        return replace(found, weights=together)
-
     def needs_proposals(self, module: int) -> bool:
         """Whether a module works on selective-search proposals."""
-        if module == 1:
-            return True
-        return (self.recipe.detection if module == 2 else self.recipe.segmentation).extra_proposals
+        return self.module(module).needs_proposals
+
+    def _proposed(
+        self, images: Sequence[np.ndarray], module: int, proposals: Sequence[Tensor] | None
+    ) -> Sequence[Tensor] | None:
+        if proposals is not None or not self.needs_proposals(module):
+            return proposals
+        return [self.proposals(image) for image in images]
 
     # -- runs --------------------------------------------------------------------------------------------------------
 
@@ -492,8 +318,10 @@ class LabelPEnet(nn.Module):
         backbone.mean, backbone.std = tuple(facts["normalisation"]["mean"]), tuple(facts["normalisation"]["std"])
         network = cls(backbone, facts["classes"], recipe or config.from_dict(facts["recipe"]))
         loaded = [part for part in ("stem", *MODULES) if network.load_part(run, part)]
-        if "stem" not in loaded or len(loaded) < 2:
+        if len(loaded) < 2:
             raise InputError(f"{run}: holds no trained module yet; finish it with labelpenet train ... --resume")
+        if "stem" not in loaded:
+            raise InputError(f"{run_folder.weights(run, 'stem')}: gone; labelpenet train ... --resume restores it")
         network.untrained = tuple(name for name in MODULES if name not in loaded)
         return network.to(device)
 
@@ -503,13 +331,21 @@ class LabelPEnet(nn.Module):
         Raises:
             InputError: the file is damaged or belongs to another configuration.
         """
-        path = run / "weights" / f"{part}.safetensors"
+        path = run_folder.weights(run, part)
         if not path.is_file():
             return False
+        module = getattr(self, part)
         try:
-            getattr(self, part).load_state_dict(load_file(path))
-        except Exception as error:
-            line = (str(error) or type(error).__name__).splitlines()[0]
+            # version 0.1 called the branch of the proposal weights by another name
+            state = {key.replace("weigher.", "proposal_weights."): value for key, value in read_tensors(path).items()}
+            check_weights(module, state, path)
+            module.load_state_dict(state)
+        except InputError:
+            raise
+        except (OSError, ValueError) as error:
+            raise DamagedError(f"{path}: {error}; labelpenet train ... --resume restores it") from error
+        except RuntimeError as error:
+            line = str(error).splitlines()[0]
             raise InputError(f"{path}: does not fit this run ({line}); delete it and train with --resume") from error
         return True
 
@@ -520,15 +356,9 @@ def read_run(run: Path) -> dict[str, Any]:
     Raises:
         InputError: not a run folder.
     """
-    path = run / "run.json"
-    if not path.is_file():
-        raise InputError(f"{run}: not a run folder (no run.json); give what labelpenet train wrote with --out")
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(facts, dict) or not {"classes", "backbone", "recipe", "normalisation"} <= set(facts):
-            raise ValueError("entries are missing")
-    except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}); train again into a new folder") from error
+    facts = run_folder.read_facts(run)
+    if not {"classes", "backbone", "recipe", "normalisation"} <= set(facts):
+        raise InputError(f"{run_folder.facts(run)}: damaged (entries are missing); train again into a new folder")
     return facts
 
 
@@ -538,24 +368,6 @@ def proposal_settings(recipe: Recipe) -> ProposalSettings:
     return ProposalSettings(method=choice.method, side=choice.side)  # type: ignore[arg-type]
 
 
-def calibration_settings(choice: InferenceChoice) -> CalibrationSettings:
-    """The part of an inference choice that calibration looks at."""
-    names = {f.name for f in fields(CalibrationSettings)}
-    return CalibrationSettings(**{f.name: getattr(choice, f.name) for f in fields(choice) if f.name in names})
-
-
-def _settings(choice: config.DetectorChoice, weighted: bool) -> DetectorSettings:
-    names = {f.name for f in fields(DetectorSettings)}
-    values = {f.name: getattr(choice, f.name) for f in fields(choice) if f.name in names}
-    return DetectorSettings(**values, weighted=weighted)
-
-
 def _of_class(probabilities: Tensor, labels: Tensor) -> Tensor:
     """Of (N, C) those of the class indices (N,)."""
     return probabilities.gather(1, labels[:, None])[:, 0]
-
-
-def _rank_within_class(labels: Tensor) -> Tensor:
-    """For detections (K,), best first, the number of better ones of the same class."""
-    same = labels[:, None] == labels[None]
-    return torch.tril(same, diagonal=-1).sum(1)

@@ -7,7 +7,7 @@ All boxes are in pixels of the network's input.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,37 +18,15 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou, clip_boxes_to_image, remove_small_boxes
 
+from labelpenet import config
+from labelpenet.calibration.calibrate import Candidates, Trace, calibrate, choose_instances
+from labelpenet.data.transforms import Batch, View
 from labelpenet.instances import Instances
+from labelpenet.models.attention import roi_attention
 from labelpenet.models.backbones import Backbone, Part
-from labelpenet.models.layers import RoIPooling, initialise, nms_groups
+from labelpenet.models.layers import RoIPooling, initialise
 
-ANCHOR_SIDES = (128, 256, 512)  # Faster R-CNN's three scales, for images whose shorter side is 600 pixels
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)
-
-
-@dataclass(frozen=True)
-class DetectorSettings:
-    """What differs between the recipes.
-
-    Attributes:
-        anchor_sides: square roots of the anchors' areas in pixels of the network's input.
-        rois: RoIs sampled for each image in training, a quarter of them positive at most.
-        rpn_proposals: boxes that the RPN passes on, in training and at inference.
-        extra_proposals: whether selective-search proposals join the RPN's, in training and at inference.
-        pool: kind of RoI pooling, ``max`` or ``align``.
-        cells: cells per side of the pooling behind a convolutional RoI head (`Backbone.roi_head`).
-        weighted: whether the instances' weights enter the losses (False in module 4).
-        freeze_head: whether the RoI head keeps its pretrained weights.
-    """
-
-    anchor_sides: tuple[int, ...] = ANCHOR_SIDES
-    rois: int = 128
-    rpn_proposals: int = 300
-    extra_proposals: bool = False
-    pool: str = "max"
-    cells: int = 1
-    weighted: bool = True
-    freeze_head: bool = False
 
 
 class RPNHead(nn.Module):
@@ -65,6 +43,26 @@ class RPNHead(nn.Module):
     def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         hidden = [F.relu(self.shared(features)) for features in maps]
         return [self.objectness(h).float() for h in hidden], [self.regression(h).float() for h in hidden]
+
+
+class StrideAnchors(AnchorGenerator):
+    """Anchors of one map at multiples of the map's true stride.
+
+    torchvision divides the image's side by the number of cells, which is another stride where the map was rounded up:
+    for 721 pixels in 46 cells 15 instead of 16, 41 pixels off at the far edge.
+    """
+
+    def __init__(self, sides: tuple[int, ...], ratios: tuple[float, ...], stride: int):
+        super().__init__((sides,), (ratios,))
+        self.stride = stride
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """Anchors (A, 4) in pixels for each image; the same for all, as they share the map."""
+        features = feature_maps[0]
+        self.set_cell_anchors(features.dtype, features.device)
+        stride = torch.tensor(self.stride, device=features.device)
+        anchors = self.grid_anchors([list(features.shape[-2:])], [[stride, stride]])
+        return [torch.cat(anchors)] * len(image_list.image_sizes)
 
 
 class WeightedRPN(RegionProposalNetwork):
@@ -126,27 +124,8 @@ def rcnn_loss(
     return classification, (distance * weights[positive]).sum() / count
 
 
-@dataclass
-class Candidates:
-    """What a detector believes of an image before and after class-wise NMS.
-
-    Attributes:
-        boxes: (M, 4) regressed boxes with a score above the threshold; scores: (M,); labels: (M,) class index from 0.
-        keep: (K,) indices of those that survive NMS, best first.
-        group: (M,) position in ``keep`` of the one that suppressed each.
-        rois: (M,) index of the RoI that each came from.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    keep: Tensor
-    group: Tensor
-    rois: Tensor
-
-
 class Detector(nn.Module):
-    """RPN and R-CNN head on one feature map, with tail and RoI head of its own.
+    """RPN and R-CNN head on one feature map, with tail and RoI head of its own: what modules 2 to 4 share.
 
     Args:
         backbone: names the parts.
@@ -155,25 +134,26 @@ class Detector(nn.Module):
         settings: the recipe's choices.
     """
 
-    def __init__(self, backbone: Backbone, num_classes: int, tail: Part, settings: DetectorSettings):
+    needs_proposals, needs_masks = False, False
+
+    def __init__(self, backbone: Backbone, num_classes: int, tail: Part, settings: config.Detector):
         super().__init__()
-        self.num_classes, self.settings = num_classes, settings
+        self.num_classes = num_classes
+        self.weighted, self.rois, self.score_threshold = settings.weighted, settings.rois, settings.score_threshold
         self.tail = tail.module
         self.rpn = WeightedRPN(
-            AnchorGenerator((settings.anchor_sides,), (ANCHOR_RATIOS,)),
+            StrideAnchors(settings.anchor_sides, ANCHOR_RATIOS, tail.stride),
             RPNHead(tail.channels, len(settings.anchor_sides) * len(ANCHOR_RATIOS)),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
             positive_fraction=0.5,
-            pre_nms_top_n={"training": 2000, "testing": 1000},
-            post_nms_top_n={"training": settings.rpn_proposals, "testing": settings.rpn_proposals},
+            pre_nms_top_n={"training": settings.rpn_pre_nms_top_n_train, "testing": settings.rpn_pre_nms_top_n_test},
+            post_nms_top_n={"training": settings.rpn_post_nms_top_n_train, "testing": settings.rpn_post_nms_top_n_test},
             nms_thresh=0.7,
         )
         self.pool = RoIPooling(backbone.pool_size, tail.stride, settings.pool)
         self.head, features = backbone.roi_head(settings.cells)
-        if settings.freeze_head:
-            self.head.requires_grad_(False)
         self.classifier = nn.Linear(features, num_classes + 1)
         self.regressor = nn.Linear(features, 4 * (num_classes + 1))
         initialise(self.classifier)
@@ -182,27 +162,27 @@ class Detector(nn.Module):
         self.sampler = BalancedPositiveNegativeSampler(settings.rois, 0.25)
         self.coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
 
-    def features(self, stem: Tensor) -> Tensor:
-        """The map (1, D, h, w) that RPN and RoI pooling work on, from the stem's."""
-        return self.tail(stem)
-
     def propose(
-        self, features: Tensor, image: Tensor, target: Instances | None = None, extra: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Region proposals (R, 4) of the image (1, 3, H, W), and the RPN's losses if there is a target."""
-        size = (image.shape[-2], image.shape[-1])
-        targets = None
-        self.rpn.train(target is not None)
-        if target is not None:
-            weights = target.weights if self.settings.weighted else torch.ones_like(target.weights)
-            targets = [{"boxes": target.boxes, "weights": weights}]
-        boxes, losses = self.rpn(ImageList(image, [size]), {"0": features}, targets)
-        proposals = boxes[0]
-        if extra is not None and self.settings.extra_proposals:
-            proposals = torch.cat([proposals, extra.to(proposals)])
-        return proposals, {"rpn_objectness": losses["loss_objectness"], "rpn_box": losses["loss_rpn_box_reg"]} if (
-            target is not None
-        ) else {}
+        self, features: Tensor, sizes: Sequence[tuple[int, int]], targets: Sequence[Instances] | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Region proposals (R, 4) of each image, and the RPN's losses if there are targets.
+
+        Args:
+            features: (N, D, h, w) the map of the detection part.
+            sizes: (H, W) of each image without its padding.
+            targets: of each image.
+        """
+        self.rpn.train(targets is not None)
+        given = None
+        if targets is not None:
+            given = [{"boxes": one.boxes, "weights": self._weights(one)} for one in targets]
+        proposals, losses = self.rpn(ImageList(features, list(sizes)), {"0": features}, given)
+        if targets is None:
+            return proposals, {}
+        return proposals, {"rpn_objectness": losses["loss_objectness"], "rpn_box": losses["loss_rpn_box_reg"]}
+
+    def _weights(self, target: Instances) -> Tensor:
+        return target.weights if self.weighted else torch.ones_like(target.weights)
 
     def sample(self, proposals: Tensor, target: Instances) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """RoIs to train on: boxes (R, 4), labels (R,), encoded targets (R, 4), weights (R,), matched instance (R,).
@@ -210,7 +190,7 @@ class Detector(nn.Module):
         A negative RoI carries the weight of the instance that it overlaps most, or 1 if it overlaps none.
         """
         if not len(target):
-            count = min(len(proposals), self.settings.rois)
+            count = min(len(proposals), self.rois)
             chosen = proposals[torch.randperm(len(proposals), device=proposals.device)[:count]]
             zeros = torch.zeros(count, dtype=torch.long, device=chosen.device)
             return chosen, zeros, torch.zeros_like(chosen), torch.ones(count, device=chosen.device), zeros
@@ -221,59 +201,115 @@ class Detector(nn.Module):
         labels = torch.where(positive, target.labels[matched] + 1, 0)
         taken, left = self.sampler([labels])
         chosen = torch.where((taken[0] + left[0]) > 0)[0]
-        weights = torch.where(best > 0, target.weights[matched], torch.ones_like(best))
-        if not self.settings.weighted:
-            weights = torch.ones_like(weights)
+        weights = torch.where(best > 0, self._weights(target)[matched], torch.ones_like(best))
         encoded = self.coder.encode_single(target.boxes[matched[chosen]], proposals[chosen])
         return proposals[chosen], labels[chosen], encoded, weights[chosen], matched[chosen]
 
-    def losses(self, stem: Tensor, image: Tensor, target: Instances, extra: Tensor | None = None) -> dict[str, Tensor]:
-        """Losses of one image: equations 3 and 4.
+    def losses(self, batch: Batch, targets: Sequence[Instances]) -> dict[str, Tensor]:
+        """Equations 3 and 4 over the images of a batch.
 
         Args:
-            stem: the stem's map (1, D, h, w); image: (1, 3, H, W), only its size counts; target: the instances that the
-            module before inferred, in pixels of ``image``; extra: (R, 4) proposals of another source.
+            batch: N images.
+            targets: the instances of each, which the module before inferred, in pixels of its view.
         """
-        features = self.features(stem)
-        proposals, losses = self.propose(features, image, target, extra)
-        boxes, labels, encoded, weights, _ = self.sample(proposals, target)
-        logits, deltas = self.classify(self.head(self.pool(features, boxes)))
-        losses["class"], losses["box"] = rcnn_loss(logits, deltas, labels, encoded, weights)
+        losses, _ = self._detector_losses(batch, targets)
         return losses
+
+    def _detector_losses(
+        self, batch: Batch, targets: Sequence[Instances]
+    ) -> tuple[dict[str, Tensor], list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]]:
+        """The losses, and what `sample` chose of each image."""
+        features = self.tail(batch.stem)
+        proposals, losses = self.propose(features, batch.sizes, targets)
+        samples = [self.sample(boxes, target) for boxes, target in zip(proposals, targets, strict=True)]
+        logits, deltas = self.classify(self.head(self.pool(features, [sample[0] for sample in samples])))
+        labels, encoded, weights = (torch.cat([sample[part] for sample in samples]) for part in (1, 2, 3))
+        losses["class"], losses["box"] = rcnn_loss(logits, deltas, labels, encoded, weights)
+        return losses, samples
 
     def classify(self, roi_features: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits (R, C + 1), background first, and box deltas (R, 4 (C + 1)) of RoI features (R, D)."""
         return self.classifier(roi_features), self.regressor(roi_features)
 
+    def probabilities(self, batch: Batch, boxes: Sequence[Tensor]) -> list[Tensor]:
+        """Class probabilities (R, C) of boxes (R, 4) in pixels of each view."""
+        logits, _ = self.classify(self.head(self.pool(self.tail(batch.stem), list(boxes))))
+        return list(logits.float().softmax(1)[:, 1:].split([len(one) for one in boxes]))
+
+    def detect(self, batch: Batch) -> tuple[list[Candidates], list[Tensor], list[Tensor]]:
+        """What the detector believes of each image before NMS.
+
+        Returns:
+            for each image its candidates, their boxes (M, 4) in pixels of the view, and the pooled features
+            (R, D, P, P) of its RoIs.
+        """
+        features = self.tail(batch.stem)
+        rois, _ = self.propose(features, batch.sizes)
+        counts = [len(boxes) for boxes in rois]
+        pooled = self.pool(features, rois)
+        logits, deltas = self.classify(self.head(pooled))
+        scores = logits.float().softmax(1)[:, 1:]
+        regressed = self.coder.decode(deltas.float(), rois).reshape(len(scores), -1, 4)[:, 1:]
+        # to the host in one piece: what follows works on a few hundred boxes
+        together = torch.cat([scores, regressed.flatten(1), torch.cat(rois)], 1).cpu()
+        found, boxes = [], []
+        for index, part in enumerate(together.split(counts)):
+            own, others, seen = part.split([self.num_classes, 4 * self.num_classes, 4], 1)
+            view, tags = batch.views[index], batch.tags[index]
+            candidates, seen_boxes = self.candidates(seen, own, others.reshape(len(own), -1, 4), view, tags)
+            found.append(candidates)
+            boxes.append(seen_boxes)
+        return found, boxes, list(pooled.split(counts))
+
     def candidates(
-        self,
-        boxes: Tensor,
-        logits: Tensor,
-        deltas: Tensor,
-        image_size: tuple[int, int],
-        tags: tuple[int, ...] | None = None,
-        score_threshold: float = 0.05,
-        nms_threshold: float = 0.3,
-        limit: int = 400,
-    ) -> Candidates:
-        """Regressed, scored and suppressed boxes.
+        self, rois: Tensor, scores: Tensor, boxes: Tensor, view: View, tags: tuple[int, ...] | None, limit: int = 400
+    ) -> tuple[Candidates, Tensor]:
+        """The scored boxes of an image, best first, all on the CPU.
 
         Args:
-            boxes: (R, 4) RoIs; logits, deltas: as `classify` returns them; image_size: (H, W) of the network's input.
+            rois: (R, 4) in pixels of the view.
+            scores: (R, C).
+            boxes: (R, C, 4) regressed for each class, in pixels of the view.
+            view: of the image.
             tags: where the image's tags are known, only those classes are candidates.
-            score_threshold: on the softmax score; nms_threshold: IoU; limit: boxes that enter NMS.
+            limit: boxes that enter NMS.
+
+        Returns:
+            M candidates and their boxes (M, 4) in pixels of the view.
         """
-        scores = logits.float().softmax(1)[:, 1:]
         if tags is not None:
-            allowed = torch.zeros(self.num_classes, dtype=torch.bool, device=scores.device)
+            allowed = torch.zeros(self.num_classes, dtype=torch.bool)
             allowed[list(tags)] = True
             scores = scores * allowed
-        regressed = self.coder.decode(deltas.float(), [boxes]).reshape(len(boxes), -1, 4)[:, 1:]
-        regressed = clip_boxes_to_image(regressed, image_size)
-        rois, labels = torch.where(scores > score_threshold)
-        chosen, own = regressed[rois, labels], scores[rois, labels]
+        boxes = clip_boxes_to_image(boxes, view.size)
+        index, labels = torch.where(scores > self.score_threshold)
+        chosen, own = boxes[index, labels], scores[index, labels]
         order = own.argsort(descending=True, stable=True)[:limit]
         order = order[torch.isin(order, remove_small_boxes(chosen, 1.0))]
-        chosen, own, labels, rois = chosen[order], own[order], labels[order], rois[order]
-        keep, group = nms_groups(chosen, own, labels, nms_threshold)
-        return Candidates(chosen, own, labels, keep, group, rois)
+        chosen, index = chosen[order], index[order]
+        return Candidates(view.back(chosen), own[order], labels[order], view.back(rois[index]), index), chosen
+
+
+class Detection(Detector):
+    """Module 2: a `Detector` on the map of module 1, calibrated by attention maps."""
+
+    def __init__(self, backbone: Backbone, num_classes: int, settings: config.Detection):
+        super().__init__(backbone, num_classes, backbone.region_tail(), settings)
+        self.settings = settings
+
+    def infer(self, batch: Batch, settings: config.AttentionCalibration) -> list[tuple[Instances, Trace]]:
+        """The instances of each image, several of a class, and the maps behind them."""
+        found = []
+        for index, (candidates, _, pooled) in enumerate(zip(*self.detect(batch), strict=True)):
+            chosen = choose_instances(candidates, settings, each_class=True)
+            mapped = chosen.mapped
+            maps = roi_attention(
+                self.head,
+                self.classifier,
+                pooled[candidates.rois[mapped].to(pooled.device)],
+                candidates.labels[mapped] + 1,
+                candidates.scores[mapped],
+                self.settings.attention,
+            )
+            found.append(calibrate(batch.images[index], candidates, chosen, maps, settings))
+        return found

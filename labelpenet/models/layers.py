@@ -1,10 +1,12 @@
-"""Parts that several modules share: RoI pooling, greedy NMS that remembers who suppressed whom, initialisation."""
+"""Parts that several modules share: RoI pooling, initialisation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
-from torchvision.ops import box_iou, nms, roi_align, roi_pool
+from torchvision.ops import roi_align, roi_pool
 
 
 class RoIPooling(nn.Module):
@@ -23,10 +25,10 @@ class RoIPooling(nn.Module):
             raise ValueError(f"pooling must be 'max' or 'align', but got {kind!r}")
         self.size, self.stride, self.kind = size, stride, kind
 
-    def forward(self, features: Tensor, boxes: Tensor) -> Tensor:
-        """(1, D, h, w) and (R, 4) boxes in pixels of the network's input to (R, D, size, size)."""
+    def forward(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+        """(N, D, h, w) maps and (R_n, 4) boxes of each image, in pixels of the view, to (R, D, size, size)."""
         # bfloat16 would round the boxes to several pixels, and RoI pooling does not know it on a CPU
-        features, rois = features.float(), [boxes.float()]
+        features, rois = features.float(), [one.float() for one in boxes]
         if self.kind == "max":
             pooled = roi_pool(features, rois, self.size, 1 / self.stride)
         else:
@@ -37,36 +39,14 @@ class RoIPooling(nn.Module):
         return f"size={self.size}, stride={self.stride}, kind={self.kind}"
 
 
-def nms_groups(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Class-wise greedy NMS that also tells which kept box suppressed each box.
-
-    Args:
-        boxes: (R, 4); scores: (R,); labels: (R,); threshold: boxes of a class with a larger IoU suppress one another.
-
-    Returns:
-        keep: (K,) indices of the kept boxes, by descending score; group: (R,) the position in ``keep`` of the box that
-        suppressed each one, its own position for a kept box.
-    """
-    if not len(boxes):
-        return labels.new_zeros(0), labels.new_zeros(0)
-    boxes, scores = boxes.float(), scores.float()
-    # Class by class: batched_nms shifts the classes apart, which rounds the corners and so moves overlaps across the
-    # threshold; in double precision, as NMS itself compares, for the same reason.
-    ours = [torch.where(labels == label)[0] for label in labels.unique()]
-    keep = torch.cat([own[nms(boxes[own], scores[own], threshold)] for own in ours])
-    keep = keep[scores[keep].argsort(descending=True, stable=True)]
-    suppresses = box_iou(boxes, boxes[keep]).double() > threshold
-    suppresses &= labels[:, None] == labels[keep][None]
-    group = suppresses.float().argmax(1)  # the first that holds is the best scored: the one greedy NMS meets first
-    group[keep] = torch.arange(len(keep), device=keep.device)
-    return keep, group
-
-
-def initialise(*layers: nn.Module, std: float = 0.01) -> None:
-    """Weights from N(0, std), zero biases (section 4.1)."""
+def initialise(*layers: nn.Module, std: float | None = 0.01) -> None:
+    """Weights from N(0, std), or He's initialiser if None, and zero biases (section 4.1)."""
     for layer in layers:
         for child in layer.modules():
             if isinstance(child, (nn.Conv2d, nn.Linear, nn.ConvTranspose2d)):
-                nn.init.normal_(child.weight, std=std)
+                if std is None:
+                    nn.init.kaiming_normal_(child.weight, nonlinearity="relu")
+                else:
+                    nn.init.normal_(child.weight, std=std)
                 if child.bias is not None:
                     nn.init.zeros_(child.bias)

@@ -5,14 +5,20 @@ Shape letters: ``R`` RoIs, ``C`` foreground classes, ``K`` detections, ``S`` sid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
+from labelpenet import config
+from labelpenet.calibration.calibrate import Trace, calibrate, choose_instances
+from labelpenet.data.transforms import Batch
 from labelpenet.instances import Instances
 from labelpenet.models.backbones import Backbone
-from labelpenet.models.detection import Detector, DetectorSettings, rcnn_loss
+from labelpenet.models.detection import Detector
 from labelpenet.models.layers import RoIPooling, initialise
 
 MASK_POOL = 14
@@ -32,7 +38,7 @@ class SpatialPyramid(nn.Module):
         _he(self)
 
     def forward(self, features: Tensor) -> Tensor:
-        """(1, D, h, w) to (1, width, h, w)."""
+        """(N, D, h, w) to (N, width, h, w)."""
         return F.relu(self.mix(torch.cat([F.relu(branch(features)) for branch in self.branches], 1)))
 
 
@@ -54,63 +60,98 @@ class MaskHead(nn.Module):
         return self.logits(F.relu(self.up(pooled)))
 
 
-class Segmenter(Detector):
-    """A `Detector` with a mask branch: tail, spatial pyramid, RoI pooling 14 x 14 and mask head of its own."""
+class Segmentation(Detector):
+    """Modules 3 and 4: a `Detector` with a mask branch (tail, spatial pyramid, RoI pooling 14 x 14, mask head)."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        num_classes: int,
-        settings: DetectorSettings,
-        mask_width: int = 256,
-        mask_depth: int = 4,
-    ):
+    needs_masks = True
+
+    def __init__(self, backbone: Backbone, num_classes: int, settings: config.Segmentation):
         super().__init__(backbone, num_classes, backbone.detection_tail(), settings)
+        self.settings = settings
         tail = backbone.mask_tail()
         self.mask_tail = tail.module
-        self.pyramid = SpatialPyramid(tail.channels, mask_width)
+        self.pyramid = SpatialPyramid(tail.channels, settings.mask_width)
         self.mask_pool = RoIPooling(MASK_POOL, tail.stride, settings.pool)
-        self.mask_head = MaskHead(mask_width, num_classes, mask_depth)
+        self.mask_head = MaskHead(settings.mask_width, num_classes, settings.mask_depth)
 
     def mask_features(self, stem: Tensor) -> Tensor:
-        """The pyramid's map (1, width, h, w)."""
+        """The pyramid's map (N, width, h, w)."""
         return self.pyramid(self.mask_tail(stem))
 
-    def masks(self, mask_features: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
-        """Mask probabilities (R, 28, 28) of each box for its class index; boxes (R, 4), labels (R,)."""
-        if not len(boxes):
-            return boxes.new_zeros(0, MASK_SIDE, MASK_SIDE)
+    def masks(self, mask_features: Tensor, boxes: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """Mask probabilities (R, 28, 28) of boxes for their classes.
+
+        Args:
+            mask_features: (N, width, h, w).
+            boxes: (R_n, 4) of each image in pixels of its view; R in all.
+            labels: (R,) class index from 0.
+        """
+        if not len(labels):
+            return mask_features.new_zeros(0, MASK_SIDE, MASK_SIDE, dtype=torch.float32)
         logits = self.mask_head(self.mask_pool(mask_features, boxes))
-        return logits[torch.arange(len(boxes), device=boxes.device), labels].float().sigmoid()
+        return logits[torch.arange(len(labels), device=logits.device), labels].float().sigmoid()
 
-    def losses(self, stem: Tensor, image: Tensor, target: Instances, extra: Tensor | None = None) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, targets: Sequence[Instances]) -> dict[str, Tensor]:
         """As `Detector.losses`, and the masks' weighted binary cross-entropy over the positive RoIs."""
-        features = self.features(stem)
-        proposals, losses = self.propose(features, image, target, extra)
-        boxes, labels, encoded, weights, matched = self.sample(proposals, target)
-        logits, deltas = self.classify(self.head(self.pool(features, boxes)))
-        losses["class"], losses["box"] = rcnn_loss(logits, deltas, labels, encoded, weights)
-        positive = torch.where(labels > 0)[0]
-        mask_features = self.mask_features(stem)
-        if len(positive) and target.masks is not None:
-            chosen = self.mask_head(self.mask_pool(mask_features, boxes[positive]))
-            own = chosen[torch.arange(len(positive), device=boxes.device), labels[positive] - 1]
-            losses["mask"] = mask_loss(own, boxes[positive], target.masks, matched[positive], weights[positive])
-        else:  # keeps the graph of every parameter, which distributed training needs
-            losses["mask"] = mask_features.float().sum() * 0
-        return losses
+        losses, samples = self._detector_losses(batch, targets)
+        mask_features = self.mask_features(batch.stem)
+        chosen, inside = [], []
+        for (boxes, labels, _, weights, matched), target in zip(samples, targets, strict=True):
+            positive = torch.where(labels > 0)[0]
+            if target.masks is None:
+                positive = positive[:0]
+            chosen.append((boxes[positive], labels[positive] - 1, weights[positive]))
+            if target.masks is not None and len(positive):
+                inside.append(crop_masks(target.masks, boxes[positive], matched[positive], MASK_SIDE))
+        if not inside:  # keeps the graph of every parameter, which distributed training needs
+            return {**losses, "mask": mask_features.float().sum() * 0}
+        labels, weights = (torch.cat([one[part] for one in chosen]) for part in (1, 2))
+        logits = self.mask_head(self.mask_pool(mask_features, [one[0] for one in chosen]))
+        own = logits[torch.arange(len(labels), device=logits.device), labels]
+        return {**losses, "mask": mask_loss(own, torch.cat(inside), weights)}
+
+    def infer(self, batch: Batch, settings: config.MaskCalibration) -> list[tuple[Instances, Trace]]:
+        """The instances of each image and the maps behind them: the masks of the detections that a kept one suppressed
+        are summed into its own. All masks of the batch are predicted together."""
+        detected, boxes, _ = self.detect(batch)
+        found = [replace(one, regions=one.boxes) for one in detected]  # masks lie in the boxes, not in their RoIs
+        chosen = [
+            choose_instances(candidates, settings, tags is not None)
+            for candidates, tags in zip(found, batch.tags, strict=True)
+        ]
+        mapped = [one.mapped for one in chosen]
+        device = batch.stem.device
+        regions = [own[index].to(device) for own, index in zip(boxes, mapped, strict=True)]
+        labels = torch.cat([one.labels[index] for one, index in zip(found, mapped, strict=True)]).to(device)
+        maps = self.masks(self.mask_features(batch.stem), regions, labels).split([len(index) for index in mapped])
+        return [
+            calibrate(image, candidates, own, masks, settings)
+            for image, candidates, own, masks in zip(batch.images, found, chosen, maps, strict=True)
+        ]
 
 
-def mask_loss(logits: Tensor, boxes: Tensor, masks: Tensor, matched: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean binary cross-entropy between predicted masks and the instances' masks inside the RoIs.
+def crop_masks(masks: Tensor, boxes: Tensor, matched: Tensor, side: int) -> Tensor:
+    """The instances' masks inside the RoIs, (R, side, side) bool.
 
     Args:
-        logits: (R, S, S); boxes: (R, 4) RoIs in pixels of the masks; masks: (N, H, W) bool; matched: (R,) the instance
-        of each RoI; weights: (R,) in [0, 1].
+        masks: (N, H, W) bool.
+        boxes: (R, 4) RoIs in pixels of the masks.
+        matched: (R,) the instance of each RoI.
+        side: of the crops.
     """
     rois = torch.cat([matched[:, None].to(boxes), boxes], 1)
-    target = roi_align(masks[:, None].float(), rois, logits.shape[-1], 1.0, sampling_ratio=2, aligned=True)[:, 0]
-    each = F.binary_cross_entropy_with_logits(logits.float(), (target >= 0.5).float(), reduction="none").mean((1, 2))
+    return roi_align(masks[:, None].float(), rois, side, 1.0, sampling_ratio=2, aligned=True)[:, 0] >= 0.5
+
+
+def mask_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean binary cross-entropy between predicted masks and the instances' inside the RoIs.
+
+    Args:
+        logits: (R, S, S).
+        targets: (R, S, S) bool (`crop_masks`).
+        weights: (R,) in [0, 1].
+    """
+    each = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none").mean((1, 2))
     return (each * weights).sum() / len(logits)
 
 

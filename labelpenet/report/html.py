@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,14 +14,17 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
-from labelpenet.data.files import read_json, write_text
+from labelpenet.data.files import read_json, read_text, write_text
+from labelpenet.engine.log import Progress, read_metrics
 from labelpenet.errors import InputError
 from labelpenet.evaluation import Table, cascade_table, summary_table
 from labelpenet.formats import read_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import MODULES, LabelPEnet, read_run
-from labelpenet.report.overlays import encode_picture
+from labelpenet.models.student import KIND as STUDENT
+from labelpenet.models.student import Student, load
 from labelpenet.report.plots import Curves, curves, loss_plot
 from labelpenet.report.strips import (
     MIN_SCORE,
@@ -33,8 +37,8 @@ from labelpenet.report.strips import (
     make_strip,
     worst_images,
 )
-from labelpenet.training.inferred import path_of, read_inferred
-from labelpenet.training.logging import Progress, read_metrics
+from labelpenet.training.inferred import read_inferred
+from labelpenet.visualize import encode_picture
 
 _PURPOSES = (
     "multi-label classification, calibrated",
@@ -52,6 +56,7 @@ _MEANINGS = {
     "mIoU": "IoU of the painted class map, mean over background and classes",
 }
 _LEARNT_FROM = {
+    "labels": "the labels of a run on image tags, or of a file",
     "full": "true boxes and masks, as a yardstick for what tags can reach",
     "mixed": "image tags and, where they are known, true boxes and masks",
 }
@@ -177,8 +182,12 @@ def gather(run: Path) -> Facts:
     """
     facts = read_run(run)
     missing = []
-    trained = tuple(k for k, name in enumerate(MODULES, 1) if (run / "weights" / f"{name}.safetensors").is_file())
-    labelled = tuple(k for k in range(1, len(MODULES) + 1) if path_of(run, f"module{k}").is_file())
+    if facts.get("kind") == STUDENT:
+        done: tuple[int, ...] = (len(MODULES),) if run_folder.weights(run, STUDENT).is_file() else ()
+        missing += [] if done else ["the student is not trained yet; go on with labelpenet distill ... --resume"]
+        return _facts(run, facts, done, (), missing)
+    trained = tuple(k for k, name in enumerate(MODULES, 1) if run_folder.weights(run, name).is_file())
+    labelled = tuple(k for k in range(1, len(MODULES) + 1) if run_folder.instances(run, f"module{k}").is_file())
     for number, name in enumerate(MODULES, 1):
         if facts.get("supervision") == "full" and number < len(MODULES):
             continue  # which trains the last module alone
@@ -186,8 +195,14 @@ def gather(run: Path) -> Facts:
             missing.append(f"module {number} ({name}) is not trained yet; go on with labelpenet train ... --resume")
         elif number not in labelled:
             missing.append(f"module {number} ({name}) is trained but has not labelled all training images yet")
+    return _facts(run, facts, trained, labelled, missing)
+
+
+def _facts(
+    run: Path, facts: dict[str, Any], trained: tuple[int, ...], labelled: tuple[int, ...], missing: list[str]
+) -> Facts:
     environment = _optional(run / "environment.json", "the environment of the run is not known", missing)
-    results = _optional(run / "results.json", "the run is not measured yet", missing)
+    results = _optional(run_folder.results(run), "the run is not measured yet", missing)
     return Facts(facts, environment, results, trained, labelled, tuple(missing))
 
 
@@ -216,6 +231,8 @@ def module_table(results: Mapping[str, Any]) -> ResultTable | None:
     if not train and not val:
         return None
     names = {str(k): f"{k}  {purpose}" for k, purpose in enumerate(_PURPOSES, 1)}
+    if STUDENT in val:
+        return result_table(cascade_table({}, {STUDENT: val[STUDENT]}))
     before = results.get("uncalibrated")
     if isinstance(before, dict) and before:
         train, val = ({"0": _one(before.get(split))} | of for split, of in (("train", train), ("val", val)))
@@ -231,7 +248,9 @@ def class_table(results: Mapping[str, Any]) -> ResultTable | None:
     if not val:
         return None
     number = max(val)
-    table = summary_table(val[number], f"module {number} class by class on held-out images, in %")
+    table = summary_table(
+        val[number], f"{number if number == STUDENT else f'module {number}'} class by class on held-out images, in %"
+    )
     rows = result_table(table)
     plain = tuple((name, tuple((cell, False) for cell, _ in cells)) for name, cells in rows.rows)
     return ResultTable(rows.title, rows.headings, rows.meanings, plain)
@@ -263,11 +282,11 @@ def _optional(path: Path, what: str, missing: list[str]) -> dict[str, Any]:
     return content
 
 
-def _network(run: Path, facts: Facts, device: str) -> tuple[LabelPEnet | None, list[str]]:
+def _network(run: Path, facts: Facts, device: str) -> tuple[LabelPEnet | Student | None, list[str]]:
     if not facts.trained:
         return None, []
     try:
-        return LabelPEnet.from_run(run, device), []
+        return load(run, device), []
     except InputError as error:
         return None, [str(error)]
 
@@ -297,7 +316,7 @@ def _predictions(
     split = facts.results.get("split")
     found: dict[int, Mapping[str, Instances]] = {}
     for number in facts.trained:
-        path = run / "predictions" / f"{Path(str(split)).stem}-module{number}.json"
+        path = run_folder.predictions(run, str(split), number)
         if path.is_file():
             try:
                 found[number] = read_predictions(path, images, images.classes, list(range(1, len(images.classes) + 1)))
@@ -359,10 +378,15 @@ def _render(run: Path, facts: Facts, sections: Sequence[Section], problems: Sequ
     )
     environment.filters["picture"] = _picture
     recipe = facts.run["recipe"]
+    script = read_text(Path(__file__).parent / "report.js")
     stages = curves(read_metrics(run))
     return environment.get_template("report.html").render(
-        title=run.resolve().name,
+        folder=run.resolve().name,
+        learnt=_learnt(facts.run["classes"]),
+        trained=_trained(facts),
         learnt_from=_LEARNT_FROM.get(facts.run.get("supervision", "tags"), "image tags alone"),
+        script=Markup(script),
+        script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
         missing=[*facts.missing, *problems],
         table=module_table(facts.results),
         by_class=class_table(facts.results),
@@ -389,16 +413,39 @@ def _picture(panel: Panel) -> str:
 def _key_figures(facts: Facts) -> list[tuple[str, str]]:
     run, results = facts.run, facts.results
     figures = [
-        ("modules trained", f"{len(facts.trained)} of {len(MODULES)}"),
+        ("student", "torchvision's Mask R-CNN")
+        if run.get("kind") == STUDENT
+        else ("modules trained", f"{len(facts.trained)} of {len(MODULES)}"),
         ("training images", str(run.get("images", "?"))),
         ("classes", str(len(run["classes"]))),
         ("backbone", str(run["backbone"])),
         ("seed", str(run.get("seed", "?"))),
     ]
+    measured = {number: result for number, result in _by_module(results.get("val")).items() if result}
+    last = max(measured, default="")
+    for title, part, name in (("mask mAP .5", "mask", "mAP@0.5"), ("box mAP .5", "box", "mAP")):
+        value = (measured[last].get(part) or {}).get(name) if last else None
+        if isinstance(value, (int, float)):
+            figures.insert(0, (f"{title} of module {last}, %", f"{100 * value:.1f}"))
     accuracy = results.get("classification_mAP")
     if isinstance(accuracy, (int, float)):
-        figures.insert(1, ("classification mAP", f"{100 * accuracy:.1f}"))
+        figures.insert(2, ("classification mAP, %", f"{100 * accuracy:.1f}"))
     return figures
+
+
+def _learnt(classes: Sequence[str], limit: int = 6) -> str:
+    """The classes as a title: ``cat, dog and sheep``."""
+    names = list(classes) if len(classes) <= limit else [*classes[: limit - 1], f"{len(classes) - limit + 1} more"]
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+
+
+def _trained(facts: Facts) -> str:
+    """Which modules on which backbone, in words."""
+    numbers = facts.trained
+    if not numbers:
+        return f"no module trained yet, backbone {facts.run['backbone']}"
+    several = f"modules {numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"module {numbers[0]}"
+    return f"{several} on {facts.run['backbone']}"
 
 
 def _minutes(part: Any) -> list[tuple[str, str]]:
@@ -425,7 +472,7 @@ def _label_counts(run: Path, facts: Facts) -> list[tuple[str, str, str, str]]:
     rows = []
     for number in facts.labelled:
         try:
-            content = read_json(path_of(run, f"module{number}"))
+            content = read_json(run_folder.instances(run, f"module{number}"))
             scores = [float(row["score"]) for row in content["annotations"]]
             covered = len({row["image_id"] for row in content["annotations"]})
         except (InputError, KeyError, TypeError, ValueError):  # a damaged file is named where it is read for the strips

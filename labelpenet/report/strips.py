@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from labelpenet.calibration import Trace
-from labelpenet.calibration.calibrate import grow_masks, segment
+from labelpenet.calibration.calibrate import resize_masks as resize_masks_
+from labelpenet.calibration.calibrate import segment
 from labelpenet.data.dataset import TaggedImage, TaggedImages, Truth
 from labelpenet.data.images import read_image
 from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou, mask_iou, record
 from labelpenet.instances import Instances
-from labelpenet.models.cascade import LabelPEnet, calibration_settings
-from labelpenet.report.overlays import draw_boxes, draw_instances, draw_map, draw_mask
+from labelpenet.models.cascade import LabelPEnet
+from labelpenet.models.student import Student
+from labelpenet.visualize import draw_boxes, draw_instances, draw_map, draw_mask
 
 ReadTruth = Callable[[str], Truth]
 MIN_SCORE = 0.3  # of a prediction for it to be drawn; all of a training image's instances are
@@ -72,7 +74,7 @@ class Source:
 
     Attributes:
         images: photographs and tags.
-        network: the trained cascade, or None where no module is trained.
+        network: the trained cascade or student, or None where no module is trained.
         trained: numbers of the modules that are trained.
         found: for each number of a module what it is known to have found, by image id; a module that is not there
             predicts now.
@@ -83,7 +85,7 @@ class Source:
     """
 
     images: TaggedImages
-    network: LabelPEnet | None = None
+    network: LabelPEnet | Student | None = None
     trained: tuple[int, ...] = ()
     found: Mapping[int, Mapping[str, Instances]] = field(default_factory=dict)
     truth: ReadTruth | None = None
@@ -155,7 +157,10 @@ def make_strip(source: Source, image: TaggedImage) -> Strip:
     first = [Panel("photograph", caption if source.training else f"{caption} (not shown to the network)", canvas)]
     rows: list[PanelRow] = []
     results = {number: of[image.id] for number, of in source.found.items() if image.id in of}
-    if source.network is not None:
+    if isinstance(source.network, Student):
+        if not source.training:
+            results.setdefault(4, source.network.predict(photograph))
+    elif source.network is not None:
         proposals = source.network.proposals(photograph)
         first.append(_proposals_panel(canvas, photograph, proposals))
         if 1 in source.trained:
@@ -198,7 +203,7 @@ def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
     """(N, H, W) bool masks resized to the nearest pixel: (N, *size) bool on the CPU."""
     resized = torch.zeros(len(masks), *size, dtype=torch.bool)
     for index, mask in enumerate(masks.cpu().numpy().astype(np.uint8)):
-        small = cv2.resize(mask, (size[1], size[0]), interpolation=cv2.INTER_NEAREST)
+        small = cv2.resize(mask, (size[1], size[0]), interpolation=cv2.INTER_NEAREST_EXACT)
         resized[index] = torch.from_numpy(small.astype(bool))
     return resized
 
@@ -222,7 +227,9 @@ def _first_module(
     network: LabelPEnet, photograph: np.ndarray, proposals: Tensor, image: TaggedImage, training: bool
 ) -> tuple[Instances, Trace]:
     """Module 1's instances, those of the tags alone for a training image, and their maps; the best one first."""
-    found, trace, _ = network.infer_classification(photograph, proposals, image.tags if training else None)
+    batch = network.batch([photograph], [image.tags if training else None], [proposals])
+    module = network.classification
+    ((found, trace),) = module.infer(batch, module.settings.label if training else module.settings.predict)
     order = found.weights.argsort(descending=True, stable=True)
     maps = (one[order].cpu() for one in (trace.attention, trace.heat, trace.confidence, trace.marginals))
     return found[order].to("cpu"), Trace(*maps)
@@ -230,12 +237,14 @@ def _first_module(
 
 def _map_rows(source: Source, canvas: np.ndarray, found: Instances, trace: Trace) -> list[PanelRow]:
     """Attention map, heat-map, confidence and masks of module 1's best instances: a row each."""
-    if not len(found) or source.network is None or found.masks is None:
+    if not len(found) or source.network is None or isinstance(source.network, Student) or found.masks is None:
         return []
-    settings = replace(calibration_settings(source.network.recipe.infer1), iterations=0)
+    settings = replace(source.network.recipe.modules[0].label, iterations=0)
     blank = np.zeros((*trace.confidence.shape[-2:], 3), np.uint8)  # without iterations the CRF's image is not looked at
     size = (canvas.shape[0], canvas.shape[1])
-    before = resize_masks(grow_masks(segment(blank, trace.confidence, settings), found.image_size), size)
+    before = resize_masks(
+        resize_masks_(segment(blank, trace.confidence, settings, trace.attention), found.image_size), size
+    )
     after = resize_masks(found.masks, size)
     shown = [
         index
@@ -270,7 +279,8 @@ def _module_panels(
             caption += f"; mean best IoU {overlap:.2f}"
         least = 0.0 if source.training else MIN_SCORE
         picture = draw_instances(canvas, resize_instances(found, size), classes, least)
-        panels.append(Panel(f"module {number}", caption, picture))
+        title = "student" if isinstance(source.network, Student) else f"module {number}"
+        panels.append(Panel(title, caption, picture))
     if truth is not None:
         picture = draw_instances(canvas, resize_instances(truth.instances, size))
         names = ", ".join(classes[label] for label in truth.instances.labels.tolist()) or "none"

@@ -9,8 +9,8 @@ computed once a phase and shared; what a phase infers, it infers with the weight
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +20,29 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from labelpenet import config
-from labelpenet.config import Recipe
+from labelpenet.config import MODULES, Recipe
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.images import read_image
+from labelpenet.engine.distributed import build_fabric
+from labelpenet.engine.stage import Stage
+from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
-from labelpenet.models.cascade import MODULES, LabelPEnet, View, read_run
-from labelpenet.models.classification import frame_boxes
-from labelpenet.training.loop import Stage, train_stage
-from labelpenet.training.machine import build_fabric
+from labelpenet.models.cascade import LabelPEnet, read_run
+from labelpenet.models.classification import present_classes
 from labelpenet.training.observe import check_held_out
 from labelpenet.training.pretrain import (
+    Sample,
     Training,
     digest,
     label_images,
+    load_trained,
     optimiser,
-    present_classes,
     run_facts,
     save_part,
-    start_run,
+    to_batch,
 )
-from labelpenet.training.run import build_observer, read_proposals
+from labelpenet.training.run import build_observer, open_run, read_proposals
 
 STAGE = "forward-backward"
 
@@ -95,49 +97,44 @@ def forward_backward(
         network.require(number)
     weights = digest(value.numpy().tobytes() for value in network.state_dict().values())
     own = {**run_facts(network, images, seed, str(fabric._precision.precision)), "start": weights}
-    if fabric.global_rank == 0:
-        start_run(run, {**own, "source": source or {}}, resume)
-    fabric.barrier()
-    network.to(fabric.device)
-    images, boxes = read_proposals(images, recipe, cache, fabric)
-    training = Training(network, images, boxes, run, seed, fabric, resume, checkpoint_minutes, own)
-    observer = build_observer(training, cache, held_out, observe_minutes)
-    parts = ("stem", *MODULES)
-    if not all(network.load_part(run, part) for part in parts):
-        one = stage(training)
-        train_stage(
-            observer.watch(one, range(1, len(MODULES) + 1)),
-            run,
-            seed=seed,
-            config=own,
-            fabric=fabric,
-            resume=resume,
-            checkpoint_minutes=checkpoint_minutes,
-        )
-        observer.conclude(one, range(1, len(MODULES) + 1))
-        if fabric.global_rank == 0:
-            for part in parts:
-                save_part(network, run, part)
-    fabric.barrier()
-    for number in range(1, len(MODULES) + 1):
-        label_images(training, number)
-    return network
+    with open_run(run, {**own, "source": source or {}}, resume, images, fabric):
+        network.to(fabric.device)
+        images, boxes = read_proposals(images, recipe, cache, fabric)
+        training = Training(network, images, boxes, run, seed, fabric, resume, checkpoint_minutes, own)
+        observer = build_observer(training, cache, held_out, observe_minutes)
+        parts = ("stem", *MODULES)
+        if not all(load_trained(training, part) for part in parts):
+            one = stage(training)
+            train_stage(
+                observer.watch(one, range(1, len(MODULES) + 1)),
+                run,
+                seed=seed,
+                config=own,
+                fabric=fabric,
+                resume=resume,
+                checkpoint_minutes=checkpoint_minutes,
+            )
+            observer.conclude(one, range(1, len(MODULES) + 1))
+            if fabric.global_rank == 0:
+                for part in parts:
+                    save_part(network, run, part)
+        fabric.barrier()
+        for number in range(1, len(MODULES) + 1):
+            label_images(training, number)
+        return network
 
 
 def stage(training: Training) -> Stage:
     """Forward-backward learning as the loop sees it: each phase of an iteration is a step on the same photographs."""
-    choice, schedule = training.recipe.forward_backward, training.recipe.schedule5
+    choice = training.recipe.forward_backward
+    schedule = choice.schedule
     network = training.network
     network.stem.requires_grad_(choice.train_stem)
     phases = {"both": (forward, backward), "forward": (forward,), "backward": (backward,)}[choice.phases]
     count = len(phases)
 
     def loss(samples: list[Sample], step: int) -> dict[str, Tensor]:
-        terms: dict[str, list[Tensor]] = {}
-        for sample in samples:
-            for name, value in phases[step % count](network, sample).items():
-                terms.setdefault(name, []).append(value)
-        return {name: torch.stack(values).mean() for name, values in terms.items()}
+        return phases[step % count](network, samples)
 
     return Stage(
         name=STAGE,
@@ -153,22 +150,6 @@ def stage(training: Training) -> Stage:
     )
 
 
-@dataclass
-class Sample:
-    """A photograph, perhaps mirrored, as both phases see it.
-
-    Attributes:
-        image: (H, W, 3) uint8; view: of it, not flipped; proposals: (R, 4) in its pixels; tags: its classes.
-        present: (C,) 1 for the classes among the tags.
-    """
-
-    image: np.ndarray
-    view: View
-    proposals: Tensor
-    tags: tuple[int, ...]
-    present: Tensor
-
-
 def load(training: Training) -> Callable[[list[int], torch.Generator], list[Sample]]:
     """Photographs and proposals at a scale and mirroring drawn for each."""
 
@@ -182,8 +163,7 @@ def load(training: Training) -> Callable[[list[int], torch.Generator], list[Samp
             pixels = np.ascontiguousarray(pixels[:, ::-1])
             width = pixels.shape[1]
             boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
-        present = present_classes(image, len(training.images.classes))
-        return Sample(pixels, training.network.view(pixels, side), boxes, image.tags, present)
+        return Sample(pixels, training.network.view(pixels, side), image.tags, boxes)
 
     def batch(indices: list[int], generator: torch.Generator) -> list[Sample]:
         return [one(training.images.images[index], generator) for index in indices]
@@ -192,74 +172,70 @@ def load(training: Training) -> Callable[[list[int], torch.Generator], list[Samp
 
 
 class Phase:
-    """What the two phases share: the stem's map of a photograph, what a module infers on it, what it loses."""
+    """What the two phases share: the photographs with their stem map, what a module infers on it, what it loses."""
 
-    def __init__(self, network: LabelPEnet, sample: Sample):
-        self.network, self.sample = network, sample
-        self.stem = network.stem_map(sample.view)
-        self.boxes = sample.view.boxes(sample.proposals)
-        self.features: Tensor | None = None
+    def __init__(self, network: LabelPEnet, samples: Sequence[Sample]):
+        self.network, self.batch = network, to_batch(network, samples)
+        self.features: list[Tensor] | None = None
 
-    def infer(self, number: int) -> Instances:
-        """What module ``number`` passes on, in pixels of the photograph; without gradients, without dropout."""
-        one = self.sample
+    def infer(self, number: int) -> list[Instances]:
+        """What module ``number`` passes on, in pixels of each photograph; without gradients, without dropout."""
         self.network.eval()
         try:
-            features = None if self.features is None or number > 1 else self.features.detach()
-            seen = one.view, self.stem.detach()
-            found, _ = self.network.infer(number, one.image, one.proposals, one.tags, features, seen)
+            batch = replace(self.batch, stem=self.batch.stem.detach(), features=self.features)
+            return [found for found, _ in self.network.infer(number, batch)]
         finally:
             self.network.train()
-        return found
 
-    def classify(self) -> tuple[Tensor, Tensor]:
-        """Module 1's ``x^c`` (R, C + 1) and ``x^p`` (R, C), for its losses."""
+    def classify(self) -> list[tuple[Tensor, Tensor]]:
+        """Module 1's ``x^c`` (R, C + 1) and ``x^p`` (R, C) of each photograph, for its losses."""
         module = self.network.classification
         learns = any(parameter.requires_grad for parameter in module.head.parameters())
-        # Behind a frozen RoI head the features of hundreds of RoIs would send the stem a gradient at great cost.
+        # Behind a frozen RoI head the features of hundreds of RoIs would send the stem a gradient at great cost. They
+        # are also those of inference, for a head that does not learn needs no dropout.
+        module.head.train(learns)
         with torch.set_grad_enabled(learns):
-            self.features = module.features(self.stem, self.boxes)
-            frames = None
-            if module.contrast:
-                size = (int(self.sample.view.pixels.shape[-2]), int(self.sample.view.pixels.shape[-1]))
-                frames = module.features(self.stem, frame_boxes(self.boxes, size))
-        return module(self.features, frames)
+            features = module.features(self.batch)
+        self.features = None if learns else features
+        return [module(one) for one in features]
 
-    def multi_label(self, x_c: Tensor, x_p: Tensor) -> Tensor:
-        """Equation 2."""
-        return self.network.classification.loss(x_c, x_p, self.sample.present.to(x_c.device))
+    def multi_label(self, scores: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Equation 2, a mean over the photographs."""
+        module = self.network.classification
+        each = []
+        for (x_c, x_p), tags in zip(scores, self.batch.tags, strict=True):
+            each.append(module.loss(x_c, x_p, present_classes(tags, module.num_classes).to(x_c.device)))
+        return torch.stack(each).mean()
 
-    def learn(self, number: int, target: Instances) -> Tensor:
-        """The loss of module 2, 3 or 4 on instances in pixels of the photograph."""
-        if number == 2:
-            target = replace(target, masks=None)
-        extra = self.boxes if self.network.needs_proposals(number) else torch.zeros(0, 4)
-        view = self.sample.view
-        terms = self.network.module(number).losses(  # type: ignore[operator]
-            self.stem, view.pixels, view.instances(target), extra
-        )
-        return torch.stack([value.float() for value in terms.values()]).sum()
+    def learn(self, number: int, targets: Sequence[Instances]) -> Tensor:
+        """The loss of module 2, 3 or 4 on instances in pixels of each photograph."""
+        module = self.network.module(number)
+        wanted = targets if module.needs_masks else [replace(target, masks=None) for target in targets]
+        seen = [view.instances(target) for view, target in zip(self.batch.views, wanted, strict=True)]
+        return torch.stack([value.float() for value in module.losses(self.batch, seen).values()]).sum()
 
 
-def forward(network: LabelPEnet, sample: Sample) -> dict[str, Tensor]:
-    """The forward phase of one photograph: the loss of each module on what the one before has just inferred."""
-    phase = Phase(network, sample)
-    terms = {"forward_1": phase.multi_label(*phase.classify())}
+def forward(network: LabelPEnet, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """The forward phase of some photographs: the loss of each module on what the one before has just inferred."""
+    phase = Phase(network, samples)
+    terms = {"forward_1": phase.multi_label(phase.classify())}
     for number in (2, 3, 4):
         terms[f"forward_{number}"] = phase.learn(number, phase.infer(number - 1))
     return terms
 
 
-def backward(network: LabelPEnet, sample: Sample) -> dict[str, Tensor]:
-    """The backward phase of one photograph: the losses of modules 3, 2 and 1 on what the next one infers."""
-    phase = Phase(network, sample)
-    found = phase.infer(4)
-    terms = {"backward_3": phase.learn(3, replace(found, weights=torch.ones_like(found.weights)))}
-    terms["backward_2"] = phase.learn(2, phase.infer(3))
-    x_c, x_p = phase.classify()
-    labels = proposal_labels(sample.proposals, phase.infer(2), network.recipe.forward_backward.beta)
-    terms["backward_1_multi"] = phase.multi_label(x_c, x_p)
-    terms["backward_1_single"] = network.classification.single_label_loss(x_c, labels.to(x_c.device))
+def backward(network: LabelPEnet, samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """The backward phase of some photographs: the losses of modules 3, 2 and 1 on what the next one infers."""
+    phase = Phase(network, samples)
+    certain = [replace(found, weights=torch.ones_like(found.weights)) for found in phase.infer(4)]
+    terms = {"backward_3": phase.learn(3, certain), "backward_2": phase.learn(2, phase.infer(3))}
+    scores = phase.classify()
+    beta, single = network.recipe.forward_backward.beta, []
+    for sample, found, (x_c, _) in zip(samples, phase.infer(2), scores, strict=True):
+        labels = proposal_labels(sample.proposals, found, beta)
+        single.append(network.classification.single_label_loss(x_c, labels.to(x_c.device)))
+    terms["backward_1_multi"] = phase.multi_label(scores)
+    terms["backward_1_single"] = torch.stack(single).mean()
     return terms
 
 
@@ -267,8 +243,9 @@ def proposal_labels(proposals: Tensor, found: Instances, beta: float) -> Tensor:
     """Section 3.3: the class of each proposal (R,), 0 for background and 1 + class index otherwise.
 
     Args:
-        proposals: (R, 4); found: module 2's detections in the same pixels; beta: IoU above which a proposal belongs to
-            the detection that it overlaps most.
+        proposals: (R, 4).
+        found: module 2's detections in the same pixels.
+        beta: IoU above which a proposal belongs to the detection that it overlaps most.
     """
     if not len(found):
         return torch.zeros(len(proposals), dtype=torch.long)

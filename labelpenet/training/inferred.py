@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 
+from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
+from labelpenet.data.files import is_whole, read_json, sealed, write_json
+from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
+from labelpenet.formats.predictions import file_name
 from labelpenet.instances import Instances
-from labelpenet.training.checkpoint import write_atomically
-from labelpenet.training.machine import map_images
 
 Rows = list[dict[str, Any]]
 
@@ -35,16 +37,19 @@ class Inferred(Mapping[str, Instances]):
         found = Instances.from_coco(rows, size, self._categories)
         return found if rows else Instances.empty(size, with_masks=True)
 
+    def rows(self, image_id: str) -> Rows:
+        """The instances of an image as COCO rows, not decoded; category 1 is class 0."""
+        return self._rows.get(image_id, [])
+
+    def size(self, image_id: str) -> tuple[int, int]:
+        """(H, W) of an image."""
+        return self._sizes[image_id]
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._sizes)
 
     def __len__(self) -> int:
         return len(self._sizes)
-
-
-def path_of(run: Path, name: str) -> Path:
-    """Where the instances of the module called ``name`` are kept."""
-    return run / "instances" / f"{name}.json"
 
 
 def read_inferred(run: Path, name: str, num_classes: int) -> Inferred:
@@ -53,17 +58,17 @@ def read_inferred(run: Path, name: str, num_classes: int) -> Inferred:
     Raises:
         InputError: the module has not finished, or the file is damaged.
     """
-    path = path_of(run, name)
+    path = run_folder.instances(run, name)
     if not path.is_file():
         raise InputError(f"{path}: not there; module {name} has not labelled the training images yet, train it first")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
         rows: dict[str, Rows] = {}
         for row in content["annotations"]:
             rows.setdefault(row["image_id"], []).append(row)
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged ({error}); delete it and train with --resume") from error
+        raise InputError(f"{path}: damaged; labelpenet train ... --resume makes it again") from error
     return Inferred(rows, sizes, num_classes)
 
 
@@ -86,9 +91,13 @@ def infer_all(
         rank, world, barrier: this process among those that share the work.
         advance: called after each image, with a note about it or an empty string.
     """
-    target = path_of(run, name)
+    target = run_folder.instances(run, name)
     if target.is_file():
-        return
+        try:
+            read_inferred(run, name, len(images.classes))
+            return
+        except InputError:
+            advance(f"{target} is damaged; it is made again")
     target.parent.mkdir(parents=True, exist_ok=True)
     done = {line["id"] for line in _read_parts(target)}
     barrier()
@@ -107,7 +116,7 @@ def infer_all(
     try:
         with part.open("a", encoding="utf-8") as file, contextlib.closing(map_images(attempt, mine, device)) as lines:
             for line, note in lines:
-                file.write("\n" + json.dumps(line))
+                file.write("\n" + sealed(json.dumps(line)))
                 file.flush()
                 advance(note)
     except OSError as error:
@@ -120,7 +129,7 @@ def infer_all(
             "images": [
                 {
                     "id": image.id,
-                    "file_name": str(image.path.name),
+                    "file_name": file_name(image),
                     "height": by_id[image.id]["size"][0],
                     "width": by_id[image.id]["size"][1],
                 }
@@ -129,7 +138,7 @@ def infer_all(
             "categories": [{"id": i + 1, "name": one} for i, one in enumerate(images.classes)],
             "annotations": [row for line in ordered for row in line["rows"]],
         }
-        write_atomically(target, json.dumps(content))
+        write_json(target, content, "free some space and use --resume")
         for old in target.parent.glob(f"{target.stem}.part*.jsonl"):
             old.unlink()
     barrier()
@@ -144,6 +153,6 @@ def _read_parts(target: Path) -> list[dict[str, Any]]:
                 line = json.loads(text)
             except ValueError:
                 continue
-            if isinstance(line, dict) and "rows" in line:
+            if isinstance(line, dict) and "rows" in line and is_whole(text):
                 lines.append(line)
     return lines

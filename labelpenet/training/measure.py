@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,17 +12,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from labelpenet.data import read_image
+from labelpenet.data import read_image, run_folder
 from labelpenet.data.dataset import TaggedImage
+from labelpenet.data.files import hash_file, hash_files, read_json, write_json
 from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.engine.checkpoint import versions
+from labelpenet.engine.distributed import map_images
+from labelpenet.engine.log import Progress
+from labelpenet.errors import InputError
 from labelpenet.evaluation import cascade_table, classification_ap, evaluate
 from labelpenet.formats import open_annotated, open_tagged, read_predictions, write_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import proposal_settings, read_run
-from labelpenet.training.checkpoint import write_atomically
-from labelpenet.training.inferred import path_of, read_inferred
-from labelpenet.training.logging import Progress
-from labelpenet.training.machine import map_images
+from labelpenet.models.student import Student
+from labelpenet.training.features import RoIFeatures
+from labelpenet.training.inferred import read_inferred
 from labelpenet.training.predict import Predictor
 from labelpenet.training.pretrain import Boxes
 
@@ -38,7 +43,8 @@ def measure_run(
 ) -> str:
     """Predicts a held-out split with every module and measures it, and the instances of the training images.
 
-    Writes ``RUN/predictions/SPLIT-moduleK.json`` (kept if it is there) and ``RUN/results.json``.
+    Writes ``RUN/predictions/SPLIT-moduleK.json``, kept where it was made from the same photographs and weights, and
+    ``RUN/results.json``. Of a student, which stands in the place of module 4, the held-out split alone is measured.
 
     Returns:
         The table, one row a module; the first row is module 1 before calibration.
@@ -46,66 +52,91 @@ def measure_run(
     facts = read_run(run)
     classes = facts["classes"]
     predictor = Predictor(run, device)
+    student = isinstance(predictor.network, Student)
+    modules = (4,) if student else modules
     held_out = open_annotated(data, split, classes)
     train = open_annotated(data, train_split, classes)
     images = held_out.tagged.images
-    boxes = compute_proposals(
-        images, proposal_settings(predictor.network.recipe), cache or default_cache(), progress=True
-    )
+    boxes: Boxes = {}
+    if not student:
+        settings = proposal_settings(predictor.cascade.recipe)
+        boxes = compute_proposals(images, settings, cache or default_cache(), progress=True)
+    key = made_from(run, predictor, images)
     truths, _ = held_out.readable_truths()
     train_truths, _ = train.readable_truths()
     results: dict[str, Any] = {"split": split, "protocol": protocol, "train": {}, "val": {}}
     for number in modules:
-        inferred = path_of(run, f"module{number}")
-        if not inferred.is_file():
-            continue
-        results["train"][str(number)] = evaluate(
-            read_inferred(run, f"module{number}", len(classes)), train_truths, classes, "voc12"
-        )
-        path = run / "predictions" / f"{Path(split).stem}-module{number}.json"
-        if not path.is_file() or path.stat().st_mtime < inferred.stat().st_mtime:
-            path.parent.mkdir(exist_ok=True)
+        if not student:
+            if not run_folder.instances(run, f"module{number}").is_file():
+                continue
+            labels = read_inferred(run, f"module{number}", len(classes))
+            results["train"][str(number)] = evaluate(labels, train_truths, classes, "voc12")
+        path = run_folder.predictions(run, split, number)
+        if not is_kept(path, key):
             pairs = ((image.id, found) for image, found in predictor.run(images, number, [], boxes))
             write_predictions(path, pairs, images, classes)
+            write_json(_origin(path), {"made_from": key, "content": hash_file(path)})
         found = read_predictions(path, images, classes, list(range(1, len(classes) + 1)))
-        results["val"][str(number)] = evaluate(found, truths, classes, protocol)  # type: ignore[arg-type]
-    if 1 in modules and path_of(run, "module1").is_file():
+        name = "student" if student else str(number)
+        results["val"][name] = evaluate(found, truths, classes, protocol)  # type: ignore[arg-type]
+    if not student and 1 in modules and run_folder.instances(run, "module1").is_file():
         readable = [image for image in images if image.id in boxes]
         ranked, probabilities = rank_images(predictor, readable, boxes)
         tags = np.array([[label in image.tags for label in range(len(classes))] for image in readable])
         results["classification_mAP"] = float(np.nanmean(classification_ap(probabilities, tags)))
         training = open_tagged(data, train_split, classes).images
         train_boxes = compute_proposals(
-            training, proposal_settings(predictor.network.recipe), cache or default_cache(), progress=True
+            training, proposal_settings(predictor.cascade.recipe), cache or default_cache(), progress=True
         )
         learnt = [image for image in training if image.id in train_boxes]
-        top, _ = rank_images(predictor, learnt, train_boxes, run / "cache" / "features")
+        features = RoIFeatures(run, predictor.cascade, train_boxes, predictor.fabric)
+        top, _ = rank_images(predictor, learnt, train_boxes, features)
         results["uncalibrated"] = {
             "train": evaluate(top, train_truths, classes, "voc12"),
             "val": evaluate(ranked, truths, classes, protocol),  # type: ignore[arg-type]
         }
-    write_atomically(run / "results.json", json.dumps(results, indent=1))
+    write_json(run_folder.results(run), results, indent=1)
     return render(results)
 
 
+def made_from(run: Path, predictor: Predictor, images: Sequence[TaggedImage]) -> str:
+    """A hash of all that predictions depend on: facts, weights, precision, the photographs' names and content."""
+    facts = {name: value for name, value in run_folder.read_facts(run).items() if name != "source"}
+    hashes = hash_files([image.path for image in images])
+    weights = [(path.name, hash_file(path)) for path in sorted(run_folder.weights(run, "stem").parent.iterdir())]
+    contents = [(image.id, str(hashes[image.path])) for image in images]
+    text = json.dumps([versions()["labelpenet"], facts, weights, predictor.precision, contents])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def is_kept(path: Path, key: str) -> bool:
+    """Whether a predictions file is there, whole, and was made from what ``key`` is the hash of."""
+    try:
+        return path.is_file() and read_json(_origin(path)) == {"made_from": key, "content": hash_file(path)}
+    except InputError:
+        return False
+
+
+def _origin(path: Path) -> Path:
+    """What is written beside a predictions file about its making."""
+    return path.with_suffix(".made-from.json")
+
+
 def rank_images(
-    predictor: Predictor, images: Sequence[TaggedImage], boxes: Boxes, features: Path | None = None
+    predictor: Predictor, images: Sequence[TaggedImage], boxes: Boxes, features: RoIFeatures | None = None
 ) -> tuple[dict[str, Instances], np.ndarray]:
     """Module 1 before calibration: ranked proposals by image id, and class probabilities (I, C).
 
     Args:
-        features: folder of the training images' cached RoI features, in their order; used where complete.
+        features: the run's kept RoI features; used for the images that it has them of.
     """
-    network = predictor.network
-    cached = features is not None and features.is_dir() and len(list(features.glob("*.npy"))) == len(images)
+    network = predictor.cascade
 
     def rank(index: int) -> tuple[Instances, np.ndarray]:
         image = images[index]
         pixels = read_image(image.path)
         chosen = network.select(torch.from_numpy(boxes[image.id].copy()), pixels.shape)
-        known = None
-        if cached and features is not None:
-            known = torch.from_numpy(np.load(features / f"{index}.npy")).float().to(network.device)
+        known = None if features is None else features.kept(image)
         with predictor.fabric.autocast():
             found, share = network.rank_proposals(pixels, chosen, None, known)
         return found, share.cpu().numpy()

@@ -18,19 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import nn
 
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.images import read_image
+from labelpenet.engine.distributed import gather, map_images
+from labelpenet.engine.log import MetricsLog, read_metrics
+from labelpenet.engine.sampler import stream_seed
+from labelpenet.engine.stage import Stage
 from labelpenet.errors import InputError
 from labelpenet.evaluation import evaluate
-from labelpenet.report.overlays import draw_instances
+from labelpenet.training.features import evaluating
 from labelpenet.training.inferred import Inferred
-from labelpenet.training.logging import MetricsLog, read_metrics
-from labelpenet.training.loop import Stage, stream_seed
-from labelpenet.training.machine import map_images
-from labelpenet.training.pretrain import Boxes, Training, known_features
+from labelpenet.training.pretrain import Boxes, Training
+from labelpenet.visualize import draw_instances
 
 PICTURES = 4  # training images that are shown
 PART = 40  # images of the held-out split that are measured within a stage
@@ -91,7 +91,7 @@ class Observer:
 
     def look(self, numbers: Sequence[int], step: int, metrics: MetricsLog) -> None:
         """Pictures of every module in ``numbers`` and, of the last one, the figures of a part of the held-out split."""
-        with _answering(self.training.network):
+        with evaluating(self.training.network):
             self._draw(numbers, step, metrics)
             if self.held_out is not None:
                 lines = list(self._predict(numbers[-1], self.part))
@@ -104,11 +104,11 @@ class Observer:
         """
         fabric = self.training.fabric
         lines: list[_Line] = []
-        with _answering(self.training.network):
+        with evaluating(self.training.network):
             if self.held_out is not None:
                 count = len(self.held_out.annotated.tagged.images)
                 own = list(self._predict(numbers[-1], range(fabric.global_rank, count, fabric.world_size)))
-                lines = [line for share in _gather(own, fabric.world_size) for line in share]
+                lines = [line for share in gather(fabric.world_size, own) for line in share]
             if fabric.global_rank:
                 return
             rows = [row for row in read_metrics(self.training.run) if row.get("stage") == stage.name]
@@ -139,9 +139,15 @@ class Observer:
                 if training.network.needs_proposals(number):
                     proposals = training.boxes(image, pixels.shape)
                 if number == 1:
-                    features = known_features(training, index)
+                    features = training.features.known(image)
                 with training.autocast():
-                    found, _ = training.network.infer(number, pixels, proposals, image.tags, features)
+                    batch = training.network.batch(
+                        [pixels],
+                        [image.tags],
+                        None if proposals is None else [proposals],
+                        None if features is None else [features],
+                    )
+                    ((found, _),) = training.network.infer(number, batch)
                 metrics.picture(
                     f"module{number}/{image.id}", draw_instances(pixels, found, training.images.classes), step
                 )
@@ -185,27 +191,6 @@ class Observer:
         if "mask" in result:
             figures[f"{name}/mask_mAP@0.5"] = result["mask"]["mAP@0.5"]
         return figures
-
-
-@contextlib.contextmanager
-def _answering(network: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode; afterwards every part of it is in the mode in which it was."""
-    before = [(part, part.training) for part in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for part, training in before:
-            part.training = training
-
-
-def _gather(lines: list[_Line], world: int) -> list[list[_Line]]:
-    """The lines of all processes, by rank."""
-    if world == 1:
-        return [lines]
-    found: list[Any] = [None] * world
-    dist.all_gather_object(found, lines)
-    return found
 
 
 def _now() -> float:

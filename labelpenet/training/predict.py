@@ -7,23 +7,24 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import cv2
 import torch
-import torch.distributed as dist
 
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.images import read_image
 from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.engine.distributed import build_fabric, gather, map_images, peers, together
+from labelpenet.engine.log import Progress
 from labelpenet.errors import InputError
 from labelpenet.formats import read_predictions, write_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet, proposal_settings, read_run
-from labelpenet.training.logging import Progress
-from labelpenet.training.machine import build_fabric, map_images
+from labelpenet.models.student import Student, load
 from labelpenet.training.pretrain import Boxes
 
 
 class Predictor:
-    """The cascade of a run folder on a device, in the precision that it was trained in where the device has it.
+    """The cascade or student of a run folder on a device, in that precision of its training which the device has.
 
     Args:
         run: the run folder.
@@ -33,7 +34,19 @@ class Predictor:
     def __init__(self, run: Path, device: str = "auto", devices: int = 1, nodes: int = 1):
         read_run(run)
         self.fabric = build_fabric(device, devices, nodes)
-        self.network = LabelPEnet.from_run(run, self.fabric.device)
+        self.network = load(run, self.fabric.device)
+
+    @property
+    def cascade(self) -> LabelPEnet:
+        """The network, where it is no student."""
+        if isinstance(self.network, Student):
+            raise InputError("this needs the modules of a cascade, but the folder holds a student")
+        return self.network
+
+    @property
+    def precision(self) -> str:
+        """That of the answers, such as ``bf16-mixed``."""
+        return str(self.fabric._precision.precision)
 
     @property
     def first(self) -> bool:
@@ -46,12 +59,17 @@ class Predictor:
         Args:
             boxes: its proposals, computed before; None to compute them where the module needs them.
         """
-        pixels = read_image(image.path)
-        proposals = None
-        if boxes is not None and image.id in boxes and self.network.needs_proposals(module):
-            proposals = self.network.select(torch.from_numpy(boxes[image.id].copy()), pixels.shape)
-        with self.fabric.autocast():
-            return self.network.predict(pixels, module, proposals)
+        try:
+            pixels = read_image(image.path)
+            proposals, network = None, self.network
+            if boxes is not None and image.id in boxes and isinstance(network, LabelPEnet):
+                proposals = network.select(torch.from_numpy(boxes[image.id].copy()), pixels.shape)
+            with self.fabric.autocast():
+                return network.predict(pixels, module, proposals)
+        except (MemoryError, RuntimeError, cv2.error) as error:
+            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "memory" not in str(error):
+                raise
+            raise InputError(f"{image.path}: does not fit into memory; make it smaller") from error
 
     def run(
         self, images: Sequence[TaggedImage], module: int, skipped: list[str], boxes: Boxes | None = None
@@ -66,7 +84,7 @@ class Predictor:
                 return image, None, f"skipped: {error}"
 
         with (
-            Progress(f"module {module} predicts", len(images), 0, None if self.first else _silent) as progress,
+            Progress("predicting", len(images), 0, None if self.first else _silent) as progress,
             contextlib.closing(map_images(attempt, images, self.fabric.device)) as results,
         ):
             for done, (image, found, note) in enumerate(results):
@@ -79,7 +97,7 @@ class Predictor:
 
     def proposals(self, images: Sequence[TaggedImage], module: int, cache: Path | None = None) -> Boxes | None:
         """The photographs' proposals, on all of this process's cores; None where the module needs none."""
-        if not self.network.needs_proposals(module):
+        if isinstance(self.network, Student) or not self.network.needs_proposals(module):
             return None
         settings = proposal_settings(self.network.recipe)
         # Of several processes on a machine each has its share of the cores, which Fabric or torchrun told torch.
@@ -127,26 +145,22 @@ def predict_images(
     if world == 1:
         predict(out)
         return skipped
+    with peers(world):
+        return _predict_together(predictor, images, out, predict, skipped)
+
+
+def _predict_together(
+    predictor: Predictor,
+    images: Sequence[TaggedImage],
+    out: Path,
+    predict: Callable[[Path], None],
+    skipped: list[str],
+) -> list[str]:
+    rank, world, classes = predictor.fabric.global_rank, predictor.fabric.world_size, predictor.network.classes
     parts = [out.with_name(f"{out.name}.part{other}") for other in range(world)]
-    _together(world, lambda: predict(parts[rank]))
-    _together(world, lambda: _join(parts, out, images, classes) if predictor.first else None)
-    everywhere: list[list[str]] = [[] for _ in range(world)]
-    dist.all_gather_object(everywhere, skipped)
-    return [name for one in everywhere for name in one]
-
-
-def _together(world: int, work: Callable[[], None]) -> None:
-    """Does this process's work and waits for that of the others; what one of them cannot do is raised in all."""
-    problem = None
-    try:
-        work()
-    except InputError as error:
-        problem = str(error)
-    problems: list[str | None] = [None] * world
-    dist.all_gather_object(problems, problem)
-    for one in problems:
-        if one is not None:
-            raise InputError(one)
+    together(world, lambda: predict(parts[rank]))
+    together(world, lambda: _join(parts, out, images, classes) if predictor.first else None)
+    return [name for one in gather(world, skipped) for name in one]
 
 
 def _join(parts: Sequence[Path], out: Path, images: Sequence[TaggedImage], classes: Sequence[str]) -> None:

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from safetensors.torch import save_file
 from torch import Tensor
 
 from labelpenet import config
-from labelpenet.config import InferenceChoice, Recipe, Schedule
+from labelpenet.config import MODULES, Recipe, Schedule
+from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
+from labelpenet.data.files import write_tensors
 from labelpenet.data.images import read_image
-from labelpenet.errors import InputError
+from labelpenet.data.transforms import Batch, View
+from labelpenet.engine.distributed import gather
+from labelpenet.engine.log import Progress
+from labelpenet.engine.stage import Optimiser, Stage
+from labelpenet.engine.trainer import train_stage
+from labelpenet.errors import DamagedError
 from labelpenet.instances import Instances
-from labelpenet.models.cascade import MODULES, LabelPEnet, View, calibration_settings
-from labelpenet.models.classification import frame_boxes
-from labelpenet.training.checkpoint import write_atomically
+from labelpenet.models.cascade import LabelPEnet
+from labelpenet.training.features import RoIFeatures
 from labelpenet.training.inferred import infer_all, read_inferred
-from labelpenet.training.logging import Progress
-from labelpenet.training.loop import Optimiser, Stage, train_stage
-from labelpenet.training.machine import map_images
 from labelpenet.training.supervised import with_masks
 
 if TYPE_CHECKING:
@@ -66,6 +67,11 @@ class Training:
     facts: dict[str, Any] = field(default_factory=dict)
     truths: Mapping[str, Instances] = field(default_factory=dict)
 
+    @cached_property
+    def features(self) -> RoIFeatures:
+        """Module 1's RoI features; first asked for once the stem is the one that the run trains on."""
+        return RoIFeatures(self.run, self.network, self.proposals, self.fabric)
+
     @property
     def recipe(self) -> Recipe:
         """The network's."""
@@ -99,7 +105,7 @@ def freeze_stem(training: Training) -> None:
     for parameter in network.stem.parameters():
         parameter.requires_grad_(False)
     # A resumed run goes on with the stem that it began with, whatever weights this process was started with.
-    if not network.load_part(training.run, "stem") and training.fabric.global_rank == 0:
+    if not load_trained(training, "stem") and training.fabric.global_rank == 0:
         save_part(network, training.run, "stem")
 
 
@@ -120,7 +126,7 @@ def train_module(
         InputError: see `train_stage` and `infer_all`.
     """
     network, name = training.network, MODULES[number - 1]
-    if network.load_part(training.run, name):
+    if load_trained(training, name):
         say(f"module {number} ({name}): trained before, loaded")
     else:
         one = stage(training, number, targets)
@@ -141,18 +147,23 @@ def train_module(
     label_images(training, number)
 
 
-def save_part(network: LabelPEnet, run: Path, part: str) -> None:
-    """Writes ``RUN/weights/PART.safetensors`` atomically."""
-    path = run / "weights" / f"{part}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    state = {key: value.contiguous().cpu() for key, value in getattr(network, part).state_dict().items()}
+def load_trained(training: Training, part: str) -> bool:
+    """Loads what the run folder holds of the stem or a module; False, in all processes, if one finds nothing whole.
+
+    A damaged file counts as missing: the stage's last checkpoint has the same weights.
+    """
+    found, path = False, run_folder.weights(training.run, part)
     try:
-        save_file(state, temporary)
-        temporary.replace(path)
-    except Exception as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({error}); free some space and use --resume") from error
+        found = training.network.load_part(training.run, part)
+    except DamagedError:
+        print(f"note: {path} is damaged; it is made again")
+    return all(gather(training.fabric.world_size, found))
+
+
+def save_part(network: LabelPEnet, run: Path, part: str) -> None:
+    """Writes ``RUN/weights/PART.safetensors``, whole or not at all."""
+    path = run_folder.weights(run, part)
+    write_tensors(path, getattr(network, part).state_dict(), "free some space and use --resume")
 
 
 def label_images(training: Training, number: int) -> None:
@@ -162,21 +173,18 @@ def label_images(training: Training, number: int) -> None:
     images = training.images
     share = len(images.images[fabric.global_rank :: fabric.world_size])
 
-    position = {image.id: index for index, image in enumerate(images.images)}
-    choice: InferenceChoice = getattr(network.recipe, f"infer{number}")
-    crf = calibration_settings(choice)
+    crf = network.recipe.modules[number - 1].label
 
     def infer(image: TaggedImage) -> Instances:
         truth = training.truths.get(image.id)
         if truth is not None and truth.masks is not None:
             return truth
-        features = known_features(training, position[image.id]) if number == 1 else None
+        features = training.features.known(image) if network.needs_proposals(number) else None
         pixels = read_image(image.path)
-        proposals = None
-        if network.needs_proposals(number):
-            proposals = training.boxes(image, pixels.shape)
+        proposals = [training.boxes(image, pixels.shape)] if network.needs_proposals(number) else None
         with training.autocast():
-            found, _ = network.infer(number, pixels, proposals, image.tags, features)
+            batch = network.batch([pixels], [image.tags], proposals, None if features is None else [features])
+            ((found, _),) = network.infer(number, batch)
         return found if truth is None else with_masks(truth, found, pixels, crf)
 
     done = 0
@@ -204,7 +212,7 @@ def label_images(training: Training, number: int) -> None:
 
 def stage(training: Training, number: int, targets: Mapping[str, Instances] | None = None) -> Stage:
     """The training stage of one module; ``targets`` as in `train_module`."""
-    schedule: Schedule = getattr(training.recipe, f"schedule{number}")
+    schedule = training.recipe.modules[number - 1].schedule
     images = [image.id for image in training.images.images]
     common: dict[str, Any] = {
         "name": MODULES[number - 1],
@@ -214,15 +222,14 @@ def stage(training: Training, number: int, targets: Mapping[str, Instances] | No
         "batch_size": schedule.batch_size,
         "optimiser": optimiser(schedule),
     }
-    if number == 1:
-        choice = training.recipe.classification
-        if choice.freeze_head and not choice.contrast:
-            cache_features(training)
-            return Stage(**common, loss=cached_loss(training))
-        return Stage(**common, load=load_tagged(training), loss=classification_loss(training))
-    if targets is None:
+    module = training.network.module(number)
+    if getattr(module.settings, "freeze_head", False):
+        training.features.compute_all(training.images.images)
+        return Stage(**common, loss=cached_loss(training))
+    if targets is None and number > 1:
         targets = read_inferred(training.run, f"module{number - 1}", len(training.images.classes))
-    return Stage(**common, load=load_targets(training, targets, number), loss=detector_loss(training, number))
+    load = load_samples(training, targets, module.needs_proposals, module.needs_masks)
+    return Stage(**common, load=load, loss=module_loss(training, number))
 
 
 def optimiser(schedule: Schedule) -> Optimiser:
@@ -238,217 +245,83 @@ def optimiser(schedule: Schedule) -> Optimiser:
     )
 
 
-# -- module 1 --------------------------------------------------------------------------------------------------------
-
-
-def feature_file(run: Path, index: int) -> Path:
-    """Where the frozen RoI features of a training image are kept."""
-    return run / "cache" / "features" / f"{index}.npy"
-
-
-def cache_features(training: Training) -> None:
-    """RoI features of every image, once, where stem and RoI head are frozen: ``RUN/cache/features/INDEX.npy``, float16.
-
-    An image that cannot be read gets no rows, and nothing is learnt from it.
-    """
-    network, fabric, run = training.network, training.fabric, training.run
-    feature_file(run, 0).parent.mkdir(parents=True, exist_ok=True)
-    # Each process looks only for its own share: what the others have written meanwhile must not shift it.
-    share = range(fabric.global_rank, len(training.images.images), fabric.world_size)
-    missing = [index for index in share if not feature_file(training.run, index).is_file()]
-    width = network.classification.classifier.in_features
-
-    def compute(index: int) -> tuple[int, np.ndarray, str]:
-        image = training.images.images[index]
-        try:
-            pixels = read_image(image.path)
-        except InputError as error:
-            return index, np.zeros((0, width), np.float16), f"skipped: {error}"
-        with torch.no_grad(), training.autocast():
-            view = network.view(pixels)
-            boxes = view.boxes(training.boxes(image, pixels.shape))
-            features = network.classification.features(network.stem_map(view), boxes)
-        return index, features.to(torch.float16).cpu().numpy(), ""
-
-    with (
-        Progress("RoI features", len(missing), 0) as progress,
-        contextlib.closing(map_images(compute, missing, fabric.device)) as results,
-    ):
-        for done, (index, features, note) in enumerate(results):
-            temporary = feature_file(run, index).with_suffix(f".tmp{fabric.global_rank}")
-            with temporary.open("wb") as file:
-                np.save(file, features)
-            temporary.replace(feature_file(run, index))
-            progress.show(done + 1, {})
-            if note:
-                progress.say(note)
-    fabric.barrier()
-
-
-def known_features(training: Training, index: int) -> Tensor | None:
-    """The cached RoI features (R, D) of a training image; None where there are none."""
-    path = feature_file(training.run, index)
-    features = np.load(path) if path.is_file() else np.zeros((0, 0), np.float16)
-    return torch.from_numpy(features).float().to(training.fabric.device) if len(features) else None
-
-
-def present_classes(image: TaggedImage, num_classes: int) -> Tensor:
-    """(C,) float, 1 for the classes among the image's tags."""
-    present = torch.zeros(num_classes)
-    present[list(image.tags)] = 1
-    return present
-
-
-def cached_loss(training: Training) -> Callable[[Any, int], dict[str, Tensor]]:
-    """Equation 2 on cached RoI features, meaned over the images of the pass."""
-    module, images = training.network.classification, training.images
-
-    def loss(indices: list[int], step: int) -> dict[str, Tensor]:
-        total = []
-        for index in indices:
-            features = known_features(training, index)
-            if features is None:  # the image could not be read
-                continue
-            x_c, x_p = module(features)
-            present = present_classes(images.images[index], len(images.classes)).to(x_c.device)
-            total.append(module.loss(x_c, x_p, present))
-        return {"multi_label": torch.stack(total).mean()} if total else {}
-
-    return loss
+# -- what a loss sees ------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Sample:
-    """A training image as a loss sees it: view, tags (C,), proposals (R, 4) and target in pixels of the view."""
+    """A training image as a loss sees it.
 
+    Attributes:
+        image: (H, W, 3) uint8 RGB.
+        view: of it.
+        tags: its classes.
+        proposals: (R, 4) in its pixels; empty where no module needs them.
+        target: the instances to learn, in pixels of the view.
+    """
+
+    image: np.ndarray
     view: View
-    present: Tensor
+    tags: tuple[int, ...]
     proposals: Tensor
     target: Instances | None = None
 
 
-def _view(training: Training, image: TaggedImage, generator: torch.Generator) -> tuple[View, np.ndarray]:
-    choice = training.recipe.images
-    pixels = read_image(image.path)
-    side = choice.sides[int(torch.randint(len(choice.sides), (1,), generator=generator))]
-    flip = choice.flip and bool(torch.rand((), generator=generator) < 0.5)
-    return training.network.view(pixels, side, flip), pixels
-
-
-def load_tagged(training: Training) -> Callable[[list[int], torch.Generator], list[Sample]]:
-    """Images, tags and proposals for module 1."""
-
-    def load(indices: list[int], generator: torch.Generator) -> list[Sample]:
-        samples = []
-        for index in indices:
-            image = training.images.images[index]
-            view, pixels = _view(training, image, generator)
-            boxes = view.boxes(training.boxes(image, pixels.shape))
-            samples.append(Sample(view, present_classes(image, len(training.images.classes)), boxes))
-        return samples
-
-    return load
-
-
-def classification_loss(training: Training) -> Callable[[Any, int], dict[str, Tensor]]:
-    """Equation 2 through RoI pooling and RoI head."""
-    network, module = training.network, training.network.classification
-
-    def loss(samples: list[Sample], step: int) -> dict[str, Tensor]:
-        total = []
-        for sample in samples:
-            stem = network.stem_map(sample.view)
-            features = module.features(stem, sample.proposals)
-            frames = None
-            if module.contrast:
-                size = (int(sample.view.pixels.shape[-2]), int(sample.view.pixels.shape[-1]))
-                frames = module.features(stem, frame_boxes(sample.proposals, size))
-            x_c, x_p = module(features, frames)
-            total.append(module.loss(x_c, x_p, sample.present.to(x_c.device)))
-        return {"multi_label": torch.stack(total).mean()}
-
-    return loss
-
-
-# -- modules 2 to 4 --------------------------------------------------------------------------------------------------
-
-
-def load_targets(
-    training: Training, targets: Mapping[str, Instances], number: int
+def load_samples(
+    training: Training, targets: Mapping[str, Instances] | None = None, proposals: bool = False, masks: bool = False
 ) -> Callable[[list[int], torch.Generator], list[Sample]]:
-    """Images, proposals and the instances that the module before inferred."""
-    wants_masks = number > 2
+    """Images at a scale and mirroring drawn for each, with the proposals and the instances to learn where wanted."""
+    choice = training.recipe.images
+
+    def sample(image: TaggedImage, generator: torch.Generator) -> Sample:
+        pixels = read_image(image.path)
+        side = choice.sides[int(torch.randint(len(choice.sides), (1,), generator=generator))]
+        flip = choice.flip and bool(torch.rand((), generator=generator) < 0.5)
+        view, target = training.network.view(pixels, side, flip), None
+        if targets is not None:
+            found = targets[image.id]
+            target = view.instances(found if masks else replace(found, masks=None))
+        boxes = training.boxes(image, pixels.shape) if proposals else torch.zeros(0, 4)
+        return Sample(pixels, view, image.tags, boxes, target)
 
     def load(indices: list[int], generator: torch.Generator) -> list[Sample]:
-        samples = []
-        for index in indices:
-            image = training.images.images[index]
-            view, pixels = _view(training, image, generator)
-            found = targets[image.id]
-            if not wants_masks:
-                found = Instances(found.boxes, found.labels, found.weights, found.image_size)
-            boxes = torch.zeros(0, 4)
-            if training.network.needs_proposals(number):
-                boxes = view.boxes(training.boxes(image, pixels.shape))
-            present = present_classes(image, len(training.images.classes))
-            samples.append(Sample(view, present, boxes, view.instances(found)))
-        return samples
+        return [sample(training.images.images[index], generator) for index in indices]
 
     return load
 
 
-def detector_loss(training: Training, number: int) -> Callable[[Any, int], dict[str, Tensor]]:
-    """Equations 3 and 4 (and the masks' loss), meaned over the images of the pass."""
-    network, module = training.network, training.network.module(number)
+def to_batch(network: LabelPEnet, samples: Sequence[Sample]) -> Batch:
+    """The samples as the modules see them, with the stem's map of all."""
+    views = [sample.view for sample in samples]
+    images, tags, proposals = zip(*((one.image, one.tags, one.proposals) for one in samples), strict=True)
+    return Batch(views, network.stem_map(*views), images, tags, proposals)
+
+
+def module_loss(training: Training, number: int) -> Callable[[Any, int], dict[str, Tensor]]:
+    """The losses of a module, each a mean over the images of the pass."""
+    network = training.network
 
     def loss(samples: list[Sample], step: int) -> dict[str, Tensor]:
-        terms: dict[str, list[Tensor]] = {}
-        for sample in samples:
-            assert sample.target is not None
-            own = module.losses(  # type: ignore[operator]
-                network.stem_map(sample.view), sample.view.pixels, sample.target, sample.proposals
-            )
-            for name, value in own.items():
-                terms.setdefault(name, []).append(value)
-        return {name: torch.stack(values).mean() for name, values in terms.items()}
+        targets = [sample.target for sample in samples if sample.target is not None]
+        return network.module(number).losses(to_batch(network, samples), targets)
 
     return loss
 
 
-# -- the run folder --------------------------------------------------------------------------------------------------
+def cached_loss(training: Training) -> Callable[[Any, int], dict[str, Tensor]]:
+    """Module 1's loss on cached RoI features, a mean over the images of the pass that could be read."""
+    network = training.network
 
+    def loss(indices: list[int], step: int) -> dict[str, Tensor]:
+        images = [training.images.images[index] for index in indices]
+        known = [(image.tags, training.features.known(image)) for image in images]
+        read = [(tags, features) for tags, features in known if features is not None]
+        if not read:
+            return {}
+        tags, features = zip(*read, strict=True)
+        return network.classification.losses(Batch((), torch.zeros(0), tags=tags, features=features))
 
-def start_run(run: Path, facts: dict[str, Any], resume: bool) -> None:
-    """Makes the run folder, or checks that the one there belongs to the same configuration.
-
-    Raises:
-        InputError: the folder is in use and ``resume`` is not asked for, or belongs to another configuration.
-    """
-    path = run / "run.json"
-    if path.is_file():
-        if not resume:
-            raise InputError(f"{run}: holds a run already; continue it with --resume or choose another --out")
-        try:
-            saved = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{path}: damaged ({error}); train again into a new folder") from error
-        # where the images were read from may be spelt differently; which images they are may not differ
-        # and a run on tags says nothing of its supervision
-        compared = [key for key in dict.fromkeys([*facts, "supervision"]) if key != "source"]
-        differing = [key for key in compared if json.dumps(saved.get(key)) != json.dumps(facts.get(key))]
-        if differing:
-            raise InputError(
-                f"{run}: was started with another {', '.join(differing)}; resume with the same settings or choose "
-                "another --out"
-            )
-        return
-    if run.is_dir() and any(run.iterdir()):
-        raise InputError(f"{run}: is not empty and holds no run; choose another --out")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(facts, indent=1))
-    except OSError as error:
-        raise InputError(f"{run}: cannot be written ({error.strerror}); choose another --out") from error
+    return loss
 
 
 def run_facts(network: LabelPEnet, images: TaggedImages, seed: int, precision: str) -> dict[str, Any]:

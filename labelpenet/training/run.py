@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,17 @@ import torch
 from lightning_fabric import Fabric
 
 from labelpenet.config import Recipe
+from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImages
+from labelpenet.data.files import hash_files
 from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.engine.distributed import build_fabric, peers, together
+from labelpenet.engine.sampler import seed_step
 from labelpenet.errors import InputError
-from labelpenet.models.backbones import build_backbone
+from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import LabelPEnet, proposal_settings
-from labelpenet.training.loop import seed_step
-from labelpenet.training.machine import build_fabric
 from labelpenet.training.observe import HeldOut, Observer, check_held_out
-from labelpenet.training.pretrain import Boxes, Training, freeze_stem, pretrain, run_facts, start_run, train_module
+from labelpenet.training.pretrain import Boxes, Training, freeze_stem, pretrain, run_facts, train_module
 from labelpenet.training.supervised import Supervision, fully_supervised
 from labelpenet.training.warmup import warm_up
 
@@ -75,37 +79,72 @@ def train_run(
     if held_out is not None:
         check_held_out(images, held_out)
     fabric = build_fabric(device, devices, nodes, precision)
-    if supervision is not None and full:
-        images, recipe = supervision.images(images), fully_supervised(recipe)
+    if supervision is not None:
+        images = supervision.images(images)
+        recipe = fully_supervised(recipe) if full else recipe
     seed_step(seed, "initialisation", 0)
     plug = build_backbone(backbone, weights)
     network = LabelPEnet(plug, images.classes, recipe)
     facts = run_facts(network, images, seed, str(fabric._precision.precision))
     if supervision is not None:
         facts |= supervision.facts()
-    if fabric.global_rank == 0:
-        start_run(run, {**facts, "source": source or {}}, resume)
-    fabric.barrier()
-    network.to(fabric.device)
-    images, boxes = read_proposals(images, recipe, cache, fabric)
-    training = Training(network, images, boxes, run, seed, fabric, resume, checkpoint_minutes, facts)
-    torch.backends.cudnn.benchmark = False
-    if plug.untrained is not None:
-        plug = warm_up(training, plug)
-        seed_step(seed, "initialisation", 1)
-        training.network = LabelPEnet(plug, images.classes, recipe).to(fabric.device)
-    observer = build_observer(training, cache, held_out, observe_minutes)
-    if supervision is not None and full:
-        if fabric.global_rank == 0:
-            steps, size = recipe.schedule4.steps, recipe.schedule4.batch_size
-            print(f"module 4 alone: {steps * size} image presentations ({steps} steps of {size}), as modules 2 to 4")
-        freeze_stem(training)
-        train_module(training, 4, supervision.truths, observer=observer)
+    with open_run(run, {**facts, "source": source or {}}, resume, images, fabric):
+        network.to(fabric.device)
+        images, boxes = read_proposals(images, recipe, cache, fabric)
+        training = Training(network, images, boxes, run, seed, fabric, resume, checkpoint_minutes, facts)
+        torch.backends.cudnn.benchmark = False
+        if plug.untrained is not None:
+            plug = warm_up(training, plug)
+            seed_step(seed, "initialisation", 1)
+            training.network = LabelPEnet(plug, images.classes, recipe).to(fabric.device)
+        observer = build_observer(training, cache, held_out, observe_minutes)
+        if supervision is not None and full:
+            if fabric.global_rank == 0:
+                steps, size = recipe.modules[3].schedule.steps, recipe.modules[3].schedule.batch_size
+                print(
+                    f"module 4 alone: {steps * size} image presentations ({steps} steps of {size}), as modules 2 to 4"
+                )
+            freeze_stem(training)
+            train_module(training, 4, supervision.truths, observer=observer)
+            return training.network
+        if supervision is not None:
+            training.truths = supervision.truths
+        pretrain(training, until, observer=observer)
         return training.network
-    if supervision is not None:
-        training.truths = supervision.truths
-    pretrain(training, until, observer=observer)
-    return training.network
+
+
+@contextlib.contextmanager
+def open_run(run: Path, facts: Mapping[str, Any], resume: bool, images: TaggedImages, fabric: Fabric) -> Iterator[None]:
+    """The run folder, for the processes of this training alone: started, or found to be of the same facts and images.
+
+    Raises:
+        InputError: see `run_folder.claimed`, `run_folder.start_run` and `run_folder.check_photographs`; or another
+            process of this training is gone. KeyboardInterrupt: with what to do.
+    """
+    with contextlib.ExitStack() as claim:
+
+        def start() -> None:
+            if fabric.global_rank:
+                return
+            claim.enter_context(run_folder.claimed(run))
+            run_folder.start_run(run, facts, resume)
+            hashes = hash_files([image.path for image in images.images])
+            contents = {image.id: hashes[image.path] for image in images.images}
+            note = run_folder.check_photographs(
+                run, {name: one if isinstance(one, str) else None for name, one in contents.items()}
+            )
+            if note:
+                print(f"note: {note}")
+
+        try:
+            with peers(fabric.world_size):
+                together(fabric.world_size, start)
+                yield
+        except KeyboardInterrupt as interrupt:
+            if str(interrupt):
+                raise
+            line = f"{run}: interrupted; what is finished is kept, continue with --resume"
+            raise KeyboardInterrupt(line) from interrupt
 
 
 def build_observer(

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -20,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from labelpenet.calibration import CalibrationSettings
-from labelpenet.calibration.calibrate import box_mask, grow_masks, segment, working_canvas
-from labelpenet.config import Recipe
+from labelpenet.calibration.calibrate import box_mask, resize_masks, segment, working_canvas
+from labelpenet.config import Calibration, Recipe, change
 from labelpenet.data.dataset import AnnotatedImages, TaggedImages, Truth
-from labelpenet.data.files import brief, listing
+from labelpenet.data.files import brief, listing, read_names
 from labelpenet.errors import InputError
+from labelpenet.formats import open_annotated
+from labelpenet.formats.corrected import Corrected, Read, read_corrected
 from labelpenet.instances import Instances
 from labelpenet.training.inferred import Inferred, Rows
 
@@ -43,23 +46,63 @@ class Supervision:
             is not there has tags only.
         digest: fingerprint of the truths: a resumed run must have the same.
         notes: what was found, a line each.
+        tags: of the photographs that a person has corrected, by image id: the classes of what was left in them.
+        dropped: ids of the photographs that a person wants left out.
     """
 
     kind: Kind
     truths: Mapping[str, Instances]
     digest: str
     notes: tuple[str, ...]
+    tags: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    dropped: frozenset[str] = frozenset()
 
     def facts(self) -> dict[str, Any]:
         """What ``run.json`` says of it; a run on tags has no such entries."""
         return {"supervision": self.kind, "truth": self.digest}
 
     def images(self, images: TaggedImages) -> TaggedImages:
-        """The images that are trained on: with full supervision those whose true objects are known, else all."""
-        if self.kind == "mixed":
-            return images
-        known = tuple(image for image in images.images if image.id in self.truths)
-        return TaggedImages(images.classes, known, images.notes)
+        """The images that are trained on, with corrected tags: with full supervision those whose true objects are
+        known, else all but those that were dropped."""
+        used = (
+            replace(image, tags=self.tags.get(image.id, image.tags))
+            for image in images.images
+            if image.id not in self.dropped and (self.kind == "mixed" or image.id in self.truths)
+        )
+        return TaggedImages(images.classes, tuple(used), images.notes)
+
+
+def open_supervision(
+    kind: Literal["tags", "full", "mixed"],
+    data: Path,
+    split: str | None,
+    images: TaggedImages,
+    supervised: Path | None = None,
+    corrected: Sequence[Path] = (),
+) -> Supervision | None:
+    """What a run may know beyond tags; nothing of it is opened for ``tags``.
+
+    Args:
+        kind: as the command line calls it.
+        data, split: the data set; its annotation is read unless only what was ``corrected`` is to be known.
+        images: its photographs that are trained on.
+        supervised: a file with the names of the images whose annotation may be read; None for all.
+        corrected: files and folders of corrected labels.
+
+    Raises:
+        InputError: choices that do not go together; and as `read_supervision`, `read_corrected`.
+    """
+    if supervised and kind != "mixed":
+        raise InputError("--supervised goes with --supervision mixed; to train on other photographs use --split")
+    if corrected and kind != "mixed":
+        raise InputError("--corrected goes with --supervision mixed; give both")
+    if kind == "tags":
+        return None
+    listed = read_names(supervised) if supervised else None
+    if corrected:
+        annotated = open_annotated(data, split, images.classes) if supervised else None
+        return read_corrections(images, read_corrected(corrected, images), annotated, listed)
+    return read_supervision(kind, open_annotated(data, split, images.classes), listed)
 
 
 def read_supervision(kind: Kind, annotated: AnnotatedImages, listed: Collection[str] | None = None) -> Supervision:
@@ -75,6 +118,44 @@ def read_supervision(kind: Kind, annotated: AnnotatedImages, listed: Collection[
     Raises:
         InputError: none of the listed images is in the split, or no annotation can be read.
     """
+    readers, notes = _annotations(annotated, listed)
+    return _read(kind, annotated.tagged, readers, notes)
+
+
+def read_corrections(
+    images: TaggedImages,
+    corrected: Corrected,
+    annotated: AnnotatedImages | None = None,
+    listed: Collection[str] | None = None,
+) -> Supervision:
+    """Mixed supervision by what people have corrected: the objects that they left are true, and their classes the tags.
+
+    Args:
+        images: the photographs of the split.
+        corrected: what people said of some of them.
+        annotated: the photographs with annotation of their own, which is used where nobody has corrected it; None for
+            none. listed: as `read_supervision` takes it.
+
+    Raises:
+        InputError: as `read_supervision`.
+    """
+    readers, notes = _annotations(annotated, listed) if annotated is not None else ({}, [])
+    dropped = corrected.dropped
+    kept = {name: read for name, read in {**readers, **corrected.truths}.items() if name not in dropped}
+    if dropped:
+        notes.append(f"{len(dropped)} images are left out, as a person wants it")
+    if not kept:
+        raise InputError("nothing was accepted in the corrected files: mixed supervision needs at least one photograph")
+    one = _read("mixed", images, kept, [*corrected.notes, *notes])
+    labels = {name: one.truths[name].labels.tolist() for name in corrected.truths if name in one.truths}
+    tags = {name: tuple(sorted(set(found))) for name, found in labels.items()}
+    changed = sum(tags.get(image.id, image.tags) != image.tags for image in images.images)
+    said = [f"{len(tags)} corrected images, of {changed} of which the tags change"]
+    return replace(one, notes=(*one.notes, *said), tags=tags, dropped=dropped)
+
+
+def _annotations(annotated: AnnotatedImages, listed: Collection[str] | None) -> tuple[dict[str, Read], list[str]]:
+    """What reads the annotation of each image that may be read, and notes."""
     images, notes = annotated.tagged.images, list[str]()
     if listed is not None:
         images = tuple(image for image in images if image.id in listed or image.path.name in listed)
@@ -83,14 +164,21 @@ def read_supervision(kind: Kind, annotated: AnnotatedImages, listed: Collection[
         absent = len(listed) - len(images)
         if absent > 0:
             notes.append(f"{absent} of the {len(listed)} images listed as supervised are not in the split")
+    return {image.id: partial(annotated.read, image.id) for image in images}, notes
+
+
+def _read(kind: Kind, images: TaggedImages, readers: Mapping[str, Read], notes: list[str]) -> Supervision:
+    """The supervision that ``readers`` give, in the order of the images."""
     rows: dict[str, Rows] = {}
     sizes: dict[str, tuple[int, int]] = {}
     problems, boxes_only = [], 0
-    classes = len(annotated.tagged.classes)
+    classes = len(images.classes)
     found = hashlib.blake2b(digest_size=8)
-    for image in images:
+    for image in images.images:
+        if image.id not in readers:
+            continue
         try:
-            one = true_objects(annotated.read(image.id))
+            one = true_objects(readers[image.id]())
         except InputError as error:
             problems.append(str(error))
             continue
@@ -101,9 +189,9 @@ def read_supervision(kind: Kind, annotated: AnnotatedImages, listed: Collection[
     if not rows:
         raise InputError(problems[0])
     fate = "are left out" if kind == "full" else "count as tagged only"
-    tagged = len(annotated.tagged.images) - len(rows)
+    tagged = len(images.images) - len(rows)
     counts = f"{kind} supervision: {len(rows) - boxes_only} images with masks, {boxes_only} with boxes only"
-    notes += brief(problems, f"images {fate} because their annotation cannot be used")
+    notes = [*notes, *brief(problems, f"images {fate} because their annotation cannot be used")]
     notes.append(counts if kind == "full" else f"{counts}, {tagged} with tags only")
     return Supervision(kind, Inferred(rows, sizes, classes), found.hexdigest(), tuple(notes))
 
@@ -123,24 +211,17 @@ def true_objects(truth: Truth) -> Instances:
 
 def presentations(one: Recipe) -> int:
     """How many images modules 2 to 4 of the cascade are presented together in cascaded pre-training."""
-    return sum(schedule.steps * schedule.batch_size for schedule in (one.schedule2, one.schedule3, one.schedule4))
+    return sum(schedule.steps * schedule.batch_size for schedule in (module.schedule for module in one.modules[1:]))
 
 
 def fully_supervised(one: Recipe) -> Recipe:
-    """The recipe whose module 4 is presented as many images as modules 2 to 4 together, up to half a batch.
-
-    True masks do not shrink from module to module, so module 4's confidence is judged as that of module 3.
-    """
-    steps = max(1, round(presentations(one) / one.schedule4.batch_size))
-    return replace(
-        one,
-        schedule4=replace(one.schedule4, steps=steps),
-        infer4=replace(one.infer4, background=one.predict3.background),
-        predict4=replace(one.predict4, background=one.predict3.background),
-    )
+    """The recipe whose module 4 is presented as many images as modules 2 to 4 together, up to half a batch."""
+    four = one.modules[3]
+    steps = max(1, round(presentations(one) / four.schedule.batch_size))
+    return change(one, 4, schedule=replace(four.schedule, steps=steps))
 
 
-def with_masks(truth: Instances, found: Instances, image: np.ndarray, settings: CalibrationSettings) -> Instances:
+def with_masks(truth: Instances, found: Instances, image: np.ndarray, settings: Calibration) -> Instances:
     """True boxes with masks for them, for an image of which only the boxes are known.
 
     A box that an instance of its class matches (IoU at least 0.5; the best one) takes that instance's mask, cut to the
@@ -160,7 +241,7 @@ def with_masks(truth: Instances, found: Instances, image: np.ndarray, settings: 
         return Instances.empty(size, with_masks=True)
     whole = torch.stack([box_mask(box, size) for box in truth.boxes])
     index, matched = match(truth, found)
-    masks = carve(whole, image, settings) if not bool(matched.all()) else whole.clone()
+    masks = masks_in_boxes(whole, image, settings) if not bool(matched.all()) else whole.clone()
     if found.masks is not None and bool(matched.any()):
         masks[matched] = found.masks[index[matched]]
     masks &= whole
@@ -179,8 +260,8 @@ def match(truth: Instances, found: Instances, iou: float = 0.5) -> tuple[Tensor,
     return index, best >= iou
 
 
-def carve(boxes: Tensor, image: np.ndarray, settings: CalibrationSettings) -> Tensor:
+def masks_in_boxes(boxes: Tensor, image: np.ndarray, settings: Calibration) -> Tensor:
     """Masks (N, H, W) by the dense CRF from filled boxes (N, H, W) bool, which compete for pixels that they share."""
     canvas, _ = working_canvas(image, settings.side)
     confidence = F.interpolate(boxes[None].float(), size=canvas.shape[:2], mode="area")[0]
-    return grow_masks(segment(canvas, confidence, settings), (image.shape[0], image.shape[1]))
+    return resize_masks(segment(canvas, confidence, settings), (image.shape[0], image.shape[1]))

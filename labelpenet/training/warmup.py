@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from labelpenet.engine.sampler import seed_step
+from labelpenet.engine.stage import Stage
+from labelpenet.engine.trainer import train_stage
 from labelpenet.models.backbones import Backbone
-from labelpenet.training.loop import Stage, seed_step, train_stage
-from labelpenet.training.pretrain import Training, load_tagged, optimiser
+from labelpenet.models.classification import present_classes
+from labelpenet.training.pretrain import Training, load_samples, optimiser
 
 NAME = "warmup"
 TOGETHER = 4  # images that go through the network at a time: twice as fast as one by one
@@ -48,14 +51,14 @@ def warm_up(training: Training, backbone: Backbone) -> Backbone:
     seed_step(training.seed, NAME, 0)
     module = ImageClassifier(backbone.untrained, len(training.images.classes))
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    schedule = training.recipe.schedule0
+    schedule = training.recipe.warm_up
     stage = Stage(
         name=NAME,
         module=module,
         steps=schedule.steps,
         images=[image.id for image in training.images.images],
         loss=tag_loss(module, training.fabric.device),
-        load=load_tagged(training),
+        load=load_samples(training),
         batch_size=schedule.batch_size,
         images_per_pass=TOGETHER,
         optimiser=optimiser(schedule),
@@ -73,14 +76,14 @@ def warm_up(training: Training, backbone: Backbone) -> Backbone:
 
 
 def tag_loss(module: ImageClassifier, device: torch.device) -> Callable[[Any, int], dict[str, Tensor]]:
-    """Binary cross-entropy of each class, meaned over classes and images."""
+    """Binary cross-entropy of each class, a mean over classes and images."""
 
     def loss(samples: list[Any], step: int) -> dict[str, Tensor]:
         views = [sample.view.pixels for sample in samples]
         if len({view.shape for view in views}) == 1:  # one call where they fit together
             views = [torch.cat(views)]
         logits = torch.cat([module(_channels_last(view)).float() for view in views])
-        present = torch.stack([sample.present for sample in samples]).to(device)
+        present = torch.stack([present_classes(sample.tags, logits.shape[1]) for sample in samples]).to(device)
         return {"tags": F.binary_cross_entropy_with_logits(logits, present)}
 
     return loss

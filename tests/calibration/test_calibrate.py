@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,23 +13,24 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from labelpenet.calibration.calibrate import (
-    CalibrationSettings,
     box_mask,
-    calibrate,
-    choose_instances,
-    distinct,
-    grow_masks,
-    instance_attention,
+    drop_components,
     instance_heat,
-    largest_parts,
-    proposal_scores,
+    project_members,
+    resize_masks,
     segment,
+    to_instances,
+    unaries,
     working_canvas,
 )
+from labelpenet.calibration.maps import normalise
+from labelpenet.calibration.nms import mask_nms
+from labelpenet.config import AttentionCalibration
 from labelpenet.instances import Instances, masks_to_boxes
+from tests.calibration.chain import choose, run_chain
 
 SIZE = (48, 64)
-PLAIN = CalibrationSettings(iterations=0, background=0.4)
+PLAIN = AttentionCalibration(per_class=1, iterations=0, threshold=0.4)
 SQUARE = (10, 8, 30, 32)  # x1, y1, x2, y2
 
 
@@ -65,21 +67,23 @@ def falling(n: int, top: float = 0.95) -> Tensor:
 # ------------------------------------------------------------------------------------------------- known answers
 
 
-@pytest.mark.parametrize("combine", ["product", "mean", "heat"])
+@pytest.mark.parametrize("combine", ["product", "mean"])
 @pytest.mark.parametrize("joint", [True, False])
 def test_an_object_is_recovered_from_proposals_around_it(combine, joint):
     image, (truth,) = scene(SQUARE)
     boxes = around(SQUARE)
     scores = torch.stack([torch.zeros(8), falling(8)], 1)
-    choice = CalibrationSettings(combine=combine, joint=joint, iterations=5, background=0.3, sxy_bilateral=30)
-    found, trace = calibrate(image, boxes, scores, (1,), full, choice)
+    choice = AttentionCalibration(
+        per_class=1, combine=combine, joint=joint, iterations=5, threshold=0.3, sxy_bilateral=30
+    )
+    found, trace = run_chain(image, boxes, scores, (1,), full, choice)
     assert found.labels.tolist() == [1] and found.weights.tolist() == pytest.approx([0.95])
     assert iou(found.masks[0], truth) > 0.9
     assert (found.boxes[0] - torch.tensor(SQUARE)).abs().max() <= 2
     assert torch.equal(found.boxes, masks_to_boxes(found.masks))
     for maps in (trace.attention, trace.heat, trace.confidence, trace.marginals):
         assert maps.shape == (1, *SIZE) and maps.dtype == torch.float32
-        assert (combine == "heat" and maps is trace.attention) or float(maps.max()) > 0
+        assert float(maps.max()) > 0
 
 
 def test_the_attention_decides_where_the_heat_cannot():
@@ -93,11 +97,9 @@ def test_the_attention_decides_where_the_heat_cannot():
         return maps
 
     for combine in ("product", "mean"):
-        choice = replace(PLAIN, combine=combine, background=0.6)
-        found, _ = calibrate(image, boxes, falling(3)[:, None], (0,), attend, choice)
+        choice = replace(PLAIN, combine=combine, threshold=0.6)
+        found, _ = run_chain(image, boxes, falling(3)[:, None], (0,), attend, choice)
         assert iou(found.masks[0], truth) > 0.9
-    heat, _ = calibrate(image, boxes, falling(3)[:, None], (0,), attend, replace(PLAIN, combine="heat"))
-    assert heat.masks.all()
 
 
 def test_each_tag_gets_one_instance_whatever_the_scores():
@@ -106,7 +108,7 @@ def test_each_tag_gets_one_instance_whatever_the_scores():
     scores = torch.zeros(16, 3)
     scores[:8, 2] = falling(8)
     scores[8:, 0] = falling(8, 0.31)  # under min_score
-    found, _ = calibrate(image, boxes, scores, (0, 2), full, PLAIN)
+    found, _ = run_chain(image, boxes, scores, (0, 2), full, PLAIN)
     assert found.labels.tolist() == [0, 2]
     assert iou(found.masks[0], masks[1]) > 0.8 and iou(found.masks[1], masks[0]) > 0.8
     assert found.weights.tolist() == pytest.approx([0.31, 0.95])
@@ -115,7 +117,7 @@ def test_each_tag_gets_one_instance_whatever_the_scores():
 def test_a_tag_that_no_proposal_prefers_is_still_found():
     image, _ = scene(SQUARE)
     scores = torch.stack([falling(8), falling(8) / 2], 1)
-    found, _ = calibrate(image, around(SQUARE), scores, (0, 1), full, PLAIN)
+    found, _ = run_chain(image, around(SQUARE), scores, (0, 1), full, PLAIN)
     assert found.labels.tolist() == [0, 1] and found.weights.tolist() == pytest.approx([0.95, 0.475])
 
 
@@ -123,7 +125,7 @@ def test_classes_that_are_no_tags_do_not_take_proposals_away():
     """A proposal's class is the best one among the tags, not among all classes."""
     image, (truth,) = scene(SQUARE)
     scores = torch.stack([torch.full((8,), 0.99), falling(8, 0.5)], 1)
-    found, _ = calibrate(image, around(SQUARE), scores, (1,), full, PLAIN)
+    found, _ = run_chain(image, around(SQUARE), scores, (1,), full, PLAIN)
     assert found.labels.tolist() == [1] and iou(found.masks[0], truth) > 0.8
 
 
@@ -133,21 +135,21 @@ def test_module_two_keeps_several_of_a_class():
     boxes = torch.cat([around(place) for place in places])
     scores = torch.cat([falling(8, 0.9), falling(8, 0.8), falling(8, 0.4)])[:, None]
     choice = replace(PLAIN, per_class=5, min_score=0.5)
-    found, _ = calibrate(image, boxes, scores, (0,), full, choice)
+    found, _ = run_chain(image, boxes, scores, (0,), full, choice)
     assert found.weights.tolist() == pytest.approx([0.9, 0.8])  # the third is too weak
     assert all(iou(own, mask) > 0.7 for own, mask in zip(found.masks, masks, strict=False))
     for more, count in ((replace(choice, min_score=0.2), 3), (replace(choice, per_class=1), 1)):
-        assert len(calibrate(image, boxes, scores, (0,), full, more)[0]) == count
-    several, _ = calibrate(image, boxes, scores, (0,), full, replace(choice, joint=False))
+        assert len(run_chain(image, boxes, scores, (0,), full, more)[0]) == count
+    several, _ = run_chain(image, boxes, scores, (0,), full, replace(choice, joint=False))
     assert len(several) == 2
 
 
 def test_unknown_tags_are_answered_by_strong_instances_only():
     image, _ = scene(SQUARE)
     scores = torch.stack([falling(8), torch.full((8,), 0.01)], 1)
-    found, _ = calibrate(image, around(SQUARE), scores, None, full, replace(PLAIN, per_class=3))
+    found, _ = run_chain(image, around(SQUARE), scores, None, full, replace(PLAIN, per_class=3))
     assert found.labels.tolist() == [0]
-    assert len(calibrate(image, around(SQUARE), scores / 9, None, full, PLAIN)[0]) == 0
+    assert len(run_chain(image, around(SQUARE), scores / 9, None, full, PLAIN)[0]) == 0
 
 
 def test_members_of_the_class_or_only_of_those_suppressed():
@@ -157,10 +159,11 @@ def test_members_of_the_class_or_only_of_those_suppressed():
     scores = torch.cat([falling(8, 0.9), falling(8, 0.6)])[:, None]
     for members, both in (("suppressed", False), ("class", True)):
         choice = replace(PLAIN, members=members)
-        seeds, labels, member = choose_instances(boxes, scores, (0,), choice)
-        assert seeds.tolist() == [0] and labels.tolist() == [0]
-        assert member[0].tolist() == [True] * 8 + [both] * 8
-        attention = instance_attention(boxes, labels, member, full, SIZE)[0]
+        found, chosen = choose(boxes, scores, (0,), choice)
+        assert chosen.kept.tolist() == [0] and found.labels[chosen.kept].tolist() == [0]
+        assert chosen.member[0].tolist() == [True] * 8 + [both] * 8
+        maps = torch.ones(len(chosen.mapped), 7, 7)
+        attention = project_members(maps, found, chosen, torch.ones(4), SIZE)[0]
         assert attention[20, 20] > 0 and bool(attention[34, 50] > 0) == both
 
 
@@ -168,15 +171,15 @@ def test_a_proposal_whose_overlap_is_the_threshold_belongs_to_whom_suppressed_it
     """3 / 10 as a float32 is more than 0.3: NMS suppresses it, and so it must count as suppressed by that box."""
     boxes = torch.tensor([[40.0, 0, 60, 10], [0, 0, 10, 10], [0, 0, 10, 3]])
     scores = torch.tensor([[0.9], [0.8], [0.7]])
-    seeds, _, member = choose_instances(boxes, scores, (0,), replace(PLAIN, per_class=3, nms=0.3))
-    assert seeds.tolist() == [0, 1]
-    assert member.tolist() == [[True, False, False], [False, True, True]]
+    _, chosen = choose(boxes, scores, (0,), replace(PLAIN, per_class=3, nms=0.3))
+    assert chosen.kept.tolist() == [0, 1]
+    assert chosen.member.tolist() == [[True, False, False], [False, True, True]]
 
 
 def test_only_the_best_are_attended_and_always_the_kept_one():
     boxes = torch.cat([around(SQUARE), around((40, 24, 60, 44))])
     scores = torch.cat([falling(8, 0.9), falling(8, 0.55)])[:, None]
-    choice = replace(PLAIN, per_class=2, min_score=0.1, attended=3)
+    choice = replace(PLAIN, per_class=2, min_score=0.1, max_attention=3)
     asked: list[int] = []
 
     def attend(index: Tensor, labels: Tensor) -> Tensor:
@@ -184,7 +187,7 @@ def test_only_the_best_are_attended_and_always_the_kept_one():
         return full(index, labels)
 
     image, _ = scene(SQUARE)
-    found, _ = calibrate(image, boxes, scores, (0,), attend, choice)
+    found, _ = run_chain(image, boxes, scores, (0,), attend, choice)
     assert len(found) == 2 and sorted(asked) == [0, 1, 2, 8]
 
 
@@ -192,20 +195,31 @@ def test_an_instances_heat_is_its_own_where_there_are_several():
     boxes = torch.cat([around(SQUARE), around((40, 24, 60, 44))])
     scores = torch.cat([falling(8, 0.9), falling(8, 0.8)])[:, None]
     several = replace(PLAIN, per_class=2)
-    seeds, labels, member = choose_instances(boxes, scores, (0,), several)
-    heat = instance_heat(boxes, scores, labels, member, SIZE, several)
-    assert len(seeds) == 2 and heat[0, 34, 50] == 0 and heat[1, 20, 20] == 0
+    device = torch.device("cpu")
+    found, chosen = choose(boxes, scores, (0,), several)
+    heat = instance_heat(found, chosen, None, torch.ones(4), SIZE, several, device)
+    assert len(chosen.kept) == 2 and heat[0, 34, 50] == 0 and heat[1, 20, 20] == 0
     assert heat.amax((1, 2)).tolist() == pytest.approx([1, 1])
-    _, labels, member = choose_instances(boxes, scores, (0,), PLAIN)
-    single = instance_heat(boxes, scores, labels, member, SIZE, PLAIN)
+    found, chosen = choose(boxes, scores, (0,), PLAIN)
+    single = instance_heat(found, chosen, None, torch.ones(4), SIZE, PLAIN, device)
     assert single[0, 34, 50] > 0.5 and single[0, 20, 20] > 0.5
+
+
+def test_the_heat_is_that_of_the_class_or_of_all_proposals():
+    """Two proposals of class 0 and one of class 1, which also has some score for 0."""
+    boxes = torch.tensor([[0.0, 0, 20, 20], [0, 0, 20, 20], [40, 20, 60, 40]])
+    scores = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7]])
+    found, chosen = choose(boxes, scores, (0, 1), PLAIN)
+    for heat, beyond in ((None, 0.0), ((boxes, scores), 0.3 / 1.7)):
+        maps = instance_heat(found, chosen, heat, torch.ones(4), SIZE, PLAIN, torch.device("cpu"))
+        assert float(maps[0, 10, 10]) == 1 and float(maps[0, 30, 50]) == pytest.approx(beyond)
 
 
 def test_regions_are_where_the_attention_lies():
     image, _ = scene(SQUARE)
     boxes = torch.tensor([[0.0, 0, 64, 48]])
     region = torch.tensor([[32.0, 24, 64, 48]])
-    found, trace = calibrate(image, boxes, torch.tensor([[0.9]]), (0,), full, PLAIN, regions=region)
+    found, trace = run_chain(image, boxes, torch.tensor([[0.9]]), (0,), full, PLAIN, regions=region)
     assert found.boxes[0].tolist() == region[0].tolist()
     assert not trace.attention[0, :24].any() and trace.heat[0].all()
 
@@ -216,8 +230,8 @@ def test_duplicates_of_a_class_are_one():
     found = Instances(
         masks_to_boxes(masks), torch.tensor([0, 0, 1, 0]), torch.tensor([0.5, 0.9, 0.4, 0.3]), (10, 10), masks
     )
-    assert distinct(found, 0.5).tolist() == [1, 2, 3]  # the better of two alike; another class may lie there too
-    assert distinct(found, 0.9).tolist() == distinct(found, None).tolist() == [0, 1, 2, 3]
+    assert mask_nms(found, 0.5).tolist() == [1, 2, 3]  # the better of two alike; another class may lie there too
+    assert mask_nms(found, 0.9).tolist() == mask_nms(found, None).tolist() == [0, 1, 2, 3]
 
 
 def test_small_parts_of_a_mask_are_dropped():
@@ -225,74 +239,32 @@ def test_small_parts_of_a_mask_are_dropped():
     mask[0:10, 0:10] = mask[12:16, 12:16] = mask[19, 19] = True
     big = torch.zeros_like(mask)
     big[0:10, 0:10] = True
-    assert torch.equal(largest_parts(mask, 0.2), big)
+    assert torch.equal(drop_components(mask, 0.2), big)
     middle = mask.clone()
     middle[19, 19] = False
-    assert torch.equal(largest_parts(mask, 0.1), middle)
-    assert torch.equal(largest_parts(mask, None), mask)
-    assert not largest_parts(torch.zeros_like(mask), 0.5).any()
+    assert torch.equal(drop_components(mask, 0.1), middle)
+    assert torch.equal(drop_components(mask, None), mask)
+    assert not drop_components(torch.zeros_like(mask), 0.5).any()
 
 
 def test_the_box_may_be_the_proposals():
     image, _ = scene(SQUARE)
     boxes = around(SQUARE) + 0.25
     scores = falling(8)[:, None]
-    found, _ = calibrate(image, boxes, scores, (0,), full, replace(PLAIN, box="proposal"))
+    found, _ = run_chain(image, boxes, scores, (0,), full, replace(PLAIN, box="proposal"))
     assert torch.equal(found.boxes[0], boxes[0])
 
 
 def test_a_smaller_canvas_gives_nearly_the_same():
     image, (truth,) = scene(SQUARE)
     scores = falling(8)[:, None]
-    found, trace = calibrate(image, around(SQUARE), scores, (0,), full, replace(PLAIN, side=32))
+    found, trace = run_chain(image, around(SQUARE), scores, (0,), full, replace(PLAIN, side=32))
     assert trace.confidence.shape == (1, 24, 32)
     assert found.masks.shape == (1, *SIZE) and iou(found.masks[0], truth) > 0.8
     canvas, scale = working_canvas(image, 33)
     assert canvas.shape[:2] == (25, 33) and scale == (33 / 64, 25 / 48)
     assert working_canvas(image, 1000)[1] == (1.0, 1.0)
     assert working_canvas(np.zeros((1, 300, 3), np.uint8), 30)[0].shape == (1, 30, 3)
-
-
-def test_the_weight_may_be_the_agreement_of_the_maps_and_the_images_probability():
-    image, _ = scene(SQUARE)
-    boxes = torch.tensor([[0.0, 0, 64, 48]]).repeat(2, 1)
-    scores, probabilities = torch.tensor([[0.9, 0.0], [0.8, 0.0]]), torch.tensor([0.36, 1])
-
-    def attend(index: Tensor, labels: Tensor) -> Tensor:
-        maps = torch.zeros(len(index), 48, 64)
-        maps[:, :, :16] = 1  # a quarter of what the heat-map shows
-        return maps
-
-    choice = replace(PLAIN, combine="mean", weight="agreement")
-    found, _ = calibrate(image, boxes, scores, (0,), attend, choice, probabilities=probabilities)
-    assert found.weights.tolist() == pytest.approx([0.3])
-    found, _ = calibrate(image, boxes, scores, (0,), attend, choice)
-    assert found.weights.tolist() == pytest.approx([0.5])
-
-
-def test_the_weight_may_be_the_score_and_the_overlap_of_box_and_proposal():
-    image, _ = scene(SQUARE)
-    boxes, region = torch.tensor([[0.0, 0, 64, 48]]), torch.tensor([[32.0, 24, 64, 48]])
-    choice = replace(PLAIN, weight="overlap")  # the mask is the region, a quarter of the proposal
-    found, _ = calibrate(image, boxes, torch.tensor([[0.64]]), (0,), full, choice, regions=region)
-    assert found.boxes[0].tolist() == region[0].tolist() and found.weights.tolist() == pytest.approx([0.4])
-
-
-def test_scores_of_proposals() -> None:
-    logits, shares = torch.tensor([[2.0, -1, 9], [0.0, 1, 3]]), torch.tensor([[0.75, 0.1, 0.5], [0.25, 0.9, 0.5]])
-    softmax = proposal_scores(logits, shares, "softmax")
-    assert torch.allclose(softmax, logits.softmax(1))
-    weighted = proposal_scores(logits, shares, "weighted")
-    assert torch.allclose(weighted, softmax * torch.tensor([[1.0, 1 / 9, 1], [1 / 3, 1, 1]]))
-    ours = proposal_scores(logits, shares, "logit", (0, 1))
-    assert torch.allclose(ours[:, :2], torch.tensor([[1.0, 0], [1 / 3, 2 / 3]])) and float(ours.max()) == 1
-    assert torch.allclose(proposal_scores(logits, shares, "logit"), (logits + 1) / 10)
-    for how in ("softmax", "logit", "weighted"):
-        for size in ((0, 3), (1, 3), (4, 1)):
-            scores = proposal_scores(torch.zeros(size), torch.zeros(size), how, (0,))
-            assert scores.shape == size and bool(((scores >= 0) & (scores <= 1)).all())
-    with pytest.raises(ValueError, match="score must be"):
-        proposal_scores(logits, shares, "sigmoid")
 
 
 # --------------------------------------------------------------------------------------------- what must always hold
@@ -305,7 +277,7 @@ def test_nothing_comes_of_nothing():
         (around(SQUARE), torch.rand(8, 2), ()),
         (torch.zeros(0, 4), torch.zeros(0, 2), None),
     ):
-        found, trace = calibrate(image, boxes, scores, tags, full, PLAIN)
+        found, trace = run_chain(image, boxes, scores, tags, full, PLAIN)
         assert len(found) == 0 and found.masks.shape == (0, *SIZE) and found.image_size == SIZE
         assert trace.marginals.shape == (0, *SIZE)
 
@@ -315,17 +287,17 @@ def test_numbers_that_are_none_are_refused(bad):
     image, _ = scene(SQUARE)
     scores, boxes = torch.rand(8, 2), around(SQUARE)
     worse = scores.clone()
-    worse[3, 1] = bad
+    worse[3, 0] = bad
     with pytest.raises(ValueError, match="finite"):
-        calibrate(image, boxes, worse, (0,), full, PLAIN)
+        run_chain(image, boxes, worse, (0,), full, PLAIN)
     boxes[2, 0] = bad
     with pytest.raises(ValueError, match="finite"):
-        calibrate(image, boxes, scores, (0,), full, PLAIN)
+        run_chain(image, boxes, scores, (0,), full, PLAIN)
 
 
 def test_attention_of_zero_falls_back_to_the_proposal():
     image, _ = scene(SQUARE)
-    found, _ = calibrate(
+    found, _ = run_chain(
         image, around(SQUARE), falling(8)[:, None], (0,), lambda i, c: torch.zeros(len(i), 7, 7), PLAIN
     )
     assert found.boxes[0].tolist() == list(SQUARE) and found.masks[0].sum() == 20 * 24
@@ -335,7 +307,7 @@ def test_attention_of_zero_falls_back_to_the_proposal():
 @given(
     st.integers(0, 10_000),
     st.sampled_from([(0,), (0, 2), (1, 2), (0, 1, 2), None]),
-    st.sampled_from(["product", "mean", "heat"]),
+    st.sampled_from(["product", "mean"]),
     st.sampled_from(["suppressed", "class"]),
     st.booleans(),
     st.sampled_from([None, 20]),
@@ -351,12 +323,12 @@ def test_whatever_comes_out_can_be_used(seed, tags, combine, members, joint, sid
     def attend(index: Tensor, labels: Tensor) -> Tensor:
         return torch.rand(len(index), 4, 4, generator=generator) * scores[index, labels][:, None, None]
 
-    choice = CalibrationSettings(
-        combine=combine, members=members, joint=joint, side=side, background=background, per_class=3, min_score=0.34,
-        iterations=1, part=0.2, duplicate=0.7,
+    choice = AttentionCalibration(
+        combine=combine, members=members, joint=joint, side=side, threshold=background, per_class=3, min_score=0.34,
+        iterations=1, min_component=0.2, mask_nms=0.7,
     )  # fmt: skip
     image = np.random.default_rng(seed).integers(0, 256, (37, 45, 3)).astype(np.uint8)
-    found, trace = calibrate(image, boxes, scores, tags, attend, choice)
+    found, trace = run_chain(image, boxes, scores, tags, attend, choice)
     found.validate(3)
     allowed = {0, 1, 2} if tags is None else set(tags)
     assert set(found.labels.tolist()) <= allowed
@@ -378,18 +350,56 @@ def test_competing_instances_never_share_a_pixel(seed, k, size, coarse):
         confidence = (confidence * 3).round() / 3
     canvas = np.random.default_rng(seed).integers(0, 256, (6, 7, 3)).astype(np.uint8)
     for background in (None, 0.3):
-        choice = CalibrationSettings(background=background, iterations=seed % 2)
+        choice = AttentionCalibration(per_class=1, threshold=background, iterations=seed % 2)
         marginals = segment(canvas, confidence, choice)
-        assert (grow_masks(marginals, size).sum(0) <= 1).all()
+        assert (resize_masks(marginals, size).sum(0) <= 1).all()
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.7])
+def test_object_and_background_can_be_equally_sure(threshold):
+    """The unaries are log-odds against the threshold: sigmoid(logit(c) - logit(t)), whoever the object's rivals are."""
+    confidence = torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(1))
+    expected = torch.sigmoid(torch.logit(confidence) - torch.logit(torch.tensor(threshold)))
+    alone = unaries(confidence, AttentionCalibration(per_class=1, threshold=threshold, joint=False))
+    torch.testing.assert_close(alone[:, 1], expected)
+    torch.testing.assert_close(alone[:, 0], 1 - expected)
+    joint = unaries(confidence, AttentionCalibration(per_class=1, threshold=threshold))[0]
+    torch.testing.assert_close(joint.sum(0), torch.ones(5, 6))
+    torch.testing.assert_close(joint[1:] / (joint[1:] + joint[0]), expected)
+    certain = unaries(torch.tensor([[[0.0, 1.0]]]), AttentionCalibration(per_class=1, threshold=0.5))[0]
+    torch.testing.assert_close(certain[1, 0, 0], certain[0, 0, 1])  # no lopsided ends
+    assert torch.isfinite(certain.log()).all()
+
+
+def test_the_papers_background_is_what_the_attention_leaves():
+    attention = torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(2)) * 7
+    confidence = torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(3))
+    background = (1 - (attention / attention.amax((1, 2), keepdim=True)).sum(0)).clamp(min=0)
+    p = unaries(confidence, AttentionCalibration(per_class=1, threshold=None), attention)[0]
+    torch.testing.assert_close(p, torch.cat([background[None], confidence]) / (background + confidence.sum(0)))
+
+
+def test_calibration_gives_the_crf_the_attention_maps(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        sys.modules[unaries.__module__], "unaries", lambda c, s, a: seen.append((c, a)) or unaries(c, s, a)
+    )
+    boxes = torch.tensor([[4.0, 4, 30, 30], [5.0, 5, 40, 40]])
+    scores = torch.tensor([[0.9, 0.1], [0.8, 0.2]])
+    image = np.zeros((*SIZE, 3), np.uint8)
+    choice = AttentionCalibration(per_class=1, iterations=0, combine="product")
+    run_chain(image, boxes, scores, (0,), lambda index, labels: torch.rand(len(index), 3, 3), choice)
+    ((confidence, attention),) = seen
+    assert attention is not None and not torch.equal(normalise(attention), confidence)
 
 
 def test_without_a_crf_a_lone_instance_is_its_confidence_against_the_background():
     confidence = torch.rand(1, 6, 7, generator=torch.Generator().manual_seed(0))
     canvas = np.zeros((6, 7, 3), np.uint8)
     for joint in (True, False):
-        choice = CalibrationSettings(background=0.3, iterations=0, joint=joint)
+        choice = AttentionCalibration(per_class=1, threshold=0.3, iterations=0, joint=joint)
         assert torch.equal(segment(canvas, confidence, choice)[0] > 0.5, confidence[0] > 0.3)
-    literal = CalibrationSettings(iterations=0)
+    literal = AttentionCalibration(per_class=1, iterations=0)
     assert torch.equal(segment(canvas, confidence, literal)[0] > 0.5, confidence[0] > 0.5)
 
 
@@ -399,3 +409,53 @@ def test_a_boxs_mask_is_never_empty(box):
     assert mask.any()
     if box[2] - box[0] == 64:
         assert mask.all()
+
+
+def settle_dense(marginals: Tensor, proposals: Tensor, size: tuple[int, int], part: float | None) -> Tensor:
+    """The masks that `to_instances` stands for, all of them at the image's size at once."""
+    masks = torch.stack([drop_components(mask, part) for mask in resize_masks(marginals, size)])
+    for index in range(len(masks)):
+        if not masks[index].any():
+            masks[index] = box_mask(proposals[index], size)
+    return masks
+
+
+def distinct_dense(found: Instances, duplicate: float) -> list[int]:
+    """`distinct` by the product of all masks."""
+    flat = found.masks.flatten(1).float()
+    inter = flat @ flat.T
+    area = flat.sum(1)
+    overlap = inter / (area[:, None] + area[None] - inter).clamp(min=1)
+    alive: list[int] = []
+    for index in found.weights.argsort(descending=True, stable=True).tolist():
+        if not any(overlap[index, other] > duplicate and found.labels[other] == found.labels[index] for other in alive):
+            alive.append(index)
+    return sorted(alive)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([(30, 40), (61, 83), (20, 17), (90, 200)]), st.booleans())
+def test_masks_as_crops_are_the_masks_at_full_size(seed: int, size: tuple[int, int], smooth: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    marginals = torch.rand(8, 30, 40, generator=generator)
+    if smooth:
+        marginals = torch.nn.functional.avg_pool2d(marginals[None], 7, 1, 3)[0]
+    marginals[0], marginals[1], marginals[2] = 0.5, 0.1, 0.9  # at the threshold, nothing, everything
+    y1, x1 = torch.randint(0, 20, (2, 8), generator=generator).float()
+    proposals = torch.stack([x1, y1, x1 + 9.5, y1 + 0.5], 1)
+    labels, weights = torch.randint(0, 2, (8,), generator=generator), torch.rand(8, generator=generator)
+    for part, duplicate in ((None, 0.3), (0.2, 0.1), (1.0, 0.5)):
+        choice = AttentionCalibration(min_component=part, mask_nms=duplicate)
+        found = to_instances(marginals, proposals, labels, weights, size, choice)
+        dense = settle_dense(marginals, proposals, size, part)
+        assert torch.equal(found.masks, dense)
+        assert torch.equal(found.boxes, masks_to_boxes(dense))
+        assert mask_nms(found, duplicate).tolist() == distinct_dense(found, duplicate)
+
+
+def test_a_cameras_photograph_is_worked_on_at_the_size_of_a_canvas() -> None:
+    image = np.zeros((3000, 4000, 3), np.uint8)
+    canvas, scale = working_canvas(image, None)
+    assert (canvas.shape[:2], scale) == ((480, 640), (0.16, 0.16))
+    ordinary = np.zeros((640, 600, 3), np.uint8)
+    assert working_canvas(ordinary, None)[0].shape == ordinary.shape

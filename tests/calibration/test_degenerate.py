@@ -13,23 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from labelpenet.calibration import (
-    CalibrationSettings,
-    calibrate,
     dense_crf,
     excitation_backprop,
     heat_map,
     project_maps,
 )
+from labelpenet.config import AttentionCalibration
 from labelpenet.instances import Instances, masks_to_boxes
+from tests.calibration.chain import run_chain
 
 SIZE = (24, 32)
 CHOICES = [
-    CalibrationSettings(iterations=2),
-    CalibrationSettings(iterations=2, combine="mean", members="class", background=0.3, side=16, part=0.2),
-    CalibrationSettings(iterations=2, combine="heat", joint=False, per_class=3, duplicate=0.5, min_score=0.1),
-    CalibrationSettings(iterations=0, combine="mean", background=0.4, box="proposal"),
-    CalibrationSettings(iterations=1, combine="mean", background=0.4, weight="agreement"),
-    CalibrationSettings(iterations=1, combine="mean", background=0.4, weight="overlap"),
+    AttentionCalibration(per_class=1, iterations=2),
+    AttentionCalibration(
+        per_class=1, iterations=2, combine="mean", members="class", threshold=0.3, side=16, min_component=0.2
+    ),
+    AttentionCalibration(iterations=2, combine="mean", joint=False, per_class=3, mask_nms=0.5, min_score=0.1),
+    AttentionCalibration(per_class=1, iterations=0, combine="mean", threshold=0.4, box="proposal"),
 ]
 
 
@@ -46,7 +46,7 @@ def run(boxes: Tensor, scores: Tensor, tags: tuple[int, ...] | None = (0,), **ch
     image, attend = changes.get("image", picture()), changes.get("attend", ones)
     results = []
     for choice in CHOICES:
-        found, trace = calibrate(image, boxes, scores, tags, attend, choice)
+        found, trace = run_chain(image, boxes, scores, tags, attend, choice)
         found.validate(scores.shape[1])
         assert found.image_size == image.shape[:2] and found.masks is not None
         assert found.masks.flatten(1).any(1).all()
@@ -72,7 +72,7 @@ def test_no_class() -> None:
 
 
 def test_one_proposal_serves_every_tag() -> None:
-    for found in run(torch.tensor([[4.0, 3, 20, 15]]), torch.tensor([[0.9, 0.2]]), (0, 1))[:4]:
+    for found in run(torch.tensor([[4.0, 3, 20, 15]]), torch.tensor([[0.9, 0.2]]), (0, 1)):
         assert found.labels.tolist() == [0, 1] and found.weights.tolist() == pytest.approx([0.9, 0.2])
 
 
@@ -105,7 +105,7 @@ def test_proposals_that_leave_the_image_or_have_no_area(box: list[float]) -> Non
 
 def test_the_proposals_box_is_clipped_to_the_image() -> None:
     choice = CHOICES[3]
-    found, _ = calibrate(picture(), torch.tensor([[-5.0, 2.5, 40, 12]]), torch.tensor([[0.9]]), (0,), ones, choice)
+    found, _ = run_chain(picture(), torch.tensor([[-5.0, 2.5, 40, 12]]), torch.tensor([[0.9]]), (0,), ones, choice)
     assert found.boxes.tolist() == [[0.0, 2.5, 32.0, 12.0]]
 
 
@@ -120,7 +120,7 @@ def test_images_of_a_few_pixels(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("score", [0.0, 1.0, 1e-30])
 def test_all_scores_alike(score: float) -> None:
     boxes = torch.tensor([[4.0, 3, 20, 15], [6.0, 3, 22, 15], [0, 0, 32, 24]])
-    for found in run(boxes, torch.full((3, 2), score), (0, 1))[:4]:
+    for found in run(boxes, torch.full((3, 2), score), (0, 1)):
         assert set(found.labels.tolist()) == {0, 1} and found.weights.tolist() == pytest.approx([score] * len(found))
 
 
@@ -145,38 +145,30 @@ def test_a_tag_that_every_proposal_rules_out() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("choice", CHOICES)
-def test_numbers_that_are_none(bad: float, choice: CalibrationSettings) -> None:
+def test_numbers_that_are_none(bad: float, choice: AttentionCalibration) -> None:
     boxes, scores = torch.tensor([[4.0, 3, 20, 15], [0, 0, 9, 9]]), torch.tensor([[0.9], [0.8]])
     with pytest.raises(ValueError, match="boxes must be finite"):
-        calibrate(picture(), boxes.index_fill(1, torch.tensor([2]), bad), scores, (0,), ones, choice)
+        run_chain(picture(), boxes.index_fill(1, torch.tensor([2]), bad), scores, (0,), ones, choice)
     with pytest.raises(ValueError, match="scores must be finite"):
-        calibrate(picture(), boxes, scores.index_fill(0, torch.tensor([1]), bad), (0,), ones, choice)
+        run_chain(picture(), boxes, scores.index_fill(0, torch.tensor([1]), bad), (0,), ones, choice)
     with pytest.raises(ValueError, match="regions must be finite"):
         regions = boxes.index_fill(1, torch.tensor([2]), bad)
-        calibrate(picture(), boxes, scores, (0,), ones, choice, regions)
-    if choice.combine != "heat":
-        with pytest.raises(ValueError, match="attention maps must be finite"):
-            calibrate(picture(), boxes, scores, (0,), lambda i, c: torch.full((len(i), 7, 7), bad), choice)
+        run_chain(picture(), boxes, scores, (0,), ones, choice, regions)
+    with pytest.raises(ValueError, match="maps must be finite"):
+        run_chain(picture(), boxes, scores, (0,), lambda i, c: torch.full((len(i), 7, 7), bad), choice)
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"boxes": torch.zeros(3, 5)}, r"boxes must be \(R, 4\), but got \(3, 5\)"),
-        ({"scores": torch.zeros(2, 2)}, r"scores must be \(3, C\), but got \(2, 2\)"),
-        ({"scores": torch.zeros(3)}, r"scores must be \(3, C\), but got \(3,\)"),
-        ({"regions": torch.zeros(2, 4)}, r"regions must be \(3, 4\), but got \(2, 4\)"),
-        ({"tags": (0, 2)}, r"tags must be in \[0, 2\), but got \(0, 2\)"),
-        ({"tags": (-1,)}, r"tags must be in \[0, 2\), but got \(-1,\)"),
+        ({"boxes": torch.zeros(3, 5)}, r"boxes must be \(R, 4\) and scores .* got \(3, 5\)"),
+        ({"scores": torch.zeros(2, 2)}, r"scores \(R, C\), but got .* \(2, 2\)"),
+        ({"tags": (0, 2)}, r"classes must be in \[0, 2\), but got \(0, 2\)"),
+        ({"tags": (-1,)}, r"classes must be in \[0, 2\), but got \(-1,\)"),
         ({"image": np.zeros(SIZE, np.uint8)}, r"image must be \(H, W, 3\) uint8"),
         ({"image": np.zeros((*SIZE, 3), np.float32)}, r"image must be \(H, W, 3\) uint8"),
         ({"image": np.zeros((0, 5, 3), np.uint8)}, r"image must be \(H, W, 3\) uint8"),
-        ({"attend": lambda i, c: torch.ones(len(i) + 1, 7, 7)}, r"attend must return \(3, a, a\)"),
-        ({"settings": CalibrationSettings(combine="sum")}, "combine must be one of product, mean, heat"),
-        ({"settings": CalibrationSettings(members="all")}, "members must be one of suppressed, class"),
-        ({"settings": CalibrationSettings(box="tight")}, "box must be one of mask, proposal"),
-        ({"settings": CalibrationSettings(weight="area")}, "weight must be one of score, agreement, overlap"),
-        ({"settings": CalibrationSettings(weight="agreement", combine="heat")}, "needs attention maps"),
+        ({"attend": lambda i, c: torch.ones(len(i) + 1, 7, 7)}, r"maps must be \(3, a, a\), but got \(4, 7, 7\)"),
     ],
 )
 def test_what_does_not_fit_is_named(changes: dict, message: str) -> None:
@@ -189,7 +181,7 @@ def test_what_does_not_fit_is_named(changes: dict, message: str) -> None:
         "settings": replace(CHOICES[1], members="class"),
     }
     with pytest.raises(ValueError, match=message):
-        calibrate(**(given | changes))
+        run_chain(**(given | changes))
 
 
 def test_repeated_tags_are_one() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from labelpenet.calibration import maps as module
-from labelpenet.calibration.maps import agreement, background_map, confidence_map, heat_map, normalise, project_maps
+from labelpenet.calibration.maps import background_map, confidence_map, heat_map, normalise, project_maps
 
 NAN, INF = float("nan"), float("inf")
 
@@ -229,15 +229,6 @@ class TestConfidence:
     def test_unknown_combination(self) -> None:
         with pytest.raises(ValueError, match=r"'mean' or 'product'.*'sum'"):
             confidence_map(torch.ones(1, 2, 2), torch.ones(1, 2, 2), "sum")  # type: ignore[arg-type]
-
-
-def test_agreement_of_masks_is_their_iou() -> None:
-    masks, others = torch.zeros(4, 6, 6), torch.zeros(4, 6, 6)
-    masks[0, :4], others[0, 2:] = 1, 1
-    masks[1, :3] = others[1, :3] = 0.5
-    masks[2] = 1
-    assert agreement(masks, others).tolist() == pytest.approx([2 / 6, 1, 0, 0])
-    assert agreement(masks[:0], others[:0]).shape == (0,)
 
 
 def test_nothing_waits_for_the_device() -> None:

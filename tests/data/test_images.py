@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from labelpenet import InputError
-from labelpenet.data.images import image_size, read_image, read_index_map, voc_palette
+from labelpenet.data.images import as_pixels, image_size, read_image, read_index_map, voc_palette
 
 
 def gradient(height: int = 20, width: int = 30) -> np.ndarray:
@@ -176,3 +176,20 @@ def test_the_first_picture_of_a_stereo_photograph(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (12, 10), colour) for colour in ((250, 0, 0), (0, 250, 0))]
     frames[0].save(tmp_path / "x.jpg", format="MPO", save_all=True, append_images=frames[1:])
     assert np.abs(read_image(tmp_path / "x.jpg").astype(int) - [250, 0, 0]).max() < 12
+
+
+def test_a_photograph_may_be_a_file_a_picture_or_an_array(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    upright = as_pixels(tmp_path / "turned.png")
+    assert upright.shape == (6, 4, 3)
+    with Image.open(tmp_path / "turned.png") as image:
+        assert np.array_equal(as_pixels(image), upright)
+    assert np.array_equal(as_pixels(str(tmp_path / "turned.png")), upright)
+    assert as_pixels(pixels) is pixels
+    assert np.array_equal(as_pixels(pixels[..., 0]), np.repeat(pixels[..., :1], 3, 2))
+    for wrong in (pixels.astype(np.float32), pixels[..., :2], pixels[None], pixels[:0]):
+        with pytest.raises(InputError, match="uint8 RGB"):
+            as_pixels(wrong)

@@ -416,3 +416,34 @@ def test_any_json_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, c
         assert "any.json" in str(error) and "\n" not in str(error)
     else:
         assert len(found["000005"]) >= 1
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        np.zeros(4), np.zeros((2, 5)), np.zeros((1, 2, 4)), np.float64(3), np.zeros((2, 4), complex),
+        np.array([["a"] * 4]), np.zeros(2, [("x", float), ("y", int)]), np.zeros((2, 4), "datetime64[D]"),
+    ],
+)  # fmt: skip
+def test_arrays_of_another_shape_or_type(tmp_path: Path, images: list[TaggedImage], boxes: np.ndarray) -> None:
+    np.savez(tmp_path / "boxes.npz", **{"000005": boxes})
+    with pytest.raises(InputError, match=r"boxes\.npz: the boxes of image 000005"):
+        read_proposals(tmp_path / "boxes.npz", images)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"boxes": np.array(3.0), "indexes": ["000005"]},
+        {"boxes": [np.zeros((1, 4))], "indexes": np.array("000005")},
+        {"boxes": [np.zeros((1, 4))], "indexes": ["000005"], "scores": np.array(1.0)},
+        {"boxes": [np.zeros((1, 4))], "indexes": [10**6000]},
+        {10**6000: [[0, 0, 1, 1]]},
+        {"000005": [[0, 0, 1, 10**6000]]},
+        [{"image_id": 10**6000, "bbox": [0, 0, 1, 1]}],
+        {"000005": np.array(None, object)},
+    ],
+)
+def test_pickles_of_odd_values(tmp_path: Path, images: list[TaggedImage], content: object) -> None:
+    with pytest.raises(InputError, match=r"boxes\.pkl"):
+        read_proposals(write(tmp_path / "boxes.pkl", content), images)

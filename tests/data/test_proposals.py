@@ -273,18 +273,18 @@ def test_no_images_at_all(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     occupied = tmp_path / "file"
     occupied.write_text("")
-    with pytest.raises(InputError, match="cannot write the proposal cache"):
+    with pytest.raises(InputError, match=r"cannot be written .*the proposal cache"):
         compute_proposals(photographs(tmp_path / "images", 1), QUICK, occupied, workers=1)
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images, cache = photographs(tmp_path / "images", 1), tmp_path / "cache"
 
-    def fill(file, boxes) -> None:
-        file.write(b"half")
+    def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module.np, "save", fill)
+    compute_proposals([], QUICK, cache, workers=1)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InputError, match=r"No space left on device.*free some space"):
         compute_proposals(images, QUICK, cache, workers=1)
     assert not files(cache) and not list(cache.rglob("*.tmp"))
@@ -292,15 +292,36 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
     assert len(compute_proposals(images, QUICK, cache, workers=1)["000"]) > 1
 
 
-def test_what_a_killed_run_left_is_swept_once_it_is_old(tmp_path: Path) -> None:
+def test_what_a_killed_run_left_is_overwritten(tmp_path: Path) -> None:
     images, cache = photographs(tmp_path / "images", 1), tmp_path / "cache"
     compute_proposals(images, QUICK, cache, workers=1)
-    folder = next(cache.iterdir())
-    for name in ("old.tmp", "young.tmp"):
-        (folder / name).write_bytes(b"half")
-    os.utime(folder / "old.tmp", (1, 1))
+    (path,) = files(cache)
+    path.rename(path.with_name(path.name + ".tmp"))
     compute_proposals(images, QUICK, cache, workers=1)
-    assert [path.name for path in folder.glob("*.tmp")] == ["young.tmp"]
+    assert files(cache) == [path] and not list(cache.rglob("*.tmp"))
+
+
+def test_a_complete_cache_may_be_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images, cache = photographs(tmp_path / "images", 2), tmp_path / "cache"
+    before = compute_proposals(images, QUICK, cache, workers=1)
+
+    def refuse(*arguments: object) -> None:
+        raise PermissionError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert same(compute_proposals(images, QUICK, cache, workers=1), before)
+
+
+@pytest.mark.parametrize("where", [0, 70, 200, -1])
+def test_a_flipped_bit_is_found_and_told(tmp_path: Path, where: int) -> None:
+    images, cache = photographs(tmp_path / "images", 1), tmp_path / "cache"
+    before = compute_proposals(images, QUICK, cache, workers=1)["000"]
+    (path,) = files(cache)
+    content = bytearray(path.read_bytes())
+    content[where] ^= 4
+    path.write_bytes(content)
+    after = compute_proposals(images, QUICK, cache, workers=1)
+    assert np.array_equal(after["000"], before) and any(f"{path} was damaged" in note for note in after.notes)
 
 
 RUN = """

@@ -11,7 +11,7 @@ import torch
 from labelpenet import InputError
 from labelpenet.data import read_image, write_scenes
 from labelpenet.data import scenes as module
-from labelpenet.data.scenes import CLASSES, render_scene
+from labelpenet.data.scenes import CLASSES, render_scene, unfinished
 from labelpenet.formats import open_annotated, open_tagged
 from labelpenet.instances import masks_to_boxes
 
@@ -108,6 +108,14 @@ def test_nothing_is_left_of_a_run_cut_short(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(KeyboardInterrupt):
         write_scenes(tmp_path / "scenes", 2, 1, (64, 64))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_taken_over(tmp_path: Path) -> None:
+    left = unfinished(tmp_path / "scenes")
+    (left / "VOCdevkit").mkdir(parents=True)
+    (left / "scenes.json").write_text("half")
+    year = write_scenes(tmp_path / "scenes", train=1, val=0, size=(48, 48))
+    assert len(list((year / "JPEGImages").iterdir())) == 1 and [one.name for one in tmp_path.iterdir()] == ["scenes"]
 
 
 @pytest.mark.parametrize(

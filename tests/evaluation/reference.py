@@ -66,7 +66,7 @@ def class_ap(predictions, truths, label, threshold, interpolation, kind):
     if interpolation == "voc07":
         total = 0.0
         for k in range(11):
-            total += max([p for r, p in curve if r >= k / 10], default=0.0)
+            total += max([p for r, p in curve if r >= k * 0.1], default=0.0)
         return total / 11
     recalls = [0.0] + [r for r, _ in curve] + [1.0]
     precisions = [0.0] + [p for _, p in curve] + [0.0]

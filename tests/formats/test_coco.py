@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ def test_tags_numbers_and_notes(tmp_path: Path) -> None:
     images = open_tagged(path)
     assert images == open_tagged(tmp_path)
     assert images.classes == ("cat",)
-    assert [(image.id, image.number, image.tags) for image in images.images] == [("7", 7, (0,)), ("9", 9, ())]
+    assert [(image.id, image.number, image.tags) for image in images.images] == [
+        ("x.jpg", 7, (0,)),
+        ("sub/y.jpg", 9, ()),
+    ]
     assert any("only as a crowd" in note for note in images.notes)
     assert open_tagged(path, classes=["person", "cat"]).images[0].tags == (1,)
     with pytest.raises(InputError, match="unknown class 'cow'; known are cat, dog, person"):
@@ -34,7 +38,7 @@ def test_tags_numbers_and_notes(tmp_path: Path) -> None:
 def test_truth_polygons_run_lengths_and_crowd(tmp_path: Path) -> None:
     annotated = open_annotated(coco_set(tmp_path), classes=["person", "cat"])
     assert annotated.categories == (8, 5)
-    truth = annotated.read("7")
+    truth = annotated.read("x.jpg")
     assert truth.instances.labels.tolist() == [1, 0]
     assert truth.instances.boxes.tolist() == [[2, 3, 12, 11], [0, 0, 2, 24]]
     assert truth.crowd.tolist() == [False, True]
@@ -44,8 +48,8 @@ def test_truth_polygons_run_lengths_and_crowd(tmp_path: Path) -> None:
     assert np.array_equal(truth.instances.masks[0].numpy(), polygon.astype(bool))
     assert truth.instances.masks[1].sum() == 48
     assert truth.instances.masks[1][:, :2].all()
-    assert len(annotated.read("9").instances) == 0
-    assert open_annotated(tmp_path, classes=["cat"]).read("7").instances.labels.tolist() == [0]
+    assert len(annotated.read("sub/y.jpg").instances) == 0
+    assert open_annotated(tmp_path, classes=["cat"]).read("x.jpg").instances.labels.tolist() == [0]
 
 
 def test_the_official_layout_and_its_splits(tmp_path: Path) -> None:
@@ -65,8 +69,8 @@ def test_a_split_of_a_single_file(tmp_path: Path) -> None:
     path = coco_set(tmp_path)
     assert "instances.json has no splits: all its images are used as 'val'" in open_tagged(path, "val").notes
     (tmp_path / "some.txt").write_text("9\n")
-    assert [image.id for image in open_tagged(path, str(tmp_path / "some.txt"), ["cat"]).images] == ["9"]
-    assert [image.id for image in open_tagged(path, "some", ["cat"]).images] == ["9"]
+    assert [image.id for image in open_tagged(path, str(tmp_path / "some.txt"), ["cat"]).images] == ["sub/y.jpg"]
+    assert [image.id for image in open_tagged(path, "some", ["cat"]).images] == ["sub/y.jpg"]
 
 
 def test_an_image_folder_elsewhere(tmp_path: Path) -> None:
@@ -90,39 +94,49 @@ def test_damaged_rows_cost_themselves(tmp_path: Path) -> None:
     ]
     content["annotations"] += [{"image_id": 99, "category_id": 3}, {"image_id": 7, "category_id": 77}, 5, {}]
     images = open_tagged(coco_set(tmp_path, content))
-    assert [image.id for image in images.images] == ["7", "9"]
+    assert [image.id for image in images.images] == ["x.jpg", "sub/y.jpg"]
     assert "7 rows are passed over" in images.notes
     assert "2 of 4 images are skipped" in images.notes
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "words", "box"),
     [
-        ({"bbox": [0, 0, 99, 5]}, "leaves the image"),
-        ({"bbox": [0, 0, 0, 5]}, "no area"),
-        ({"bbox": [0, 0, float("nan"), 5]}, "bbox of four numbers"),
-        ({"bbox": "box"}, "bbox of four numbers"),
-        ({"segmentation": {"size": [24, 32], "counts": [5]}}, "runs of a mask"),
-        ({"segmentation": [[0, 0, 1]]}, "polygon"),
-        ({"segmentation": {"size": [10**6, 10**6], "counts": [10**12]}}, "mask of size"),
+        ({"bbox": [0, 0, 99, 5]}, "leaves the 32 x 24 pixels and is cut there", [0, 0, 32, 5]),
+        ({"bbox": [0, 0, 0, 5]}, "has no area; the mask's is used", [2, 3, 12, 11]),
+        ({"bbox": [40, 0, 5, 5]}, "has no area; the mask's is used", [2, 3, 12, 11]),
+        ({"bbox": [0, 0, 0, 5], "segmentation": None}, "has no area; it is left out", None),
+        ({"bbox": [40, 0, 5, 5], "segmentation": []}, "outside the 32 x 24 pixels of the image; it is left out", None),
+        ({"bbox": [0, 0, float("nan"), 5], "segmentation": []}, "needs a box of four numbers", None),
+        ({"bbox": [0, 0, 10**400, 5], "segmentation": []}, "needs a box of four numbers", None),
+        ({"bbox": "box", "segmentation": []}, "needs a box of four numbers", None),
+        (
+            {"segmentation": {"size": [24, 32], "counts": [5]}},
+            "runs of a mask.*no mask of its photograph",
+            [2, 3, 12, 11],
+        ),
+        ({"segmentation": [[0, 0, 1]]}, "polygon.*no mask of its photograph", [2, 3, 12, 11]),
+        ({"segmentation": [[10**400] * 6]}, "cannot be decoded.*no mask of its photograph", [2, 3, 12, 11]),
+        ({"segmentation": {"size": [10**6, 10**6], "counts": [10**12]}}, "mask of size", [2, 3, 12, 11]),
     ],
 )
-def test_damaged_truth_is_named_and_costs_one_image(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+def test_damaged_truth_costs_itself_and_is_said(tmp_path: Path, change: dict[str, Any], words: str, box: Any) -> None:
     content = coco_content()
     content["annotations"][0].update(change)
-    annotated = open_annotated(coco_set(tmp_path, content))
-    with pytest.raises(InputError, match=f"instances.json: image 7: .*{words}"):
-        annotated.read("7")
-    truths, notes = annotated.readable_truths()
-    assert list(truths) == ["9"]
-    assert len(notes) == 2
+    truths, notes = open_annotated(coco_set(tmp_path, content), None, ["cat", "person"]).readable_truths()
+    assert list(truths) == ["x.jpg", "sub/y.jpg"]
+    found = truths["x.jpg"].instances
+    assert found.boxes.tolist() == ([] if box is None else [box]) + [[0, 0, 2, 24]]
+    assert (found.masks is None) == ("no mask" in words or "mask of size" in words)
+    assert re.search(f"instances.json: image x.jpg: annotation 1: .*{words}", notes[0])
+    assert notes[-1] == "1 objects or masks are cut or left out"
 
 
 def test_an_image_of_another_size_than_annotated(tmp_path: Path) -> None:
     path = coco_set(tmp_path)
     Image.new("RGB", (24, 32)).save(tmp_path / "images/x.jpg")
     with pytest.raises(InputError, match=r"annotated at 32 x 24 pixels, but x\.jpg has 24 x 32"):
-        open_annotated(path).read("7")
+        open_annotated(path).read("x.jpg")
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_columns_in_any_order_and_doubled_rows(tmp_path: Path) -> None:
     pets(tmp_path)
     (tmp_path / "tags.csv").write_text("Tags,who,File\ncat,me,one.jpg\ndog,me,one.jpg\nx\n")
     assert tags_of(tmp_path) == {"one.jpg": ("cat", "dog")}
-    assert any("row 3 names one.jpg again" in note for note in open_tagged(tmp_path).notes)
+    assert any("1 rows of tags.csv name a file again" in note for note in open_tagged(tmp_path).notes)
 
 
 def test_tags_json(tmp_path: Path) -> None:
@@ -47,13 +47,21 @@ def test_tags_json(tmp_path: Path) -> None:
     (tmp_path / "tags.json").write_text(json.dumps({"one.jpg": ["cat"], "sub\\three.webp": "dog;cat", "four.jpg": []}))
     assert tags_of(tmp_path) == {"one.jpg": ("cat",), "sub/three.webp": ("cat", "dog"), "four.jpg": ()}
     (tmp_path / "tags.json").write_text(json.dumps({"one.jpg": ["cat"], "four.jpg": 7}))
-    assert "1 files have no list of tags" in open_tagged(tmp_path).notes
+    assert "1 rows look odd" in open_tagged(tmp_path).notes
 
 
 def test_one_sub_folder_per_class(tmp_path: Path) -> None:
     for name in ("cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/.hidden.jpg", "loose.jpg", "cat/deep/x.jpg"):
         photograph(tmp_path / name)
-    assert tags_of(tmp_path) == {"cat/1.jpg": ("cat",), "cat/2.jpg": ("cat",), "dog/1.jpg": ("dog",)}
+    assert tags_of(tmp_path) == {
+        "cat/1.jpg": ("cat",),
+        "cat/2.jpg": ("cat",),
+        "cat/deep/x.jpg": ("cat",),
+        "dog/1.jpg": ("dog",),
+    }
+    assert any(
+        "1 images lie deeper; their class is the upper folder's name" in note for note in open_tagged(tmp_path).notes
+    )
     assert tags_of(tmp_path, None, ["dog"])["cat/1.jpg"] == ()
     assert any("1 images lie in no class" in note for note in open_tagged(tmp_path).notes)
 
@@ -90,8 +98,8 @@ def test_supervision_of_another_layout_is_never_taken_for_images(tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("tags.csv", "", "first line must be file,tags"),
-        ("tags.csv", "one.jpg,cat\n", "first line must be file,tags"),
+        ("tags.csv", "", "first line must name the columns"),
+        ("tags.csv", "one.jpg,cat\n", "first line must name the columns"),
         ("tags.csv", "file,tags\n", "no image can be used"),
         ("tags.csv", "file,tags\ngone.jpg,cat\n", "gone.jpg: no such image"),
         ("tags.csv", "file,tags\none.jpg,\n", "no image has a tag"),
@@ -102,7 +110,7 @@ def test_supervision_of_another_layout_is_never_taken_for_images(tmp_path: Path)
         ("tags.json", "{", "not valid JSON"),
         ("tags.json", "[" * 100_000, "not valid JSON"),
         ("tags.json", "[]", "recognised|expected"),
-        ("tags.json", '{"one.jpg": 5}', "no image can be used"),
+        ("tags.json", '{"one.jpg": 5}', "tags of one.jpg are no list"),
         ("tags.json", '{"C:\\\\one.jpg": ["cat"]}', "no path inside"),
     ],
 )

@@ -8,6 +8,7 @@ written, and no image may lie outside the data set. A few hundred cases run by d
 from __future__ import annotations
 
 import json
+import random
 import signal
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -25,9 +26,10 @@ from PIL import Image
 from labelpenet import InputError
 from labelpenet.data import AnnotatedImages, TaggedImages, read_image
 from labelpenet.data.images import image_size, read_index_map
-from labelpenet.formats import open_annotated, open_tagged
+from labelpenet.formats import coco, open_annotated, open_tagged
 from labelpenet.instances import decode_mask
-from tests.formats.kits import coco_set, photograph, voc_kit
+from tests.formats.corpus import LAYOUTS
+from tests.formats.kits import coco_content, coco_set, photograph, voc_kit
 
 SECONDS_A_CASE = 20
 PROFILES = [
@@ -302,6 +304,89 @@ def test_a_damaged_picture(tmp_path: Path, kind: str, profile: settings) -> None
         refused(read_index_map, path)
 
     assert fuzz(tmp_path, path, damaged, read, profile) >= 15
+
+
+def mutated(good: bytes, rng: random.Random) -> bytes:
+    """The good bytes after one to four accidents: `damaged`, without hypothesis, which is ten times slower."""
+    data = good
+    for _ in range(rng.randint(1, 4)):
+        start = rng.randint(0, len(data))
+        stop = min(len(data), start + rng.randint(0, 60))
+        piece = rng.choice([b"", data[start:stop] * 2, rng.randbytes(rng.randint(0, 8)), *[rng.choice(TOKENS)] * 3])
+        data = data[:start] + piece + (data[stop:] if rng.random() < 0.9 else b"")
+    return data
+
+
+@pytest.mark.parametrize(
+    "cases", [pytest.param(5, id="quick"), pytest.param(2000, id="thorough", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_damaged_layout(tmp_path: Path, name: str, cases: int) -> None:
+    """Over all layouts, 100,000 damaged files when thorough."""
+    data, split = LAYOUTS[name].write(tmp_path), LAYOUTS[name].split
+    rng = random.Random(name)
+    targets = sorted(path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".jpg")
+    targets = targets or sorted(tmp_path.rglob("*.jpg"))
+    for _ in range(cases):
+        target = rng.choice(targets)
+        good = target.read_bytes()
+        target.write_bytes(mutated(good, rng))
+        before = listing(tmp_path)
+        with deadline():
+            read_whole(data, split)
+        assert listing(tmp_path) == before
+        target.write_bytes(good)
+
+
+ODD = (10**400, -(10**400), 1e308, float("nan"), "x", [[[]]], {"a": {}}, None, True)
+
+
+@pytest.mark.parametrize(
+    "key", ["id", "image_id", "category_id", "bbox", "segmentation", "iscrowd", "width", "file_name"]
+)
+def test_odd_values_in_a_coco_file(tmp_path: Path, key: str) -> None:
+    path = coco_set(tmp_path)
+    for value in ODD:
+        content = coco_content()
+        for rows in content.values():
+            rows[0][key] = value
+        path.write_text(json.dumps(content))
+        read_whole(tmp_path, None)
+        content = coco_content()
+        content["annotations"][0]["bbox"] = [value, 0, value, 5]
+        content["annotations"][1]["segmentation"]["counts"] = [value]
+        path.write_text(json.dumps(content))
+        read_whole(tmp_path, None)
+
+
+def test_rows_nested_deep(tmp_path: Path) -> None:
+    deep = "[" * 900 + "]" * 900
+    text = json.dumps(coco_content())
+    for key in ('"id": 1', '"bbox": [2, 3, 10, 8]', '"iscrowd": 0', '"file_name": "x.jpg"', '"name": "cat"'):
+        path = coco_set(tmp_path)
+        path.write_text(text.replace(key, key.split(":")[0] + f": {deep}"))
+        read_whole(path, None)
+
+
+def test_fifty_thousand_classes_take_no_more_than_linear_time(tmp_path: Path) -> None:
+    """Counted by comparisons of names, not by a clock."""
+
+    class Name(str):
+        compared = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            Name.compared += 1
+            return str.__eq__(self, other)
+
+    count = 50_000
+    content = coco_content()
+    content["categories"] = [{"id": i, "name": Name(f"class {i}")} for i in range(1, count + 1)]
+    path = coco_set(tmp_path)
+    annotated = coco.open_annotated(path, None, [row["name"] for row in content["categories"]], None, content)
+    assert len(annotated.tagged.classes) == count
+    assert annotated.read("x.jpg").instances.labels.tolist() == [4, 7]
+    assert Name.compared < 20 * count
 
 
 SEGMENTATIONS = st.one_of(

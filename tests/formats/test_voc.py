@@ -141,8 +141,9 @@ def test_maps_in_colour_and_class_names_of_its_own(tmp_path: Path) -> None:
     assert np.array_equal(coloured.semantic, truth.semantic)  # type: ignore[arg-type]
     # A kit with its own class order says so in classes.txt or in CVAT's labelmap.txt.
     (year / "classes.txt").write_text("dog\ncat\n")
-    with pytest.raises(InputError, match=r"classes\.txt"):
-        open_annotated(year, "train").read("a")
+    contrary = open_annotated(year, "train").read("a")
+    assert "classes.txt" in contrary.notes[0]
+    assert contrary.semantic is None
     (year / "classes.txt").unlink()
     seven = "".join(f"c{i}:{i},0,0::\n" for i in range(7))
     (year / "labelmap.txt").write_text(
@@ -164,16 +165,17 @@ def test_one_damaged_annotation_among_many_costs_one_image(tmp_path: Path) -> No
         open_tagged(year, "train")
 
 
-def test_damaged_truth_costs_the_truth_not_the_tags(tmp_path: Path) -> None:
+def test_a_damaged_box_costs_itself_not_its_image(tmp_path: Path) -> None:
     year = voc_kit(tmp_path)
-    (year / "Annotations/b.xml").write_text(voc_xml([("dog", (3, 4, 99, 18), 0)]))
-    annotated = open_annotated(year, "train")
-    assert len(annotated.tagged.images) == 3
-    with pytest.raises(InputError, match=r"b\.xml: box 0 .* leaves the image of 32 x 24"):
-        annotated.truths()
-    truths, notes = annotated.readable_truths()
-    assert list(truths) == ["a", "d"]
-    assert "1 images are left out because their annotation is damaged" in notes[-1]
+    boxes = [(3, 4, 99, 18), (5, 5, 4, 9), (40, 1, 50, 9), (2, 2, 9, 9)]
+    (year / "Annotations/b.xml").write_text(voc_xml([("dog", box, 0) for box in boxes]).replace(">50<", ">wide<"))
+    truths, notes = open_annotated(year, "train").readable_truths()
+    assert list(truths) == ["a", "b", "d"]
+    assert truths["b"].instances.boxes.tolist() == [[2, 3, 32, 18], [1, 1, 9, 9]]
+    assert [word in note for word, note in zip(("is cut there", "no area", "four numbers"), notes, strict=False)] == [
+        True
+    ] * 3
+    assert notes[-1] == "3 objects or masks are cut or left out"
 
 
 @pytest.mark.parametrize(
@@ -198,8 +200,11 @@ def test_a_map_that_cannot_belong_to_the_xml(tmp_path: Path, change: str, words:
     Image.fromarray(indices).save(path)
     if change == "text":
         path.write_text("no image")
-    with pytest.raises(InputError, match=words):
-        open_annotated(year, "train").read("a")
+    truth = open_annotated(year, "train").read("a")
+    assert truth.instances.boxes.tolist() == [[0, 0, 10, 8], [10, 4, 30, 20]]
+    assert truth.instances.masks is None
+    assert truth.semantic is None
+    assert words in truth.notes[0]
 
 
 @pytest.mark.parametrize(

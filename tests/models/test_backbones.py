@@ -13,7 +13,8 @@ from torch import nn
 from torchvision.models.vgg import VGG, cfgs, make_layers
 
 from labelpenet.errors import InputError
-from labelpenet.models.backbones import VGG16, MobileNetV2, build_backbone, fold_batch_norm
+from labelpenet.models.backbones import VGG16, FullPrecisionConv2d, MobileNetV2, fold_batch_norm
+from labelpenet.models.build import build_backbone
 
 SHARED = Path(__file__).parents[2] / "../shared/weights/mobilenet_v2_imagenet.safetensors"
 
@@ -152,6 +153,23 @@ def test_mobilenet_mask_tail_is_its_last_stage_at_twice_the_resolution(mobilenet
     fine = tail.module(x)
     assert fine.shape == (1, tail.channels, *size) and tail.stride == plug.stem.stride == 16
     torch.testing.assert_close(fine[..., ::2, ::2], mobilenet.features[14:18](x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "kernel"), [((8, 10), 3), ((7, 9), 3), ((9, 8), 5), ((1, 2), 3)])
+def test_a_dilated_convolution_is_the_same_in_training(size, kernel):
+    """Outputs and gradients are those of the plain convolution, whatever the parity of the map."""
+    plain = nn.Conv2d(6, 6, kernel, padding=kernel - 1, dilation=2, groups=6)
+    ours = FullPrecisionConv2d.like(plain)
+    x = torch.randn(2, 6, *size, requires_grad=True)
+    upstream = torch.randn(2, 6, *size)
+    expected, got = plain(x), ours(x)
+    torch.testing.assert_close(got, expected)
+    for one, other in zip(
+        torch.autograd.grad(got, (x, *ours.parameters()), upstream),
+        torch.autograd.grad(expected, (x, *plain.parameters()), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
 
 
 @torch.no_grad()

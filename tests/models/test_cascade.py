@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from labelpenet.calibration import CalibrationSettings
-from labelpenet.config import InferenceChoice, Recipe, override, recipe, to_dict
+from labelpenet.config import Recipe, override, recipe, to_dict
+from labelpenet.data.transforms import View
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances, masks_to_boxes
-from labelpenet.models.cascade import LabelPEnet, View, calibration_settings
+from labelpenet.models.cascade import LabelPEnet
 from labelpenet.training.pretrain import run_facts, save_part
 from tests.models.tiny import lively_mobilenet
 
@@ -30,12 +30,11 @@ def tiny_recipe(*changes: str) -> Recipe:
     assignments = [
         "images.sides=64", "images.test_side=64", "images.longest=128", "proposals.limit=12", "proposals.side=64",
     ]  # fmt: skip
-    for part in ("detection", "segmentation"):
-        assignments += [f"{part}.anchor_sides=16,32,64", f"{part}.rois=8", f"{part}.rpn_proposals=6"]
-        assignments += [f"{part}.mask_width=8", f"{part}.mask_depth=1", f"{part}.cells=1"]
-    for part in ("infer1", "infer2", "infer3", "infer4", "predict2", "predict3", "predict4"):
-        assignments += [f"{part}.side=40", f"{part}.iterations=1"]
-        assignments += [f"{part}.per_class=2"] * (part != "infer1")
+    assignments += ["modules.*.anchor_sides=16,32,64", "modules.*.rois=8", "modules.*.cells=1"]
+    assignments += ["modules.*.rpn_post_nms_top_n_train=6", "modules.*.rpn_post_nms_top_n_test=6"]
+    assignments += ["modules.*.mask_width=8", "modules.*.mask_depth=1"]
+    assignments += [f"modules.*.{part}.{one}" for part in ("label", "predict") for one in ("side=40", "iterations=1")]
+    assignments += [f"modules.{number}.{part}.per_class=2" for number in (2, 3, 4) for part in ("label", "predict")]
     return override(recipe("best"), [*assignments, *changes])
 
 
@@ -110,6 +109,25 @@ def test_an_instances_mask_and_box_stay_together_in_a_view(flipped, factor):
     assert len(view.instances(one[[]])) == 0
 
 
+@pytest.mark.parametrize(("height", "width"), [(27, 41), (93, 139), (61, 50)])
+def test_a_mask_keeps_its_place_at_odd_factors(height, width):
+    """On average over many masks neither edge moves against the box: nearest pixels are sought from the centres."""
+    rng = np.random.default_rng(0)
+    shifts = []
+    for _ in range(200):
+        (y1, y2), (x1, x2) = (np.sort(rng.choice(size + 1, 2, replace=False)) for size in (40, 60))
+        if min(y2 - y1, x2 - x1) < 4:
+            continue
+        masks = torch.zeros(1, 40, 60, dtype=torch.bool)
+        masks[0, y1:y2, x1:x2] = True
+        one = Instances(masks_to_boxes(masks), torch.tensor([0]), torch.tensor([1.0]), (40, 60), masks)
+        seen = View(torch.zeros(1, 3, height, width), (width / 60, height / 40)).instances(one)
+        shifts.append(masks_to_boxes(seen.masks)[0] - seen.boxes[0])
+    moved = torch.stack(shifts)
+    assert moved.mean(0).abs().max() < 0.15
+    assert moved.abs().max() <= 0.5 * max(1, width / 60, height / 40) + 1e-3
+
+
 def test_the_whole_image_is_the_first_proposal_and_the_rest_are_the_recipes(network):
     boxes = torch.tensor([[0.0, 0, 2, 2], [0, 0, 100, 50], [10, 10, 60, 40], [5, 5, 95, 45]])
     chosen = network.select(boxes, (50, 100))
@@ -155,7 +173,7 @@ def test_there_are_four_modules(network):
 def test_only_tags_are_passed_on(network, number, tags):
     for seed in range(2):
         image = photograph(48, 70, seed)
-        found, trace = network.infer(number, image, some_boxes(48, 70), tags)
+        ((found, trace),) = network.infer(number, network.batch([image], [tags], [some_boxes(48, 70)]))
         found.validate(len(CLASSES))
         assert set(found.labels.tolist()) <= set(tags)
         if number == 1:
@@ -169,8 +187,8 @@ def test_the_attention_may_be_either_kind(number):
     """Both are valid, and they are not the same maps."""
     marginals = []
     for kind in ("excitation", "gradient"):
-        one = build(f"classification.attention={kind}", f"detection.attention={kind}")
-        found, trace = one.infer(number, photograph(48, 70), some_boxes(48, 70), (0, 1))
+        one = build(f"modules.1.attention={kind}", f"modules.2.attention={kind}")
+        ((found, trace),) = one.infer(number, one.batch([photograph(48, 70)], [(0, 1)], [some_boxes(48, 70)]))
         found.validate(len(CLASSES))
         assert len(found) == len(trace.marginals) > 0
         marginals.append(trace.marginals)
@@ -180,19 +198,19 @@ def test_the_attention_may_be_either_kind(number):
 def test_inference_repeats_itself(network):
     image, boxes = photograph(48, 70), some_boxes(48, 70)
     for number in (1, 2, 3):
-        first, second = (network.infer(number, image, boxes, (0, 1))[0] for _ in range(2))
+        first, second = (network.infer(number, network.batch([image], [(0, 1)], [boxes]))[0][0] for _ in range(2))
         assert torch.equal(first.boxes, second.boxes) and torch.equal(first.masks, second.masks)
         assert torch.equal(first.weights, second.weights)
 
 
 def test_every_kept_detection_has_a_mask_of_its_own():
     """However few masks are asked for: one that many better detections precede must not fall back to its box."""
-    one = build("predict4.attended=1", "predict4.per_class=50", "predict4.min_score=0.01", "predict4.iterations=0",
-                "predict4.score_threshold=0.01", "predict4.background=0.01", "predict4.part=none",
-                "predict4.duplicate=none", "predict4.box=proposal")  # fmt: skip
+    choices = ("max_masks=1", "per_class=50", "min_score=0.01", "iterations=0", "threshold=0.01", "min_component=none",
+               "mask_nms=none", "box=proposal")  # fmt: skip
+    one = build("modules.4.score_threshold=0.01", *(f"modules.4.predict.{choice}" for choice in choices))
     with torch.no_grad():  # masks of the left half of each box
         one.segmentation.masks = lambda features, boxes, labels: (  # type: ignore[method-assign]
-            torch.cat([torch.ones(len(boxes), 28, 14), torch.zeros(len(boxes), 28, 14)], 2)
+            torch.cat([torch.ones(len(labels), 28, 14), torch.zeros(len(labels), 28, 14)], 2)
         )
     found = one.predict(photograph(60, 60), proposals=some_boxes(60, 60, 30))
     assert len(found) > 2
@@ -203,11 +221,11 @@ def test_every_kept_detection_has_a_mask_of_its_own():
 @pytest.mark.parametrize("module", [3, 4])
 def test_each_module_labels_and_answers_by_its_own_choice(module):
     """Only the module in question takes the detector's boxes; the other's are tight around its masks."""
-    low = [f"predict{number}.{part}=0.01" for number in (3, 4) for part in ("min_score", "score_threshold")]
-    one = build(f"infer{module}.box=proposal", f"predict{module}.box=proposal", *low)
+    low = ["modules.*.predict.min_score=0.01", "modules.*.score_threshold=0.01"]
+    one = build(f"modules.{module}.label.box=proposal", f"modules.{module}.predict.box=proposal", *low)
     image = photograph(60, 60)
     for number in (3, 4):
-        for found in (one.infer(number, image, None, (0, 1))[0], one.predict(image, number)):
+        for found in (one.infer(number, one.batch([image], [(0, 1)]))[0][0], one.predict(image, number)):
             assert len(found)
             assert torch.equal(found.boxes, masks_to_boxes(found.masks)) == (number != module)
 
@@ -223,39 +241,37 @@ def guesses(height: int, width: int) -> Instances:
 def test_modules_1_and_2_have_a_say_in_a_weight(network, number):
     """The geometric mean, one instance after the other; a module does not vote on its own answer."""
     image, found = photograph(48, 70), guesses(48, 70)
-    seen = network.see(image)
-    view, stem = seen
+    batch = network.batch([image])
     weights = []
     for index in range(len(found)):
         box, label = found.boxes[index : index + 1], int(found.labels[index])
-        x_c, _ = network.class_scores(view, box, stem=stem)
+        x_c, _ = network.classification(network.classification.features(replace(batch, proposals=[box]))[0])
         product, count = found.weights[index] * torch.softmax(x_c[0, 1:], 0)[label], 2
         if number > 2:
-            module = network.detection
-            logits, _ = module.classify(module.head(module.pool(module.features(stem), view.boxes(box))))
-            product, count = product * torch.softmax(logits[0], 0)[label + 1], 3
+            (opinion,) = network.detection.probabilities(batch, [batch.views[0].boxes(box)])
+            product, count = product * opinion[0, label], 3
         weights.append(product ** (1 / count))
-    voted = network.vote(number, found, seen)
+    (voted,) = network.vote(number, [found], batch)
     torch.testing.assert_close(voted.weights, torch.stack(weights), rtol=1e-4, atol=1e-6)
     assert torch.equal(voted.boxes, found.boxes) and torch.equal(voted.labels, found.labels)
 
 
 def test_modules_without_weights_abstain():
     one = build()
-    seen = one.see(photograph(48, 70))
+    seen = one.batch([photograph(48, 70)])
     found = guesses(48, 70)
     one.untrained = ("classification", "detection")
-    assert torch.equal(one.vote(4, found, seen).weights, found.weights)
+    assert torch.equal(one.vote(4, [found], seen)[0].weights, found.weights)
     one.untrained = ("detection",)
-    torch.testing.assert_close(one.vote(4, found, seen).weights, one.vote(2, found, seen).weights)
+    torch.testing.assert_close(one.vote(4, [found], seen)[0].weights, one.vote(2, [found], seen)[0].weights)
 
 
 def test_the_recipe_decides_whether_there_is_a_vote():
     """Only the order and the weights of what is found may differ."""
     boxes = some_boxes(60, 60, 30)
-    choices = [f"predict4.{name}" for name in ("min_score=0.01", "score_threshold=0.01", "per_class=4")]
+    choices = ["modules.4.score_threshold=0.01", "modules.4.predict.min_score=0.01", "modules.4.predict.per_class=4"]
     alone, voted = (
-        build(*choices, f"predict4.vote={vote}").predict(photograph(60, 60), proposals=boxes)
+        build(*choices, f"modules.4.vote={vote}").predict(photograph(60, 60), proposals=boxes)
         for vote in ("false", "true")
     )
     assert len(alone) == len(voted) > 1
@@ -263,13 +279,6 @@ def test_the_recipe_decides_whether_there_is_a_vote():
         assert (one.weights[1:] <= one.weights[:-1]).all()
     assert not torch.allclose(alone.weights, voted.weights)
     assert sorted(alone.boxes.tolist()) == sorted(voted.boxes.tolist())
-
-
-def test_calibration_gets_the_recipes_choices():
-    choice = InferenceChoice(combine="mean", per_class=7, srgb=4.0, part=0.1)
-    expected = CalibrationSettings(combine="mean", per_class=7, srgb=4.0, part=0.1)
-    assert calibration_settings(choice) == expected
-    assert calibration_settings(InferenceChoice(per_class=1)) == CalibrationSettings()
 
 
 # -------------------------------------------------------------------------------------------------------- run folders
@@ -345,3 +354,51 @@ def test_a_run_that_is_not_finished_answers_with_what_it_has(tmp_path, network):
     assert torch.equal(loaded.predict(image, 1, boxes).boxes, network.predict(image, 1, boxes).boxes)
     with pytest.raises(InputError, match=r"segmentation|module 4"):
         loaded.predict(image, 4)
+
+
+# -------------------------------------------------------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("module", [1, 2, 3, 4])
+def test_photographs_that_go_through_together_are_answered_as_alone(network, module):
+    """Of one size exactly, but for rounding; of several sizes each within its own picture."""
+    images, boxes = [photograph(48, 70, seed) for seed in range(2)], [some_boxes(48, 70)] * 2
+    together = network.predict_batch(images, module, boxes)
+    for image, own, found in zip(images, boxes, together, strict=True):
+        alone = network.predict(image, module, own)
+        assert torch.equal(found.labels, alone.labels)
+        torch.testing.assert_close(found.weights, alone.weights, atol=1e-4, rtol=1e-3)
+    sizes = [(48, 70), (61, 40)]
+    for size, found in zip(sizes, network.predict_batch([photograph(*size) for size in sizes], module), strict=True):
+        assert found.image_size == size
+        found.validate(len(CLASSES))
+
+
+def test_a_stranger_trains_with_a_loop_of_their_own():
+    """The README's ten lines: photographs of several sizes, their instances, an optimiser; each module's loss falls."""
+    network = build()
+    images = [photograph(64, 80, 1), photograph(72, 64, 2)]
+    masks = [torch.zeros(1, *image.shape[:2], dtype=torch.bool) for image in images]
+    for label, mask in enumerate(masks):
+        mask[0, 10:50, 12 + 8 * label : 52] = True
+    targets = [
+        Instances(masks_to_boxes(mask), torch.tensor([label]), torch.ones(1), image.shape[:2], mask)
+        for label, (image, mask) in enumerate(zip(images, masks, strict=True))
+    ]
+    boxes = [some_boxes(*image.shape[:2]) for image in images]
+    for module in (1, 2, 3, 4):
+        network.train()
+        optimiser = torch.optim.Adam([p for p in network.module(module).parameters() if p.requires_grad], 1e-3)
+        seen = []
+        for _ in range(8):
+            torch.manual_seed(0)
+            losses = network.losses(images, targets, module, boxes)
+            total = torch.stack(list(losses.values())).sum()
+            optimiser.zero_grad()
+            total.backward()
+            optimiser.step()
+            seen.append(float(total.detach()))
+        assert seen[-1] < 0.9 * seen[0], (module, seen)
+        network.eval()
+        for found in network.predict_batch(images, module, boxes):
+            found.validate(len(CLASSES))

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou
 
+from labelpenet import config
+from labelpenet.data.transforms import Batch, View
 from labelpenet.instances import Instances
-from labelpenet.models.detection import Detector, DetectorSettings, rcnn_loss
+from labelpenet.models.build import build_backbone
+from labelpenet.models.detection import ANCHOR_RATIOS, Detection, StrideAnchors, rcnn_loss
 from tests.models.tiny import CHANNELS, TinyBackbone
 
 C, H, W = 3, 96, 128
 
 
-def detector(**options) -> Detector:
+def detector(**options) -> Detection:
     backbone = TinyBackbone()
-    values = {"anchor_sides": (16, 32, 64), "rois": 16, "rpn_proposals": 20} | options
+    values = {
+        "anchor_sides": (16, 32, 64),
+        "rois": 16,
+        "rpn_post_nms_top_n_train": 20,
+        "rpn_post_nms_top_n_test": 20,
+    } | options
     torch.manual_seed(1)
-    return Detector(backbone, C, backbone.region_tail(), DetectorSettings(**values))
+    return Detection(backbone, C, config.Detection(**values))
 
 
 def target(weights=(1.0, 1.0)) -> Instances:
@@ -37,6 +47,11 @@ def stem_map() -> torch.Tensor:
 
 
 IMAGE = torch.zeros(1, 3, H, W)
+VIEW = View(IMAGE, (1.0, 1.0))
+
+
+def batch(count: int = 1) -> Batch:
+    return Batch([VIEW] * count, stem_map().expand(count, -1, -1, -1))
 
 
 def smooth_l1(difference: float) -> float:
@@ -73,12 +88,12 @@ def test_with_weights_of_one_the_rpn_is_torchvisions():
         one.anchor_generator, one.head, 0.7, 0.3, 256, 0.5,
         {"training": 2000, "testing": 1000}, {"training": 20, "testing": 20}, 0.7,
     ).train()  # fmt: skip
-    features = own.features(stem_map())
+    features = own.tail(stem_map())
     torch.manual_seed(3)
-    proposals, losses = own.propose(features, IMAGE, target())
+    proposals, losses = own.propose(features, [(H, W)], [target()])
     torch.manual_seed(3)
     expected_boxes, expected = plain(ImageList(IMAGE, [(H, W)]), {"0": features}, [{"boxes": target().boxes}])
-    torch.testing.assert_close(proposals, expected_boxes[0])
+    torch.testing.assert_close(proposals[0], expected_boxes[0])
     torch.testing.assert_close(losses["rpn_objectness"], expected["loss_objectness"])
     torch.testing.assert_close(losses["rpn_box"], expected["loss_rpn_box_reg"])
 
@@ -100,7 +115,7 @@ def test_an_anchors_label_is_the_weight_of_the_instance_that_it_fits_best():
 def test_the_rpn_learns_from_an_image_without_instances():
     one = detector()
     empty = Instances.empty((H, W))
-    _, losses = one.propose(one.features(stem_map()), IMAGE, empty)
+    _, losses = one.propose(one.tail(stem_map()), [(H, W)], [empty])
     assert float(losses["rpn_objectness"]) > 0 and float(losses["rpn_box"]) == 0
 
 
@@ -205,25 +220,16 @@ def test_a_sample_of_an_image_without_instances_is_background():
 
 @pytest.mark.parametrize("which", ["two", "none", "weightless"])
 def test_losses_are_finite_and_reach_every_layer_that_is_trained(which):
-    one = detector(freeze_head=True)
+    one = detector()
     given = {"two": target((0.5, 0.9)), "none": Instances.empty((H, W)), "weightless": target((0.0, 0.0))}[which]
-    losses = one.losses(stem_map(), IMAGE, given)
+    losses = one.losses(batch(), [given])
     assert set(losses) == {"rpn_objectness", "rpn_box", "class", "box"}
     assert all(torch.isfinite(value) and value >= 0 for value in losses.values())
     sum(losses.values()).backward()
-    assert all(p.grad is None for p in one.head.parameters())
     assert one.rpn.head.objectness.weight.grad.any()
     if which == "two":
         layers = (one.classifier, one.regressor, one.rpn.head.regression, one.rpn.head.shared, one.tail[0])
         assert all(layer.weight.grad.any() for layer in layers)
-
-
-def test_extra_proposals_join_only_where_asked():
-    extra = torch.tensor([[1.0, 2, 30, 40]])
-    for wanted in (True, False):
-        one = detector(extra_proposals=wanted).eval()
-        found, losses = one.propose(one.features(stem_map()), IMAGE, extra=extra)
-        assert losses == {} and bool((found == extra).all(1).any()) == wanted
 
 
 # --------------------------------------------------------------------------------------------------------- candidates
@@ -236,36 +242,96 @@ def test_candidates(seed, tags, threshold):
     generator = torch.Generator().manual_seed(seed)
     corner = torch.rand(30, 2, generator=generator) * 90
     boxes = torch.cat([corner, corner + 1 + torch.rand(30, 2, generator=generator) * 60], 1)
-    logits = torch.randn(30, C + 1, generator=generator) * 3
-    deltas = torch.randn(30, 4 * (C + 1), generator=generator) * 8
-    found = one.candidates(boxes, logits, deltas, (H, W), tags, threshold, 0.4, limit=20)
+    scores = (torch.randn(30, C + 1, generator=generator) * 3).softmax(1)[:, 1:]
+    regressed = boxes[:, None] + torch.randn(30, C, 4, generator=generator) * 8
+    one.score_threshold = threshold
+    found, seen = one.candidates(boxes, scores, regressed, replace(VIEW, scale=(2.0, 0.5)), tags, limit=20)
+    torch.testing.assert_close(found.boxes * torch.tensor([2.0, 0.5, 2.0, 0.5]), seen)
+    torch.testing.assert_close(found.regions * torch.tensor([2.0, 0.5, 2.0, 0.5]), boxes[found.rois])
     assert len(found.boxes) <= 20
     if tags is not None:
         assert set(found.labels.tolist()) <= set(tags)
-    assert (found.boxes >= 0).all()
-    assert (found.boxes[:, 2] <= W).all() and (found.boxes[:, 3] <= H).all()
-    assert ((found.boxes[:, 2:] - found.boxes[:, :2]) >= 1).all()
-    p = logits.softmax(1)
-    torch.testing.assert_close(found.scores, p[found.rois, found.labels + 1])
+    assert (seen >= 0).all() and (seen[:, 2] <= W).all() and (seen[:, 3] <= H).all()
+    assert ((seen[:, 2:] - seen[:, :2]) >= 1).all()
+    torch.testing.assert_close(found.scores, scores[found.rois, found.labels])
     assert (found.scores > threshold).all() and (found.scores.diff() <= 0).all()
-    kept = found.keep[found.group]
-    assert torch.equal(found.labels[kept], found.labels) and (found.scores[kept] >= found.scores).all()
 
 
-def test_candidates_take_the_box_of_their_class():
-    one = detector()
+def test_detections_take_the_box_of_their_class(monkeypatch):
+    one = detector().eval()
     boxes = torch.tensor([[20.0, 20, 60, 60]])
-    logits = torch.tensor([[0.0, 0, 9, 0]])
     deltas = torch.zeros(1, C + 1, 4)
     deltas[0, 2] = torch.tensor([1.0, 0, 0, 0])  # a tenth of the width to the right, the coder's weights being 10 and 5
-    found = one.candidates(boxes, logits, deltas.flatten(1), (H, W))
+    monkeypatch.setattr(one, "propose", lambda features, sizes: ([boxes], {}))
+    monkeypatch.setattr(one, "classify", lambda features: (torch.tensor([[0.0, 0, 9, 0]]), deltas.flatten(1)))
+    (found,), (seen,), _ = one.detect(replace(batch(), tags=[None]))
     torch.testing.assert_close(found.boxes, torch.tensor([[24.0, 20, 64, 60]]))
+    assert torch.equal(seen, found.boxes) and torch.equal(found.regions, boxes)
     assert found.labels.tolist() == [1] and found.rois.tolist() == [0]
+
+
+def test_a_batch_is_its_images_one_by_one():
+    """Detections of images that share a batch, padded or not, are those of each alone."""
+    one = detector(score_threshold=0.2).eval()
+    with torch.no_grad():
+        alone = one.detect(Batch([VIEW], stem_map(), tags=[None]))
+        small = View(torch.zeros(1, 3, H - 16, W - 32), (1.0, 1.0))
+        found, seen, pooled = one.detect(Batch([VIEW, small], stem_map().expand(2, -1, -1, -1), tags=[None, (1,)]))
+    torch.testing.assert_close(found[0].boxes, alone[0][0].boxes)
+    torch.testing.assert_close(pooled[0], alone[2][0])
+    assert set(found[1].labels.tolist()) <= {1}
+    assert (seen[1][:, 2] <= W - 32).all() and (seen[1][:, 3] <= H - 16).all()
+
+
+def test_losses_of_a_batch_are_finite_means():
+    """Twice the same image has about its losses; the samples drawn differ."""
+    one = detector()
+    torch.manual_seed(0)
+    alone = one.losses(batch(), [target()])
+    both = one.losses(batch(2), [target(), target()])
+    assert set(alone) == set(both)
+    for name in alone:
+        assert float(both[name].detach()) == pytest.approx(float(alone[name].detach()), rel=0.7, abs=0.05)
 
 
 def test_training_and_inference_leave_the_layers_alone():
     one = detector()
     before = {name: value.clone() for name, value in one.state_dict().items()}
     one.train()
-    one.losses(stem_map(), IMAGE, target())
+    one.losses(batch(), [target()])
     assert all(torch.equal(value, before[name]) for name, value in one.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size"),
+    [
+        ("mobilenet_v2", (97, 143)),
+        ("mobilenet_v2", (65, 100)),
+        ("tiny", (80, 129)),
+        ("tiny", (33, 47)),
+        ("vgg16", (65, 100)),
+    ],
+)
+def test_anchors_stand_where_the_map_looks(backbone, size):
+    """Whatever the photograph's sides, the anchors of a cell are centred where a step of the map says."""
+    parts = build_backbone(backbone, pretrained=False)
+    for tail in (parts.region_tail(), parts.detection_tail()):
+        image = torch.zeros(1, 3, *size)
+        with torch.no_grad():
+            features = tail.module(parts.stem.module(image))
+        rows, columns = features.shape[-2:]
+        (anchors,) = StrideAnchors((16, 32), ANCHOR_RATIOS, tail.stride)(ImageList(image, [size]), [features])
+        centres = ((anchors[:, :2] + anchors[:, 2:]) / 2).reshape(rows, columns, -1, 2)
+        x = torch.arange(columns) * float(tail.stride)
+        y = torch.arange(rows) * float(tail.stride)
+        assert torch.equal(centres[..., 0], x[None, :, None].expand(rows, columns, 6))
+        assert torch.equal(centres[..., 1], y[:, None, None].expand(rows, columns, 6))
+        # the last cells look at the photograph's far edge, not beyond and not short of it
+        assert 0 <= size[1] - x[-1] < 2 * tail.stride and 0 <= size[0] - y[-1] < 2 * tail.stride
+
+
+def test_on_an_even_grid_the_anchors_are_torchvisions():
+    own = detector()
+    plain = AnchorGenerator(((16, 32, 64),), ((0.5, 1.0, 2.0),))
+    images = ImageList(IMAGE, [(H, W)])
+    assert torch.equal(own.rpn.anchor_generator(images, [stem_map()])[0], plain(images, [stem_map()])[0])

@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from labelpenet.models.layers import RoIPooling, initialise, nms_groups
+from labelpenet.calibration.nms import nms_groups
+from labelpenet.models.layers import RoIPooling, initialise
 
 
 def slow_iou(a: list[float], b: list[float]) -> float:
@@ -52,10 +53,10 @@ def test_nms_groups_is_greedy_nms(found, threshold):
     scores = torch.linspace(0.9, 0.1, len(found))[
         torch.randperm(len(found), generator=torch.Generator().manual_seed(3))
     ]
-    keep, group = nms_groups(torch.tensor(boxes), scores, torch.tensor(labels), threshold)
+    keep, leader = nms_groups(torch.tensor(boxes), scores, torch.tensor(labels), threshold)
     expected = slow_nms(boxes, scores.tolist(), labels, threshold)
     assert keep.tolist() == expected[0]
-    assert group.tolist() == expected[1]
+    assert leader.tolist() == [expected[0][place] for place in expected[1]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -64,12 +65,11 @@ def test_nms_groups_is_greedy_nms(found, threshold):
 def test_a_suppressed_box_belongs_to_an_overlapping_box_of_its_class(found, threshold):
     boxes, labels = torch.tensor([b for b, _ in found]), torch.tensor([c for _, c in found])
     scores = torch.linspace(0.9, 0.1, len(found))
-    keep, group = nms_groups(boxes, scores, labels, threshold)
-    kept = keep[group]
+    keep, kept = nms_groups(boxes, scores, labels, threshold)
     assert (labels[kept] == labels).all()
     assert (scores[kept] >= scores).all()
     assert all(slow_iou(boxes[i].tolist(), boxes[k].tolist()) > threshold - 1e-6 for i, k in enumerate(kept))
-    assert group[keep].tolist() == list(range(len(keep)))
+    assert torch.equal(kept[keep], keep)
 
 
 def test_classes_far_from_the_origin_do_not_disturb_one_another():
@@ -79,14 +79,14 @@ def test_classes_far_from_the_origin_do_not_disturb_one_another():
     boxes = torch.cat([corner, corner + 20 + torch.rand(150, 2, generator=generator) * 300], 1)
     labels = torch.randint(0, 80, (150,), generator=generator)
     scores = torch.rand(150, generator=generator)
-    keep, group = nms_groups(boxes, scores, labels, 0.3)
-    assert (labels[keep[group]] == labels).all()
+    keep, leader = nms_groups(boxes, scores, labels, 0.3)
+    assert (labels[leader] == labels).all()
     assert (scores[keep].diff() <= 0).all()
 
 
 def test_nms_of_nothing():
-    keep, group = nms_groups(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long), 0.5)
-    assert keep.shape == group.shape == (0,) and keep.dtype == torch.long
+    keep, leader = nms_groups(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long), 0.5)
+    assert keep.shape == leader.shape == (0,) and keep.dtype == torch.long
 
 
 def slow_roi_max_pool(features: Tensor, box: Tensor, size: int, stride: int) -> Tensor:
@@ -111,7 +111,7 @@ def test_max_pooling_is_fast_rcnns(stride):
     boxes = torch.tensor(
         [[0, 0, 80, 64], [10, 5, 70, 60], [30, 30, 31, 31], [3, 3, 100, 20], [60, 40, 88, 72], [-21, -9, 30, 200]]
     ).float()
-    pooled = RoIPooling(4, stride, "max")(features, boxes)
+    pooled = RoIPooling(4, stride, "max")(features, [boxes])
     for own, box in zip(pooled, boxes, strict=True):
         assert torch.equal(own, slow_roi_max_pool(features, box, 4, stride))
 
@@ -122,7 +122,7 @@ def test_align_samples_a_linear_map_at_the_cells_centres():
     y, x = torch.meshgrid(torch.arange(20.0), torch.arange(24.0), indexing="ij")
     features = torch.stack([(x + 0.5) * stride, (y + 0.5) * stride])[None]  # each cell holds its centre in pixels
     box = torch.tensor([[21.0, 33.0, 90.0, 75.0]])
-    pooled = RoIPooling(size, stride, "align")(features, box)[0]
+    pooled = RoIPooling(size, stride, "align")(features, [box])[0]
     steps = (torch.arange(size) + 0.5) / size
     torch.testing.assert_close(pooled[0], (21 + 69 * steps).expand(size, size))
     torch.testing.assert_close(pooled[1], (33 + 42 * steps)[:, None].expand(size, size))
@@ -130,7 +130,7 @@ def test_align_samples_a_linear_map_at_the_cells_centres():
 
 @pytest.mark.parametrize("kind", ["max", "align"])
 def test_pooling_no_box_gives_no_row_and_an_unknown_kind_is_refused(kind):
-    assert RoIPooling(7, 8, kind)(torch.zeros(1, 5, 6, 6), torch.zeros(0, 4)).shape == (0, 5, 7, 7)
+    assert RoIPooling(7, 8, kind)(torch.zeros(1, 5, 6, 6), [torch.zeros(0, 4)]).shape == (0, 5, 7, 7)
     with pytest.raises(ValueError, match="align"):
         RoIPooling(7, 8, "mean")
 
@@ -152,4 +152,4 @@ def test_pooling_of_bfloat16_features_does_not_round_the_boxes(kind: str) -> Non
     features = torch.randn(1, 3, 60, 80, generator=torch.Generator().manual_seed(0)).bfloat16()
     boxes = torch.tensor([[0.0, 0.0, 100.0, 80.0], [517.3, 301.7, 611.1, 395.9]])
     pool = RoIPooling(7, 8, kind)
-    assert torch.equal(pool(features, boxes), pool(features.float(), boxes))
+    assert torch.equal(pool(features, [boxes]), pool(features.float(), [boxes]))

@@ -6,19 +6,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from labelpenet import config
+from labelpenet.data.transforms import Batch, View
 from labelpenet.instances import Instances
-from labelpenet.models.detection import DetectorSettings
-from labelpenet.models.segmentation import MASK_SIDE, PYRAMID_DILATIONS, Segmenter, SpatialPyramid, mask_loss
+from labelpenet.models.segmentation import (
+    MASK_SIDE,
+    PYRAMID_DILATIONS,
+    Segmentation,
+    SpatialPyramid,
+    crop_masks,
+    mask_loss,
+)
 from tests.models.tiny import CHANNELS, TinyBackbone
 
 C, H, W = 3, 96, 128
-IMAGE = torch.zeros(1, 3, H, W)
+VIEW = View(torch.zeros(1, 3, H, W), (1.0, 1.0))
 
 
-def segmenter(**options) -> Segmenter:
-    values = {"anchor_sides": (16, 32, 64), "rois": 16, "rpn_proposals": 20} | options
+def segmenter(**options) -> Segmentation:
+    values = {"anchor_sides": (16, 32, 64), "rois": 16, "mask_width": 5, "mask_depth": 1} | options
     torch.manual_seed(1)
-    return Segmenter(TinyBackbone(), C, DetectorSettings(**values), mask_width=5, mask_depth=1)
+    return Segmentation(TinyBackbone(), C, config.Segmentation("refinement", **values))
 
 
 def target(weights=(0.5, 1.0), masks: bool = True) -> Instances:
@@ -48,7 +56,7 @@ def test_the_mask_target_is_the_mask_inside_the_box():
         p = logits[r].double().sigmoid()
         entropy = -(inside * p.log() + (1 - inside) * (1 - p).log()).mean()
         expected += float(weights[r] * entropy) / 3
-    assert float(mask_loss(logits, boxes, masks, matched, weights)) == pytest.approx(expected, rel=1e-5)
+    assert float(mask_loss(logits, crop_masks(masks, boxes, matched, 28), weights)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_mask_target_follows_the_boxs_scale():
@@ -59,14 +67,15 @@ def test_the_mask_target_follows_the_boxs_scale():
         inside = torch.zeros(28, 28)
         inside[: cells[0], : cells[1]] = 1
         logits = torch.where(inside > 0, 40.0, -40.0)[None]
-        loss = mask_loss(logits, torch.tensor([box]), masks, torch.tensor([0]), torch.ones(1))
+        loss = mask_loss(logits, crop_masks(masks, torch.tensor([box]), torch.tensor([0]), 28), torch.ones(1))
         assert float(loss) < 1e-6
 
 
 def test_a_roi_of_weight_zero_teaches_no_mask():
     logits = torch.zeros(2, 28, 28, requires_grad=True)
     boxes = torch.tensor([[10.0, 12, 38, 40], [70, 20, 98, 48]])
-    mask_loss(logits, boxes, random_masks(), torch.tensor([0, 1]), torch.tensor([0.0, 1.0])).backward()
+    crops = crop_masks(random_masks(), boxes, torch.tensor([0, 1]), 28)
+    mask_loss(logits, crops, torch.tensor([0.0, 1.0])).backward()
     assert not logits.grad[0].any() and logits.grad[1].any()
 
 
@@ -95,15 +104,15 @@ def test_each_box_gets_the_mask_of_its_class():
         one.mask_head.logits.bias.copy_(torch.tensor([-2.0, 0.0, 2.0]))
     boxes = torch.tensor([[0.0, 0, 60, 60], [20, 20, 90, 90], [5, 5, 50, 50], [0, 0, 128, 96]])
     labels = torch.tensor([2, 0, 1, 2])
-    found = one.masks(one.mask_features(stem_map()), boxes, labels)
+    found = one.masks(one.mask_features(stem_map()), [boxes], labels)
     expected = torch.tensor([-2.0, 0.0, 2.0]).sigmoid()[labels]
     torch.testing.assert_close(found, expected[:, None, None].expand(4, MASK_SIDE, MASK_SIDE))
-    assert one.masks(one.mask_features(stem_map()), boxes[:0], labels[:0]).shape == (0, MASK_SIDE, MASK_SIDE)
+    assert one.masks(one.mask_features(stem_map()), [boxes[:0]], labels[:0]).shape == (0, MASK_SIDE, MASK_SIDE)
 
 
 def test_detection_and_mask_branch_have_tails_of_their_own():
     one = segmenter()
-    one.masks(one.mask_features(stem_map()), target().boxes, target().labels).sum().backward()
+    one.masks(one.mask_features(stem_map()), [target().boxes], target().labels).sum().backward()
     assert one.mask_tail[0].weight.grad.any() and one.tail[0].weight.grad is None
     assert one.head[0][0].weight.grad is None
 
@@ -115,7 +124,7 @@ def test_losses(which):
         "masks": target(), "boxes": target(masks=False), "nothing": Instances.empty((H, W), with_masks=True),
         "weightless": target(weights=(0.0, 0.0)),
     }[which]  # fmt: skip
-    losses = one.losses(stem_map(), IMAGE, given)
+    losses = one.losses(Batch([VIEW], stem_map()), [given])
     assert set(losses) == {"rpn_objectness", "rpn_box", "class", "box", "mask"}
     assert all(torch.isfinite(value) and value >= 0 for value in losses.values())
     sum(losses.values()).backward()
@@ -132,7 +141,7 @@ def test_module_four_is_trained_without_weights():
     for weights in ((0.1, 0.2), (1.0, 1.0)):
         one = segmenter(weighted=False)
         torch.manual_seed(4)
-        losses.append(one.losses(stem_map(), IMAGE, target(weights)))
+        losses.append(one.losses(Batch([VIEW], stem_map()), [target(weights)]))
     for name in losses[0]:
         torch.testing.assert_close(losses[0][name], losses[1][name])
 
@@ -147,10 +156,10 @@ def test_the_mask_learns_an_object():
     features = one.mask_tail(stem).detach()
     for _ in range(60):
         optimiser.zero_grad()
-        logits = one.mask_head(one.mask_pool(one.pyramid(features), box))[:, 1]
-        loss = mask_loss(logits, box, masks, torch.tensor([0]), torch.ones(1))
+        logits = one.mask_head(one.mask_pool(one.pyramid(features), [box]))[:, 1]
+        loss = mask_loss(logits, crop_masks(masks, box, torch.tensor([0]), 28), torch.ones(1))
         loss.backward()
         optimiser.step()
-    found = one.masks(one.mask_features(stem), box, torch.tensor([1]))[0] > 0.5
+    found = one.masks(one.mask_features(stem), [box], torch.tensor([1]))[0] > 0.5
     expected = F.interpolate(masks[:, None, 20:48, 20:48].float(), (28, 28))[0, 0] > 0.5
     assert (found == expected).float().mean() > 0.9

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from labelpenet import config
 from labelpenet.calibration import Trace
+from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, Truth
 from labelpenet.errors import InputError
 from labelpenet.evaluation import Table, evaluate
@@ -26,7 +27,6 @@ from labelpenet.report import html, write_report
 from labelpenet.report.html import class_table, flatten, module_table, result_table
 from labelpenet.report.plots import curves, loss_plot, smoothed
 from labelpenet.report.strips import choose_images, mean_best_overlap, worst_images
-from labelpenet.training.inferred import path_of
 
 CLASSES = ("cat", "<dog> & 'co\"")
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -65,7 +65,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
+        if not self.open or self.open[-1] not in ("style", "script"):
             self.text += data + "\n"
 
 
@@ -111,14 +111,22 @@ class Network:
     def proposals(self, image: np.ndarray) -> Tensor:
         return torch.tensor([[0.0, 0, image.shape[1], image.shape[0]], [5, 5, 30, 30]])
 
-    def infer_classification(
-        self, image: np.ndarray, proposals: Tensor, tags: tuple[int, ...] | None
-    ) -> tuple[Instances, Trace, Tensor]:
+    @property
+    def classification(self) -> Network:
+        return self
+
+    settings = config.recipe("best").modules[0]
+
+    def batch(self, images: list[np.ndarray], tags: list[Any], proposals: list[Tensor]) -> Any:
+        return images[0], tags[0]
+
+    def infer(self, batch: Any, settings: Any) -> list[tuple[Instances, Trace]]:
+        image, tags = batch
         labels = (0, 1) if tags is None else tags
         size = (image.shape[0], image.shape[1])
         found = Instances.cat([square(8, 8, 32, 32, label, 0.9 - 0.1 * label, size) for label in labels])
         maps = torch.rand(len(labels), 24, 32, generator=torch.Generator().manual_seed(0))
-        return found, Trace(maps, maps, maps, maps), torch.tensor([0.9, 0.8])
+        return [(found, Trace(maps, maps, maps, maps))]
 
     def predict(self, image: np.ndarray, module: int, proposals: Tensor) -> Instances:
         self.predicted.append(module)
@@ -159,7 +167,7 @@ def make_run(run: Path, trained: int = 0, data: AnnotatedImages | None = None, r
 
 def label(run: Path, number: int, images: Sequence[TaggedImage]) -> None:
     """Writes what module ``number`` passed on for the training images."""
-    path = path_of(run, f"module{number}")
+    path = run_folder.instances(run, f"module{number}")
     path.parent.mkdir(exist_ok=True)
     content = {
         "images": [{"id": image.id, "file_name": image.path.name, "height": 48, "width": 64} for image in images],
@@ -204,7 +212,13 @@ def test_a_finished_run_has_its_numbers_pictures_curves_and_set_up(tmp_path: Pat
         assert f"loss curves of {stage}" in text
     assert len(page.ids) == len(set(page.ids))
     # of each split 2 strips: photograph, proposals, maps and masks of the instances, modules 1 to 4, true objects
-    assert page.tags.count("img") == 2 * (2 + 5 + 5) + 2 * (2 + 10 + 5) + 2 * 3
+    assert page.tags.count("img") == 2 * (2 + 5 + 5) + 2 * (2 + 10 + 5) + 2 * 3 + 1  # and the enlarged one
+    figures = re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd></div>", text)
+    assert figures[:3] == [
+        ("box mAP .5 of module 4, %", "40.0"), ("mask mAP .5 of module 4, %", "24.0"),
+        ("classification mAP, %", "87.6"),
+    ]  # fmt: skip
+    assert "modules 1 to 4 on mobilenet_v2" in page.text and f"cat and {CLASSES[1]}" in page.text
     assert page.text.count("true objects, never used in training") == 2 + 2 + 2
     assert network.predicted == [2, 3, 4] * 2  # held out; module 1 answers with its maps
     assert "Not in this report" not in page.text
@@ -219,7 +233,7 @@ def test_nothing_outside_the_file_is_referred_to(tmp_path: Path, network: Networ
         assert reference.startswith(("data:image/jpeg;base64,", "#")), reference[:60]
         if reference.startswith("#"):
             assert reference[1:] in page.ids
-    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert not {"link", "iframe", "object"} & set(page.tags) and page.tags.count("script") == 1
     assert not re.search(r"https?:|@import|//cdn", text)
     assert all(one.startswith("url(#") for one in re.findall(r"url\([^)]*", text))
     assert (tmp_path / "out" / "page.html").is_file() and not (tmp_path / "run" / "report.html").exists()
@@ -230,7 +244,7 @@ def test_an_empty_run_says_what_is_missing(tmp_path: Path) -> None:
     for number, name in enumerate(("classification", "detection", "refinement", "segmentation"), 1):
         assert f"module {number} ({name}) is not trained yet" in page.text
     assert "results.json is not there" in page.text and "the data was not given" in page.text
-    assert "img" not in page.tags and "svg" not in page.tags
+    assert page.tags.count("img") == 1 and "svg" not in page.tags
 
 
 def test_an_unfinished_run_shows_what_it_has(tmp_path: Path, network: Network) -> None:
@@ -255,7 +269,7 @@ def test_damaged_parts_are_named_and_cost_only_themselves(tmp_path: Path, networ
     page = Page(write_report(run, None, data, images=2).read_text("utf-8"))
     assert "results.json: not valid JSON" in page.text and "module1.json: damaged" in page.text
     assert "0 <b>&.png" in page.text and "1 <b>&" in page.text
-    assert page.tags.count("img") == 2 + 5 + 2
+    assert page.tags.count("img") == 2 + 5 + 2 + 1
 
 
 def test_the_worst_images_are_those_with_the_least_overlap(tmp_path: Path, network: Network) -> None:
@@ -280,7 +294,7 @@ def test_other_classes_than_the_runs_are_refused(tmp_path: Path) -> None:
     data = photographs(tmp_path / "train", 2)
     other = TaggedImages(("horse", "cat"), data.tagged.images)
     page = Page(write_report(make_run(tmp_path / "run"), None, other).read_text("utf-8"))
-    assert "their classes are not those of the run" in page.text and "img" not in page.tags
+    assert "their classes are not those of the run" in page.text and page.tags.count("img") == 1
 
 
 def test_a_folder_that_is_no_run_is_refused_and_nothing_written(tmp_path: Path) -> None:
@@ -392,7 +406,7 @@ def test_flattening_keeps_order_and_names() -> None:
 def test_the_training_strips_never_ask_for_more_than_the_tags(tmp_path: Path, network: Network) -> None:
     data = photographs(tmp_path / "train", 4)
     asked: list[Any] = []
-    infer: Callable[..., Any] = network.infer_classification
-    network.infer_classification = lambda image, proposals, tags: asked.append(tags) or infer(image, proposals, tags)  # type: ignore[method-assign,func-returns-value]
+    infer: Callable[..., Any] = network.infer
+    network.infer = lambda batch, settings: asked.append(batch[1]) or infer(batch, settings)  # type: ignore[method-assign,func-returns-value]
     write_report(make_run(tmp_path / "run", 1, data), None, data, data, images=2)
     assert asked == [(0,), (1,), None, None]

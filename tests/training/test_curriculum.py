@@ -14,21 +14,29 @@ from torch import Tensor
 
 from labelpenet.data.dataset import TaggedImages
 from labelpenet.data.images import read_image
+from labelpenet.data.run_folder import start_run
 from labelpenet.data.scenes import write_scenes
+from labelpenet.data.transforms import Batch
+from labelpenet.engine.log import read_metrics
 from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou
 from labelpenet.formats.voc import open_tagged
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import MODULES, LabelPEnet
+from labelpenet.models.classification import present_classes
 from labelpenet.models.detection import Detector
 from labelpenet.training import curriculum
-from labelpenet.training.curriculum import STAGE, Phase, Sample, backward, forward, forward_backward, proposal_labels
-from labelpenet.training.logging import read_metrics
-from labelpenet.training.pretrain import Training, pretrain, run_facts, start_run
+from labelpenet.training.curriculum import STAGE, Phase, backward, forward, forward_backward, proposal_labels
+from labelpenet.training.pretrain import Sample, Training, pretrain, run_facts, to_batch
 from tests.models.tiny import lively_mobilenet
 from tests.training.test_pretrain import boxes_of, results, tiny_recipe
 
-CHANGES = ("schedule5.steps=3", "schedule5.batch_size=2", "schedule5.warmup=0", "schedule5.lr=0.001")
+CHANGES = (
+    "forward_backward.schedule.steps=3",
+    "forward_backward.schedule.batch_size=2",
+    "forward_backward.schedule.warmup=0",
+    "forward_backward.schedule.lr=0.001",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,10 +103,10 @@ def spy(monkeypatch, network: LabelPEnet) -> dict[int, Instances]:
     for number in (2, 3, 4):
         module = network.module(number)
 
-        def losses(stem: Tensor, image: Tensor, target: Instances, extra: Tensor, own=module, number=number):
-            assert own.training and stem.requires_grad
-            seen[number] = target
-            return type(own).losses(own, stem, image, target, extra)
+        def losses(batch: Batch, targets: list[Instances], own=module, number=number):
+            assert own.training and batch.stem.requires_grad
+            (seen[number],) = targets
+            return type(own).losses(own, batch, targets)
 
         monkeypatch.setattr(module, "losses", losses)
     return seen
@@ -130,15 +138,13 @@ def test_forward_each_module_learns_what_the_one_before_infers(start, images, mo
     one = sample(network, images)
     seen = spy(monkeypatch, network)
     torch.manual_seed(0)
-    terms = forward(network, one)
+    terms = forward(network, [one])
     assert set(terms) == {"forward_1", "forward_2", "forward_3", "forward_4"}
     torch.stack(list(terms.values())).sum().backward()
     assert learning(network) == {"stem", *MODULES}
     network.eval()
     for number in (2, 3, 4):
-        found, _ = network.infer(
-            number - 1, one.image, one.proposals, one.tags, seen=(one.view, network.stem_map(one.view))
-        )
+        ((found, _),) = network.infer(number - 1, to_batch(network, [one]))
         assert same(seen[number], one.view.instances(found))
         assert (seen[number].masks is None) == (number == 2)
 
@@ -147,39 +153,41 @@ def test_backward_each_module_learns_what_the_next_one_infers(start, images, mon
     network = trainable(start)
     one = sample(network, images)
     seen = spy(monkeypatch, network)
-    terms = backward(network, one)
+    terms = backward(network, [one])
     assert set(terms) == {"backward_3", "backward_2", "backward_1_multi", "backward_1_single"}
     torch.stack(list(terms.values())).sum().backward()
     assert learning(network) == {"stem", "classification", "detection", "refinement"}  # module 4 only infers
     network.eval()
-    look = {"seen": (one.view, network.stem_map(one.view))}
-    from_four = one.view.instances(network.infer(4, one.image, one.proposals, one.tags, **look)[0])
+    batch = to_batch(network, [one])
+    from_four = one.view.instances(network.infer(4, batch)[0][0])
     assert same(seen[3], replace(from_four, weights=torch.ones(len(from_four))))
-    from_three = one.view.instances(network.infer(3, one.image, one.proposals, one.tags, **look)[0])
+    from_three = one.view.instances(network.infer(3, batch)[0][0])
     assert same(seen[2], from_three) and seen[2].masks is None
-    found, _ = network.infer(2, one.image, one.proposals, one.tags, **look)
-    x_c, x_p = network.class_scores(one.view, one.proposals)
+    ((found, _),) = network.infer(2, batch)
+    x_c, x_p = network.classification(network.classification.features(batch)[0])
     labels = proposal_labels(one.proposals, found, 0.5)
     expected = torch.nn.functional.cross_entropy(x_c, labels)
     torch.testing.assert_close(terms["backward_1_single"], expected)
-    torch.testing.assert_close(terms["backward_1_multi"], network.classification.loss(x_c, x_p, one.present))
+    torch.testing.assert_close(
+        terms["backward_1_multi"], network.classification.loss(x_c, x_p, present_classes(one.tags, len(images.classes)))
+    )
 
 
 def test_the_background_of_module_one_learns_only_backward(start, images):
     network = trainable(start)
     bias = network.classification.classifier.bias
-    forward(network, sample(network, images))["forward_1"].backward()
+    forward(network, [sample(network, images)])["forward_1"].backward()
     assert bias.grad is not None and bias.grad[0] == 0
-    backward(network, sample(network, images))["backward_1_single"].backward()
+    backward(network, [sample(network, images)])["backward_1_single"].backward()
     assert bias.grad[0] != 0
 
 
 def test_inference_in_a_phase_is_without_dropout_and_gradients(start, images):
     network = trainable(start)
-    phase = Phase(network, sample(network, images))
+    phase = Phase(network, [sample(network, images)])
     modes = []
     handle = network.refinement.register_forward_hook(lambda *_: modes.append(network.refinement.training))
-    found = [phase.infer(3) for _ in range(2)]
+    found = [phase.infer(3)[0] for _ in range(2)]
     handle.remove()
     assert same(*found) and not found[0].boxes.requires_grad and network.training
 
@@ -310,5 +318,25 @@ def test_what_it_cannot_start_from_is_named(improved, start, images, tmp_path):
     with pytest.raises(InputError, match="tags alone"):
         improve(images, mixed, tmp_path / "run")
     with pytest.raises(InputError, match="another recipe"):
-        improve(images, start, improved, "schedule5.steps=4", resume=True)
+        improve(images, start, improved, "forward_backward.schedule.steps=4", resume=True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_module_1_labels_without_dropout_after_its_losses(start, images, learns):
+    """What `classify` computed in training mode must not become what module 1 infers."""
+    network = trainable(start)
+    network.classification.head.insert(0, torch.nn.Dropout(0.5))
+    network.classification.head.requires_grad_(learns)
+    one = sample(network, images)
+    phase = Phase(network, [one])
+    torch.manual_seed(1)
+    ((x_c, _),) = phase.classify()
+    network.eval()
+    ((expected, _),) = network.infer(1, replace(phase.batch, stem=phase.batch.stem.detach()))
+    network.train()
+    assert same(phase.infer(1)[0], expected)
+    with torch.no_grad():
+        network.eval()
+        quiet, _ = network.classification(network.classification.features(to_batch(network, [one]))[0])
+    assert torch.allclose(x_c, quiet, atol=1e-5) != learns  # a head that learns does drop out in its losses

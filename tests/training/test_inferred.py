@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
-from labelpenet.training.inferred import infer_all, path_of, read_inferred
+from labelpenet.training.inferred import infer_all, read_inferred
 
 CPU = torch.device("cpu")
 N, C = 9, 3
@@ -51,7 +52,7 @@ def stopping_after(count: int, error: type[BaseException] = KeyboardInterrupt):
 
 def whole(run: Path, **options) -> bytes:
     infer_all(run, "module1", IMAGES, guess, CPU, **options)
-    return path_of(run, "module1").read_bytes()
+    return run_folder.instances(run, "module1").read_bytes()
 
 
 def test_what_was_inferred_comes_back(tmp_path):
@@ -81,10 +82,10 @@ def test_an_interruption_costs_a_few_images_and_changes_nothing(tmp_path, done):
     infer, _ = stopping_after(done)
     with pytest.raises(KeyboardInterrupt):
         infer_all(tmp_path / "torn", "module1", IMAGES, infer, CPU)
-    assert not path_of(tmp_path / "torn", "module1").exists()
+    assert not run_folder.instances(tmp_path / "torn", "module1").exists()
     again, asked = stopping_after(N)
     infer_all(tmp_path / "torn", "module1", IMAGES, again, CPU)
-    assert path_of(tmp_path / "torn", "module1").read_bytes() == expected
+    assert run_folder.instances(tmp_path / "torn", "module1").read_bytes() == expected
     kept = N - len(asked)
     assert (kept == done) if torch.get_num_threads() == 1 else (kept <= done)
 
@@ -131,7 +132,7 @@ def test_any_number_of_processes_writes_the_same_file(tmp_path, world):
     for thread in threads:
         thread.join()
     assert not errors
-    assert path_of(tmp_path / "many", "module1").read_bytes() == expected
+    assert run_folder.instances(tmp_path / "many", "module1").read_bytes() == expected
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
@@ -153,7 +154,7 @@ def test_another_error_is_not_swallowed(tmp_path):
     infer, _ = stopping_after(2, Stop)
     with pytest.raises(Stop):
         infer_all(tmp_path, "module1", IMAGES, infer, CPU)
-    assert not path_of(tmp_path, "module1").exists()
+    assert not run_folder.instances(tmp_path, "module1").exists()
 
 
 def test_modules_do_not_mix(tmp_path):
@@ -166,7 +167,7 @@ def test_modules_do_not_mix(tmp_path):
 
 
 def test_what_is_missing_or_damaged_is_named(tmp_path):
-    path = path_of(tmp_path, "module1")
+    path = run_folder.instances(tmp_path, "module1")
     with pytest.raises(InputError, match="module1 has not labelled") as caught:
         read_inferred(tmp_path, "module1", C)
     assert str(path) in str(caught.value)

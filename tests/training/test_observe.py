@@ -13,12 +13,12 @@ from lightning_fabric import Fabric
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from labelpenet.data import AnnotatedImages, TaggedImages, read_image, write_scenes
+from labelpenet.engine.log import MetricsLog, read_metrics
 from labelpenet.errors import InputError
 from labelpenet.evaluation import evaluate
 from labelpenet.formats import open_annotated, open_tagged
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.training import observe
-from labelpenet.training.logging import MetricsLog, read_metrics
 from labelpenet.training.observe import HeldOut, Observer, check_held_out
 from labelpenet.training.pretrain import Training, pretrain, stage
 from tests.models.tiny import lively_mobilenet
@@ -26,9 +26,10 @@ from tests.training.test_pretrain import boxes_of, results, tiny_recipe
 
 UNTIL = 3
 # A random network finds nothing that is sure; these let something through, so that there is something to measure.
-RECIPE = tiny_recipe("schedule2.steps=3", "predict2.min_score=0", "predict2.score_threshold=0.01", "predict2.side=40",
-                     "predict2.iterations=1", "predict3.min_score=0", "predict3.score_threshold=0.01",
-                     "predict3.side=40", "predict3.iterations=1")  # fmt: skip
+RECIPE = tiny_recipe(
+    "modules.2.schedule.steps=3", "modules.*.score_threshold=0.01",
+    *(f"modules.{number}.predict.{one}" for number in (2, 3) for one in ("min_score=0", "side=40", "iterations=1")),
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,15 +18,24 @@ from labelpenet.config import override, recipe, to_dict
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
-from labelpenet.models.backbones import build_backbone
+from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.training.predict import Predictor, predict_images
 
 N = 5
 CLASSES = ("cat", "dog", "sheep")
 SETTINGS = (
-    *("images.test_side=64", "detection.rpn_proposals=12", "segmentation.rpn_proposals=12", "predict2.attended=4"),
-    *("predict4.attended=4", "predict2.iterations=1", "predict4.iterations=1", "infer1.iterations=1"),
+    *(
+        "images.test_side=64",
+        "modules.*.rpn_post_nms_top_n_test=12",
+        "modules.2.predict.max_attention=4",
+    ),
+    *(
+        "modules.4.predict.max_masks=4",
+        "modules.2.predict.iterations=1",
+        "modules.4.predict.iterations=1",
+        "modules.1.predict.iterations=1",
+    ),
 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -17,12 +16,12 @@ from torch import Tensor
 from labelpenet.config import Recipe, override, recipe
 from labelpenet.data.dataset import TaggedImages
 from labelpenet.data.images import read_image
+from labelpenet.data.run_folder import claimed, start_run
 from labelpenet.data.scenes import write_scenes
-from labelpenet.errors import InputError
 from labelpenet.formats.voc import open_tagged
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.training.inferred import read_inferred
-from labelpenet.training.pretrain import Training, cache_features, cached_loss, pretrain, run_facts, start_run
+from labelpenet.training.pretrain import Training, cached_loss, pretrain, run_facts
 from tests.models.tiny import lively_mobilenet
 
 N = 6
@@ -30,13 +29,13 @@ N = 6
 
 def tiny_recipe(*changes: str) -> Recipe:
     assignments = ["images.sides=64,80", "images.test_side=64", "images.longest=128", "proposals.limit=6"]
-    for number in range(1, 5):
-        assignments += [f"schedule{number}.{one}" for one in ("steps=2", "warmup=0", "batch_size=2")]
-    for part in ("detection", "segmentation"):
-        assignments += [f"{part}.anchor_sides=16,32,64", f"{part}.rois=8", f"{part}.rpn_proposals=4"]
-        assignments += [f"{part}.mask_width=8", f"{part}.mask_depth=1", f"{part}.cells=1"]
+    assignments += [f"modules.*.schedule.{one}" for one in ("steps=2", "warmup=0", "batch_size=2")]
+    assignments += ["modules.*.anchor_sides=16,32,64", "modules.*.rois=8", "modules.*.cells=1"]
+    assignments += ["modules.*.rpn_post_nms_top_n_train=4", "modules.*.rpn_post_nms_top_n_test=4"]
+    assignments += ["modules.*.mask_width=8", "modules.*.mask_depth=1"]
     for number in range(1, 4):
-        assignments += [f"infer{number}.side=40", f"infer{number}.iterations=1", f"infer{number}.attended=4"]
+        few = "max_attention=4" if number < 3 else "max_masks=4"
+        assignments += [f"modules.{number}.label.{one}" for one in ("side=40", "iterations=1", few)]
     return override(recipe("best"), [*assignments, *changes])
 
 
@@ -69,7 +68,8 @@ def train(year: Path, run: Path, *changes: str, until: int = 4, resume: bool = F
     fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
     fabric.launch()
     facts = run_facts(network, images, seed, "32-true")
-    start_run(run, facts, resume)
+    with claimed(run):
+        start_run(run, facts, resume)
     training = Training(network, images, boxes_of(images), run, seed, fabric, resume, 0.0, facts)
     pretrain(training, until, say=lambda message: None)
     return network
@@ -128,8 +128,8 @@ def test_training_moves_each_module_and_never_the_stem(straight, scenes):
         return [name for name in before if not torch.equal(before[name], after[name])]
 
     assert not moved("stem")
-    own = set(moved("classification")) - {"weigher.bias"}  # which the softmax over the proposals cancels
-    assert own == {"classifier.weight", "classifier.bias", "weigher.weight"}
+    own = set(moved("classification")) - {"proposal_weights.bias"}  # which the softmax over the proposals cancels
+    assert own == {"classifier.weight", "classifier.bias", "proposal_weights.weight"}
     for part in MODULES[1:]:
         names = moved(part)
         assert any(name.startswith("head.") for name in names) and "classifier.weight" in names
@@ -143,11 +143,11 @@ class Interrupter:
         self.left = 10**9
         real = LabelPEnet.stem_map
 
-        def stem_map(network: LabelPEnet, view: object) -> Tensor:
+        def stem_map(network: LabelPEnet, *views: object) -> Tensor:
             self.left -= 1
             if self.left < 0:
                 raise KeyboardInterrupt
-            return real(network, view)
+            return real(network, *views)
 
         monkeypatch.setattr(LabelPEnet, "stem_map", stem_map)
 
@@ -214,11 +214,11 @@ def test_the_seed_matters(straight, scenes, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [
-    ("classification.freeze_head=false",),
-    ("classification.contrast=true", "classification.form=wsddn", "classification.pool=max"),
+    ("modules.1.freeze_head=false",),
+    ("modules.1.freeze_head=false", "modules.1.pool=max"),
 ])  # fmt: skip
 def test_module_one_is_also_trained_through_its_head(scenes, tmp_path, changes):
-    train(scenes, tmp_path / "run", *changes, "schedule1.steps=1", until=1)
+    train(scenes, tmp_path / "run", *changes, "modules.1.schedule.steps=1", until=1)
     assert not (tmp_path / "run/cache").exists()
     assert (tmp_path / "run/instances/module1.json").is_file()
 
@@ -242,55 +242,8 @@ def test_nothing_is_learnt_from_an_image_that_could_not_be_read(tmp_path):
     network = LabelPEnet(lively_mobilenet(7), images.classes, tiny_recipe())
     fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
     training = Training(network, images, boxes_of(images), tmp_path / "run", 0, fabric)
-    cache_features(training)
+    training.features.compute_all(images.images)
     loss = cached_loss(training)
     assert loss([2], 0) == {}
     for others in ([1], [1, 4]):
         assert torch.equal(loss([*others, 2], 0)["multi_label"], loss(others, 0)["multi_label"])
-
-
-# -------------------------------------------------------------------------------------------------------- run folders
-
-
-FACTS = {"classes": ["a", "b"], "seed": 0, "recipe": {"images": {"sides": (480, 576)}}}
-
-
-def test_a_run_folder_is_made_and_taken_up_again(tmp_path):
-    run = tmp_path / "some" / "run"
-    start_run(run, FACTS, False)
-    assert json.loads((run / "run.json").read_text()) == json.loads(json.dumps(FACTS))
-    start_run(run, FACTS, True)
-    start_run(tmp_path / "other", FACTS, True)  # --resume where nothing was begun is a start
-    (tmp_path / "empty").mkdir()
-    start_run(tmp_path / "empty", FACTS, False)
-
-
-def test_a_run_folder_in_use_is_left_alone(tmp_path):
-    start_run(tmp_path / "run", FACTS, False)
-    before = (tmp_path / "run/run.json").read_bytes()
-    with pytest.raises(InputError, match="--resume"):
-        start_run(tmp_path / "run", FACTS, False)
-    with pytest.raises(InputError, match="another seed, recipe"):
-        start_run(tmp_path / "run", FACTS | {"seed": 1, "recipe": {}}, True)
-    assert (tmp_path / "run/run.json").read_bytes() == before
-    foreign = tmp_path / "photos"
-    foreign.mkdir()
-    (foreign / "cat.jpg").write_bytes(b"")
-    with pytest.raises(InputError, match="choose another --out"):
-        start_run(foreign, FACTS, False)
-    assert [path.name for path in foreign.iterdir()] == ["cat.jpg"]
-
-
-@pytest.mark.parametrize("content", [b'{"classes": [', b"[1]", b"3", b"", b"\xff\xfe"])
-def test_a_damaged_run_file_is_named(tmp_path, content):
-    start_run(tmp_path, FACTS, False)
-    (tmp_path / "run.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"run\.json: damaged"):
-        start_run(tmp_path, FACTS, True)
-
-
-def test_a_run_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_bytes(b"")
-    for run in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(InputError, match="choose another --out"):
-            start_run(run, FACTS, False)

@@ -15,21 +15,23 @@ from lightning_fabric import Fabric
 from PIL import Image
 
 from labelpenet import config
-from labelpenet.calibration import CalibrationSettings
 from labelpenet.cli import main
-from labelpenet.config import override, recipe
+from labelpenet.config import Calibration, override, recipe
 from labelpenet.data import AnnotatedImages, Truth, write_scenes
 from labelpenet.errors import InputError
 from labelpenet.evaluation import evaluate
 from labelpenet.formats import open_annotated, open_tagged
+from labelpenet.formats.coco import export_coco
+from labelpenet.formats.review import Reviewed, write_review
 from labelpenet.instances import Instances, masks_to_boxes
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.training.inferred import read_inferred
-from labelpenet.training.pretrain import Training, detector_loss, load_targets
+from labelpenet.training.pretrain import Training, load_samples, module_loss
 from labelpenet.training.run import train_run
 from labelpenet.training.supervised import (
     fully_supervised,
     match,
+    open_supervision,
     presentations,
     read_supervision,
     true_objects,
@@ -168,18 +170,15 @@ def test_difficult_objects_are_learnt_and_crowds_and_empty_boxes_are_not():
 
 
 def test_full_supervision_has_as_many_presentations_as_the_weak_detectors_together():
-    for one in (config.best(), override(config.demo(), ["schedule4.batch_size=3", "schedule2.batch_size=8"])):
+    changed = ["modules.4.schedule.batch_size=3", "modules.2.schedule.batch_size=8"]
+    for one in (config.best(), override(config.demo(), changed)):
         full = fully_supervised(one)
-        assert (
-            abs(full.schedule4.steps * full.schedule4.batch_size - presentations(one)) <= one.schedule4.batch_size / 2
-        )
-        assert full.infer4.background == one.predict3.background
-        assert full.predict4.background == one.predict3.background
-        assert replace(full, schedule4=one.schedule4, infer4=one.infer4, predict4=one.predict4) == one
-    assert presentations(config.best()) == sum(
-        getattr(config.best(), f"schedule{k}").steps * getattr(config.best(), f"schedule{k}").batch_size
-        for k in (2, 3, 4)
-    )
+        schedule = full.modules[3].schedule
+        assert abs(schedule.steps * schedule.batch_size - presentations(one)) <= schedule.batch_size / 2
+        assert replace(full.modules[3], schedule=one.modules[3].schedule) == one.modules[3]
+        assert replace(full, modules=one.modules) == one and full.modules[:3] == one.modules[:3]
+    later = [module.schedule for module in config.best().modules[1:]]
+    assert presentations(config.best()) == sum(one.steps * one.batch_size for one in later)
 
 
 # ------------------------------------------------------------------------------------- images with boxes only
@@ -190,7 +189,7 @@ def test_an_image_with_boxes_only_teaches_boxes_and_no_masks(kit, tmp_path):
     network = LabelPEnet(lively_mobilenet(7), images.classes, tiny_recipe())
     training = Training(network, images, boxes_of(images), tmp_path, 0, Fabric(accelerator="cpu", devices=1))
     truths = read_supervision("full", open_annotated(kit, "train")).truths
-    load, loss = load_targets(training, truths, 4), detector_loss(training, 4)
+    load, loss = load_samples(training, truths, masks=True), module_loss(training, 4)
     for index, image in enumerate(images.images[:5]):
         torch.manual_seed(0)
         network.zero_grad()
@@ -221,7 +220,7 @@ def test_a_true_box_takes_the_mask_that_was_inferred_for_it_or_what_the_crf_find
     masks = torch.stack([own, square(size, 36, 12, 60, 36), square(size, 0, 0, 5, 5)])
     # the second is of another class than the box that it fits, the third of the right one elsewhere
     found = Instances(masks_to_boxes(masks), torch.tensor([0, 2, 1]), torch.rand(3), size, masks)
-    settings = CalibrationSettings(background=0.5, sxy_bilateral=20.0, srgb=8.0, compat_bilateral=5.0)
+    settings = Calibration(threshold=0.5, sxy_bilateral=20.0, srgb=8.0, compat_bilateral=5.0)
     result = with_masks(truth, found, image, settings)
     assert torch.equal(result.boxes, boxes) and torch.equal(result.labels, truth.labels)
     assert result.weights.tolist() == [1, 1, 1]
@@ -240,11 +239,11 @@ def test_true_boxes_are_kept_whatever_was_inferred(count):
     found = Instances.empty((40, 50), with_masks=True)
     if count:  # masks that lie elsewhere than the boxes that they come with
         found = Instances(truth.boxes, truth.labels, torch.ones(3), (40, 50), torch.zeros(3, 40, 50, dtype=torch.bool))
-    result = with_masks(truth, found, image, CalibrationSettings(iterations=1))
+    result = with_masks(truth, found, image, Calibration(iterations=1))
     assert torch.equal(result.boxes, truth.boxes) and result.masks.flatten(1).any(1).all()
     tight = masks_to_boxes(result.masks)
     assert (tight[:, :2] >= truth.boxes[:, :2].floor()).all() and (tight[:, 2:] <= truth.boxes[:, 2:].ceil()).all()
-    assert len(with_masks(truth[:0], found, image, CalibrationSettings())) == 0
+    assert len(with_masks(truth[:0], found, image, Calibration())) == 0
     assert match(truth, found)[1].tolist() == [bool(count)] * 3
 
 
@@ -340,8 +339,8 @@ def test_what_does_not_go_together_is_refused(kit, folder, tmp_path, capsys):
 def test_full_supervision_learns(tmp_path):
     year = write_scenes(tmp_path / "scenes", train=40, val=16, size=(96, 96), seed=1)
     annotated, held_out = open_annotated(year, "train"), open_annotated(year, "val")
-    changes = ["images.sides=96", "images.test_side=96", "schedule0.steps=60", "schedule4.steps=120"]
-    one = override(recipe("demo"), [*changes, "schedule2.steps=1", "schedule3.steps=1"])
+    changes = ["images.sides=96", "images.test_side=96", "warm_up.steps=60", "modules.4.schedule.steps=120"]
+    one = override(recipe("demo"), [*changes, "modules.2.schedule.steps=1", "modules.3.schedule.steps=1"])
     network = train_run(
         annotated.tagged, tmp_path / "run", one, backbone="tiny", device="cpu", cache=tmp_path / "cache",
         supervision=read_supervision("full", annotated),
@@ -349,3 +348,86 @@ def test_full_supervision_learns(tmp_path):
     found = {image.id: network.predict(image.path) for image in held_out.tagged.images}
     result = evaluate(found, held_out.truths(), held_out.tagged.classes)
     assert result["mask"]["mAP@0.5"] > 0.15  # 0.33 when this was written; 0.01 after a single step
+
+
+# --------------------------------------------------------------------------------------------- what was corrected
+
+
+def reviewed(kit: Path, path: Path, said: dict[str, str], label: int | None = None) -> Path:
+    """A file of the review page with the true objects of the accepted photographs; all of class ``label`` if given."""
+    images = open_tagged(kit, "train")
+    rows = {}
+    for name, status in said.items():
+        one = objects(kit)[name]
+        categories = [label + 1] * CLASSES if label is not None else range(1, CLASSES + 1)
+        kept = one.to_coco(name, categories) if status == "accepted" else []
+        rows[name] = Reviewed(status, one.image_size, kept)  # type: ignore[arg-type]
+    return write_review(path, rows, images.images, images.classes)
+
+
+def test_corrected_objects_and_tags_are_learnt_dropped_photographs_are_not_and_rejected_ones_go_by_their_tags(
+    kit, tmp_path
+):
+    said = dict(zip(("train_00005", "train_00006", "train_00007"), ("accepted", "rejected", "dropped"), strict=True))
+    file = reviewed(kit, tmp_path / "review.json", said, label=2)
+    images = open_tagged(kit, "train")
+    found = open_supervision("mixed", kit, "train", images, None, [file])
+    assert found is not None and set(found.truths) == {"train_00005"}  # DATA's own annotation is not read
+    truth = objects(kit)["train_00005"]
+    assert found.truths["train_00005"].labels.tolist() == [2] * len(truth)
+    assert found.truths["train_00005"].masks is not None and truth.masks is not None
+    assert bool((found.truths["train_00005"].masks == truth.masks).all())
+    used = found.images(images)
+    tags = {image.id: image.tags for image in used.images}
+    assert len(tags) == 7 and "train_00007" not in tags and tags["train_00005"] == (2,)
+    assert tags["train_00006"] == next(image.tags for image in images.images if image.id == "train_00006")
+    text = "\n".join(found.notes)
+    assert "1 images with masks" in text and "1 images are left out" in text and "of 1 of which the tags change" in text
+
+
+def test_a_correction_stands_in_for_annotation_and_all_else_is_as_listed(kit, folder, tmp_path):
+    file = reviewed(kit, tmp_path / "review.json", {MASKED[0]: "accepted", MASKED[1]: "dropped"}, label=1)
+    found = open_supervision("mixed", kit, "train", open_tagged(kit, "train"), folder / "supervised.txt", [file])
+    assert found is not None and set(found.truths) == {MASKED[0], MASKED[2], *BOXED}
+    assert set(found.truths[MASKED[0]].labels.tolist()) == {1}
+
+
+def test_corrections_of_other_tools_are_matched_by_file_and_their_classes_by_name(kit, tmp_path):
+    images = open_tagged(kit, "train")
+    chosen = images.images[2:4]
+    truth = {image.id: objects(kit)[image.id] for image in chosen if image.id in MASKED}
+    turned = {
+        name: Instances(one.boxes, CLASSES - 1 - one.labels, one.weights, one.image_size, one.masks)
+        for name, one in truth.items()
+    }
+    export_coco(turned, chosen, images.classes[::-1], tmp_path / "labels")
+    found = open_supervision("mixed", kit, "train", images, None, [tmp_path / "labels" / "annotations.json"])
+    assert found is not None and set(found.truths) == set(truth)
+    for name, one in truth.items():
+        assert found.truths[name].labels.tolist() == one.labels.tolist()
+        assert bool((found.truths[name].masks == one.masks).all())
+
+
+def test_what_cannot_be_meant_is_refused_in_one_line(kit, tmp_path, capsys):
+    file = reviewed(kit, tmp_path / "review.json", {MASKED[0]: "accepted"})
+    twin = reviewed(kit, tmp_path / "twin.json", {MASKED[0]: "dropped"})
+    none = reviewed(kit, tmp_path / "none.json", {MASKED[0]: "dropped"})
+    stranger = tmp_path / "stranger.json"
+    stranger.write_text(file.read_text().replace(MASKED[0], "elsewhere"))
+    torn = tmp_path / "torn.json"
+    torn.write_text(file.read_text().replace('"status"', '"state"'))
+    small = tmp_path / "small.json"
+    small.write_text(file.read_text().replace('"height": 96', '"height": 95'))
+    train = train_arguments(kit, tmp_path / "run")
+    mixed = ("--supervision", "mixed", "--corrected")
+    for options, message in (
+        (("--corrected", str(file)), "goes with --supervision mixed"),
+        ((*mixed, str(file), str(twin)), "leave one of them out"),
+        ((*mixed, str(none)), "nothing was accepted"),
+        ((*mixed, str(stranger)), "says nothing of the photographs"),
+        ((*mixed, str(torn)), "damaged"),
+        ((*mixed, str(small)), "correct it again or take it out"),
+        ((*mixed, str(tmp_path / "missing.json")), "no such file"),
+    ):
+        assert message in one_line([*train, *options], capsys), options
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,77 @@
+"""Class-wise non-maximum suppression, of boxes with a memory of who suppressed whom, and of masks.
+
+Shape letters: ``M`` boxes, ``K`` kept ones, ``N`` instances.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import box_iou, nms
+
+from labelpenet.instances import Instances
+
+
+def nms_groups(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Class-wise greedy NMS that also tells which kept box suppressed each box.
+
+    Args:
+        boxes: (M, 4) on the CPU.
+        scores: (M,).
+        labels: (M,).
+        threshold: boxes of a class with a larger IoU suppress one another.
+
+    Returns:
+        keep: (K,) indices of the kept boxes, by descending score; leader: (M,) index of the kept box that suppressed
+        each one, its own for a kept box.
+    """
+    if not len(boxes):
+        return labels.new_zeros(0), labels.new_zeros(0)
+    boxes, scores = boxes.float(), scores.float()
+    keeps, leader = [], torch.empty(len(boxes), dtype=torch.long)
+    # Class by class: batched_nms shifts the classes apart, which rounds the corners and so moves overlaps across the
+    # threshold; in double precision, as NMS itself compares, for the same reason.
+    for label in labels.unique():
+        own = torch.where(labels == label)[0]
+        keep = own[nms(boxes[own], scores[own], threshold)]
+        suppresses = box_iou(boxes[own], boxes[keep]).double() > threshold
+        # the first that holds is the best scored: the one greedy NMS meets first
+        leader[own] = keep[suppresses.float().argmax(1)]
+        leader[keep] = keep
+        keeps.append(keep)
+    keep = torch.cat(keeps)
+    return keep[scores[keep].argsort(descending=True, stable=True)], leader
+
+
+def rank_within_class(labels: Tensor) -> Tensor:
+    """For boxes (M,), best first, the number of better ones of the same class."""
+    same = labels[:, None] == labels[None]
+    return torch.tril(same, diagonal=-1).sum(1)
+
+
+def mask_nms(found: Instances, threshold: float | None) -> Tensor:
+    """Class-wise greedy NMS of masks.
+
+    Args:
+        found: N instances with masks, on the CPU.
+        threshold: masks of a class with a larger IoU suppress one another; None keeps all.
+
+    Returns:
+        (K,) indices of the kept instances, in order.
+    """
+    masks = found.compact_masks
+    if threshold is None or len(found) < 2 or masks is None:
+        return torch.arange(len(found))
+    areas, labels = masks.areas(), found.labels.tolist()
+    kept: list[int] = []
+    for index in found.weights.argsort(descending=True, stable=True).tolist():
+        same = [other for other in kept if labels[other] == labels[index]]
+        shared = [masks.overlap(index, other) for other in same]
+        unions = [areas[index] + areas[other] - both for other, both in zip(same, shared, strict=True)]
+        if not any(
+            np.float32(both) / np.float32(max(union, 1)) > np.float32(threshold)
+            for both, union in zip(shared, unions, strict=True)
+        ):
+            kept.append(index)
+    return torch.tensor(sorted(kept))

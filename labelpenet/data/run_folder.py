@@ -1,0 +1,178 @@
+"""The run folder: every path in it, whose it is, and which photographs it was made from.
+
+It lies this low in the house because everyone reads from it: a network its weights, a report the instances.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from labelpenet.data.files import listing, locked, read_json, write_json
+from labelpenet.errors import InputError
+
+_LOCK = ".lock"
+
+
+def facts(run: Path) -> Path:
+    """Classes, backbone, recipe and all else that a resumed run must share."""
+    return run / "run.json"
+
+
+def photographs(run: Path) -> Path:
+    """The content hash of each training photograph."""
+    return run / "images.json"
+
+
+def weights(run: Path, part: str) -> Path:
+    """The weights of the stem or a module."""
+    return run / "weights" / f"{part}.safetensors"
+
+
+def instances(run: Path, module: str) -> Path:
+    """What a module inferred for the training photographs."""
+    return run / "instances" / f"{module}.json"
+
+
+def review(run: Path) -> Path:
+    """What a person said of the labels on the review page."""
+    return run / "review.json"
+
+
+def predictions(run: Path, split: str, number: int) -> Path:
+    """What module ``number`` predicts for a held-out split."""
+    return run / "predictions" / f"{Path(split).stem}-module{number}.json"
+
+
+def features(run: Path) -> Path:
+    """The folder of module 1's RoI features."""
+    return run / "cache" / "features"
+
+
+def checkpoints(run: Path, stage: str) -> Path:
+    """The folder of a stage's checkpoints."""
+    return run / "checkpoints" / stage
+
+
+def tensorboard(run: Path, stage: str) -> Path:
+    """The folder of a stage's scalars and pictures."""
+    return run / "tensorboard" / stage
+
+
+def metrics(run: Path) -> Path:
+    """The rows of all stages."""
+    return run / "metrics.jsonl"
+
+
+def environment(run: Path) -> Path:
+    """Versions, machine and command line."""
+    return run / "environment.json"
+
+
+def results(run: Path) -> Path:
+    """What `measure` found."""
+    return run / "results.json"
+
+
+@contextlib.contextmanager
+def claimed(run: Path) -> Iterator[None]:
+    """The folder, made where it is missing, for this process alone; the claim ends with the process at the latest.
+
+    Raises:
+        InputError: it holds something else than a run, cannot be made, or another process works on it.
+    """
+    try:
+        inside = {path.name for path in run.iterdir()} if run.is_dir() else set()
+        # a run that was killed before run.json had its name left these
+        if inside - {_LOCK, f"{facts(run).name}.tmp"} and facts(run).name not in inside:
+            raise InputError(f"{run}: is not empty and holds no run; choose another --out")
+        run.mkdir(parents=True, exist_ok=True)
+        lock = contextlib.ExitStack()
+        free = lock.enter_context(locked(run / _LOCK))
+    except OSError as error:
+        raise InputError(f"{run}: cannot be written ({error.strerror}); choose another --out") from error
+    with lock:
+        if not free:
+            raise InputError(f"{run}: another process is working on it; wait until it ends or choose another --out")
+        yield
+
+
+def start_run(run: Path, given: Mapping[str, Any], resume: bool) -> None:
+    """Writes the facts of a new run, or checks that the run there has the same; the caller has `claimed` the folder.
+
+    Raises:
+        InputError: there is a run and ``resume`` is not asked for, it has other facts, or its facts are damaged.
+    """
+    path = facts(run)
+    if not path.is_file():
+        write_json(path, given, "choose another --out", indent=1)
+        return
+    if not resume:
+        raise InputError(f"{run}: holds a run already; continue it with --resume or choose another --out")
+    saved = read_facts(run)
+    # where the images were read from may be spelt differently; which images they are may not differ
+    # and a run on tags says nothing of its supervision
+    compared = [key for key in dict.fromkeys([*given, "supervision"]) if key != "source"]
+    differing = [key for key in compared if json.dumps(saved.get(key)) != json.dumps(given.get(key))]
+    if differing:
+        raise InputError(
+            f"{run}: was started with another {', '.join(differing)}; resume with the same settings or choose "
+            "another --out"
+        )
+
+
+def read_facts(run: Path) -> dict[str, Any]:
+    """The facts of a run folder.
+
+    Raises:
+        InputError: not a run folder, or damaged.
+    """
+    path = facts(run)
+    if not path.is_file():
+        raise InputError(f"{run}: not a run folder (no {path.name}); give what labelpenet train wrote with --out")
+    try:
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise InputError(f"holds a {type(found).__name__}")
+    except InputError as error:
+        line = str(error).removeprefix(f"{path}: ")
+        raise InputError(f"{path}: damaged ({line}); train again into a new folder") from error
+    return found
+
+
+def check_photographs(run: Path, contents: Mapping[str, str | None]) -> str:
+    """Compares the photographs with those that the run was started with, by content.
+
+    As long as nothing is trained, other photographs are taken up: what is cached is named after their content.
+
+    Args:
+        contents: by image id the content's hash; None for a file that cannot be read.
+
+    Returns:
+        A note, empty where nothing has changed.
+
+    Raises:
+        InputError: photographs have changed and modules are trained on the old ones.
+    """
+    path = photographs(run)
+    before = {}
+    if path.is_file():
+        try:
+            before = read_json(path)
+        except InputError as error:
+            raise InputError(
+                f"{path}: damaged; delete it if the photographs are still those that the run was started with"
+            ) from error
+    changed = [name for name, content in contents.items() if before and before.get(name) != content]
+    trained = [one for one in (run / "weights").glob("*.safetensors") if one != weights(run, "stem")]
+    if changed and (trained or any((run / "checkpoints").glob("*/*.pt"))):
+        raise InputError(
+            f"{run}: {len(changed)} photographs have changed since it was started ({listing(changed, 3)}) and modules "
+            "are trained on the old ones; put those back to resume, or train into another --out"
+        )
+    if changed or not before:
+        write_json(path, contents)
+    return f"{len(changed)} photographs have changed ({listing(changed, 3)}): taken as they are now" if changed else ""

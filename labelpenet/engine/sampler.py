@@ -1,0 +1,156 @@
+"""Which images a step sees, and every seed.
+
+Everything random in a step is a pure function of (seed, stage, step, position in the batch): which images it sees, how
+they are augmented, what is dropped or sampled. So a run continues from model, optimiser and step alone, bit for bit on
+the CPU, and any number of processes sees the same images with the same draws.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from labelpenet.engine.stage import Stage
+from labelpenet.errors import InputError
+
+_STEPS_AHEAD = 2  # how many steps' images are loaded while one is trained on
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Images of a batch that go through the loss together.
+
+    Attributes:
+        position: that of the first one in the batch of all processes.
+        indices: of the images.
+        batch: gives what the loss gets, and waits for it where it is loaded ahead.
+    """
+
+    position: int
+    indices: list[int]
+    batch: Callable[[], Any]
+
+
+class Sampler:
+    """What a process is fed in a stage: its passes of each step."""
+
+    def __init__(self, stage: Stage, seed: int, rank: int, world: int) -> None:
+        self.stage, self.seed, self.rank, self.world = stage, seed, rank, world
+
+    def whole_batch(self, step: int) -> list[int]:
+        """The images of a step in all processes."""
+        return self._draw(step, 0, 1)
+
+    @contextmanager
+    def passes(self, start: int) -> Iterator[Iterator[list[Pass]]]:
+        """The passes of each step from ``start`` on; loaded ahead in threads if the stage can load."""
+        if self.stage.load is None:
+            yield (self._begin(step, None) for step in range(start, self.stage.steps))
+            return
+        pool = ThreadPoolExecutor(max(self.stage.workers, 1), thread_name_prefix="load")
+        try:
+            yield self._ahead(range(start, self.stage.steps), pool)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _ahead(self, steps: range, pool: ThreadPoolExecutor) -> Iterator[list[Pass]]:
+        waiting = deque(self._begin(step, pool) for step in steps[:_STEPS_AHEAD])
+        for step in steps:
+            if step + _STEPS_AHEAD < steps.stop:
+                waiting.append(self._begin(step + _STEPS_AHEAD, pool))
+            yield waiting.popleft()
+
+    def _begin(self, step: int, pool: ThreadPoolExecutor | None) -> list[Pass]:
+        stage, found = self.stage, []
+        indices = self._draw(step, self.rank, self.world)
+        for start in range(0, len(indices), stage.images_per_pass):
+            position, share = self.rank * len(indices) + start, indices[start : start + stage.images_per_pass]
+            if pool is None or stage.load is None:
+                found.append(Pass(position, share, partial(list, share)))
+                continue
+            seed = stream_seed(self.seed, stage.name, step // stage.repeat, position, "load")
+            loaded = pool.submit(stage.load, share, torch.Generator().manual_seed(seed))
+            found.append(Pass(position, share, loaded.result))
+        return found
+
+    def _draw(self, step: int, rank: int, world: int) -> list[int]:
+        stage = self.stage
+        draw = len(stage.images), stage.batch_size, self.seed, stage.name, step // stage.repeat
+        return batches(*draw, rank, world)
+
+
+def stream_seed(seed: int, stage: str, step: int, position: int = 0, use: str = "") -> int:
+    """A seed in [0, 2^63) that depends on every argument and on nothing else."""
+    key = f"{seed}\0{stage}\0{step}\0{position}\0{use}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 1
+
+
+def seed_step(seed: int, stage: str, step: int, position: int = 0) -> None:
+    """Seeds the global generators of torch (all devices), numpy and Python.
+
+    Args:
+        seed: of the run.
+        stage: name of the stage.
+        step: from 0.
+        position: of the first image of the pass in the batch of all processes; a loss that wants the draws of an image
+            not to depend on its neighbours calls this for each image.
+    """
+    value = stream_seed(seed, stage, step, position)
+    torch.manual_seed(value)
+    np.random.seed(value % 2**32)  # noqa: NPY002 - libraries that the losses call draw from the global generator
+    random.seed(value)
+
+
+def batches(
+    n_images: int,
+    batch_size: int,
+    seed: int,
+    stage: str,
+    step: int,
+    rank: int = 0,
+    world: int = 1,
+) -> list[int]:
+    """The images of a step: this process's share of the batch.
+
+    The images come in one endless stream, a fresh permutation an epoch, so that within any epoch each image is seen
+    once (a batch may reach into the next epoch).
+
+    Args:
+        n_images: number of training images.
+        batch_size: images per step over all processes; a multiple of ``world``.
+        seed, stage, step: what the draw depends on.
+        rank, world: this process and the number of processes.
+
+    Returns:
+        ``batch_size / world`` image indices; those of all ranks, one after the other, are those of one process.
+
+    Raises:
+        InputError: there is no image, or ``batch_size`` cannot be shared evenly.
+    """
+    if n_images < 1:
+        raise InputError(f"stage {stage} has no training image; check the data set and the classes asked for")
+    if batch_size < 1 or batch_size % world:
+        raise InputError(
+            f"a batch of {batch_size} cannot be shared by {world} processes; make it a multiple of {world}"
+        )
+    chosen = []
+    for position in range(step * batch_size, (step + 1) * batch_size):
+        epoch, place = divmod(position, n_images)
+        chosen.append(int(_permutation(n_images, seed, stage, epoch)[place]))
+    share = batch_size // world
+    return chosen[rank * share : (rank + 1) * share]
+
+
+@lru_cache(maxsize=16)
+def _permutation(n: int, seed: int, stage: str, epoch: int) -> np.ndarray:
+    return np.random.default_rng(stream_seed(seed, stage, epoch, use="images")).permutation(n)

@@ -1,0 +1,441 @@
+"""The training loop, for any module and loss.
+
+The batch of a step is cut into *passes* of `Stage.images_per_pass` images; their gradients are accumulated, then summed
+over the processes. As the cut does not depend on the number of processes, neither does the result, but for rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from labelpenet.data import run_folder
+from labelpenet.engine.checkpoint import (
+    check_configuration,
+    checkpoints,
+    git_revision,
+    load_checkpoint,
+    plain,
+    save_checkpoint,
+    versions,
+)
+from labelpenet.engine.distributed import Machine
+from labelpenet.engine.log import MetricsLog, Progress, Row, memory_mb, write_environment
+from labelpenet.engine.sampler import Pass, Sampler, seed_step
+from labelpenet.engine.stage import Stage
+from labelpenet.errors import InputError
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+def train_stage(
+    stage: Stage,
+    run_dir: Path,
+    *,
+    seed: int = 0,
+    config: Mapping[str, Any] | None = None,
+    fabric: Fabric | None = None,
+    resume: bool = False,
+    checkpoint_minutes: float = 10.0,
+    log_every: int = 20,
+    log: Callable[[str], None] | None = None,
+) -> None:
+    """Trains a stage to its end, or continues it; ``stage.module`` then holds the result.
+
+    Writes ``RUN/checkpoints/STAGE``, ``RUN/metrics.jsonl``, ``RUN/tensorboard/STAGE`` and ``RUN/environment.json``.
+    With several processes all must see the same run folder.
+
+    Args:
+        stage: what to train.
+        run_dir: the run folder.
+        seed: of everything random.
+        config: the run's configuration, plain values; kept in the checkpoint, and a resumed run must have the same.
+        fabric: a launched Fabric: device, precision (``32-true``, ``bf16-mixed`` or ``16-mixed``), processes; None for
+            one process on the CPU.
+        resume: continue from the newest checkpoint, start where there is none; a finished stage is only loaded.
+        checkpoint_minutes: time between checkpoints; 0 for one after every step.
+        log_every: steps between rows of metrics.
+        log: where messages and plain lines of progress go; None for the terminal.
+
+    Raises:
+        InputError: nothing can be trained with these arguments, the configuration has changed, every checkpoint is
+            damaged, the disk is full, or `MAX_SKIPPED_IN_A_ROW` steps in a row failed (the state is saved).
+        KeyboardInterrupt: on Ctrl-C or SIGTERM, after the step was finished and the state saved.
+    """
+    trainer = _Trainer(stage, Path(run_dir), seed, config or {}, Machine(fabric), log_every)
+    notes = trainer.restore(resume)
+    with Progress(stage.name, stage.steps, trainer.step, _silent if trainer.machine.rank else log) as progress:
+        for note in notes:
+            progress.say(note)
+        if trainer.step < stage.steps:
+            trainer.train(checkpoint_minutes, progress)
+    trainer.finish()
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What became of a step.
+
+    Attributes:
+        problems: a line for each pass that gave nothing to learn from; if there is any, the step is skipped.
+        stop, save: what the processes have agreed on.
+        overflow: the gradient left the range of half precision, and the step is skipped.
+    """
+
+    problems: list[str]
+    stop: bool
+    save: bool
+    overflow: bool = False
+
+
+class _Trainer:
+    """A stage while it is being trained: what is saved, how it comes back, and one step."""
+
+    def __init__(
+        self, stage: Stage, run_dir: Path, seed: int, config: Mapping[str, Any], machine: Machine, log_every: int
+    ) -> None:
+        stage.check(machine.world)
+        self.sampler = Sampler(stage, seed, machine.rank, machine.world)
+        self.stage, self.run_dir, self.seed, self.machine, self.log_every = stage, run_dir, seed, machine, log_every
+        self.folder = run_folder.checkpoints(run_dir, stage.name)
+        self.source = {"versions": versions(), "git": git_revision()}
+        self.config = plain({"run": config, "stage": stage.facts(seed, machine.precision)})
+        stage.module.to(machine.device)
+        self.parameters = [p for p in stage.module.parameters() if p.requires_grad]
+        self.optimiser = stage.optimiser.build(self.parameters)
+        trained = {id(p) for p in self.parameters}
+        self.average = {
+            name: p.detach().clone()
+            for name, p in stage.module.named_parameters()
+            if stage.ema is not None and id(p) in trained
+        }
+        self.step = 0
+        self.skipped = 0
+        self.rows: list[Row] = []
+        # Sums since the last row of metrics; in the checkpoint, so that a row does not depend on interruptions.
+        self.window: dict[str, float] = {}
+        self.clock = {"steps": 0.0, "seconds": 0.0, "waited": 0.0}
+
+    def restore(self, resume: bool) -> list[str]:
+        """Takes up the newest checkpoint, if there is one; returns what there is to say about it.
+
+        Raises:
+            InputError: see `train_stage`.
+        """
+        if not resume and checkpoints(self.folder):
+            raise InputError(
+                f"{self.run_dir} already holds checkpoints of {self.stage.name}; continue with --resume, "
+                "or start in another folder"
+            )
+        state, notes = load_checkpoint(self.folder)
+        if state is None:
+            self.machine.share([*self.stage.module.parameters(), *self.stage.module.buffers()])
+            return notes
+        state["config"]["stage"].pop("groups", None)  # of checkpoints that knew groups of images, and had none
+        check_configuration(state["config"], self.config, self.run_dir)
+        try:
+            self.stage.module.load_state_dict(state["model"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            for name, value in self.average.items():
+                value.copy_(state["average"][name])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise InputError(
+                f"the newest checkpoint in {self.folder} does not fit this model; use the version and settings "
+                "that it was made with, or start in another folder"
+            ) from error
+        if state["scaler"]:
+            self.machine.scaler.load_state_dict(state["scaler"])
+        self.step, self.skipped, self.rows = state["step"], state["skipped"], state["metrics"]
+        if self.machine.rank == 0:
+            self.window = state["window"]
+        old, new = state["source"]["versions"], versions()
+        changes = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
+        if changes:
+            notes.append(f"{self.stage.name} was saved under other versions: {', '.join(changes)}")
+        if 0 < self.step < self.stage.steps:
+            notes.append(f"{self.stage.name} continues after step {self.step} of {self.stage.steps}")
+        return notes
+
+    def save(self) -> None:
+        """Writes a checkpoint (first process); if that fails, it fails in every process.
+
+        Raises:
+            InputError: the disk is full or the folder cannot be written.
+        """
+        self._gather_window()
+        problem = None
+        if self.machine.rank == 0:
+            state = {
+                "stage": self.stage.name,
+                "step": self.step,
+                "model": self.stage.module.state_dict(),
+                "optimiser": self.optimiser.state_dict(),
+                "scaler": self.machine.scaler.state_dict(),
+                "average": self.average,
+                "skipped": self.skipped,
+                "window": self.window,
+                "metrics": self.rows,
+                "config": self.config,
+                "source": self.source,
+            }
+            try:
+                save_checkpoint(self.folder, self.step, state)
+            except InputError as error:
+                problem = str(error)
+        problem = self.machine.gather(problem)[0]
+        if problem is not None:
+            raise InputError(problem)
+
+    def finish(self) -> None:
+        """Puts the averaged weights into the module, where there are any."""
+        with torch.no_grad():
+            for name, parameter in self.stage.module.named_parameters():
+                if name in self.average:
+                    parameter.copy_(self.average[name])
+
+    def train(self, checkpoint_minutes: float, progress: Progress) -> None:
+        """Trains from the current step to the last one."""
+        stage = self.stage
+        metrics = self._open_metrics()
+        checkpoint, observation = _Timer(checkpoint_minutes), _Timer(stage.observe_minutes)
+        in_a_row = 0
+        outcome = _Outcome([], stop=False, save=False)
+        stage.module.train()
+        try:
+            with _signals() as interrupted, self.sampler.passes(self.step) as steps:
+                for passes in steps:
+                    began = time.monotonic()
+                    outcome = self.advance(passes, interrupted.is_set, checkpoint.over)
+                    self.clock["seconds"] += time.monotonic() - began
+                    for problem in outcome.problems:
+                        progress.say(f"{stage.name}: step {self.step} skipped, {problem}")
+                    in_a_row = in_a_row + 1 if outcome.problems or outcome.overflow else 0
+                    if self.step % self.log_every == 0 or self.step == stage.steps:
+                        self._write_row(metrics)
+                    # an observer's rows, between those of the losses, have no speed to tell the time left from
+                    progress.show(self.step, next((row for row in reversed(self.rows) if "images_per_s" in row), {}))
+                    hopeless = in_a_row >= MAX_SKIPPED_IN_A_ROW
+                    if outcome.save or outcome.stop or hopeless or self.step == stage.steps:
+                        self.save()
+                        checkpoint.restart()
+                    if hopeless:
+                        raise InputError(_hopeless(stage.name, self.step, in_a_row, outcome))
+                    if outcome.stop:
+                        break
+                    if metrics and stage.observe and observation.over():
+                        with torch.no_grad():
+                            stage.observe(self.step, metrics)
+                        stage.module.train()
+                        observation.restart()
+                # Also what came too late for the last step to notice must not be lost.
+                if interrupted.is_set() or outcome.stop:
+                    raise KeyboardInterrupt(
+                        f"{stage.name} stopped after step {self.step} of {stage.steps}; continue with --resume"
+                    )
+        finally:
+            if metrics is not None:
+                metrics.close()
+        if self.skipped:
+            progress.say(f"{stage.name}: {self.skipped} of {stage.steps} steps were skipped")
+
+    def advance(self, passes: Sequence[Pass], stop: Callable[[], bool], save: Callable[[], bool]) -> _Outcome:
+        """One optimiser step.
+
+        Args:
+            passes: this process's share of the batch.
+            stop, save: asked once the gradient is there: whether this process wants to stop, to save.
+        """
+        self.optimiser.zero_grad(set_to_none=True)
+        terms: dict[str, float] = {}
+        problem = None
+        for part in passes:
+            problem = self._accumulate(part, terms)
+            if problem is not None:
+                break
+        # Whether to save is for the first process to say: the clocks of the others may differ.
+        flags = [problem is not None, stop(), save() and self.machine.rank == 0]
+        counts = self.machine.count([*flags, *(p.grad is not None for p in self.parameters)])
+        failed, stopping, saving = (count > 0 for count in counts[:3])
+        problems, overflow = [], False
+        if failed:
+            problems = [line for line in self.machine.gather(problem) if line is not None]
+        else:
+            norm = self._update([p for p, count in zip(self.parameters, counts[3:], strict=True) if count])
+            if math.isfinite(norm):
+                self._tally(terms, norm)
+            elif self.machine.scaler.is_enabled():
+                overflow = True  # the usual way in which the scaler finds its scale: not worth a report
+            else:
+                names = self._names(self.sampler.whole_batch(self.step))
+                problems = [f"the gradient is not finite: {names}"]
+        self.skipped += bool(problems)
+        self.clock["steps"] += 1
+        self.step += 1
+        return _Outcome(problems, stopping, saving, overflow)
+
+    def _accumulate(self, part: Pass, terms: dict[str, float]) -> str | None:
+        """Adds the gradient and the loss terms of a pass, in proportion to its share of the batch; or says why not."""
+        began = time.monotonic()
+        try:
+            content = part.batch()
+        except InputError as error:
+            return f"{self._names(part.indices)} cannot be read: {error}"
+        finally:
+            self.clock["waited"] += time.monotonic() - began
+        seed_step(self.seed, self.stage.name, self.step, part.position)
+        with self.machine.autocast():
+            losses = {name: value.float() for name, value in self.stage.loss(content, self.step).items()}
+        if not losses:
+            return None
+        total = torch.stack(list(losses.values())).sum()
+        values = torch.stack([total, *losses.values()]).tolist()
+        if not all(math.isfinite(value) for value in values):
+            bad = [name for name, value in zip(losses, values[1:], strict=True) if not math.isfinite(value)]
+            return f"the loss is not finite ({', '.join(bad) or 'total'}): {self._names(part.indices)}"
+        share = len(part.indices) / self.stage.batch_size
+        if total.requires_grad:  # it does not where nothing in these images can be learnt from
+            self.machine.scaler.scale(total * share).backward()
+        for name, value in zip(["total", *losses], values, strict=True):
+            terms[name] = terms.get(name, 0.0) + value * share
+        return None
+
+    def _update(self, used: list[nn.Parameter]) -> float:
+        """Moves the parameters that any process has a gradient for; returns the gradient's norm.
+
+        Where the norm is not finite, nothing moves.
+        """
+        if not used:
+            return 0.0
+        machine, step, options = self.machine, self.step, self.stage.optimiser
+        for parameter in used:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        machine.sum_gradients(used)
+        machine.scaler.unscale_(self.optimiser)
+        total = torch.nn.utils.get_total_norm([p.grad for p in used if p.grad is not None])
+        norm = float(total)
+        if math.isfinite(norm):
+            if options.clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(used, options.clip, total)
+            for group in self.optimiser.param_groups:
+                group["lr"] = options.rate(step)
+        if math.isfinite(norm) or machine.scaler.is_enabled():
+            machine.scaler.step(self.optimiser)  # which moves nothing where it finds an overflow
+            machine.scaler.update()
+        if math.isfinite(norm):
+            self._update_average()
+        if machine.world > 1:
+            machine.share(b for b in self.stage.module.buffers() if b.is_floating_point())
+        return norm
+
+    def _update_average(self) -> None:
+        if self.stage.ema is None:
+            return
+        for name, parameter in self.stage.module.named_parameters():
+            if name in self.average:
+                self.average[name].lerp_(parameter.detach(), 1 - self.stage.ema)
+
+    def _names(self, indices: Sequence[int]) -> str:
+        return ", ".join(self.stage.images[index] for index in indices)
+
+    def _open_metrics(self) -> MetricsLog | None:
+        if self.machine.rank:
+            return None
+        write_environment(self.run_dir, self.machine.device, self.machine.world)
+        metrics = MetricsLog(self.run_dir, self.stage.name, self.rows, self.step)
+        self.rows = metrics.rows
+        return metrics
+
+    def _tally(self, terms: Mapping[str, float], norm: float) -> None:
+        sums = {f"loss/{name}": value for name, value in terms.items()}
+        if self.machine.rank == 0:
+            sums |= {"steps": 1.0, "gradient_norm": norm}
+        _add(self.window, sums)
+
+    def _gather_window(self) -> None:
+        """Brings what all processes have summed up to the first one."""
+        windows = self.machine.gather(self.window)
+        self.window = {}
+        for window in windows if self.machine.rank == 0 else ():
+            _add(self.window, window)
+
+    def _write_row(self, metrics: MetricsLog | None) -> None:
+        self._gather_window()
+        window, clock = self.window, self.clock
+        self.window, self.clock = {}, dict.fromkeys(clock, 0.0)
+        if metrics is None:
+            return
+        learnt = window.pop("steps", 0.0)
+        row: Row = {"step": self.step} | {key: window[key] / learnt for key in sorted(window)}
+        row["lr"] = self.stage.optimiser.rate(self.step - 1)
+        row["images_per_s"] = round(clock["steps"] * self.stage.batch_size / max(clock["seconds"], 1e-9), 3)
+        row["data_s"] = round(clock["waited"] / max(clock["steps"], 1), 5)
+        row["memory_mb"] = memory_mb(self.machine.device)
+        row["skipped"] = self.skipped
+        row["time"] = round(time.time(), 3)
+        metrics.write(row)
+
+
+class _Timer:
+    """Says when a number of minutes is over."""
+
+    def __init__(self, minutes: float) -> None:
+        self._seconds = 60 * minutes
+        self.restart()
+
+    def restart(self) -> None:
+        self._began = time.monotonic()
+
+    def over(self) -> bool:
+        return time.monotonic() - self._began >= self._seconds
+
+
+@contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C or SIGTERM sets; a second one interrupts at once."""
+    event = threading.Event()
+
+    def handle(number: int, frame: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    if threading.current_thread() is not threading.main_thread():  # where Python does not let signals be handled
+        yield event
+        return
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _hopeless(name: str, step: int, in_a_row: int, outcome: _Outcome) -> str:
+    last = outcome.problems[0] if outcome.problems else "the gradient overflows in half precision"
+    return (
+        f"{name} stopped after step {step}: {in_a_row} steps in a row gave nothing to learn from (last: {last}); "
+        "the state is saved; lower the learning rate, clip the gradient or repair the images"
+    )
+
+
+def _add(sums: dict[str, float], more: Mapping[str, float]) -> None:
+    for key, value in more.items():
+        sums[key] = sums.get(key, 0.0) + value
+
+
+def _silent(message: str) -> None:
+    """Takes what the processes other than the first would say."""

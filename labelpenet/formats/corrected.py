@@ -1,0 +1,153 @@
+"""Labels that a person has corrected, as they come: files of the review page, or of any tool whose format is read."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, Truth
+from labelpenet.data.files import listing, read_json
+from labelpenet.data.images import image_size
+from labelpenet.errors import InputError
+from labelpenet.formats.open import open_annotated
+from labelpenet.formats.review import is_review, read_review
+from labelpenet.instances import Instances
+
+Read = Callable[[], Truth]
+
+
+@dataclass(frozen=True)
+class Corrected:
+    """What people said of some photographs of a data set.
+
+    Attributes:
+        truths: by image id what reads the objects that its corrector left.
+        dropped: ids of the photographs that are not to be trained on.
+        notes: one line each about what was left out.
+    """
+
+    truths: Mapping[str, Read]
+    dropped: frozenset[str]
+    notes: tuple[str, ...]
+
+
+def read_corrected(paths: Sequence[Path], images: TaggedImages) -> Corrected:
+    """Finds the photographs that were corrected and what is known of them.
+
+    A review file gives the photographs that were accepted and those that were dropped. Any other file or folder gives
+    every photograph that it lists, also one without objects.
+
+    Args:
+        paths: files of `labelpenet review`, and files or folders that `open_annotated` reads.
+        images: the photographs that are trained on; those of a file are told by their path, else by their file's name.
+
+    Raises:
+        InputError: a file cannot be read, none of its photographs or classes is among ``images``, or a photograph is
+            corrected twice.
+    """
+    truths: dict[str, Read] = {}
+    dropped: set[str] = set()
+    notes: list[str] = []
+    for path in paths:
+        content = read_json(path) if path.is_file() and path.suffix.lower() == ".json" else None
+        read = _read_review if is_review(content) else _read_annotated
+        found, gone, said = read(path, images)
+        if not found and not gone:
+            raise InputError(f"{path}: says nothing of the photographs that are trained on; check the file and --split")
+        twice = sorted(({*found, *gone}) & {*truths, *dropped})
+        if twice:
+            raise InputError(f"{path}: {listing(twice, 3)} stands in another corrected file too; leave one of them out")
+        truths |= found
+        dropped |= gone
+        notes += said
+    return Corrected(truths, frozenset(dropped), tuple(notes))
+
+
+def _read_review(path: Path, images: TaggedImages) -> tuple[dict[str, Read], set[str], list[str]]:
+    reviewed, notes = read_review(path, images.images, images.classes)
+    by_id = {image.id: image for image in images.images}
+
+    def reader(name: str) -> Read:
+        def read() -> Truth:
+            one = reviewed[name]
+            try:
+                none = torch.zeros(len(one.rows), dtype=torch.bool)
+                return Truth(_checked(one.instances(len(images.classes)), by_id[name]), none, none)
+            except (KeyError, TypeError) as error:
+                raise InputError(f"damaged ({type(error).__name__} {error})") from error
+
+        return lambda: _named(read, path, name)
+
+    accepted = {name: reader(name) for name, one in reviewed.items() if one.status == "accepted"}
+    return accepted, {name for name, one in reviewed.items() if one.status == "dropped"}, notes
+
+
+def _read_annotated(path: Path, images: TaggedImages) -> tuple[dict[str, Read], set[str], list[str]]:
+    root = Path(os.path.commonpath([image.path.parent.absolute() for image in images.images]))
+    annotated = open_annotated(path, None, None, root)
+    tagged = annotated.tagged
+    labels = torch.tensor([images.classes.index(name) if name in images.classes else -1 for name in tagged.classes])
+    strangers = [name for name in tagged.classes if name not in images.classes]
+    if len(strangers) == len(tagged.classes):
+        raise InputError(f"{path}: none of its classes ({listing(strangers)}) is among {listing(images.classes)}")
+    notes = [f"{path}: its objects of {listing(strangers)} are left out: no class of that name"] if strangers else []
+    pairs = _matched(tagged.images, images.images)
+    absent = len(tagged.images) - len(pairs)
+    if absent:
+        notes.append(f"{path}: {absent} of its {len(tagged.images)} photographs are not trained on")
+
+    def reader(theirs: TaggedImage, ours: TaggedImage) -> Read:
+        return lambda: _named(lambda: _renamed(annotated, theirs, ours, labels), path, ours.id)
+
+    return {ours.id: reader(theirs, ours) for theirs, ours in pairs}, set(), [*tagged.notes, *notes]
+
+
+def _matched(theirs: Sequence[TaggedImage], ours: Sequence[TaggedImage]) -> list[tuple[TaggedImage, TaggedImage]]:
+    """Pairs of the same photograph: the same file, else the only one of its name on both sides."""
+    files = {os.path.realpath(image.path): image for image in ours}
+    names = {image.path.name: image for image in ours}
+    counts = [Counter(image.path.name for image in side) for side in (theirs, ours)]
+    pairs = []
+    for image in theirs:
+        same = files.get(os.path.realpath(image.path))
+        if same is None and all(count[image.path.name] == 1 for count in counts):
+            same = names[image.path.name]
+        if same is not None:
+            pairs.append((image, same))
+    return pairs
+
+
+def _renamed(annotated: AnnotatedImages, theirs: TaggedImage, ours: TaggedImage, labels: torch.Tensor) -> Truth:
+    """The truth of a photograph with our labels, without objects of other classes."""
+    truth = annotated.read(theirs.id)
+    known = labels[truth.instances.labels] >= 0
+    one = truth.instances[known]
+    one.labels = labels[one.labels]
+    return replace(
+        truth,
+        instances=_checked(one, ours),
+        difficult=truth.difficult[known],
+        crowd=truth.crowd[known],
+        semantic=None,
+    )
+
+
+def _checked(one: Instances, image: TaggedImage) -> Instances:
+    """The instances, if they were drawn on a photograph of this size."""
+    size, drawn = image_size(image.path), tuple(one.image_size)
+    if drawn != size:
+        raise InputError(f"corrected at {drawn[1]} x {drawn[0]} pixels, but the photograph has {size[1]} x {size[0]}")
+    return one
+
+
+def _named(read: Read, path: Path, name: str) -> Truth:
+    """What ``read`` returns; its errors say which file and photograph they are about."""
+    try:
+        return read()
+    except InputError as error:
+        raise InputError(f"{path}: {name}: {error}; correct it again or take it out of the file") from error

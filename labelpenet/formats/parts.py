@@ -1,0 +1,283 @@
+"""Predictions in parts: JSON lines, one photograph a line, which independent processes write and one stream merges.
+
+The first line of a part says what it belongs to: ``{"labelpenet": "part", "shard": [i, n], "images": N, ...}``. Each
+further line is a photograph: ``{"image": id, "number": k, "file_name", "width", "height", "instances": [{"category_id",
+"bbox", "score", "segmentation"}]}``, or ``{"image": id, "skipped": true}`` where it could not be read. A part is called
+``part-00001-of-00008.jsonl`` once it is whole and ``.jsonl.partial`` before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from labelpenet.data.dataset import TaggedImage
+from labelpenet.data.files import ROOM, locked, write_bytes
+from labelpenet.errors import InputError
+from labelpenet.formats.predictions import file_name, image_numbers
+from labelpenet.instances import Instances
+
+ROWS_A_GROUP = 10_000  # of a Parquet file: about 10 MB in memory
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """``i/n`` as (i, n), 1 <= i <= n.
+
+    Raises:
+        InputError: it is something else.
+    """
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise InputError(f"--shard {text}: expected i/n with 1 <= i <= n, such as 3/100")
+    return int(found[1]), int(found[2])
+
+
+def share(images: Sequence[TaggedImage], shard: tuple[int, int]) -> Sequence[TaggedImage]:
+    """The shard's photographs: the i-th of n stretches of the list, so that all stretches in order are the list."""
+    i, n = shard
+    return images[len(images) * (i - 1) // n : len(images) * i // n]
+
+
+class Part:
+    """One part while it is written; what a process before has written of it is kept, but for a broken last line.
+
+    Args:
+        folder: of the parts.
+        shard: (i, n).
+        facts: what decides the predictions (weights, module, settings, list of photographs), the same in all parts.
+        images: all photographs, in order; classes: names of the C classes.
+
+    Raises:
+        InputError: the part was begun with other facts, another process is writing it, or it cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shard: tuple[int, int],
+        facts: dict[str, Any],
+        images: Sequence[TaggedImage],
+        classes: Sequence[str],
+    ):
+        self.path = folder / f"part-{shard[0]:05d}-of-{shard[1]:05d}.jsonl"
+        self.partial = self.path.with_suffix(".jsonl.partial")
+        self.images = share(images, shard)
+        self.categories = list(range(1, len(classes) + 1))
+        self._numbers = image_numbers(images)
+        self._header = {
+            "labelpenet": "part", "shard": list(shard), "images": len(images), "classes": list(classes), **facts,
+        }  # fmt: skip
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Part:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._stack.enter_context(locked(self.path.with_suffix(".lock"))):
+                raise InputError(f"{self.path}: another process is writing this part; give each its own --shard")
+            there = self.path if self.path.exists() else self.partial
+            self.done, length = self._already(there) if there.exists() else (set(), 0)
+            self.finished = there == self.path
+            if not self.finished:
+                self._file: BinaryIO = self._stack.enter_context(self.partial.open("ab"))
+                self._file.truncate(length)
+                if not length:
+                    self._write(self._header)
+        except OSError as error:
+            self._stack.close()
+            raise InputError(f"{self.path}: cannot be written ({error.strerror or error}); {ROOM}") from error
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def left(self) -> list[TaggedImage]:
+        """The shard's photographs that the part does not hold yet."""
+        return [image for image in self.images if image.id not in self.done]
+
+    def add(self, image: TaggedImage, found: Instances | None) -> None:
+        """Appends what was found in a photograph, None if it could not be read."""
+        row: dict[str, Any] = {"image": image.id, "skipped": True}
+        if found is not None:
+            height, width = found.image_size
+            rows = found.to_coco(self._numbers[image.id], self.categories)
+            row = {"image": image.id, "number": self._numbers[image.id], "file_name": file_name(image)}
+            row |= {"width": width, "height": height}
+            row["instances"] = [{key: value for key, value in one.items() if key != "image_id"} for one in rows]
+        self._write(row)
+        self.done.add(image.id)
+
+    def finish(self) -> None:
+        """Gives the part its final name; every photograph of the shard must be in it."""
+        if not self.finished:
+            os.fsync(self._file.fileno())
+            self.partial.replace(self.path)
+            self.finished = True
+        self.path.with_suffix(".lock").unlink(missing_ok=True)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise InputError(f"{self.partial}: cannot be written ({error.strerror or error}); {ROOM}") from error
+
+    def _already(self, path: Path) -> tuple[set[str], int]:
+        """The ids that a part holds, and its length up to the last whole line."""
+        done, length = set(), 0
+        with path.open("rb") as file:
+            for number, line in enumerate(file):
+                row = _row(line) if line.endswith(b"\n") else None
+                if row is None:
+                    break
+                if number == 0 and row != self._header:
+                    changed = sorted(key for key in self._header if row.get(key) != self._header[key])
+                    raise InputError(
+                        f"{path}: belongs to another prediction ({', '.join(changed)} changed); give another --out"
+                    )
+                if number:
+                    done.add(row["image"])
+                length += len(line)
+        return done, length
+
+
+def merge_parts(paths: Sequence[Path], out: Path) -> tuple[int, int]:
+    """Puts parts together as one COCO ``.json`` (a predictions file) or ``.parquet``, line by line.
+
+    Memory does not grow with the number of photographs. The ``.json`` is byte for byte what one process would have
+    written; the ``.parquet`` has a row for each instance: image, file_name, width, height, category, score, x, y, w, h
+    (pixels), counts (compressed RLE, column-major, as COCO's).
+
+    Args:
+        paths: the parts, or folders of parts.
+        out: the file.
+
+    Returns:
+        The numbers of photographs and of instances.
+
+    Raises:
+        InputError: a part is missing, twice, unfinished, damaged or of another prediction; nothing is written then.
+    """
+    parts, header = _in_order(paths)
+    if out.suffix not in (".json", ".parquet"):
+        raise InputError(f"{out}: the suffix must be .json or .parquet")
+    counts = [0, 0]
+    if out.suffix == ".parquet":
+        _write_parquet(parts, header, out, counts)
+    else:
+        write_bytes(out, lambda file: _write_coco(parts, header, file, counts))
+    return counts[0], counts[1]
+
+
+def _in_order(paths: Sequence[Path]) -> tuple[list[Path], dict[str, Any]]:
+    """The parts by shard, and the first one's header."""
+    files = [file for path in paths for file in (sorted(path.glob("part-*.jsonl")) if path.is_dir() else [path])]
+    if not files:
+        raise InputError(f"{', '.join(map(str, paths))}: no part (part-*.jsonl) here; give the --out of the shards")
+    headers: dict[int, tuple[Path, dict[str, Any]]] = {}
+    for file in files:
+        try:
+            with file.open("rb") as stream:
+                header = _row(stream.readline())
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read ({error.strerror or error}); check the path") from error
+        if header is None or header.get("labelpenet") != "part":
+            raise InputError(f"{file}: no part of a prediction; give files that predict --shard wrote")
+        index = header["shard"][0]
+        if index in headers:
+            raise InputError(f"{file}: is shard {index}, and so is {headers[index][0]}; give each once")
+        headers[index] = file, header
+    first = headers[min(headers)][1]
+    for file, header in headers.values():
+        if {**header, "shard": 0} != {**first, "shard": 0} or header["shard"][1] != first["shard"][1]:
+            raise InputError(f"{file}: belongs to another prediction than {headers[min(headers)][0]}; merge them apart")
+    missing = [i for i in range(1, first["shard"][1] + 1) if i not in headers]
+    if missing:
+        named = ", ".join(map(str, missing[:20]))
+        raise InputError(f"{len(missing)} of {first['shard'][1]} shards are missing ({named}); run them first")
+    return [headers[index][0] for index in sorted(headers)], first
+
+
+def _photographs(parts: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """The photographs of all parts that could be read, in order."""
+    for part in parts:
+        with part.open("rb") as file:
+            next(file)
+            for number, line in enumerate(file, 2):
+                row = _row(line)
+                if row is None or not (row.get("skipped") or isinstance(row.get("instances"), list)):
+                    raise InputError(f"{part}: line {number} is damaged; delete the part and run its shard again")
+                if not row.get("skipped"):
+                    yield row
+
+
+def _write_coco(parts: Sequence[Path], header: dict[str, Any], file: BinaryIO, counts: list[int]) -> None:
+    def items(name: str, rows: Iterable[dict[str, Any]], end: str) -> int:
+        file.write(f'"{name}": [\n'.encode())
+        count = 0
+        for count, row in enumerate(rows, 1):
+            file.write(((",\n" if count > 1 else "") + json.dumps(row)).encode())
+        file.write(f"\n]{end}\n".encode())
+        return count
+
+    def image(row: dict[str, Any]) -> dict[str, Any]:
+        return {"id": row["number"], "file_name": row["file_name"], "width": row["width"], "height": row["height"]}
+
+    file.write(b"{\n")
+    counts[0] = items("images", map(image, _photographs(parts)), ",")
+    items("categories", [{"id": i, "name": name} for i, name in enumerate(header["classes"], 1)], ",")
+    found = ({"image_id": row["number"], **one} for row in _photographs(parts) for one in row["instances"])
+    counts[1] = items("annotations", found, "")
+    file.write(b"}\n")
+
+
+def _write_parquet(parts: Sequence[Path], header: dict[str, Any], out: Path, counts: list[int]) -> None:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise InputError(f"{out}: Parquet needs pyarrow; pip install 'labelpenet[parquet]'") from error
+    text, number = pa.string(), pa.float32()
+    schema = pa.schema(
+        [("image", text), ("file_name", text), ("width", pa.int32()), ("height", pa.int32()), ("category", text)]
+        + [(name, number) for name in ("score", "x", "y", "w", "h")]
+        + [("counts", text)],
+    )
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for row in _photographs(parts):
+            counts[0] += 1
+            shared = {key: row[key] for key in ("image", "file_name", "width", "height")}
+            for one in row["instances"]:
+                counts[1] += 1
+                box = dict(zip("xywh", one["bbox"], strict=True))
+                category = header["classes"][one["category_id"] - 1]
+                mask = (one.get("segmentation") or {}).get("counts")
+                yield {**shared, "category": category, "score": one["score"], **box, "counts": mask}
+
+    def write(file: BinaryIO) -> None:
+        with pq.ParquetWriter(file, schema) as writer:
+            group: list[dict[str, Any]] = []
+            for row in rows():
+                group.append(row)
+                if len(group) == ROWS_A_GROUP:
+                    writer.write_table(pa.Table.from_pylist(group, schema))
+                    group = []
+            writer.write_table(pa.Table.from_pylist(group, schema))
+
+    write_bytes(out, write)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None

@@ -1,0 +1,128 @@
+"""What a person said of a run's labels on the review page: COCO instances with a status for each photograph.
+
+Beside COCO's keys an image has ``status`` and ``image`` (its id in the data set), and an annotation ``instance``: which
+of the run's instances it was. Photographs that nobody has touched are not listed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from labelpenet.data.dataset import TaggedImage
+from labelpenet.data.files import listing, read_json, write_text
+from labelpenet.errors import InputError
+from labelpenet.formats.predictions import file_name, image_numbers
+from labelpenet.instances import Instances
+
+Status = Literal["accepted", "rejected", "dropped", "open"]
+KIND = "labels checked on the review page of Label-PEnet"
+
+
+@dataclass(frozen=True)
+class Reviewed:
+    """What was said of one photograph.
+
+    Attributes:
+        status: ``accepted``: ``rows`` are its objects, all of them; ``rejected``: its labels are wrong, its tags may be
+            used; ``dropped``: it is of no use; ``open``: not judged yet, ``rows`` are as changed so far.
+        size: (H, W) of the photograph.
+        rows: its objects as COCO rows, category 1 being class 0; empty where it is rejected or dropped.
+    """
+
+    status: Status
+    size: tuple[int, int]
+    rows: list[dict[str, Any]]
+
+    def instances(self, classes: int) -> Instances:
+        """The objects, weights 1.
+
+        Raises:
+            InputError: a box or mask is damaged.
+        """
+        rows = [{**row, "score": 1.0} for row in self.rows]
+        if not rows:
+            return Instances.empty(self.size, with_masks=True)
+        return Instances.from_coco(rows, self.size, range(1, classes + 1)).validate(classes)
+
+
+def is_review(content: Any) -> bool:
+    """Whether parsed JSON is such a file."""
+    info = content.get("info") if isinstance(content, dict) else None
+    return isinstance(info, dict) and info.get("description") == KIND
+
+
+def write_review(
+    path: Path, reviewed: Mapping[str, Reviewed], images: Sequence[TaggedImage], classes: Sequence[str]
+) -> Path:
+    """Writes what was said of the photographs, by image id, whole or not at all.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    numbers = image_numbers(images)
+    entries: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image in images:
+        if image.id not in reviewed:
+            continue
+        one = reviewed[image.id]
+        entries.append(
+            {
+                "id": numbers[image.id],
+                "file_name": file_name(image),
+                "height": one.size[0],
+                "width": one.size[1],
+                "image": image.id,
+                "status": one.status,
+            }
+        )
+        for row in one.rows:
+            area = float(row["bbox"][2] * row["bbox"][3])
+            annotations.append(
+                {"area": area, **row, "id": len(annotations) + 1, "image_id": numbers[image.id], "iscrowd": 0}
+            )
+    categories = [{"id": number, "name": name} for number, name in enumerate(classes, 1)]
+    content = {
+        "info": {"description": KIND}, "images": entries, "categories": categories, "annotations": annotations
+    }  # fmt: skip
+    return write_text(path, json.dumps(content))
+
+
+def read_review(
+    path: Path, images: Sequence[TaggedImage], classes: Sequence[str]
+) -> tuple[dict[str, Reviewed], list[str]]:
+    """What was said of the photographs, by image id; and notes on what belongs to no photograph or class of ours.
+
+    Raises:
+        InputError: the file is not one that the review page writes.
+    """
+    content = read_json(path)
+    if not is_review(content):
+        raise InputError(f"{path}: not written by the review page; choose another file")
+    known = {image.id for image in images}
+    label = {name: number for number, name in enumerate(classes, 1)}
+    found: dict[str, Reviewed] = {}
+    strangers: set[str] = set()
+    try:
+        category = {row["id"]: label.get(row["name"]) for row in content["categories"]}
+        strangers = {row["name"] for row in content["categories"] if row["name"] not in label}
+        rows: dict[Any, list[dict[str, Any]]] = {}
+        for row in content["annotations"]:
+            if category[row["category_id"]] is not None:
+                rows.setdefault(row["image_id"], []).append({**row, "category_id": category[row["category_id"]]})
+        for entry in content["images"]:
+            if entry["status"] not in get_args(Status):
+                raise ValueError(f"unknown status {str(entry['status'])[:40]!r} of {entry['image']!r}")
+            size = int(entry["height"]), int(entry["width"])
+            found[str(entry["image"])] = Reviewed(entry["status"], size, rows.get(entry["id"], []))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: damaged ({type(error).__name__} {error}); restore it or review again") from error
+    notes = [f"{path}: its classes {listing(sorted(strangers))} are not asked for"] if strangers else []
+    absent = [name for name in found if name not in known]
+    if absent:
+        notes.append(f"{path}: {len(absent)} photographs are not in the data set, such as {absent[0]}")
+    return {name: one for name, one in found.items() if name in known}, notes

@@ -1,0 +1,183 @@
+"""Networks in folders as the Hugging Face hub knows them: weights as safetensors, a JSON configuration, a model card.
+
+A folder is written and read offline and without the package huggingface_hub; only ``push`` and a name that is no folder
+need it (extra ``hub``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from labelpenet import config
+from labelpenet.data import run_folder
+from labelpenet.data.files import read_json, read_tensors, write_json, write_tensors, write_text
+from labelpenet.errors import InputError
+from labelpenet.models.build import build_backbone
+from labelpenet.models.cascade import MODULES, LabelPEnet, read_run
+from labelpenet.models.student import KIND, Student, build_body, load
+
+_FACTS = ("kind", "classes", "backbone", "normalisation", "recipe", "network", "seed", "images", "supervision")
+
+
+def save_pretrained(run: Path | str, folder: Path | str, licence: str = "other", push: str | None = None) -> Path:
+    """Writes what a run or student folder holds as ``config.json``, ``model.safetensors`` and ``README.md``.
+
+    Args:
+        run: what ``labelpenet train`` or ``distill`` wrote; its ``results.json``, if measured, fills in the card.
+        folder: where to; nothing else in it is touched.
+        licence: the hub's name of the licence of the weights, such as ``apache-2.0``: yours to choose, within what the
+            photographs and the pretrained backbone allow.
+        push: name of a repository on the hub, ``you/model``, to upload the folder to.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: no run folder, the folder cannot be written, or huggingface_hub is missing or refuses.
+    """
+    run, folder = Path(run), Path(folder)
+    facts = read_run(run)
+    load(run)  # refuses what is unfinished or damaged
+    student = facts.get("kind") == KIND
+    parts = (KIND,) if student else ("stem", *MODULES)
+    files = [(part, run_folder.weights(run, part)) for part in parts]
+    state = {
+        key if student else f"{part}.{key}": value
+        for part, path in files
+        if path.is_file()
+        for key, value in read_tensors(path).items()
+    }
+    results = read_json(run_folder.results(run)) if run_folder.results(run).is_file() else {}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "model.safetensors", state)
+    write_json(folder / "config.json", {key: facts[key] for key in _FACTS if key in facts}, indent=1)
+    write_text(folder / "README.md", model_card(facts, results, licence))
+    if push is not None:
+        _upload(folder, push)
+    return folder
+
+
+def from_pretrained(source: Path | str, device: str = "cpu") -> LabelPEnet | Student:
+    """The network of a folder that `save_pretrained` wrote, or of a repository on the hub, ready to `predict`.
+
+    Raises:
+        InputError: neither, damaged, or huggingface_hub is missing or refuses.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = _download(str(source))
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        raise InputError(f"{folder}: holds no config.json and model.safetensors; give what save_pretrained wrote")
+    facts = read_json(folder / "config.json")
+    try:
+        state = read_tensors(folder / "model.safetensors")
+        return (_student if facts.get("kind") == KIND else _cascade)(facts, state).to(device)
+    except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{folder}: cannot be read ({line}); write or download it again") from error
+
+
+def _student(facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> Student:
+    body, _ = build_body(facts["backbone"], pretrained=False)
+    recipe = config.student_from_dict(facts["recipe"])
+    return Student(body, facts["classes"], recipe, facts["backbone"], facts["normalisation"], state)
+
+
+def _cascade(facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> LabelPEnet:
+    backbone = build_backbone(facts["backbone"], pretrained=False)
+    backbone.mean, backbone.std = tuple(facts["normalisation"]["mean"]), tuple(facts["normalisation"]["std"])
+    network = LabelPEnet(backbone, facts["classes"], config.from_dict(facts["recipe"]))
+    missing = []
+    for part in ("stem", *MODULES):
+        own = {key.removeprefix(f"{part}."): value for key, value in state.items() if key.startswith(f"{part}.")}
+        if own:
+            getattr(network, part).load_state_dict(own)
+        else:
+            missing.append(part)
+    network.untrained = tuple(missing)
+    return network
+
+
+def model_card(facts: Mapping[str, Any], results: Mapping[str, Any], licence: str) -> str:
+    """The card in Markdown: what it is, classes, data, measured figures, limits, licence."""
+    student = facts.get("kind") == KIND
+    kind = "Mask R-CNN with a feature pyramid" if student else "Label-PEnet cascade of four modules"
+    learnt = {"full": "true boxes and masks", "labels": "the labels of a network that saw image tags alone"}
+    taught = learnt.get(str(facts.get("supervision")), "image tags alone")
+    head = {"license": licence, "library_name": "labelpenet", "pipeline_tag": "image-segmentation",
+            "tags": ["instance-segmentation", "object-detection", "weakly-supervised"]}  # fmt: skip
+    front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
+    return f"""---
+{front}
+---
+
+# {kind}: {", ".join(facts["classes"])}
+
+Detects and segments every instance of {len(facts["classes"])} classes. Trained by
+Label-PEnet on {facts.get("images", "?")} photographs from {taught}.
+Backbone: {facts["backbone"]}, from ImageNet weights.
+
+```python
+from labelpenet.models.hub import from_pretrained
+
+found = from_pretrained("this folder or repository").predict("photo.jpg")
+```
+
+## Measured
+
+{_figures(results)}
+
+## Limits
+
+It knows no other classes than these and was measured on no other kind of photographs than those above. What is learnt
+from tags tends to miss some instances of a group, and to cut off or add parts of an object. Check it on photographs of
+your own before you rely on it.
+
+## Licence
+
+{licence}. The weights derive from the photographs and from the backbone's ImageNet weights, whose licences apply too.
+"""
+
+
+def _figures(results: Mapping[str, Any]) -> str:
+    rows = []
+    for name, one in results.get("val", {}).items():
+        parts = {"box mAP@.5": one.get("box", {}).get("mAP")}
+        parts |= {f"mask mAP@{iou}": one.get("mask", {}).get(f"mAP@{iou}") for iou in ("0.5", "0.75")}
+        figures = [f"{key} {100 * value:.1f}" for key, value in parts.items() if value is not None]
+        rows.append(f"- {'module ' if name.isdigit() else ''}{name}: {', '.join(figures)}")
+    if not rows:
+        return "Not measured."
+    return f"Split `{results.get('split')}`, protocol {results.get('protocol')}, in %:\n\n" + "\n".join(rows)
+
+
+def _hub() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise InputError("huggingface_hub is not installed; pip install 'labelpenet[hub]'") from error
+    return huggingface_hub
+
+
+def _upload(folder: Path, name: str) -> None:
+    hub = _hub()
+    try:
+        hub.create_repo(name, exist_ok=True)
+        hub.upload_folder(repo_id=name, folder_path=folder)
+    except Exception as error:  # no network, no permission, a bad name: the package has an exception for each
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{name}: cannot be uploaded ({line}); the folder {folder} is whole") from error
+
+
+def _download(name: str) -> Path:
+    hub = _hub()
+    try:
+        return Path(hub.snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
+    except Exception as error:  # as above
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{name}: no such folder, and no repository that can be read ({line})") from error

@@ -1,0 +1,194 @@
+"""A student as an ONNX file, which runs without torch (`docs/onnx.md`).
+
+torchvision's detectors do not export as they are (pytorch/vision issue 9462): their resizing, NMS and pasting of masks
+have shapes that depend on the data at every turn. `Fixed` computes the same for photographs of one size, in shapes that
+do not, up to its last step: scores of what is suppressed or too small become -1, the best so many are taken, and those
+above the threshold are chosen at the end.
+
+Shape letters: ``H, W`` the input, ``R`` RoIs, ``C`` foreground classes, ``K`` anchors or candidates, ``N`` detections.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.roi_heads import expand_boxes
+from torchvision.models.detection.rpn import concat_box_prediction_layers
+from torchvision.ops import clip_boxes_to_image, nms
+
+from labelpenet.data.files import write_bytes
+from labelpenet.errors import InputError
+from labelpenet.models.student import Student
+
+OUTPUTS = ["boxes", "labels", "scores", "masks"]
+MULTIPLE = 32  # of which the input's sides are multiples: the stride of the coarsest map of the backbone
+
+
+class Fixed(nn.Module):
+    """A student's answer to photographs of H x W pixels, in operations that ONNX has.
+
+    Args:
+        student: in evaluation mode, on the CPU; its parameters are shared.
+        size: (H, W).
+    """
+
+    anchors: Tensor
+
+    def __init__(self, student: Student, size: tuple[int, int]):
+        super().__init__()
+        self.network, self.size = student.network, size
+        image = torch.zeros(1, 3, *size)
+        with torch.no_grad():
+            maps = list(self.network.backbone(image).values())
+            heights = [objectness.shape[1:] for objectness in self.network.rpn.head(maps)[0]]
+        self.counts = [shape[0] * shape[1] * shape[2] for shape in heights]
+        anchors = self.network.rpn.anchor_generator(ImageList(image, [size]), maps)[0]
+        self.register_buffer("anchors", anchors, persistent=False)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Instances of the image (3, H, W), RGB in [0, 1], best first.
+
+        Returns:
+            Boxes (N, 4) in pixels of the image, labels (N,) from 0, scores (N,), masks (N, H, W) bool.
+        """
+        transform, heads = self.network.transform, self.network.roi_heads
+        mean, std = torch.tensor(transform.image_mean), torch.tensor(transform.image_std)
+        maps = self.network.backbone(((image - mean[:, None, None]) / std[:, None, None])[None])
+        rois, valid = self._propose(maps)
+        pooled = heads.box_roi_pool(maps, [rois], [self.size])
+        logits, deltas = heads.box_predictor(heads.box_head(pooled))
+        boxes, labels, scores = self._detect(logits, deltas, rois, valid)
+        features = heads.mask_head(heads.mask_roi_pool(maps, [boxes], [self.size]))
+        every = heads.mask_predictor(features).sigmoid()
+        index = (labels + 1)[:, None, None, None].expand(-1, 1, every.shape[2], every.shape[3])
+        masks = paste(every.gather(1, index)[:, 0], boxes, self.size) >= 0.5
+        return boxes, labels, scores, masks
+
+    def _propose(self, maps: OrderedDict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The RPN's boxes (R, 4), best first, and whether each is one (R,): R is fixed."""
+        rpn = self.network.rpn
+        objectness, deltas = rpn.head(list(maps.values()))
+        objectness, deltas = concat_box_prediction_layers(objectness, deltas)
+        boxes = rpn.box_coder.decode(deltas, [self.anchors])[:, 0]
+        scores, chosen, levels = [], [], []
+        first = 0
+        for level, (count, own) in enumerate(zip(self.counts, objectness[:, 0].split(self.counts), strict=True)):
+            best, index = own.topk(min(rpn.pre_nms_top_n(), count))
+            scores.append(best.sigmoid())
+            chosen.append(index + first)
+            levels.append(torch.full_like(best, level))
+            first += count
+        boxes = clip_boxes_to_image(boxes[torch.cat(chosen)], self.size)
+        score = survivors(boxes, torch.cat(scores), torch.cat(levels), rpn.nms_thresh, rpn.min_size, max(self.size))
+        best, index = score.topk(min(rpn.post_nms_top_n(), len(score)))
+        return boxes[index], best >= 0
+
+    def _detect(self, logits: Tensor, deltas: Tensor, rois: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes (N, 4), labels (N,) from 0 and scores (N,)."""
+        heads = self.network.roi_heads
+        boxes = heads.box_coder.decode(deltas, [rois])[:, 1:]
+        boxes = clip_boxes_to_image(boxes.reshape(-1, 4), self.size)
+        own = logits.softmax(1)[:, 1:]
+        labels = torch.arange(own.shape[1]).expand(own.shape).reshape(-1)
+        scores = torch.where(valid[:, None], own, -1.0).reshape(-1)
+        scores = survivors(boxes, scores, labels, heads.nms_thresh, 1e-2, max(self.size))
+        best, index = scores.topk(min(heads.detections_per_img, len(scores)))
+        index = index[torch.where(best > heads.score_thresh)[0]]
+        return boxes[index], labels[index], scores[index]
+
+
+def survivors(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float, side: float, extent: int) -> Tensor:
+    """Scores (K,) after NMS within each group: -1 for what is suppressed or has a side below ``side``.
+
+    Args:
+        boxes: (K, 4) in [0, extent]; scores: (K,); groups: (K,) whole numbers.
+    """
+    apart = boxes + (groups.to(boxes) * (extent + 1))[:, None]
+    kept = torch.zeros_like(scores).scatter(0, nms(apart, scores, iou), 1.0)
+    large = ((boxes[:, 2:] - boxes[:, :2]) >= side).all(1)
+    return torch.where((kept > 0) & large, scores, -1.0)
+
+
+def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Mask probabilities (N, S, S) of boxes (N, 4) on the image, (N, H, W), as torchvision pastes them one by one.
+
+    A bilinear resize is a product with a matrix on either side; so all masks are pasted at once.
+    """
+    side = masks.shape[-1] + 2
+    whole = expand_boxes(boxes, side / (side - 2)).to(torch.int64)
+    rows = _resize(whole[:, 1], whole[:, 3], size[0], side)
+    columns = _resize(whole[:, 0], whole[:, 2], size[1], side)
+    return rows @ F.pad(masks, (1, 1, 1, 1)) @ columns.transpose(1, 2)
+
+
+def _resize(first: Tensor, last: Tensor, length: int, side: int) -> Tensor:
+    """(N, length, side) weights of a mask's cells in the pixels from ``first`` to ``last`` (N,); zero elsewhere."""
+    pixel = torch.arange(length)[None]
+    count = (last - first + 1).clamp(min=1)
+    place = ((pixel - first[:, None] + 0.5) * (side / count[:, None]) - 0.5).clamp(0, side - 1)
+    weights = (1 - (place[..., None] - torch.arange(side)).abs()).clamp(min=0)
+    return weights * ((pixel >= first[:, None]) & (pixel <= last[:, None]))[..., None]
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """(H, W) from a text such as 480x640; None from None.
+
+    Raises:
+        InputError: another text.
+    """
+    if text is None:
+        return None
+    height, cross, width = text.lower().partition("x")
+    if not (cross and height.isdigit() and width.isdigit()):
+        raise InputError(f"--size {text}: expected height x width in pixels, such as 480x640")
+    return int(height), int(width)
+
+
+def export_onnx(student: Student, path: Path, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Writes a student as an ONNX file, whole or not at all; the classes are in its metadata under ``classes``.
+
+    Args:
+        size: (H, W) of the photographs that the file takes, multiples of 32. None: the student's shorter side, 4:3.
+
+    Returns:
+        The size.
+
+    Raises:
+        InputError: a size that does not fit, or the packages of the extra ``onnx`` are missing.
+    """
+    if size is None:
+        side = student.recipe.images.test_side or 480
+        size = (side // MULTIPLE * MULTIPLE, round(side * 4 / 3 / MULTIPLE) * MULTIPLE)
+    if min(size) < 2 * MULTIPLE or any(side % MULTIPLE for side in size):
+        raise InputError(f"--size {size[0]}x{size[1]}: height and width must be multiples of {MULTIPLE}, 64 at least")
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"{error.name} is not installed; pip install 'labelpenet[onnx]'") from error
+    fixed = Fixed(student.to("cpu").eval(), size).eval()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program: Any = torch.onnx.export(
+            fixed,
+            (torch.rand(3, *size),),
+            dynamo=True,
+            input_names=["image"],
+            output_names=list(OUTPUTS),
+            verbose=False,
+        )
+    model = program.model_proto
+    entry = model.metadata_props.add()
+    entry.key, entry.value = "classes", json.dumps(student.classes)
+    write_bytes(path, model.SerializeToString())
+    return size

@@ -1,0 +1,525 @@
+"""The student: torchvision's Mask R-CNN with a feature pyramid, which the cascade's labels teach and which leaves home.
+
+The network is torchvision's own, so that its weights load in torchvision alone (`docs/student.md`). Ours is what noisy
+labels need while it learns: doubtful instances are neither object nor background, confidences weigh the losses, and
+RoIs that contradict the network too much are left out.
+
+Two forms of the same network: *plain*, with batch norms, is what is saved; *folded* is what trains and answers here: a
+batch norm whose statistics stay as they are is part of the convolution before it, which saves its time.
+
+Shape letters: ``R`` RoIs, ``C`` foreground classes, ``N`` instances, ``M`` doubtful ones, ``h, w`` the network's input.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.models.detection import MaskRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.ops import box_area, box_iou
+
+from labelpenet import config
+from labelpenet.config import StudentRecipe
+from labelpenet.data import run_folder
+from labelpenet.data.files import read_tensors
+from labelpenet.data.images import read_image
+from labelpenet.errors import InputError
+from labelpenet.instances import Instances
+from labelpenet.models.build import BACKBONES, build_backbone
+from labelpenet.models.cascade import LabelPEnet, read_run
+from labelpenet.models.detection import ANCHOR_RATIOS, rcnn_loss
+from labelpenet.models.segmentation import crop_masks, mask_loss
+from labelpenet.models.weights import load_weights, torchvision_weights
+
+KIND = "student"  # what ``run.json`` says of such a folder, and the name of its weights
+STRIDES = (8, 16, 32)  # of the pyramid's maps; the last one, subsampled, is the fourth
+_ANCHOR = 6  # an anchor's side over its map's stride: 48, 96, 192 and 384 pixels
+
+
+@dataclass
+class Lesson:
+    """What one training image teaches, in pixels of the network's input.
+
+    Attributes:
+        pixels: (3, h, w) RGB in [0, 1].
+        target: the N instances with their masks; a weight scales the losses of what is matched to the instance.
+        doubtful: (M, 4) boxes that teach nothing: neither object nor background.
+    """
+
+    pixels: Tensor
+    target: Instances
+    doubtful: Tensor
+
+
+@dataclass(frozen=True)
+class Levels:
+    """How a body becomes a pyramid.
+
+    Attributes:
+        layers: for each child of the body whose map enters the pyramid the map's name there.
+        channels: of these maps.
+        strides: of these maps, and of the last one subsampled.
+        early: the children before stride 8, which keep their pretrained weights.
+    """
+
+    layers: dict[str, str]
+    channels: list[int]
+    strides: list[int]
+    early: list[str]
+
+
+class Student(nn.Module):
+    """torchvision's Mask R-CNN in its folded form, and its losses for noisy labels.
+
+    Args:
+        body: the backbone's stages in order, as children, plain and with their weights (`build_body`).
+        classes: names of the C foreground classes.
+        recipe: every choice.
+        backbone: the name that ``body`` was built by.
+        normalisation: ``mean`` and ``std`` of RGB in [0, 1].
+    """
+
+    def __init__(
+        self,
+        body: nn.Module,
+        classes: Sequence[str],
+        recipe: StudentRecipe,
+        backbone: str,
+        normalisation: Mapping[str, Sequence[float]],
+        state: Mapping[str, Tensor] | None = None,
+    ):
+        super().__init__()
+        self.classes, self.recipe, self.backbone_name = tuple(classes), recipe, backbone
+        self.normalisation = {"mean": list(normalisation["mean"]), "std": list(normalisation["std"])}
+        self.levels = measure_levels(body)
+        self.network = build_network(body, self.description())
+        if state is not None:
+            self.network.load_state_dict(state)
+        self.network.rpn = DoubtingRPN.like(self.network.rpn)
+        body = cast(nn.ModuleDict, self.network.backbone.body).eval()
+        self.folded = fold_norms(body)
+        for module in [*(body[name] for name in self.levels.early), *_norms(body)]:
+            module.requires_grad_(False)
+        self.to(memory_format=torch.channels_last)
+        self.eval()
+
+    def description(self) -> dict[str, Any]:
+        """What torchvision needs to build the plain network (`build_network`), as plain values for ``run.json``."""
+        network, images = self.recipe.network, self.recipe.images
+        return {
+            "layers": self.levels.layers,
+            "channels": self.levels.channels,
+            "width": network.width,
+            "anchors": [[_ANCHOR * stride] for stride in self.levels.strides],
+            "mask_layers": [network.width] * network.mask_depth,
+            "num_classes": len(self.classes) + 1,
+            "options": {
+                "min_size": images.test_side,
+                "max_size": images.longest,
+                "image_mean": self.normalisation["mean"],
+                "image_std": self.normalisation["std"],
+                "rpn_pre_nms_top_n_train": 1000,
+                "rpn_post_nms_top_n_train": 500,
+                "rpn_pre_nms_top_n_test": 500,
+                "rpn_post_nms_top_n_test": network.proposals,
+                "box_batch_size_per_image": network.rois,
+                "box_detections_per_img": network.detections,
+            },
+        }
+
+    def train(self, mode: bool = True) -> Student:
+        """As usual, but the batch norms that could not be folded keep their statistics."""
+        super().train(mode)
+        for norm in _norms(self):
+            norm.eval()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    def plain_state(self) -> dict[str, Tensor]:
+        """The weights as torchvision's plain network takes them, on the CPU."""
+        state = {key: value.detach().cpu().contiguous() for key, value in self.network.state_dict().items()}
+        for convolution, norm, eps in self.folded:
+            bias = state.pop(f"backbone.body.{convolution}.bias")
+            name = f"backbone.body.{norm}"
+            state[f"{name}.weight"] = torch.full_like(bias, (1 + eps) ** 0.5)
+            state[f"{name}.bias"] = bias
+            state[f"{name}.running_mean"], state[f"{name}.running_var"] = torch.zeros_like(bias), torch.ones_like(bias)
+            state[f"{name}.num_batches_tracked"] = torch.zeros((), dtype=torch.long)
+        return state
+
+    # -- learning ----------------------------------------------------------------------------------------------------
+
+    def losses(self, lessons: Sequence[Lesson], limit: float | None = None) -> dict[str, Tensor]:
+        """The losses of RPN, boxes, classes and masks, over the RoIs of all images.
+
+        Args:
+            limit: a RoI whose class or box loss exceeds it is left out (`trusted`); None for none.
+        """
+        network = self.network
+        images = [network.transform.normalize(lesson.pixels.to(self.device)) for lesson in lessons]
+        sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
+        batch = ImageList(network.transform.batch_images(images).contiguous(memory_format=torch.channels_last), sizes)
+        maps = {name: features.float() for name, features in network.backbone(batch.tensors).items()}
+        targets = [{"boxes": one.target.boxes, "doubtful": one.doubtful} for one in lessons]
+        proposals, found = network.rpn(batch, maps, targets)
+        losses = {"rpn_objectness": found["loss_objectness"], "rpn_box": found["loss_rpn_box_reg"]}
+        return losses | self._roi_losses(maps, proposals, lessons, sizes, limit)
+
+    def _roi_losses(
+        self,
+        maps: dict[str, Tensor],
+        proposals: Sequence[Tensor],
+        lessons: Sequence[Lesson],
+        sizes: list[tuple[int, int]],
+        limit: float | None,
+    ) -> dict[str, Tensor]:
+        heads = self.network.roi_heads
+        rois = [self._sample(own, lesson) for own, lesson in zip(proposals, lessons, strict=True)]
+        boxes, labels = [one.boxes for one in rois], torch.cat([one.labels for one in rois])
+        weights, encoded = torch.cat([one.weights for one in rois]), torch.cat([one.encoded for one in rois])
+        logits, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool(maps, boxes, sizes)))
+        if limit is not None:
+            weights = weights * trusted(roi_loss(logits.detach(), deltas.detach(), labels, encoded), labels > 0, limit)
+        losses = dict(zip(("class", "box"), rcnn_loss(logits, deltas, labels, encoded, weights), strict=True))
+        masks = []
+        kept = weights.split([len(one) for one in boxes])
+        for index, (one, lesson, weight) in enumerate(zip(rois, lessons, kept, strict=True)):
+            positive = torch.where(one.labels > 0)[0]
+            own = {name: features[index : index + 1] for name, features in maps.items()}
+            masks.append(self._mask_loss(own, one, lesson, positive, weight[positive], sizes[index]))
+        return losses | {"mask": torch.stack(masks).mean()}
+
+    def _mask_loss(
+        self,
+        maps: dict[str, Tensor],
+        rois: Rois,
+        lesson: Lesson,
+        positive: Tensor,
+        weights: Tensor,
+        size: tuple[int, int],
+    ) -> Tensor:
+        heads, boxes = self.network.roi_heads, rois.boxes[positive]
+        if not len(positive) or lesson.target.masks is None:
+            return sum((features.sum() * 0 for features in maps.values()), boxes.new_zeros(()))
+        logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(maps, [boxes], [size])))
+        own = logits[torch.arange(len(positive), device=boxes.device), rois.labels[positive]]
+        inside = crop_masks(lesson.target.masks, boxes, rois.matched[positive], own.shape[-1])
+        return mask_loss(own, inside, weights)
+
+    @torch.no_grad()
+    def _sample(self, proposals: Tensor, lesson: Lesson) -> Rois:
+        heads, target = self.network.roi_heads, lesson.target
+        boxes = torch.cat([proposals, target.boxes])
+        labels, weights = torch.zeros(len(boxes), dtype=torch.long), torch.ones(len(boxes))
+        labels, weights = labels.to(boxes.device), weights.to(boxes.device)
+        matched = torch.zeros_like(labels)
+        if len(target):
+            overlap, matched = box_iou(target.boxes, boxes).max(0)
+            labels = torch.where(overlap >= 0.5, target.labels[matched] + 1, 0)
+            weights = torch.where(overlap >= 0.5, target.weights[matched], 1.0)
+        labels[(labels == 0) & covered(boxes, lesson.doubtful)] = -1
+        positive, negative = heads.fg_bg_sampler([labels])
+        chosen = torch.where((positive[0] + negative[0]) > 0)[0]
+        boxes, matched = boxes[chosen], matched[chosen]
+        encoded = torch.zeros_like(boxes)
+        if len(target):
+            encoded = heads.box_coder.encode([target.boxes[matched]], [boxes])[0]
+        return Rois(boxes, labels[chosen], weights[chosen], encoded, matched)
+
+    # -- answering ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def predict(self, image: np.ndarray | str | Path, module: int = 4, proposals: Tensor | None = None) -> Instances:
+        """The instances of a photograph.
+
+        Args:
+            image: (H, W, 3) uint8 RGB, or an image file.
+            module, proposals: as `LabelPEnet.predict` takes them; a student answers as module 4 alone, without any.
+
+        Returns:
+            `Instances` on the CPU, best first: scores in [0, 1] as weights, with masks.
+
+        Raises:
+            InputError: the file cannot be read; another module is asked for.
+        """
+        self.require(module)
+        pixels = image if isinstance(image, np.ndarray) else read_image(image)
+        batch = [torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device).permute(2, 0, 1).float() / 255]
+        found = {name: value.cpu() for name, value in self.network(batch)[0].items()}
+        size = (pixels.shape[0], pixels.shape[1])
+        return Instances(found["boxes"], found["labels"] - 1, found["scores"], size, found["masks"][:, 0] >= 0.5)
+
+    def require(self, module: int) -> None:
+        """Raises InputError unless the module asked for is the last one, in whose place a student stands."""
+        if module != 4:
+            raise InputError(f"a student has no module {module}; leave --module out")
+
+    # -- folders -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def start(cls, backbone: str, classes: Sequence[str], recipe: StudentRecipe, weights: Path | None) -> Student:
+        """A student that has learnt nothing yet but for its backbone's ImageNet ``weights`` (see `build_body`)."""
+        body, normalisation = build_body(backbone, weights)
+        return cls(body, classes, recipe, backbone, normalisation)
+
+    @classmethod
+    def from_run(cls, run: str | Path, device: str | torch.device = "cpu") -> Student:
+        """The trained student of a folder that ``labelpenet distill`` wrote, ready to `predict`.
+
+        Raises:
+            InputError: no such folder, unfinished, or damaged weights.
+        """
+        run = Path(run)
+        facts = read_run(run)
+        if facts.get("kind") != KIND:
+            raise InputError(f"{run}: holds a cascade, no student; open it with LabelPEnet.from_run")
+        path = run_folder.weights(run, KIND)
+        if not path.is_file():
+            raise InputError(f"{run}: the student is not trained yet; finish it with labelpenet distill ... --resume")
+        body, _ = build_body(facts["backbone"], pretrained=False)
+        recipe = config.student_from_dict(facts["recipe"])
+        try:
+            state = read_tensors(path)
+            student = cls(body, facts["classes"], recipe, facts["backbone"], facts["normalisation"], state)
+        except Exception as error:
+            line = (str(error) or type(error).__name__).splitlines()[0]
+            raise InputError(f"{path}: does not fit this run ({line}); delete it and train with --resume") from error
+        return student.to(device)
+
+
+def load(run: str | Path, device: str | torch.device = "cpu") -> LabelPEnet | Student:
+    """What a run folder holds, ready to `predict`: a cascade or a student.
+
+    Raises:
+        InputError: see `LabelPEnet.from_run` and `Student.from_run`.
+    """
+    facts = read_run(Path(run))
+    return (Student if facts.get("kind") == KIND else LabelPEnet).from_run(run, device)
+
+
+@dataclass
+class Rois:
+    """Sampled RoIs of an image: boxes (R, 4); labels (R,), 0 background; weights (R,); encoded targets (R, 4); the
+    instance that each was matched to (R,)."""
+
+    boxes: Tensor
+    labels: Tensor
+    weights: Tensor
+    encoded: Tensor
+    matched: Tensor
+
+
+class DoubtingRPN(RegionProposalNetwork):
+    """torchvision's RPN whose targets may hold ``doubtful`` boxes (M, 4): negative anchors on them are ignored."""
+
+    @classmethod
+    def like(cls, other: RegionProposalNetwork) -> DoubtingRPN:
+        """The same network, with the same parameters."""
+        one = cls(other.anchor_generator, other.head, 0.7, 0.3, 256, 0.5, {}, {}, 0.7)
+        one.__dict__.update(other.__dict__)
+        return one
+
+    def assign_targets_to_anchors(
+        self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Labels (A,) 1, 0 or -1 for ignored, and matched boxes (A, 4) of every image."""
+        labels, boxes = super().assign_targets_to_anchors(anchors, targets)
+        for label, own, target in zip(labels, anchors, targets, strict=True):
+            label[(label == 0) & covered(own, target["doubtful"])] = -1
+        return labels, boxes
+
+
+def covered(boxes: Tensor, doubtful: Tensor) -> Tensor:
+    """(R,) whether half of a box (R, 4) lies inside a doubtful one (M, 4)."""
+    if not len(doubtful):
+        return torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+    return inside(boxes, doubtful).amax(1) >= 0.5
+
+
+def inside(boxes: Tensor, others: Tensor) -> Tensor:
+    """(R, M) the part of each box's area (R, 4) that lies inside each other one (M, 4)."""
+    corners = torch.minimum(boxes[:, None, 2:], others[:, 2:]) - torch.maximum(boxes[:, None, :2], others[:, :2])
+    return corners.clamp(min=0).prod(2) / box_area(boxes).clamp(min=1e-6)[:, None]
+
+
+def roi_loss(logits: Tensor, deltas: Tensor, labels: Tensor, encoded: Tensor) -> Tensor:
+    """(R,) the larger one of each RoI's class and box loss; arguments as `rcnn_loss`."""
+    classification = F.cross_entropy(logits.float(), labels, reduction="none")
+    own = deltas.float().reshape(len(labels), -1, 4)[torch.arange(len(labels), device=labels.device), labels]
+    distance = F.smooth_l1_loss(own, encoded, beta=1 / 9, reduction="none").sum(1) * (labels > 0)
+    return torch.maximum(classification, distance)
+
+
+def trusted(loss: Tensor, positive: Tensor, limit: float) -> Tensor:
+    """(R,) whether a RoI stays in the loss: those up to ``limit``, and the better half of the ``positive`` ones.
+
+    Without that half, a network that is sure of nothing but background would leave out all that contradicts it.
+    """
+    kept = loss <= limit
+    if bool(positive.any()):
+        kept |= positive & (loss <= loss[positive].median())
+    return kept
+
+
+# -- the network -----------------------------------------------------------------------------------------------------
+
+
+def build_network(body: nn.Module, description: Mapping[str, Any]) -> MaskRCNN:
+    """torchvision's Mask R-CNN on a plain body (see `Student.description`)."""
+    one = description
+    backbone = BackboneWithFPN(body, one["layers"], one["channels"], one["width"])
+    classes, pooled = one["num_classes"], one["mask_layers"][-1]
+    return MaskRCNN(
+        backbone,
+        rpn_anchor_generator=AnchorGenerator(one["anchors"], [ANCHOR_RATIOS] * len(one["anchors"])),
+        box_predictor=FastRCNNPredictor(1024, classes),
+        mask_head=MaskRCNNHeads(one["width"], one["mask_layers"], 1),
+        mask_predictor=MaskRCNNPredictor(pooled, pooled, classes),
+        **one["options"],
+    )
+
+
+def build_body(
+    name: str, weights: Path | None = None, pretrained: bool = True
+) -> tuple[nn.Module, dict[str, Sequence[float]]]:
+    """A backbone as a chain of children without its classifier, batch norms as they are; and its normalisation.
+
+    Args:
+        name, weights, pretrained: as `build_backbone` takes them, and ``timm/NAME`` for a model of timm.
+
+    Raises:
+        InputError: unknown name, a network that is no chain of stages, or weights that do not fit.
+    """
+    if name.startswith("timm/"):
+        return _timm_body(name.removeprefix("timm/"), weights, pretrained)
+    plug = build_backbone(name, weights, pretrained)
+    build, kind = BACKBONES[name]
+    network = build(weights=None)
+    if weights is not None:
+        load_weights(network, weights, name)
+    elif pretrained and kind.imagenet:
+        network.load_state_dict(torchvision_weights(name))
+    body: Any = getattr(network, "features", network)
+    if name == "mobilenet_v2":
+        body = body[:-1]  # the last layer serves the classifier alone
+    return body, {"mean": plug.mean, "std": plug.std}
+
+
+def _timm_body(name: str, weights: Path | None, pretrained: bool) -> tuple[nn.Module, dict[str, Sequence[float]]]:
+    try:
+        import timm
+    except ImportError as error:
+        raise InputError("backbones of timm need the package timm; install it with pip install timm") from error
+    try:
+        network = timm.create_model(name, pretrained=pretrained and weights is None)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise InputError(
+            f"timm/{name}: cannot be built ({str(error).splitlines()[0]}); see timm.list_models()"
+        ) from None
+    if weights is not None:
+        load_weights(network, weights, f"timm/{name}")
+    body = timm_features(name)
+    full = network.state_dict()
+    body.load_state_dict({key: full[_timm_key(network, key)] for key in body.state_dict()})
+    settings: Any = network.pretrained_cfg
+    return body, {"mean": settings["mean"], "std": settings["std"]}
+
+
+def timm_features(name: str) -> nn.Module:
+    """A model of timm as a chain of its stages, without weights."""
+    import timm
+
+    choices: tuple[dict[str, Any], ...] = ({"feature_cfg": {"flatten_sequential": True}}, {})
+    for options in choices:
+        try:
+            body = timm.create_model(name, features_only=True, **options)
+        except Exception:  # each family takes one of the two, and says no in its own way
+            continue
+        if len(list(body.named_children())) > 3:
+            return body
+    raise InputError(f"timm/{name}: is no chain of convolutional stages, so no pyramid can be built on it")
+
+
+def _timm_key(network: nn.Module, key: str) -> str:
+    """The key of the whole network for one of its chain of stages, where ``blocks.0`` is called ``blocks_0``."""
+    child, _, rest = key.partition(".")
+    return key if hasattr(network, child) else f"{child.replace('_', '.', 1)}.{rest}"
+
+
+@torch.no_grad()
+def measure_levels(body: nn.Module) -> Levels:
+    """Which children's maps enter the pyramid: the last one of each of `STRIDES`."""
+    side = 8 * STRIDES[-1]
+    x = torch.zeros(1, 3, side, side)
+    last: dict[int, tuple[str, int]] = {}
+    early = []
+    body.eval()
+    for name, child in body.named_children():
+        x = child(x)
+        stride = side // x.shape[-1]
+        last[stride] = (name, x.shape[1])
+        if stride < STRIDES[0]:
+            early.append(name)
+    strides = [stride for stride in STRIDES if stride in last]
+    if not strides:
+        raise InputError(f"a network with maps of strides {sorted(last)} carries no pyramid; it needs 8, 16 or 32")
+    layers = {last[stride][0]: str(level) for level, stride in enumerate(strides)}
+    return Levels(layers, [last[stride][1] for stride in strides], [*strides, 2 * strides[-1]], early)
+
+
+@torch.no_grad()
+def fold_norms(network: nn.Module) -> tuple[tuple[str, str, float], ...]:
+    """Folds batch norms into the convolutions before them, in place: the names of both, and the norm's epsilon.
+
+    Where the order of a module's children is not that in which they compute, the outputs differ and nothing is folded.
+
+    Args:
+        network: in evaluation mode; takes (N, 3, h, w), returns maps by name.
+    """
+    pairs = [
+        (f"{prefix}." if prefix else "", module, first, second)
+        for prefix, module in network.named_modules()
+        for (first, convolution), (second, norm) in itertools.pairwise(module.named_children())
+        if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+        if convolution.bias is None and convolution.out_channels == norm.num_features
+    ]
+    probe = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    before = network(probe)
+    plain = [(module, name, module._modules[name]) for _, module, *names in pairs for name in names]
+    folded = []
+    for dot, module, first, second in pairs:
+        convolution, norm = module._modules[first], module._modules[second]
+        module._modules[first] = fuse_conv_bn_eval(convolution, norm)
+        module._modules[second] = getattr(norm, "act", nn.Identity())  # timm's norms hold the activation
+        folded.append((f"{dot}{first}", f"{dot}{second}", norm.eps))
+    after = network(probe)
+    if all(
+        torch.allclose(after[name], value, rtol=1e-3, atol=1e-3 * float(value.abs().max()))
+        for name, value in before.items()
+    ):
+        return tuple(folded)
+    for module, name, child in plain:
+        module._modules[name] = child
+    return ()
+
+
+def _norms(network: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in network.modules() if isinstance(module, nn.BatchNorm2d))

@@ -1,0 +1,52 @@
+"""Recipes as version 0.1 wrote them into run.json: schedules and calibrations stood beside the modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+# Choices that are gone, and the only value of each that can still be followed.
+_GONE = {
+    "form": "paper", "contrast": False, "score": "softmax", "extra_proposals": False, "weight": "score",
+    "affiliated": True,
+}  # fmt: skip
+_RENAMED = {"background": "threshold", "part": "min_component", "duplicate": "mask_nms"}
+
+
+def modernise(old: dict[str, Any], known: Sequence[tuple[set[str], set[str]]]) -> dict[str, Any]:
+    """The values of `config.to_dict` that say what those of version 0.1 say.
+
+    Args:
+        old: what run.json holds.
+        known: for each module the choices that it has, and those of its calibration.
+
+    Raises:
+        ValueError: a choice that is gone did something; KeyError: it is no such recipe.
+    """
+    for part in old.values():
+        for key, value in part.items() if isinstance(part, dict) else ():
+            if key in _GONE and value != _GONE[key]:
+                raise ValueError(f"{key}={value} is no choice any more")
+    modules = []
+    for number, (choices, calibration) in enumerate(known, 1):
+        own = dict(old[("classification", "detection", "segmentation", "segmentation")[number - 1]])
+        label = old[f"infer{number}"]
+        predict = old.get(f"predict{number}") or label | {"joint": False}
+        if number == 1:
+            own |= {"heat": "all", "initialiser": "gaussian"}
+        else:
+            own |= {"rpn_pre_nms_top_n_train": 2000, "rpn_pre_nms_top_n_test": 1000}
+            own |= {"score_threshold": predict["score_threshold"], "vote": predict["vote"]}
+            own |= dict.fromkeys(("rpn_post_nms_top_n_train", "rpn_post_nms_top_n_test"), own["rpn_proposals"])
+            if own.get("freeze_head"):
+                raise ValueError("a frozen RoI head is no choice of modules 2 to 4 any more")
+        renamed = _RENAMED | {"attended": "max_attention" if number < 3 else "max_masks"}
+        parts = {
+            name: {new: value for key, value in part.items() if (new := renamed.get(key, key)) in calibration}
+            for name, part in (("label", label), ("predict", predict))
+        }
+        own = {key: value for key, value in own.items() if key in choices}
+        modules.append({**own, "schedule": old[f"schedule{number}"], **parts})
+    together = {key: old[key] for key in ("name", "images", "proposals")}
+    learning = {**old["forward_backward"], "schedule": old["schedule5"]}
+    return {**together, "warm_up": old["schedule0"], "modules": modules, "forward_backward": learning}

@@ -1,0 +1,334 @@
+"""The review page on this machine's loopback address: Python's own HTTP server, three static files and a little JSON.
+
+Nothing of the data set is taken for markup: names travel as JSON and the page writes them as text; photographs are
+decoded here and sent as JPEG. A request needs this machine's name as its host, so that no foreign page reaches it under
+a name of its own (DNS rebinding), and, but for the page itself, the token of this session's address.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import secrets
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, get_args
+from urllib.parse import urlsplit
+
+import cv2
+
+from labelpenet.data import run_folder
+from labelpenet.data.dataset import TaggedImage, TaggedImages
+from labelpenet.data.files import read_json
+from labelpenet.data.images import read_image
+from labelpenet.errors import InputError
+from labelpenet.formats.polygons import rings
+from labelpenet.formats.review import Reviewed, Status, is_review, read_review, write_review
+from labelpenet.instances import Instances
+from labelpenet.review.doubt import rank
+from labelpenet.training.inferred import Inferred, read_inferred
+from labelpenet.visualize import PALETTE, encode_picture
+
+LOOPBACK = "127.0.0.1"
+_HOSTS = {LOOPBACK, "localhost", "::1"}
+_FILES = {"/": "page.html", "/page.js": "page.js", "/page.css": "page.css"}
+_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
+_BODY_LIMIT = 2**20  # bytes of a verdict: thousands of objects
+_SIDE = 1600  # of the picture that is sent, in pixels at most
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src blob: data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+
+
+@dataclass
+class Review:
+    """The photographs of a review in the order of their doubt, and what was said of them so far.
+
+    Attributes:
+        name: of the run; classes: of the run, in label order.
+        ranked: photographs and doubts, the most doubtful first; all: the same in the order of the data set.
+        found: the labels that are looked at.
+        path: the file that every verdict is written to.
+        reviewed: what was said, by image id.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    ranked: list[tuple[TaggedImage, float]]
+    all: tuple[TaggedImage, ...]
+    found: Inferred
+    path: Path
+    reviewed: dict[str, Reviewed] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _written: int | None = None
+
+    @classmethod
+    def open(cls, run: Path, images: TaggedImages, path: Path) -> Review:
+        """Reads a run's labels of the photographs, ranks them, and goes on with the file where it exists.
+
+        Raises:
+            InputError: no module has labelled the photographs, or the file belongs to something else.
+        """
+        numbers = [number for number in (1, 2, 3, 4) if run_folder.instances(run, f"module{number}").is_file()]
+        if not numbers:
+            raise InputError(f"{run}: no module has labelled the training photographs yet; train it first")
+        ranked = rank(
+            images.images, {number: read_inferred(run, f"module{number}", len(images.classes)) for number in numbers}
+        )
+        if not ranked:
+            raise InputError(f"{run}: has labelled none of these photographs; give the data that it was trained on")
+        found = read_inferred(run, f"module{numbers[-1]}", len(images.classes))
+        one = cls(run.resolve().name, images.classes, ranked, images.images, found, path)
+        if path.exists():
+            one.reviewed, notes = read_review(path, images.images, images.classes)
+            if notes:  # going on would leave out of the file what cannot be shown
+                raise InputError(f"{notes[0]}; review them with their own data and classes, or choose another --out")
+            one._written = path.stat().st_mtime_ns
+        return one
+
+    def overview(self) -> dict[str, Any]:
+        """What the page shows before any photograph."""
+        return {
+            "run": self.name,
+            "file": str(self.path),
+            "classes": self.classes,
+            "colours": ["#{:02x}{:02x}{:02x}".format(*colour) for colour in PALETTE],
+            "photographs": [
+                {"name": image.id, "doubt": round(value, 3), "status": self.status(image)}
+                for image, value in self.ranked
+            ],
+        }
+
+    def status(self, image: TaggedImage) -> Status:
+        """What was said of a photograph."""
+        return self.reviewed[image.id].status if image.id in self.reviewed else "open"
+
+    def photograph(self, index: int) -> dict[str, Any]:
+        """Tags and labels of the photograph at a place of the ranking; ``kept`` says which are left, with which class.
+
+        Raises:
+            InputError: its labels are damaged.
+        """
+        image = self.ranked[index][0]
+        found = self.found[image.id]
+        said = self.reviewed.get(image.id)
+        if said is None or said.status in ("rejected", "dropped"):
+            kept = {str(number): label for number, label in enumerate(found.labels.tolist())}
+        else:
+            kept = {str(row["instance"]): row["category_id"] - 1 for row in said.rows}
+        height, width = found.image_size
+        return {
+            "width": width,
+            "height": height,
+            "tags": image.tags,
+            "status": self.status(image),
+            "kept": kept,
+            "objects": [
+                {
+                    "label": int(found.labels[one]),
+                    "score": round(float(found.weights[one]), 3),
+                    "path": _path(found, one),
+                }
+                for one in range(len(found))
+            ],
+        }
+
+    def picture(self, index: int) -> bytes:
+        """The photograph as a JPEG, upright, no larger than a screen.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        pixels = read_image(self.ranked[index][0].path)
+        factor = _SIDE / max(pixels.shape[:2])
+        if factor < 1:
+            pixels = cv2.resize(pixels, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
+        return encode_picture(pixels)
+
+    def judge(self, index: int, status: Status, kept: dict[int, int]) -> None:
+        """Notes what was said of a photograph, in memory and in the file.
+
+        Args:
+            index: its place in the ranking.
+            status: of the photograph.
+            kept: the class of each of its labels that is right, by number.
+
+        Raises:
+            InputError: the file cannot be written, or another program has written it; nothing is noted then.
+        """
+        image = self.ranked[index][0]
+        rows = self.found.rows(image.id)
+        chosen = [
+            {**rows[one], "category_id": label + 1, "instance": one}
+            for one, label in sorted(kept.items())
+            if status in ("accepted", "open")
+        ]
+        untouched = kept == {one: row["category_id"] - 1 for one, row in enumerate(rows)}
+        with self._lock:
+            reviewed = {key: one for key, one in self.reviewed.items() if key != image.id}
+            if status != "open" or not untouched:
+                reviewed[image.id] = Reviewed(status, self.found.size(image.id), chosen)
+            if (self.path.stat().st_mtime_ns if self.path.exists() else None) != self._written:
+                raise InputError(f"{self.path}: was changed by another program; end this review and start it again")
+            write_review(self.path, reviewed, self.all, self.classes)
+            self.reviewed, self._written = reviewed, self.path.stat().st_mtime_ns
+
+
+def _path(found: Instances, index: int) -> str:
+    """The outline of an instance as an SVG path: its mask's borders, or its box."""
+    if found.masks is None:
+        x1, y1, x2, y2 = (round(value, 1) for value in found.boxes[index].tolist())
+        return f"M{x1} {y1}H{x2}V{y2}H{x1}Z"
+    corners = (" ".join(f"{x:g} {y:g}" for x, y in ring) for ring in rings(found.masks[index].numpy()))
+    return "".join(f"M{ring}Z" for ring in corners)
+
+
+class Server(ThreadingHTTPServer):
+    """Serves one review on the loopback address.
+
+    Attributes:
+        review: what is served; token: what every request for it must carry; address: of the page, token included.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, review: Review, port: int = 0) -> None:
+        self.review, self.token = review, secrets.token_urlsafe(24)
+        try:
+            super().__init__((LOOPBACK, port), _Handler)
+        except (OSError, OverflowError) as error:
+            raise InputError(f"port {port} of {LOOPBACK} cannot be used ({error}); choose another --port") from error
+        # Behind the #, the token is in no log, in no header and in no list of referrers.
+        self.address = f"http://{LOOPBACK}:{self.server_port}/#{self.token}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Server
+    server_version, sys_version = "labelpenet", ""
+    protocol_version = "HTTP/1.1"
+    timeout = 60
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        if not self._from_here():
+            self._answer(403, b"this page is served to this machine alone")
+        elif path in _FILES:
+            name = Path(__file__).with_name(_FILES[path])
+            self._answer(200, name.read_bytes(), f"{_TYPES[name.suffix]}; charset=utf-8")
+        elif not self._has_token():
+            self._answer(403, b"open the address that labelpenet review has printed")
+        else:
+            self._guarded(path, None)
+
+    def do_POST(self) -> None:
+        length = self.headers.get("Content-Length", "")
+        if not length.isdigit() or int(length) > _BODY_LIMIT:
+            self.close_connection = True
+            self._answer(413, b"a verdict of at most a megabyte is expected")
+            return
+        body = self.rfile.read(int(length))
+        if not self._from_here() or not self._has_token():
+            self._answer(403, b"open the address that labelpenet review has printed")
+        else:
+            self._guarded(urlsplit(self.path).path, body)
+
+    def _from_here(self) -> bool:
+        """Whether host and origin, where there is one, are this machine's; the port may be a tunnel's."""
+        origin = self.headers.get("Origin")
+        names = [f"//{self.headers.get('Host', '')}", *([origin] if origin else [])]
+        try:
+            return all(urlsplit(name).hostname in _HOSTS for name in names)
+        except ValueError:
+            return False
+
+    def _has_token(self) -> bool:
+        return hmac.compare_digest(self.headers.get("X-Token", "").encode(), self.server.token.encode())
+
+    def _guarded(self, path: str, body: bytes | None) -> None:
+        try:
+            self._serve(path, body)
+        except InputError as error:
+            self._answer(409, str(error).encode())
+
+    def _serve(self, path: str, body: bytes | None) -> None:
+        review = self.server.review
+        parts = path.strip("/").split("/")
+        number = int(parts[1]) if len(parts) > 1 and parts[1].isdecimal() and len(parts[1]) < 10 else -1
+        if parts == ["photographs"] and body is None:
+            self._json(review.overview())
+        elif parts[0] != "photographs" or not 0 <= number < len(review.ranked):
+            self._answer(404, b"no such photograph")
+        elif len(parts) == 2 and body is None:
+            self._json(review.photograph(number))
+        elif len(parts) == 3 and parts[2] == "picture" and body is None:
+            self._answer(200, review.picture(number), "image/jpeg")
+        elif len(parts) == 2 and body is not None:
+            verdict = _verdict(body, len(review.found.rows(review.ranked[number][0].id)), len(review.classes))
+            if verdict is None:
+                self._answer(400, b"a verdict is a status and the classes of the objects that are kept")
+            else:
+                review.judge(number, *verdict)
+                self._json({"status": review.status(review.ranked[number][0])})
+        else:
+            self._answer(404, b"nothing there")
+
+    def _json(self, content: Any) -> None:
+        self._answer(200, json.dumps(content).encode(), "application/json")
+
+    def _answer(self, status: int, content: bytes, kind: str = "text/plain; charset=utf-8") -> None:
+        self.send_response(status)
+        for name, value in (
+            ("Content-Type", kind),
+            ("Content-Length", str(len(content))),
+            ("Content-Security-Policy", _POLICY),
+            ("X-Content-Type-Options", "nosniff"),
+            ("Cross-Origin-Resource-Policy", "same-origin"),
+            ("Referrer-Policy", "no-referrer"),
+            ("Cache-Control", "no-store"),
+        ):
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments: Any) -> None:
+        """Says nothing: the page shows what goes wrong."""
+
+
+def _verdict(body: bytes, objects: int, classes: int) -> tuple[Any, dict[int, int]] | None:
+    """Status and kept classes from the page's JSON; None where it is none."""
+    try:
+        content = json.loads(body)
+        kept = {int(one): label for one, label in content["kept"].items()}
+        status = content["status"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    right = all(0 <= one < objects and type(label) is int and 0 <= label < classes for one, label in kept.items())
+    return (status, kept) if right and isinstance(status, str) and status in get_args(Status) else None
+
+
+def serve(run: Path, images: TaggedImages, path: Path, port: int, say: Any = print) -> None:
+    """Serves the review of a run's labels until Ctrl-C.
+
+    Args:
+        run: the run folder; images: the photographs that it was trained on.
+        path: the file that every verdict is written to at once; an earlier review is gone on with.
+        port: of the loopback address; 0 for any free one.
+        say: prints a line.
+
+    Raises:
+        InputError: there is nothing to review, the port is taken, or the file belongs to something else.
+    """
+    if path.exists() and not is_review(read_json(path)):
+        raise InputError(f"{path}: is no file of the review page; choose another --out")
+    review = Review.open(run, images, path)
+    with Server(review, port) as server:
+        say(f"{len(review.ranked)} photographs, the most doubtful first; what you say is saved at once in {path}")
+        say(f"open {server.address} - Ctrl-C ends it")
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            say(f"\n{path}: {len(review.reviewed)} photographs judged")
+            say(f"next: labelpenet train DATA --out RUN --supervision mixed --corrected {path}")

@@ -1,0 +1,203 @@
+"""Distillation: a student learns from a run's labels; the function behind ``labelpenet distill``.
+
+What makes labels of a network fit for another one: the best instance of every tag and all that are about as sure are
+taught, weighed by their confidence, and the doubtful rest is neither object nor background; RoIs whose loss stays large
+after a fifth of the steps leave the loss, for there the label is likely to be wrong; the result is the average of the
+weights over many steps.
+
+Shape letters: ``N`` instances, ``h, w`` the network's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from labelpenet import config
+from labelpenet.config import Images, Noise, StudentRecipe
+from labelpenet.data import run_folder
+from labelpenet.data.dataset import TaggedImages
+from labelpenet.data.files import write_tensors
+from labelpenet.data.images import read_image
+from labelpenet.engine.distributed import build_fabric
+from labelpenet.engine.sampler import seed_step
+from labelpenet.engine.stage import Stage
+from labelpenet.engine.trainer import train_stage
+from labelpenet.errors import InputError
+from labelpenet.formats import open_annotated, read_predictions
+from labelpenet.instances import Instances
+from labelpenet.models.student import KIND, Lesson, Student, inside
+from labelpenet.training.pretrain import digest, optimiser
+from labelpenet.training.run import open_run
+from labelpenet.training.supervised import read_supervision
+
+
+def distill(
+    images: TaggedImages,
+    labels: Mapping[str, Instances],
+    out: Path,
+    recipe: StudentRecipe,
+    *,
+    backbone: str,
+    weights: Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    devices: int = 1,
+    nodes: int = 1,
+    precision: str = "auto",
+    checkpoint_minutes: float = 5.0,
+    source: Mapping[str, Any] | None = None,
+    supervision: str = "labels",
+) -> Student:
+    """Trains a student on labels and writes it to a folder, or continues what the folder holds.
+
+    Args:
+        images: the photographs; labels: their instances by image id, with masks, confidences as weights. A photograph
+            that is not there is not trained on; one without instances shows nothing.
+        out: the student's folder; recipe: every choice.
+        backbone, weights: as `models.student.build_body` takes them.
+        resume, seed, device, devices, nodes, precision, checkpoint_minutes, source: as `train_run` takes them.
+        supervision: ``labels``, or ``full`` where the labels are the truth; kept in ``run.json``.
+
+    Raises:
+        InputError: something the user gave cannot be used; KeyboardInterrupt: the state is saved.
+    """
+    taught = TaggedImages(images.classes, tuple(image for image in images.images if image.id in labels), images.notes)
+    if not any(len(labels[image.id]) for image in taught.images):
+        raise InputError("no photograph has a label; check the labels, the split and the classes")
+    fabric = build_fabric(device, devices, nodes, precision)
+    seed_step(seed, "initialisation", 0)
+    student = Student.start(backbone, images.classes, recipe, weights)
+    facts = {
+        "kind": KIND,
+        "classes": list(images.classes),
+        "backbone": backbone,
+        "normalisation": student.normalisation,
+        "network": student.description(),
+        "seed": seed,
+        "precision": str(fabric._precision.precision),
+        "supervision": supervision,
+        "images": len(taught.images),
+        "labels": digest(_fingerprint(image.id, labels[image.id]) for image in taught.images),
+        "recipe": config.to_dict(recipe),
+    }
+    weights_file = run_folder.weights(out, KIND)
+    with open_run(out, {**facts, "source": dict(source or {})}, resume, taught, fabric):
+        if not weights_file.is_file():
+            train_stage(
+                stage(student, taught, labels),
+                out,
+                seed=seed,
+                config=facts,
+                fabric=fabric,
+                resume=resume,
+                checkpoint_minutes=checkpoint_minutes,
+            )
+            if fabric.global_rank == 0:
+                write_tensors(weights_file, student.plain_state(), "free some space and use --resume")
+            fabric.barrier()
+    return Student.from_run(out, fabric.device)
+
+
+def read_labels(run: Path, path: Path | None, images: TaggedImages) -> tuple[Mapping[str, Instances], tuple[str, ...]]:
+    """The labels of a run's last module, or of the predictions or COCO file ``path``; and notes about them.
+
+    Raises:
+        InputError: there are none, or the file cannot be used.
+    """
+    path = path or run_folder.instances(run, "module4")
+    if not path.is_file():
+        raise InputError(f"{path}: not there; train the run's module 4, or give labels with --labels")
+    labels = read_predictions(path, images, images.classes, list(range(1, len(images.classes) + 1)))
+    return labels, labels.notes
+
+
+def read_truths(data: Path, split: str | None, images: TaggedImages) -> tuple[Mapping[str, Instances], tuple[str, ...]]:
+    """The true objects of the images, for the yardstick; and notes about them."""
+    found = read_supervision("full", open_annotated(data, split, images.classes))
+    return found.truths, found.notes
+
+
+def stage(student: Student, images: TaggedImages, labels: Mapping[str, Instances]) -> Stage:
+    """The student's training."""
+    recipe = student.recipe
+    schedule, noise = recipe.schedule, recipe.noise
+
+    def load(indices: list[int], generator: torch.Generator) -> list[Lesson]:
+        chosen = [images.images[index] for index in indices]
+        return [lesson(read_image(one.path), labels[one.id], recipe.images, noise, generator) for one in chosen]
+
+    def loss(lessons: list[Lesson], step: int) -> dict[str, Tensor]:
+        late = step >= noise.limit_from * schedule.steps
+        return student.losses(lessons, noise.limit if late else None)
+
+    return Stage(
+        name=KIND,
+        module=student,
+        steps=schedule.steps,
+        images=[image.id for image in images.images],
+        loss=loss,
+        load=load,
+        batch_size=schedule.batch_size,
+        optimiser=optimiser(schedule),
+        ema=noise.ema,
+    )
+
+
+def lesson(image: np.ndarray, labels: Instances, images: Images, noise: Noise, generator: torch.Generator) -> Lesson:
+    """A photograph (H, W, 3) uint8 RGB and its labels as they are taught once: at a drawn size, perhaps mirrored."""
+    side = images.sides[int(torch.randint(len(images.sides), (1,), generator=generator))]
+    flip = images.flip and bool(torch.rand((), generator=generator) < 0.5)
+    taught, doubtful = sort_out(labels, noise)
+    height, width = image.shape[:2]
+    factor = min(side / min(height, width), images.longest / max(height, width))
+    size = (max(32, round(height * factor)), max(32, round(width * factor)))
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
+    # as torchvision's own transform resizes, so that the student sees in training what it sees later
+    pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)[0]
+    scale = torch.tensor([size[1] / width, size[0] / height] * 2)
+    masks = torch.zeros(len(taught), *size, dtype=torch.bool)
+    for index, mask in enumerate([] if taught.masks is None else taught.masks.numpy()):
+        resized = cv2.resize(mask.astype(np.uint8), (size[1], size[0]), interpolation=cv2.INTER_NEAREST)
+        masks[index] = torch.from_numpy(resized.astype(bool))
+    boxes, doubtful = taught.boxes * scale, doubtful * scale
+    if flip:
+        pixels, masks = pixels.flip(-1), masks.flip(-1)
+        boxes, doubtful = (_mirror(one, size[1]) for one in (boxes, doubtful))
+    return Lesson(pixels, Instances(boxes, taught.labels, taught.weights, size, masks), doubtful)
+
+
+def sort_out(labels: Instances, noise: Noise) -> tuple[Instances, Tensor]:
+    """The instances that are taught, and the boxes (M, 4) of the doubtful ones (see `config.Noise`)."""
+    same = labels.labels[:, None] == labels.labels[None]
+    weights = labels.weights
+    best = torch.where(same, weights[None], 0).amax(1) if len(labels) else weights
+    # the earlier one of two that are equally sure counts as the better one
+    order = torch.arange(len(labels))
+    better = same & (
+        (weights[None] > weights[:, None]) | ((weights[None] == weights[:, None]) & (order < order[:, None]))
+    )
+    nested = (better & (inside(labels.boxes, labels.boxes) >= noise.nested)).any(1)
+    area = labels.boxes[:, 2:] - labels.boxes[:, :2]
+    sure = (weights >= noise.keep * best) & ~nested & (area > 0).all(1)
+    taught = labels[sure]
+    if not noise.weighted:
+        taught = Instances(taught.boxes, taught.labels, torch.ones(len(taught)), taught.image_size, taught.masks)
+    return taught, labels.boxes[~sure]
+
+
+def _mirror(boxes: Tensor, width: int) -> Tensor:
+    return torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
+
+
+def _fingerprint(name: str, one: Instances) -> bytes:
+    values = [one.boxes, one.labels, one.weights] + ([] if one.masks is None else [one.masks.sum((1, 2))])
+    return name.encode() + b"".join(value.numpy().tobytes() for value in values)

@@ -1,0 +1,113 @@
+"""A run applied to a million photographs: independent shards, or batches for an engine such as Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from labelpenet.data.dataset import TaggedImage
+from labelpenet.errors import InputError
+from labelpenet.formats.parts import Part
+from labelpenet.instances import Instances
+from labelpenet.training.predict import Predictor
+from labelpenet.training.pretrain import digest
+
+CHUNK = 256  # photographs whose proposals are computed together, for modules that need them
+
+
+def predict_shard(
+    predictor: Predictor,
+    images: Sequence[TaggedImage],
+    module: int,
+    folder: Path,
+    shard: tuple[int, int],
+    *,
+    keep: Callable[[TaggedImage, Instances], Instances] = lambda image, found: found,
+    choices: dict[str, Any] | None = None,
+    cache: Path | None = None,
+) -> tuple[Part, list[str]]:
+    """Predicts one shard of the photographs into ``FOLDER/part-I-of-N.jsonl``; goes on where a killed process stopped.
+
+    Args:
+        predictor: the run, in one process.
+        images: all photographs, in the same order for every shard.
+        module: which one predicts.
+        folder: of the parts.
+        shard: (i, n), 1 <= i <= n.
+        keep: what is written of the instances found in a photograph.
+        choices: what else decides the result (a smallest score, say); the same for all shards.
+        cache: folder of the proposals' cache; None for the user's.
+
+    Returns:
+        The part, and the ids of the photographs that could not be read this time.
+
+    Raises:
+        InputError: see `Part`; the module is not trained.
+    """
+    predictor.network.require(module)
+    weights = digest(value.cpu().numpy().tobytes() for value in predictor.network.state_dict().values())
+    listed = digest(image.id.encode() for image in images)
+    facts = {"weights": weights, "module": module, "list": listed, **(choices or {})}
+    skipped: list[str] = []
+    with Part(folder, shard, facts, images, predictor.network.classes) as part:
+        left = part.left()
+        for start in range(0, len(left), CHUNK):
+            chunk = left[start : start + CHUNK]
+            bad: list[str] = []
+            for image, found in predictor.run(chunk, module, bad, predictor.proposals(chunk, module, cache)):
+                part.add(image, keep(image, found))
+            for image in chunk:
+                if image.id in bad:
+                    part.add(image, None)
+            skipped += bad
+        part.finish()
+    return part, skipped
+
+
+class BatchPredictor:
+    """A run as a callable over batches of columns, as Ray Data's ``map_batches`` wants it.
+
+    Called with ``{"path": (B,) paths of photographs}`` it returns a row for each instance: ``path, category, score, x,
+    y, w, h`` (pixels) and ``counts`` (compressed RLE). A photograph that cannot be read gives one row with ``error``
+    set; in all others ``error`` is empty.
+
+    Args:
+        run: run folder.
+        module: which module predicts.
+        min_score: instances below are left out.
+        device: as for ``labelpenet predict``.
+    """
+
+    def __init__(self, run: str, module: int = 4, min_score: float = 0.05, device: str = "auto"):
+        self.predictor = Predictor(Path(run), device)
+        self.predictor.network.require(module)
+        self.module, self.min_score = module, min_score
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        rows = [row for path in batch["path"] for row in self._rows(str(path))]
+        kinds = {"path": object, "category": object, "counts": object, "error": object}
+        names = ("path", "category", "score", "x", "y", "w", "h", "counts", "error")
+        return {name: np.array([row[name] for row in rows], kinds.get(name, np.float32)) for name in names}
+
+    def _rows(self, path: str) -> list[dict[str, Any]]:
+        classes = self.predictor.network.classes
+        empty = {"category": "", "score": 0.0, "x": 0.0, "y": 0.0, "w": 0.0, "h": 0.0, "counts": ""}
+        try:
+            found = self.predictor.one(TaggedImage(path, Path(path), ()), self.module)
+        except InputError as error:
+            return [{"path": path, **empty, "error": str(error)}]
+        found = found[found.weights >= self.min_score]
+        return [
+            {
+                "path": path,
+                "category": classes[row["category_id"]],
+                "score": row["score"],
+                **dict(zip("xywh", row["bbox"], strict=True)),
+                "counts": (row.get("segmentation") or {}).get("counts", ""),
+                "error": "",
+            }
+            for row in found.to_coco(0, range(len(classes)))
+        ]

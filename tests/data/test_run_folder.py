@@ -1,0 +1,105 @@
+"""The run folder: whose it is, what it was made from, and the moments in which a process may die."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from labelpenet.data import run_folder
+from labelpenet.data.run_folder import check_photographs, claimed, start_run
+from labelpenet.errors import InputError
+
+FACTS = {"classes": ["a", "b"], "seed": 0, "recipe": {"images": {"sides": (480, 576)}}}
+
+
+def begin(run: Path, facts: dict = FACTS, resume: bool = False) -> None:
+    with claimed(run):
+        start_run(run, facts, resume)
+
+
+def test_a_run_folder_is_made_and_taken_up_again(tmp_path):
+    run = tmp_path / "some" / "run"
+    begin(run)
+    assert run_folder.read_facts(run) == json.loads(json.dumps(FACTS))
+    begin(run, resume=True)
+    begin(tmp_path / "other", resume=True)  # --resume where nothing was begun is a start
+    (tmp_path / "empty").mkdir()
+    begin(tmp_path / "empty")
+
+
+def test_a_run_folder_in_use_is_left_alone(tmp_path):
+    begin(tmp_path / "run")
+    before = (tmp_path / "run/run.json").read_bytes()
+    with pytest.raises(InputError, match="--resume"):
+        begin(tmp_path / "run")
+    with pytest.raises(InputError, match="another seed, recipe"):
+        begin(tmp_path / "run", FACTS | {"seed": 1, "recipe": {}}, resume=True)
+    assert (tmp_path / "run/run.json").read_bytes() == before
+    foreign = tmp_path / "photos"
+    foreign.mkdir()
+    (foreign / "cat.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match="choose another --out"):
+        begin(foreign)
+    assert [path.name for path in foreign.iterdir()] == ["cat.jpg"]
+
+
+def test_a_run_that_was_killed_before_run_json_had_its_name_can_be_started(tmp_path):
+    begin(tmp_path)
+    (tmp_path / "run.json").rename(tmp_path / "run.json.tmp")
+    begin(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", ".lock"}
+
+
+@pytest.mark.parametrize("content", [b'{"classes": [', b"[1]", b"3", b"", b"\xff\xfe"])
+def test_a_damaged_run_file_is_named(tmp_path, content):
+    begin(tmp_path)
+    (tmp_path / "run.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"run\.json: damaged"):
+        begin(tmp_path, resume=True)
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for run in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(InputError, match="choose another --out"):
+            begin(run)
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from labelpenet.data.run_folder import claimed
+with claimed(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_process_is_told_and_the_lock_dies_with_its_process(tmp_path):
+    run = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="another process is working on it"):
+            begin(run)
+        other.kill()
+        other.wait()
+        begin(run)
+
+
+def test_photographs_may_change_until_something_is_trained(tmp_path):
+    assert check_photographs(tmp_path, {"a": "1", "b": None}) == ""
+    assert check_photographs(tmp_path, {"a": "1", "b": None}) == ""
+    assert "1 photographs have changed (b)" in check_photographs(tmp_path, {"a": "1", "b": "2"})
+    path = run_folder.weights(tmp_path, "classification")
+    path.parent.mkdir()
+    path.write_bytes(b"")
+    assert check_photographs(tmp_path, {"a": "1", "b": "2"}) == ""
+    with pytest.raises(InputError, match=r"1 photographs have changed since it was started \(a\)"):
+        check_photographs(tmp_path, {"a": "3", "b": "2"})
+    run_folder.photographs(tmp_path).write_text('{"a": ')
+    with pytest.raises(InputError, match=r"images\.json: damaged"):
+        check_photographs(tmp_path, {"a": "1", "b": "2"})

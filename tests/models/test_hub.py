@@ -1,0 +1,73 @@
+"""Networks in the hub's folders: what comes back answers as what was saved, offline, and the card is filled in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import labelpenet
+from labelpenet import config
+from labelpenet.data import run_folder
+from labelpenet.data.files import write_json, write_tensors
+from labelpenet.errors import InputError
+from labelpenet.models.build import build_backbone
+from labelpenet.models.cascade import MODULES, LabelPEnet
+from labelpenet.models.hub import from_pretrained, save_pretrained
+from tests.students import small_student
+
+RESULTS = {"split": "val", "protocol": "voc12", "val": {"4": {"box": {"mAP": 0.512}, "mask": {"mAP@0.5": 0.25}}}}
+
+
+def cascade_run(run: Path) -> LabelPEnet:
+    """A run of which module 4 is not trained."""
+    torch.manual_seed(0)
+    network = LabelPEnet(build_backbone("tiny", pretrained=False), ("cat", "dog"), config.demo())
+    facts = {"classes": ["cat", "dog"], "backbone": "tiny", "normalisation": network.normalisation, "images": 7}
+    run.mkdir()
+    write_json(run_folder.facts(run), {**facts, "recipe": config.to_dict(network.recipe)})
+    for part in ("stem", *MODULES[:3]):
+        write_tensors(run_folder.weights(run, part), getattr(network, part).state_dict())
+    return network
+
+
+def test_a_cascade_comes_back_with_its_card(tmp_path):
+    network = cascade_run(tmp_path / "run")
+    write_json(run_folder.results(tmp_path / "run"), RESULTS)
+    folder = save_pretrained(tmp_path / "run", tmp_path / "hub", licence="apache-2.0")
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    found = from_pretrained(folder)
+    assert isinstance(found, LabelPEnet) and found.untrained == ("segmentation",)
+    for part in ("stem", *MODULES[:3]):
+        expected = getattr(network, part).state_dict()
+        assert all(torch.equal(value, expected[key]) for key, value in getattr(found, part).state_dict().items())
+    card = (folder / "README.md").read_text()
+    assert card.startswith('---\nlicense: "apache-2.0"\n') and "cat, dog" in card and "7 photographs" in card
+    assert "module 4: box mAP@.5 51.2, mask mAP@0.5 25.0" in card
+
+
+def test_a_student_comes_back_and_answers_as_before(tmp_path):
+    run, _ = small_student()
+    folder = save_pretrained(run, tmp_path)
+    image = np.random.default_rng(0).integers(0, 255, (96, 96, 3), dtype=np.uint8)
+    before, after = labelpenet.load(run).predict(image), from_pretrained(folder).predict(image)
+    assert torch.equal(before.boxes, after.boxes) and torch.equal(before.masks, after.masks)
+    assert load_file(folder / "model.safetensors").keys() == load_file(run_folder.weights(run, "student")).keys()
+
+
+def test_damaged_and_foreign_folders_are_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no config"):
+        from_pretrained(tmp_path)
+    cascade_run(tmp_path / "run")
+    folder = save_pretrained(tmp_path / "run", tmp_path / "hub")
+    content = json.loads((folder / "config.json").read_text())
+    del content["classes"], content["checksum"]
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="cannot be read"):
+        from_pretrained(folder)
+    with pytest.raises(InputError, match="not a run folder"):
+        save_pretrained(tmp_path / "hub", tmp_path / "again")

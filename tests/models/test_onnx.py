@@ -1,0 +1,122 @@
+"""A student in ONNX Runtime: the same answers as in torch, also by the page that shows how, without torch."""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+import labelpenet
+from labelpenet import cli
+from labelpenet.data.images import read_image
+from labelpenet.errors import InputError
+from labelpenet.models.onnx import Fixed, export_onnx, parse_size, paste, survivors
+from labelpenet.models.student import Student
+from tests.students import SIDE, small_student
+
+ROOT = Path(__file__).parents[2]
+PHOTOGRAPHS = ROOT.parent / "shared" / "data" / "voc-animals" / "VOCdevkit" / "VOC2012" / "JPEGImages"
+
+
+def pixels(photo: Path) -> torch.Tensor:
+    return torch.from_numpy(read_image(photo).copy()).permute(2, 0, 1).float() / 255
+
+
+@torch.no_grad()
+def assert_the_same(student: Student, image: torch.Tensor, answer) -> int:
+    boxes, labels, scores, masks = (torch.as_tensor(one) for one in answer)
+    expected = student.network([image])[0]
+    assert len(boxes) == len(expected["boxes"])
+    torch.testing.assert_close(boxes, expected["boxes"], rtol=0, atol=0.1)
+    torch.testing.assert_close(scores, expected["scores"], rtol=0, atol=1e-3)
+    assert torch.equal(labels + 1, expected["labels"])
+    for mask, one in zip(masks, expected["masks"][:, 0] >= 0.5, strict=True):
+        assert (mask & one).sum() >= 0.99 * (mask | one).sum()
+    return len(boxes)
+
+
+@functools.cache
+def exported() -> Path:
+    path = Path(tempfile.mkdtemp(prefix="labelpenet-onnx")) / "student.onnx"
+    cli.main(["export", str(small_student()[0]), "--to", "onnx", "--out", str(path), "--size", f"{SIDE}x{SIDE}"])
+    return path
+
+
+def test_onnx_runtime_answers_as_torch_does_on_scenes():
+    runtime = pytest.importorskip("onnxruntime")
+    folder, year = small_student()
+    student = labelpenet.load(folder)
+    session = runtime.InferenceSession(exported(), providers=["CPUExecutionProvider"])
+    found = 0
+    for photo in sorted(Path(year, "JPEGImages").glob("*.jpg"))[:8]:
+        image = pixels(photo)
+        found += assert_the_same(student, image, session.run(None, {"image": image.numpy()}))
+    assert found > 20
+
+
+@pytest.mark.photographs
+@pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason="the photographs are not beside the project")
+def test_onnx_runtime_answers_as_torch_does_on_photographs():
+    runtime = pytest.importorskip("onnxruntime")
+    folder, _ = small_student()
+    student = labelpenet.load(folder)
+    session = runtime.InferenceSession(exported(), providers=["CPUExecutionProvider"])
+    for photo in sorted(PHOTOGRAPHS.glob("*.jpg"))[:6]:
+        whole = pixels(photo)[None]
+        image = torch.nn.functional.interpolate(whole, size=(SIDE, SIDE), mode="bilinear", align_corners=False)[0]
+        assert_the_same(student, image, session.run(None, {"image": image.numpy()}))
+
+
+def test_the_page_runs_without_torch(tmp_path):
+    pytest.importorskip("onnxruntime")
+    folder, year = small_student()
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "onnx.md").read_text(), re.DOTALL)[1]
+    photo = next(Path(year, "JPEGImages").glob("*.jpg"))
+    code = code.replace("student.onnx", str(exported())).replace("photo.jpg", str(photo))
+    script = f"import sys\nsys.modules['torch'] = sys.modules['labelpenet'] = None\n{code}"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    student = labelpenet.load(folder)
+    best = student.predict(photo)[0]
+    assert run.stdout.startswith(student.classes[int(best.labels)])
+    assert f" {round(float(best.weights), 2)} " in run.stdout.splitlines()[0]
+
+
+def test_nothing_found_is_no_error():
+    student = labelpenet.load(small_student()[0])
+    student.network.roi_heads.score_thresh = 1.0
+    boxes, labels, scores, masks = Fixed(student, (SIDE, SIDE))(torch.zeros(3, SIDE, SIDE))
+    assert (len(boxes), len(labels), len(scores), masks.shape) == (0, 0, 0, (0, SIDE, SIDE))
+
+
+def test_masks_are_pasted_as_torchvision_pastes_them():
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(20, 4, generator=generator) * 60
+    boxes = torch.cat([corners[:, :2], corners[:, :2] + corners[:, 2:] + 0.2], 1).clamp(max=80)
+    masks = torch.rand(20, 28, 28, generator=generator)
+    expected = paste_masks_in_image(masks[:, None], boxes, (70, 80))[:, 0]
+    torch.testing.assert_close(paste(masks, boxes, (70, 80)), expected, rtol=0, atol=1e-4)
+
+
+def test_survivors_are_the_best_of_each_group():
+    boxes = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 10, 8], [5, 5, 5, 9.0]])
+    scores = survivors(boxes, torch.tensor([0.5, 0.9, 0.4, 0.8]), torch.tensor([0, 0, 1, 0]), 0.5, 1.0, 10)
+    assert scores.tolist() == pytest.approx([-1, 0.9, 0.4, -1])
+
+
+def test_sizes_that_do_not_fit_are_refused(tmp_path):
+    assert parse_size("480x640") == (480, 640) and parse_size(None) is None
+    for text in ("480", "x", "-1x5"):
+        with pytest.raises(InputError, match="480x640"):
+            parse_size(text)
+    student = labelpenet.load(small_student()[0])
+    with pytest.raises(InputError, match="multiples of 32"):
+        export_onnx(student, tmp_path / "student.onnx", (100, 96))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,150 @@
+"""The student: the same network in torchvision alone, and what noisy labels may and may not teach it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import labelpenet
+from labelpenet import config
+from labelpenet.errors import InputError
+from labelpenet.instances import Instances
+from labelpenet.models.student import Lesson, Student, build_body, build_network, fold_norms, roi_loss, trusted
+from tests.students import SIDE, small_student
+
+SMALL = config.override(config.StudentRecipe(), ["network.width=8", "network.mask_depth=1", "images.test_side=64"])
+
+
+def untaught(backbone: str = "tiny") -> Student:
+    torch.manual_seed(0)
+    body, normalisation = build_body(backbone, pretrained=False)
+    for norm in (module for module in body.modules() if isinstance(module, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+        nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+    return Student(body, ("a", "b"), SMALL, backbone, normalisation)
+
+
+def lesson(boxes, doubtful=(), weights=None) -> Lesson:
+    boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    masks = torch.zeros(len(boxes), 64, 64, dtype=torch.bool)
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[y1:y2, x1:x2] = True
+    weights = torch.ones(len(boxes)) if weights is None else torch.tensor(weights)
+    target = Instances(boxes, torch.zeros(len(boxes), dtype=torch.long), weights, (64, 64), masks)
+    pixels = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(1))
+    return Lesson(pixels, target, torch.tensor(doubtful, dtype=torch.float32).reshape(-1, 4))
+
+
+@pytest.mark.parametrize("backbone", ["mobilenet_v2", "timm/tf_efficientnet_lite0", "timm/resnet10t", "tiny"])
+def test_the_plain_network_computes_what_the_folded_one_does(backbone):
+    if backbone.startswith("timm/"):
+        pytest.importorskip("timm")
+    student = untaught(backbone)
+    plain = build_network(build_body(backbone, pretrained=False)[0], student.description())
+    plain.load_state_dict(student.plain_state())
+    x = torch.rand(1, 3, 96, 64)
+    with torch.no_grad():
+        expected, found = plain.eval().backbone(x), student.network.backbone(x)
+    assert expected.keys() == found.keys() and len(found) == len(student.levels.strides)
+    for (name, value), stride in zip(found.items(), student.levels.strides, strict=True):
+        assert value.shape[-2:] == (-(-96 // stride), 64 // stride)
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+    assert backbone == "tiny" or student.folded, "its batch norms cost nothing"
+
+
+def test_a_network_whose_children_are_out_of_order_is_not_folded():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3)
+            nn.init.constant_(self.norm.bias, 0.5)
+
+        def forward(self, x):
+            return {"0": self.conv(self.norm(x))}
+
+    odd = Odd().eval()
+    assert fold_norms(odd) == () and isinstance(odd.norm, nn.BatchNorm2d)
+
+
+def test_doubtful_boxes_are_neither_object_nor_background():
+    student = untaught().train()
+    everywhere = [[0.0, 0.0, 64.0, 64.0]]
+    proposals = torch.tensor([[0, 0, 20, 20], [30, 30, 60, 60], [2, 2, 18, 18.0]])
+    rois = student._sample(proposals, lesson([[0, 0, 20, 20]], everywhere))
+    assert (rois.labels > 0).all() and len(rois.labels) == 3, "two proposals on the instance, and the instance"
+    rois = student._sample(proposals, lesson([[0, 0, 20, 20]]))
+    assert sorted(rois.labels.tolist()) == [0, 1, 1, 1]
+    # of an image that shows nothing but doubt, no anchor learns anything
+    labels, _ = student.network.rpn.assign_targets_to_anchors(
+        [proposals], [{"boxes": torch.zeros(0, 4), "doubtful": torch.tensor(everywhere)}]
+    )
+    assert (labels[0] == -1).all()
+
+
+def test_a_label_without_confidence_teaches_nothing():
+    student = untaught().train()
+    proposals = torch.tensor([[10, 10, 50, 50.0]])
+    one = lesson([[10, 10, 50, 50]], weights=[0.0])
+    assert student._sample(proposals, one).weights.tolist() == [0, 0]
+    one.target = one.target[:0]
+    assert student._sample(proposals, one).weights.tolist() == [1], "background counts in full"
+
+
+def test_rois_of_large_loss_are_left_out_but_for_the_better_half_of_the_objects():
+    logits = torch.tensor([[0.0, 9.0, 0], [9, 0, 0], [0, 9, 0], [9, 0, 0]])
+    labels = torch.tensor([0, 1, 1, 0])
+    loss = roi_loss(logits, torch.zeros(4, 12), labels, torch.zeros(4, 4))
+    assert trusted(loss, labels > 0, 4.0).tolist() == [False, False, True, True]
+    worse = torch.tensor([5.0, 6.0, 7.0, 1.0])
+    assert trusted(worse, torch.tensor([True, True, True, False]), 4.0).tolist() == [True, True, False, True]
+    far = roi_loss(logits, torch.zeros(4, 12), labels, torch.full((4, 4), 9.0))
+    assert far[2] > 30 and far[3] < 1, "box loss counts for objects alone"
+
+
+def test_losses_have_gradients_and_batch_norms_stay():
+    student = untaught("mobilenet_v2").train()
+    before = {name: value.clone() for name, value in student.named_buffers()}
+    sum(student.losses([lesson([[5, 5, 40, 60]]), lesson([])], limit=4.0).values()).backward()
+    trained = [p for p in student.parameters() if p.requires_grad]
+    assert all(p.grad is not None for p in trained)
+    early = student.network.backbone.body["0"]
+    assert not any(p.requires_grad for p in early.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in student.named_buffers())
+
+
+def test_load_tells_students_from_cascades_and_unfinished_ones(tmp_path):
+    folder, year = small_student()
+    student = labelpenet.load(folder)
+    assert isinstance(student, labelpenet.Student)
+    (tmp_path / "run.json").write_text((folder / "run.json").read_text())
+    with pytest.raises(InputError, match="not trained yet"):
+        labelpenet.load(tmp_path)
+    with pytest.raises(InputError, match="no module 2"):
+        student.predict(np.zeros((SIDE, SIDE, 3), np.uint8), module=2)
+    found = student.predict(next(Path(year, "JPEGImages").glob("*.jpg"))).validate(len(student.classes))
+    assert found.masks is not None and (found.weights.diff() <= 0).all()
+
+
+def test_the_lines_in_the_docs_load_a_student_in_torchvision_alone():
+    folder, year = small_student()
+    text = Path(__file__).parents[2].joinpath("docs", "student.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    assert "labelpenet" not in code
+    body = "features = torchvision.models.mobilenet_v2().features[:-1]"
+    assert body in code
+    from labelpenet.models.backbones import TinyNetwork
+
+    scope: dict = {"TinyNetwork": TinyNetwork}  # the backbone of this student is none of torchvision's
+    photo = next(Path(year, "JPEGImages").glob("*.jpg"))
+    exec(
+        code.replace(body, "features = TinyNetwork()").replace("STUDENT", str(folder)).replace("photo.jpg", str(photo)),
+        scope,
+    )
+    expected = labelpenet.load(folder).predict(photo)
+    torch.testing.assert_close(scope["found"]["boxes"], expected.boxes)
+    assert ((scope["found"]["masks"][:, 0] >= 0.5) == expected.masks).all()

@@ -1,0 +1,59 @@
+"""The ranking: what the modules agree on and are sure of comes last."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from labelpenet.data import TaggedImage
+from labelpenet.review.doubt import best_overlaps, doubt, rank
+from labelpenet.training.inferred import Inferred, Rows
+from tests.report.test_html import square
+
+SIZE = (40, 40)
+
+
+def rows(*squares: tuple[int, int, int, float]) -> Rows:
+    """Squares of 10 pixels a side: x, y, label, weight."""
+    return [
+        row
+        for x, y, label, weight in squares
+        for row in square(x, y, x + 10, y + 10, label, weight, SIZE).to_coco("a", [1, 2, 3])
+    ]
+
+
+def test_a_photograph_is_certain_where_all_modules_agree_and_are_sure() -> None:
+    one = rows((0, 0, 0, 1.0), (20, 20, 1, 1.0))
+    assert doubt((0, 1), one, [one, list(reversed(one))]) == pytest.approx(0)
+    assert doubt((0, 1), one, []) == pytest.approx(0)
+    assert doubt((), [], [one]) == 0
+
+
+def test_disagreement_low_weights_and_tags_without_an_instance_each_raise_the_doubt() -> None:
+    sure = rows((0, 0, 0, 1.0))
+    half = rows((0, 5, 0, 1.0))  # IoU of 1/3
+    assert doubt((0,), sure, [sure, half]) == pytest.approx(1 - ((1 + 1 / 3) / 2) ** 0.5)
+    assert doubt((0,), rows((0, 0, 0, 0.25)), [sure]) == pytest.approx(0.5)
+    assert doubt((0, 2), sure, [sure]) == pytest.approx(0.5)
+    assert doubt((0,), [], [sure]) == 1
+    other_class = rows((0, 0, 1, 1.0))
+    assert doubt((0,), sure, [other_class]) == 1
+
+
+def test_overlaps_are_those_of_masks_and_of_boxes_where_a_mask_is_missing() -> None:
+    one, other = rows((0, 0, 0, 1.0)), rows((0, 5, 0, 1.0), (30, 30, 0, 1.0))
+    np.testing.assert_allclose(best_overlaps(one, other), [1 / 3])
+    without = [{key: value for key, value in row.items() if key != "segmentation"} for row in one]
+    np.testing.assert_allclose(best_overlaps(without, other), [1 / 3])
+    assert best_overlaps(one, []).tolist() == [0] and best_overlaps([], other).shape == (0,)
+
+
+def test_the_ranking_is_by_doubt_then_in_the_order_of_the_data_set() -> None:
+    images = [TaggedImage(name, Path(name), (0,)) for name in ("sure", "none", "also none", "unsure", "not labelled")]
+    sizes = dict.fromkeys(("sure", "none", "also none", "unsure"), SIZE)
+    four = Inferred({"sure": rows((0, 0, 0, 1.0)), "unsure": rows((0, 0, 0, 0.5))}, sizes, 3)
+    one = Inferred({"sure": rows((0, 0, 0, 1.0)), "unsure": rows((0, 1, 0, 1.0))}, sizes, 3)
+    ranked = rank(images, {1: one, 4: four})
+    assert [image.id for image, _ in ranked] == ["none", "also none", "unsure", "sure"]

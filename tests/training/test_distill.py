@@ -1,0 +1,113 @@
+"""Distillation: which labels are taught, how they are shown, and a student that learns."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import labelpenet
+from labelpenet import cli, config
+from labelpenet.config import Images, Noise
+from labelpenet.errors import InputError
+from labelpenet.evaluation import evaluate
+from labelpenet.formats import open_annotated, write_predictions
+from labelpenet.instances import Instances, masks_to_boxes
+from labelpenet.training import distill
+from labelpenet.training.distill import lesson, sort_out
+from tests.students import CHOICES, small_student
+
+
+def labels(boxes, weights, classes=None, size=(40, 60)) -> Instances:
+    boxes = torch.tensor(boxes, dtype=torch.float32)
+    masks = torch.zeros(len(boxes), *size, dtype=torch.bool)
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[y1:y2, x1:x2] = True
+    classes = torch.zeros(len(boxes), dtype=torch.long) if classes is None else torch.tensor(classes)
+    return Instances(boxes, classes, torch.tensor(weights), size, masks)
+
+
+def test_the_best_of_every_tag_and_all_about_as_sure_are_taught():
+    boxes = [[0, 0, 9, 9], [10, 0, 19, 9], [20, 0, 29, 9], [30, 0, 39, 9]]
+    taught, doubtful = sort_out(labels(boxes, [0.8, 0.5, 0.3, 0.2], [0, 0, 0, 1]), Noise(keep=0.5))
+    assert taught.boxes[:, 0].tolist() == [0, 10, 30], "the last one is unsure, but the best of its class"
+    assert doubtful[:, 0].tolist() == [20]
+    assert taught.weights.tolist() == pytest.approx([0.8, 0.5, 0.2])
+    taught, _ = sort_out(labels(boxes, [0.8, 0.5, 0.3, 0.2], [0, 0, 0, 1]), Noise(keep=0.0, weighted=False))
+    assert taught.weights.tolist() == [1, 1, 1, 1]
+
+
+def test_a_box_inside_a_better_one_of_its_class_is_doubtful():
+    boxes = [[0, 0, 30, 30], [5, 5, 15, 15], [5, 5, 15, 15], [0, 0, 30, 30]]
+    taught, doubtful = sort_out(labels(boxes, [0.8, 0.8, 0.9, 0.8], [0, 0, 1, 1]), Noise())
+    assert taught.boxes.tolist() == [boxes[0], boxes[2], boxes[3]], "a part in its whole; not the whole around its part"
+    assert doubtful.tolist() == [boxes[1]]
+    assert len(sort_out(labels([boxes[0]] * 2, [0.7, 0.7]), Noise())[0]) == 1, "of two equal ones the first"
+
+
+def test_labels_follow_their_photograph():
+    one = labels([[10, 5, 30, 25], [40, 20, 60, 40]], [1.0, 1.0])
+    image = (one.masks.any(0)[..., None].expand(-1, -1, 3) * 255).byte().numpy()
+    seen = set()
+    for seed in range(12):
+        choice = Images(sides=(80, 120), longest=1000)
+        found = lesson(image, one, choice, Noise(), torch.Generator().manual_seed(seed))
+        height, width = found.target.image_size
+        seen.add((height, float(found.target.boxes[0, 0]) > width / 3))
+        assert (masks_to_boxes(found.target.masks) - found.target.boxes).abs().max() <= 1
+        shown = found.pixels[0] > 0.5
+        assert (shown == found.target.masks.any(0)).float().mean() > 0.98
+    assert len(seen) == 4, "two sizes, mirrored or not"
+
+
+def test_a_student_learns_from_labels():
+    folder, year = small_student()
+    annotated = open_annotated(year, "train")
+    student = labelpenet.load(folder)
+    found = {image.id: student.predict(image.path) for image in annotated.tagged.images}
+    result = evaluate(found, annotated.truths(), student.classes, "voc12")
+    assert result["box"]["mAP"] > 0.35 and result["mask"]["mAP@0.25"] > 0.35
+
+
+def test_a_finished_student_is_only_loaded_again_and_other_labels_are_refused(monkeypatch):
+    folder, year = small_student()
+    annotated = open_annotated(year, "train")
+    truths = {image.id: annotated.read(image.id).instances for image in annotated.tagged.images}
+    recipe = config.override(config.StudentRecipe(), CHOICES)
+    monkeypatch.setattr(distill, "train_stage", None)
+    again = {"backbone": "tiny", "device": "cpu", "resume": True, "supervision": "labels"}
+    student = distill.distill(annotated.tagged, truths, folder, recipe, **again)
+    assert torch.equal(
+        student.plain_state()["rpn.head.cls_logits.weight"],
+        labelpenet.load(folder).plain_state()["rpn.head.cls_logits.weight"],
+    )
+    first = next(iter(truths))
+    truths[first] = truths[first][:0]
+    with pytest.raises(InputError, match="another labels"):
+        distill.distill(annotated.tagged, truths, folder, recipe, **again)
+
+
+def test_from_a_file_of_labels_to_predictions_on_the_command_line(tmp_path, capsys):
+    folder, year = small_student()
+    teacher, out = tmp_path / "run", tmp_path / "student"
+    teacher.mkdir()
+    facts = json.loads((folder / "run.json").read_text())
+    del facts["checksum"]
+    (teacher / "run.json").write_text(json.dumps(facts))
+    common = ["distill", str(teacher), str(year), "--out", str(out), "--set", *CHOICES, "schedule.steps=2"]
+    with pytest.raises(SystemExit):
+        cli.main(common)
+    assert "module4.json: not there" in capsys.readouterr().err
+    annotated = open_annotated(year, "train")
+    images = annotated.tagged.images[:4]
+    found = {image.id: annotated.read(image.id).instances for image in images}
+    corrected = write_predictions(tmp_path / "corrected.json", found, images, annotated.tagged.classes)
+    cli.main([*common, "--labels", str(corrected)])
+    assert json.loads((out / "run.json").read_text())["images"] == 4
+    cli.main(["measure", str(folder), str(year), "--split", "val"])
+    assert "student" in capsys.readouterr().out
+    assert json.loads((folder / "results.json").read_text())["val"]["student"]["box"]["mAP"] >= 0
+    cli.main(["report", str(folder), "--images", "1"])
+    page = (folder / "report.html").read_text()
+    assert "student class by class" in page and "torchvision" in page

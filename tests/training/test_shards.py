@@ -1,0 +1,200 @@
+"""Shards: whatever is killed, the merged result is that of one process, nothing twice, nothing missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from labelpenet import config
+from labelpenet.cli import main
+from labelpenet.data import run_folder
+from labelpenet.data.dataset import TaggedImage
+from labelpenet.data.scenes import render_scene
+from labelpenet.errors import InputError
+from labelpenet.formats.parts import Part, merge_parts, parse_shard, share
+from labelpenet.instances import Instances, masks_to_boxes
+from labelpenet.training.shards import BatchPredictor
+
+FACTS = {"weights": "w", "module": 4}
+CLASSES = ("cat", "dog")
+
+
+def photographs(count: int) -> list[TaggedImage]:
+    return [TaggedImage(f"sub/{i}.jpg", Path(f"sub/{i}.jpg"), ()) for i in range(count)]
+
+
+def found(index: int) -> Instances:
+    masks = torch.zeros(index % 3, 12, 16, dtype=torch.bool)
+    for k in range(len(masks)):
+        masks[k, k : 6 + k, 2 : 9 + k] = True
+    weights = torch.linspace(0.9, 0.3, len(masks))
+    return Instances(masks_to_boxes(masks), torch.arange(len(masks)) % 2, weights, (12, 16), masks)
+
+
+def write(folder: Path, images: list[TaggedImage], n: int, stop: int | None = None, bad: tuple[int, ...] = ()) -> None:
+    """All shards, each left after ``stop`` photographs."""
+    for i in range(1, n + 1):
+        with Part(folder, (i, n), FACTS, images, CLASSES) as part:
+            left = part.left()
+            for image in left if stop is None else left[:stop]:
+                index = images.index(image)
+                part.add(image, None if index in bad else found(index))
+            if stop is None:
+                part.finish()
+
+
+@pytest.mark.parametrize(("count", "n"), [(0, 3), (1, 1), (7, 3), (3, 7), (10, 5)])
+def test_shards_in_order_are_the_list(count: int, n: int) -> None:
+    images = photographs(count)
+    assert [image for i in range(n) for image in share(images, (i + 1, n))] == images
+
+
+@pytest.mark.parametrize("text", ["0/3", "4/3", "1", "1/0", "a/b", "-1/3", "1/3/4", "1/9999999"])
+def test_a_shard_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="i/n"):
+        parse_shard(text)
+    assert parse_shard("3/100") == (3, 100)
+
+
+def test_parts_go_on_where_they_stopped_and_merge_to_what_one_writes(tmp_path: Path) -> None:
+    images = photographs(11)
+    write(tmp_path / "one", images, 1, bad=(4,))
+    counts = merge_parts([tmp_path / "one"], tmp_path / "one.json")
+    assert counts == (10, sum(i % 3 for i in range(11) if i != 4))
+    write(tmp_path / "many", images, 4, stop=1, bad=(4,))
+    with pytest.raises(InputError, match="no part"):
+        merge_parts([tmp_path / "many"], tmp_path / "many.json")
+    for partial in (tmp_path / "many").glob("*.partial"):  # a line that was cut off by the kill
+        partial.write_bytes(partial.read_bytes() + b'{"image": "sub/10.jpg", "num')
+    write(tmp_path / "many", images, 4, bad=(4,))
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "many").iterdir()}
+    assert sorted(path.name for path in before) == [f"part-0000{i}-of-00004.jsonl" for i in range(1, 5)]
+    write(tmp_path / "many", images, 4)  # finished: left alone
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "many").iterdir()} == before
+    assert merge_parts([tmp_path / "many"], tmp_path / "many.json") == counts
+    assert (tmp_path / "many.json").read_bytes() == (tmp_path / "one.json").read_bytes()
+
+
+def test_parts_that_do_not_belong_together_are_refused_by_name(tmp_path: Path) -> None:
+    images = photographs(6)
+    write(tmp_path / "a", images, 3)
+    parts = sorted((tmp_path / "a").iterdir())
+    out = tmp_path / "out.json"
+    with pytest.raises(InputError, match="1 of 3 shards are missing"):
+        merge_parts(parts[:2], out)
+    with pytest.raises(InputError, match="suffix"):
+        merge_parts(parts, tmp_path / "out.csv")
+    with pytest.raises(InputError, match="give each once"):
+        merge_parts([*parts, parts[1]], out)
+    with (
+        pytest.raises(InputError, match="module changed"),
+        Part(tmp_path / "a", (1, 3), {"module": 3}, images, CLASSES),
+    ):
+        pass
+    other = tmp_path / "b" / parts[0].name
+    with Part(other.parent, (1, 3), {"weights": "x", "module": 4}, images, CLASSES) as part:
+        for image in part.left():
+            part.add(image, found(1))
+        part.finish()
+    with pytest.raises(InputError, match="another prediction"):
+        merge_parts([other, *parts[1:]], out)
+    lines = parts[2].read_bytes().splitlines(keepends=True)
+    parts[2].write_bytes(b"".join([*lines[:-1], lines[-1][:-9] + b"\n"]))
+    with pytest.raises(InputError, match="line 3 is damaged"):
+        merge_parts(parts, out)
+    assert not out.exists()
+
+
+def test_one_part_has_one_writer(tmp_path: Path) -> None:
+    images = photographs(2)
+    with (
+        Part(tmp_path, (1, 1), FACTS, images, CLASSES),
+        pytest.raises(InputError, match="another process"),
+        Part(tmp_path, (1, 1), FACTS, images, CLASSES),
+    ):
+        pass
+
+
+def test_parquet_has_a_row_for_each_instance(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    images = photographs(7)
+    write(tmp_path / "parts", images, 2)
+    assert merge_parts([tmp_path / "parts"], tmp_path / "out.parquet") == (7, 6)
+    rows = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert len(rows) == 6 and rows[0]["category"] == "cat" and rows[2]["category"] == "dog"
+    assert (rows[0]["x"], rows[0]["y"], rows[0]["w"], rows[0]["h"]) == (2, 0, 7, 6)
+    assert all(row["counts"] for row in rows)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with random weights."""
+    from labelpenet.models.build import build_backbone
+    from labelpenet.models.cascade import MODULES, LabelPEnet
+    from labelpenet.training.pretrain import save_part
+
+    torch.manual_seed(0)
+    recipe = config.override(config.recipe("demo"), ["modules.3.predict.per_class=1"])  # random weights find hundreds
+    network = LabelPEnet(build_backbone("tiny", pretrained=False), CLASSES, recipe)
+    folder = tmp_path_factory.mktemp("run") / "run"
+    facts = {"classes": list(CLASSES), "backbone": "tiny", "normalisation": network.normalisation}
+    folder.mkdir()
+    run_folder.start_run(folder, {**facts, "recipe": config.to_dict(network.recipe)}, False)
+    for part in ("stem", *MODULES):
+        save_part(network, folder, part)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(6):
+        Image.fromarray(render_scene(np.random.default_rng(i), (48, 64)).image).save(folder / f"{i:02d}.png")
+    (folder / "04.png").write_bytes(b"no image")
+    return folder
+
+
+def command(run: Path, photos: Path, *more: str) -> list[str]:
+    return ["predict", str(run), str(photos), "--module", "3", "--device", "cpu", *more]
+
+
+def test_a_killed_shard_goes_on_and_the_result_is_that_of_one_process(run: Path, photos: Path, tmp_path: Path) -> None:
+    parts, expected, merged = tmp_path / "parts", tmp_path / "one.json", tmp_path / "merged.json"
+    main(command(run, photos, "--out", str(expected)))
+    first = command(run, photos, "--out", str(parts), "--shard", "1/2")
+    process = subprocess.Popen([sys.executable, "-m", "labelpenet", *first], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    partial = parts / "part-00001-of-00002.jsonl.partial"
+    while process.poll() is None and (not partial.exists() or partial.read_bytes().count(b"\n") < 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    main(first)
+    main(command(run, photos, "--out", str(parts), "--shard", "2/2"))
+    main(["merge", str(parts), "--out", str(merged)])
+    assert merged.read_bytes() == expected.read_bytes()
+    assert len(json.loads(merged.read_text())["images"]) == 5
+    assert sorted(path.name for path in parts.iterdir()) == ["part-00001-of-00002.jsonl", "part-00002-of-00002.jsonl"]
+
+
+def test_batches_of_columns_give_the_same_instances(run: Path, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "one.json"
+    main(command(run, photos, "--out", str(out)))
+    content = json.loads(out.read_text())
+    paths = np.array([str(photos / f"{i:02d}.png") for i in range(6)], object)
+    found = BatchPredictor(str(run), 3, 0.0, "cpu")({"path": paths})
+    assert len({len(column) for column in found.values()}) == 1
+    good = found["error"] == ""
+    assert [path[-6:] for path in found["path"][~good]] == ["04.png"]
+    assert good.sum() == len(content["annotations"])
+    counts = sorted(row["segmentation"]["counts"] for row in content["annotations"])
+    assert sorted(found["counts"][good]) == counts
