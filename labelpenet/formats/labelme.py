@@ -62,7 +62,7 @@ def export_labelme(
 ) -> Exported:
     """Writes ``out/<image>.json`` for each photograph, in the sub-folders that the photographs lie in.
 
-    Polygons run through the centres of the outermost pixels, as Labelme draws them. What they cannot hold: holes (they
+    Polygons run through the outermost pixels, as Labelme draws them. What they cannot hold: holes (they
     are joined to the outline by bridges of no width).
 
     Args:

@@ -2,7 +2,7 @@
 
 A *ring* is a closed chain of corners, (K, 2) float64 ``x, y`` in pixels; pixel (row, column) is the square from
 (column, row) to (column + 1, row + 1). `rings` run along the borders between pixels: pycocotools fills them, and so
-does whoever draws on a canvas. `contours` run through the centres of the outermost pixels: OpenCV and Pillow, which
+does whoever draws on a canvas. `contours` run through the outermost pixels: OpenCV and Pillow, which
 colour the pixels of the outline too, fill these (`drawn`), as Ultralytics, supervision and Labelme do.
 """
 
@@ -131,12 +131,13 @@ def signed_area(ring: np.ndarray) -> float:
 
 
 def contours(mask: np.ndarray) -> list[np.ndarray]:
-    """The pixels at the rim of an (H, W) bool mask as rings through their centres (``column + .5, row + .5``).
+    """The pixels at the rim of an (H, W) bool mask as rings through them (``column + .25, row + .25``).
 
-    One around each 8-connected part, and one around each of its holes. Every pixel of a rim is a corner.
+    One around each 8-connected part, and one around each of its holes. Every pixel of a rim is a corner. A quarter, so
+    that those who cut corners to whole pixels (Ultralytics) and those who round them (supervision) draw the same.
     """
     found, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    return [ring[::-1, 0].astype(np.float64) + 0.5 for ring in found]
+    return [ring[::-1, 0].astype(np.float64) + 0.25 for ring in found]
 
 
 def drawn(parts: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:

@@ -53,7 +53,7 @@ def export_yolo(
     """Writes ``out/labels/<split>/<image>.txt`` and ``out/data.yaml``.
 
     A line is ``class x1 y1 x2 y2 ...`` (the outline of a mask) or, where there are no masks, ``class x y width height``
-    (centre and sides of a box), as fractions of the image's width and height. Outlines run through the centres of the
+    (centre and sides of a box), as fractions of the image's width and height. Outlines run through the
     outermost pixels, so that OpenCV, with which Ultralytics and supervision draw them, gives the mask back. The
     photographs belong into ``out/images/<split>`` under the names of the labels. What YOLO cannot hold: scores; several
     outlines of an instance (parts and holes are joined by bridges, drawn one pixel wide).
