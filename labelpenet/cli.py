@@ -145,7 +145,7 @@ class ForwardBackward:
 
 @dataclass
 class Distill:
-    """Train a student on a run's labels: a standard detector, smaller and faster, that other programs can load.
+    """Train a student on a run's labels: a small standard detector that other programs can load.
 
     The student is torchvision's Mask R-CNN with a feature pyramid. It learns what the run's last module found in the
     photographs that the run was trained on, or what a file says that somebody corrected. Every command that takes a run
