@@ -310,7 +310,7 @@ class Proposals:
 
 @dataclass
 class Export:
-    """Write predictions (or a run's pseudo-labels, RUN/instances/module4.json) for other tools, or a student as ONNX.
+    """Write predictions or a run's labels for other tools, or a student as ONNX.
 
     Try:
       labelpenet export runs/student --to onnx --out student.onnx
@@ -368,7 +368,7 @@ class Measure:
 
 @dataclass
 class Review:
-    """Look at a run's labels in the browser, the doubtful ones first; accept, correct or drop them by keys.
+    """Look at a run's labels in the browser, the doubtful first; accept, correct or drop them.
 
     Serves a page on this machine's loopback address until Ctrl-C. Every verdict is saved at once.
 
