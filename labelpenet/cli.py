@@ -145,7 +145,7 @@ class ForwardBackward:
 
 @dataclass
 class Distill:
-    """Train a student on a run's labels: a standard detector, smaller and faster, that other programs can load.
+    """Train a student on a run's labels: a small standard detector that other programs can load.
 
     The student is torchvision's Mask R-CNN with a feature pyramid. It learns what the run's last module found in the
     photographs that the run was trained on, or what a file says that somebody corrected. Every command that takes a run
@@ -310,7 +310,7 @@ class Proposals:
 
 @dataclass
 class Export:
-    """Write predictions (or a run's pseudo-labels, RUN/instances/module4.json) for other tools, or a student as ONNX.
+    """Write predictions or a run's labels for other tools, or a student as ONNX.
 
     Try:
       labelpenet export runs/student --to onnx --out student.onnx
@@ -376,7 +376,7 @@ class Measure:
 
 @dataclass
 class Review:
-    """Look at a run's labels in the browser, the doubtful ones first; accept, correct or drop them by keys.
+    """Look at a run's labels in the browser, the doubtful first; accept, correct or drop them.
 
     Serves a page on this machine's loopback address until Ctrl-C. Every verdict is saved at once.
 

@@ -31,7 +31,7 @@ def _one_thread():
 def small_recipe() -> config.Recipe:
     changes = ["warm_up.steps=110", "modules.1.schedule.steps=80"]
     for number in (2, 3, 4):
-        changes += [f"schedule{number}.steps=45", f"schedule{number}.warmup=5"]
+        changes += [f"modules.{number}.schedule.steps=45", f"modules.{number}.schedule.warmup=5"]
     return config.override(config.demo(), changes)
 
 

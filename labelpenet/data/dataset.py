@@ -67,6 +67,7 @@ class Truth:
         crowd: (N,) bool, COCO's ``iscrowd``.
         semantic: (H, W) uint8 class map: 0 background, 1..C the classes, 255 ignore; None where there is none.
         notes: one line each about objects that were cut or left out, and masks that cannot be used.
+        complete: whether no object was left out; else what is not annotated here may be one.
     """
 
     instances: Instances
@@ -74,6 +75,7 @@ class Truth:
     crowd: Tensor
     semantic: np.ndarray | None = None
     notes: tuple[str, ...] = ()
+    complete: bool = True
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def read_truth(
     kept: list[Shape] = []
     boxes: list[np.ndarray] = []
     masks: list[torch.Tensor] = []
-    damaged = False
+    damaged, complete = False, True
     for shape in shapes:
         if shape.name not in label:
             continue
@@ -78,6 +78,7 @@ def read_truth(
             box, word = _box(shape.box, mask, size)
         except InputError as error:
             said.append(f"{source}: {shape.where}: {error}; it is left out")
+            complete = False
             continue
         if word:
             said.append(f"{source}: {shape.where}: {word}")
@@ -100,6 +101,7 @@ def read_truth(
         crowd=torch.tensor([shape.crowd for shape in kept], dtype=torch.bool),
         semantic=semantic,
         notes=tuple(said),
+        complete=complete,
     )
 
 

@@ -34,6 +34,8 @@ from labelpenet.training.inferred import Inferred, Rows
 
 Kind = Literal["full", "mixed"]
 
+IN_BOX = 0.7  # the share of its box that an object fills, roughly
+
 
 @dataclass(frozen=True)
 class Supervision:
@@ -178,7 +180,10 @@ def _read(kind: Kind, images: TaggedImages, readers: Mapping[str, Read], notes: 
         if image.id not in readers:
             continue
         try:
-            one = true_objects(readers[image.id]())
+            truth = readers[image.id]()
+            if not truth.complete:  # the object that is missing would be taught as background
+                raise InputError(next(note for note in truth.notes if "left out" in note))
+            one = true_objects(truth)
         except InputError as error:
             problems.append(str(error))
             continue
@@ -261,7 +266,12 @@ def match(truth: Instances, found: Instances, iou: float = 0.5) -> tuple[Tensor,
 
 
 def masks_in_boxes(boxes: Tensor, image: np.ndarray, settings: Calibration) -> Tensor:
-    """Masks (N, H, W) by the dense CRF from filled boxes (N, H, W) bool, which compete for pixels that they share."""
+    """Masks (N, H, W) by the dense CRF from filled boxes (N, H, W) bool, which compete for pixels that they share.
+
+    A pixel of a box is the object's with a probability of `IN_BOX`, one outside of it is not: a box says where its
+    object ends, not that it fills the box.
+    """
     canvas, _ = working_canvas(image, settings.side)
-    confidence = F.interpolate(boxes[None].float(), size=canvas.shape[:2], mode="area")[0]
-    return resize_masks(segment(canvas, confidence, settings), (image.shape[0], image.shape[1]))
+    confidence = IN_BOX * F.interpolate(boxes[None].float(), size=canvas.shape[:2], mode="area")[0]
+    even = replace(settings, threshold=0.5)
+    return resize_masks(segment(canvas, confidence, even), (image.shape[0], image.shape[1]))

@@ -91,10 +91,8 @@ def improved(images, start, tmp_path_factory) -> Path:
 def sample(network: LabelPEnet, images: TaggedImages, number: int = 0) -> Sample:
     one = images.images[number]
     pixels = read_image(one.path)
-    present = torch.zeros(len(images.classes))
-    present[list(one.tags)] = 1
     boxes = torch.from_numpy(boxes_of(images)[one.id])
-    return Sample(pixels, network.view(pixels, 80), boxes, one.tags, present)
+    return Sample(pixels, network.view(pixels, 80), one.tags, boxes)
 
 
 def spy(monkeypatch, network: LabelPEnet) -> dict[int, Instances]:
@@ -245,9 +243,9 @@ def test_both_phases_of_an_iteration_see_the_same_photographs(start, images, tmp
     seen: list[tuple[str, bytes]] = []
     for phase in (forward, backward):
 
-        def recorded(network: LabelPEnet, one: Sample, phase=phase) -> dict[str, Tensor]:
-            seen.append((phase.__name__, one.view.pixels.numpy().tobytes()))
-            return phase(network, one)
+        def recorded(network: LabelPEnet, samples: list[Sample], phase=phase) -> dict[str, Tensor]:
+            seen.extend((phase.__name__, one.view.pixels.numpy().tobytes()) for one in samples)
+            return phase(network, samples)
 
         monkeypatch.setattr(curriculum, phase.__name__, recorded)
     improve(images, start, tmp_path / "run")

@@ -19,6 +19,7 @@ from labelpenet.evaluation import evaluate
 from labelpenet.formats import open_annotated, open_tagged
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.training import observe
+from labelpenet.training.features import evaluating
 from labelpenet.training.observe import HeldOut, Observer, check_held_out
 from labelpenet.training.pretrain import Training, pretrain, stage
 from tests.models.tiny import lively_mobilenet
@@ -89,7 +90,7 @@ def test_every_part_is_in_its_mode_again(scenes, tmp_path):
     torch.manual_seed(5)
     Observer(training, 0.0, held_out(scenes)).look([2, 3], 1, log)
     assert [part.training for part in network.modules()] == before
-    with pytest.raises(InputError), observe._answering(network):
+    with pytest.raises(InputError), evaluating(network):
         raise InputError("something went wrong")
     assert [part.training for part in network.modules()] == before
 
@@ -205,11 +206,11 @@ def test_processes_share_the_work_and_the_first_one_writes(scenes, observed, tmp
     for part in ("stem", *MODULES[:UNTIL]):
         assert training.network.load_part(observed.run, part)
 
-    def gather(lines, world):
+    def gather(world, lines):
         shares.append(lines)
         return shares
 
-    monkeypatch.setattr(observe, "_gather", gather)
+    monkeypatch.setattr(observe, "gather", gather)
     one = stage(a_training(scenes, observed.run), 2)
     fabric = training.fabric
     for rank in (1, 0):

@@ -147,6 +147,9 @@ def test_objects_without_a_box_leave_an_image_with_its_tags(kit, tmp_path):
     year = Path(shutil.copytree(kit, tmp_path / "kit"))
     path = year / "Annotations" / "train_00006.xml"
     path.write_text(re.sub(r"<bndbox>.*?</bndbox>", "", path.read_text(), flags=re.DOTALL))
+    assert "train_00006" in read_supervision("mixed", open_annotated(year, "train")).truths  # boxes of the masks
+    for folder in ("SegmentationObject", "SegmentationClass"):
+        (year / folder / "train_00006.png").unlink(missing_ok=True)
     images = open_tagged(year, "train")
     assert images == open_annotated(year, "train").tagged and images.images[6].tags
     some = read_supervision("mixed", open_annotated(year, "train"))
