@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import ROOM, locked, write_bytes
 from labelpenet.errors import InputError
-from labelpenet.formats.predictions import file_name, image_numbers
+from labelpenet.formats.predictions import coco_annotation, file_name, image_numbers
 from labelpenet.instances import Instances
 
 ROWS_A_GROUP = 10_000  # of a Parquet file: about 10 MB in memory
@@ -234,7 +234,8 @@ def _write_coco(parts: Sequence[Path], header: dict[str, Any], file: BinaryIO, c
     counts[0] = items("images", map(image, _photographs(parts)), ",")
     items("categories", [{"id": i, "name": name} for i, name in enumerate(header["classes"], 1)], ",")
     found = ({"image_id": row["number"], **one} for row in _photographs(parts) for one in row["instances"])
-    counts[1] = items("annotations", found, "")
+    rows = ({"id": number, **coco_annotation(row)} for number, row in enumerate(found, 1))
+    counts[1] = items("annotations", rows, "")
     file.write(b"}\n")
 
 
