@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import ROOM, locked, write_bytes
 from labelpenet.errors import InputError
-from labelpenet.formats.predictions import coco_annotation, file_name, image_numbers
+from labelpenet.formats.predictions import coco_annotation, file_names, image_numbers
 from labelpenet.instances import Instances
 
 ROWS_A_GROUP = 10_000  # of a Parquet file: about 10 MB in memory
@@ -68,7 +68,7 @@ class Part:
         self.partial = self.path.with_suffix(".jsonl.partial")
         self.images = share(images, shard)
         self.categories = list(range(1, len(classes) + 1))
-        self._numbers = image_numbers(images)
+        self._numbers, self._names = image_numbers(images), file_names(images)
         self._header = {
             "labelpenet": "part", "shard": list(shard), "images": len(images), "classes": list(classes), **facts,
         }  # fmt: skip
@@ -108,7 +108,7 @@ class Part:
         if found is not None:
             height, width = found.image_size
             rows = found.to_coco(self._numbers[image.id], self.categories)
-            row = {"image": image.id, "number": self._numbers[image.id], "file_name": file_name(image)}
+            row = {"image": image.id, "number": self._numbers[image.id], "file_name": self._names[image.id]}
             row |= {"width": width, "height": height}
             row["instances"] = [{key: value for key, value in one.items() if key != "image_id"} for one in rows]
         self._write(row)
