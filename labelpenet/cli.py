@@ -643,7 +643,7 @@ def distill(one: Distill) -> None:
 def predict(one: Predict) -> None:
     """``labelpenet predict``."""
     from labelpenet.data import TaggedImage, read_image
-    from labelpenet.data.files import check_outputs
+    from labelpenet.data.files import check_outputs, real_path
     from labelpenet.data.images import find_images
     from labelpenet.formats import open_tagged
     from labelpenet.formats.parts import parse_shard
@@ -667,7 +667,7 @@ def predict(one: Predict) -> None:
     pictures = overlay_paths(one.overlays, [image.id for image in images]) if one.overlays else {}
     check_outputs(pictures.values(), [*reads, one.out], one.overwrite)
     for folder in (path for path in reads if path.is_dir()):
-        if one.overlays and one.overlays.resolve().is_relative_to(folder.resolve()):
+        if one.overlays and real_path(one.overlays).is_relative_to(real_path(folder)):
             raise InputError(f"{one.overlays}: lies in {folder}, which is read; choose a folder outside for overlays")
     predictor = Predictor(one.run, one.device, one.devices, one.nodes)
 
@@ -813,7 +813,7 @@ def review(one: Review) -> None:
 def report(one: Report) -> None:
     """``labelpenet report``."""
     from labelpenet.data import AnnotatedImages, TaggedImages
-    from labelpenet.data.files import check_outputs
+    from labelpenet.data.files import check_outputs, real_path
     from labelpenet.formats import open_annotated, open_tagged
     from labelpenet.models.cascade import read_run
     from labelpenet.report import write_report
@@ -821,7 +821,7 @@ def report(one: Report) -> None:
     facts = read_run(one.run)
     source = facts.get("source") or {}
     data = one.data or (Path(source["data"]) if source.get("data") else None)
-    if one.out and one.out.resolve() != (one.run / "report.html").resolve():
+    if one.out and real_path(one.out) != real_path(one.run / "report.html"):
         check_outputs([one.out], [one.run, *([data] if data else [])], one.overwrite)
 
     def opened(split: str | None) -> AnnotatedImages | TaggedImages | None:

@@ -111,7 +111,7 @@ def file_names(images: Sequence[TaggedImage]) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """What was found in one image, not yet decoded."""
 
     size: tuple[int, int]
@@ -134,7 +134,7 @@ class Predictions(Mapping[str, Instances]):
 
     classes: tuple[str, ...]
     notes: tuple[str, ...]
-    _rows: dict[str, _Rows] = field(repr=False)
+    _rows: dict[str, Rows] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -218,8 +218,8 @@ def read_predictions(
         if name is not None and label is not None:
             kept[name].append((index, row))
     sizes = _sizes(path, entries, names)
-    read = _Reader(path, labels)
-    by_name: dict[str, _Rows] = {}
+    read = RowReader(path, labels)
+    by_name: dict[str, Rows] = {}
     unreadable: list[str] = []
     for image in images:
         size = sizes.get(image.id)
@@ -236,23 +236,32 @@ def read_predictions(
                 )
             size = true
         if size is not None:
-            by_name[image.id] = read.rows(kept[image.id], image, size)
+            by_name[image.id] = read.rows(kept[image.id], image.id, size)
     notes += brief(unreadable, "photographs cannot be read; what was found in them is left out")
     _rescale(by_name, notes)
     return Predictions(tuple(classes), tuple(notes), by_name)
 
 
-class _Reader:
-    """Reads the rows of one image after another, with the file's name for messages."""
+class RowReader:
+    """Reads the rows of one image after another, with the file's name for messages.
+
+    Args:
+        path: the file; labels: for each ``category_id`` of it the label.
+    """
 
     def __init__(self, path: Path, labels: Mapping[Any, int | None]) -> None:
         self.path = path
         self.labels = labels
 
-    def rows(self, rows: list[tuple[int, dict[str, Any]]], image: TaggedImage, size: tuple[int, int]) -> _Rows:
+    def rows(self, rows: list[tuple[int, dict[str, Any]]], image_id: str, size: tuple[int, int]) -> Rows:
+        """The numbered rows of one image of size (H, W), checked.
+
+        Raises:
+            InputError: names file, row and fault.
+        """
         boxes, scores, segmentations = np.zeros((len(rows), 4)), np.ones(len(rows)), []
         for i, (index, row) in enumerate(rows):
-            where = f"{self.path}: row {index} (image {image.id})"
+            where = f"{self.path}: row {index} (image {image_id})"
             segmentation = row.get("segmentation") or None
             if segmentation is not None:
                 check_segmentation(segmentation, size, where)
@@ -266,7 +275,7 @@ class _Reader:
             if row.get("score") is not None:
                 scores[i] = _number(row["score"], f"{where}: score")
         labels = np.array([self.labels[row["category_id"]] for _, row in rows], dtype=np.int64)
-        return _Rows(size, boxes, labels, scores, segmentations)
+        return Rows(size, boxes, labels, scores, segmentations)
 
 
 def check_segmentation(segmentation: Any, size: tuple[int, int], where: str) -> None:
@@ -408,11 +417,11 @@ def _sizes(
         if name is None:
             continue
         known = entry.get("height") is not None and entry.get("width") is not None
-        sizes[name] = _size(entry["height"], entry["width"], f"{path}: image {entry['id']}") if known else None
+        sizes[name] = check_size(entry["height"], entry["width"], f"{path}: image {entry['id']}") if known else None
     return sizes
 
 
-def _rescale(rows: Mapping[str, _Rows], notes: list[str]) -> None:
+def _rescale(rows: Mapping[str, Rows], notes: list[str]) -> None:
     scores = np.concatenate([np.zeros(0), *(one.scores for one in rows.values())])
     low, high = scores.min(initial=0.0), scores.max(initial=1.0)
     if low < 0 or high > 1:
@@ -434,7 +443,8 @@ def _box(value: Any, size: tuple[int, int], where: str) -> list[float]:
     return [x, y, x + width, y + height]
 
 
-def _size(height: Any, width: Any, where: str) -> tuple[int, int]:
+def check_size(height: Any, width: Any, where: str) -> tuple[int, int]:
+    """(H, W), if that is a photograph's size; else raises InputError, which starts with ``where``."""
     if type(height) is not int or type(width) is not int or height < 1 or width < 1 or height * width > PIXEL_LIMIT:
         raise InputError(f"{where}: height {height!r} and width {width!r} are no size of an image in pixels")
     return height, width
