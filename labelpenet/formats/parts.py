@@ -212,8 +212,8 @@ def _header(path: Path) -> dict[str, Any]:
             header = _row(stream.readline(2**27)) or {}
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
-    shard, classes, total = header.get("shard"), header.get("classes"), header.get("images")
-    whole = isinstance(shard, list) and len(shard) == 2 and all(type(one) is int for one in (*shard, total))
+    shard, classes, total = header.get("shard", 0), header.get("classes", 0), header.get("images", -1)
+    whole = isinstance(shard, list) and [type(one) for one in (*shard, total)] == [int, int, int]
     named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
     if header.get("labelpenet") != "part" or not (whole and named and 1 <= shard[0] <= shard[1] < 10**6 and total >= 0):
         raise InputError(f"{path}: no part of a prediction; give files that predict --shard wrote")
