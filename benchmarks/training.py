@@ -189,7 +189,7 @@ def prepare(one: argparse.Namespace, folder: Path) -> Setting:
     for image in images.images:
         height, width = read_image(image.path).shape[:2]
         targets[image.id] = made_up(np.array(boxes[image.id]), image.tags, (height, width))
-    return Setting(Training(network, images, boxes, folder / "run", 0, fabric), recipe, plug, targets)
+    return Setting(Training(network, images, boxes, folder / "run", fabric), recipe, plug, targets)
 
 
 def made_up(boxes: np.ndarray, tags: tuple[int, ...], size: tuple[int, int]) -> Instances:
@@ -434,7 +434,7 @@ def inference_row(setting: Setting, number: int, clock: Clock) -> Row:
                 boxes = training.boxes(images[index], pixels.shape)
             features = training.features.known(images[index]) if number == 1 else None
             proposals = [boxes] if network.needs_proposals(number) else None
-            with training.autocast():
+            with training.fabric.autocast():
                 batch = network.batch(
                     [pixels], [images[index].tags], proposals, None if features is None else [features]
                 )

@@ -21,10 +21,27 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from labelpenet import __version__
+from labelpenet.config import CascadeOptions, RunOptions, check_ranges
 from labelpenet.errors import InputError
 
-Comma = Annotated[str | None, arg(metavar="A,B,...")]
-Device = Literal["auto", "cpu", "cuda"]
+Classes = Annotated[str | None, arg(metavar="A,B,...", help="Only these classes, in this order.")]
+Split = Annotated[str | None, arg(help="VOC: train, val, test, ... or a file of image names.")]
+TrainingSplit = Annotated[
+    str | None,
+    arg(help="VOC: train, val, trainval or a file of image names. Default: train where there is one, else all."),
+]
+HeldOut = Annotated[
+    str | None,
+    arg(help="A split of DATA that is held out and annotated: measure the modules on it while they are trained."),
+]
+Shorten = Annotated[float, arg(help="Multiply every stage's number of steps.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], arg(help="Where to compute.")]
+Cache = Annotated[Path | None, arg(help="Folder of the proposals' cache. Default: the user's cache folder.")]
+Protocol = Annotated[
+    Literal["voc07", "voc12", "coco"],
+    arg(help="voc07: 11 points; voc12: area under the curve; coco: also AP over IoU .5 to .95."),
+]
+Overwrite = Annotated[bool, arg(help="Replace what is there already; never a photograph or a file of the run.")]
 
 
 @dataclass
@@ -53,17 +70,12 @@ class Train:
     recipe: str = "best"
     """paper (the literal reading), best (what measures best) or demo (tiny)."""
     backbone: str = "mobilenet_v2"
-    """mobilenet_v2 or vgg16."""
+    """mobilenet_v2, vgg16 or timm/NAME (any of timm's)."""
     weights: Path | None = None
     """ImageNet weights of the backbone (.safetensors or .pth); without it torchvision downloads its own."""
-    split: str | None = None
-    """VOC: train, val, trainval or a file of image names. Default: train where there is one, else all."""
-    evaluate: str | None = None
-    """A split of DATA that is held out and annotated: measure the modules on it while they are trained."""
-    observe_minutes: float = 5.0
-    """Minutes between pictures (and measurements) of the module that is being trained, for TensorBoard."""
-    classes: Comma = None
-    """Only these classes, in this order."""
+    split: TrainingSplit = None
+    evaluate: HeldOut = None
+    classes: Classes = None
     until: Literal[1, 2, 3, 4] = 4
     """Last module to train."""
     supervision: Literal["tags", "full", "mixed"] = "tags"
@@ -74,26 +86,10 @@ class Train:
     corrected: tuple[Path, ...] = ()
     """mixed: files or folders of corrected labels (of `labelpenet review` or an annotation tool). Their objects are the
     truth of their photographs; DATA's own annotation is then read only for --supervised."""
-    resume: bool = False
-    """Continue what RUN holds."""
-    seed: int = 0
-    """Of everything random."""
-    shorten: float = 1.0
-    """Multiply every stage's number of steps."""
+    shorten: Shorten = 1.0
     set: tuple[str, ...] = ()
     """Change single choices of the recipe: part.field=value ..."""
-    device: Device = "auto"
-    """Where to train."""
-    devices: int = 1
-    """Processes on this machine (one per GPU)."""
-    nodes: int = 1
-    """Machines."""
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
-    """auto: bf16-mixed where the hardware has it, else 32-true."""
-    cache: Path | None = None
-    """Folder of the proposals' cache. Default: the user's cache folder."""
-    checkpoint_minutes: float = 5.0
-    """Minutes between checkpoints."""
+    training: CascadeOptions = CascadeOptions()
 
 
 @dataclass
@@ -115,32 +111,12 @@ class ForwardBackward:
     """The photographs with tags that it was trained on."""
     out: Path
     """Run folder to write."""
-    split: str | None = None
-    """As for `train`."""
-    evaluate: str | None = None
-    """As for `train`."""
-    observe_minutes: float = 5.0
-    """As for `train`."""
-    resume: bool = False
-    """Continue what the new run folder holds."""
-    seed: int = 0
-    """Of everything random."""
-    shorten: float = 1.0
-    """Multiply the number of iterations."""
+    split: TrainingSplit = None
+    evaluate: HeldOut = None
+    shorten: Shorten = 1.0
     set: tuple[str, ...] = ()
     """Change single choices of the run's recipe: part.field=value ..."""
-    device: Device = "auto"
-    """Where to train."""
-    devices: int = 1
-    """Processes on this machine (one per GPU)."""
-    nodes: int = 1
-    """Machines."""
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
-    """auto: bf16-mixed where the hardware has it, else 32-true."""
-    cache: Path | None = None
-    """Folder of the proposals' cache. Default: the user's cache folder."""
-    checkpoint_minutes: float = 5.0
-    """Minutes between checkpoints."""
+    training: CascadeOptions = CascadeOptions()
 
 
 @dataclass
@@ -172,26 +148,11 @@ class Distill:
     """mobilenet_v2, vgg16 or timm/NAME. Default: the run's."""
     weights: Path | None = None
     """ImageNet weights of the backbone, as for `train`."""
-    split: str | None = None
-    """As for `train`."""
-    resume: bool = False
-    """Continue what OUT holds."""
-    seed: int = 0
-    """Of everything random."""
-    shorten: float = 1.0
-    """Multiply the number of steps."""
+    split: TrainingSplit = None
+    shorten: Shorten = 1.0
     set: tuple[str, ...] = ()
     """Change single choices: network, noise, images or schedule, as schedule.steps=800 noise.weighted=false ..."""
-    device: Device = "auto"
-    """Where to train."""
-    devices: int = 1
-    """Processes on this machine (one per GPU)."""
-    nodes: int = 1
-    """Machines."""
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
-    """auto: bf16-mixed where the hardware has it, else 32-true."""
-    checkpoint_minutes: float = 5.0
-    """Minutes between checkpoints."""
+    training: RunOptions = RunOptions()
 
 
 @dataclass
@@ -212,27 +173,23 @@ class Predict:
     out: Path = Path("predictions.json")
     """Predictions file to write."""
     module: Literal[1, 2, 3, 4] = 4
-    """Which module answers."""
+    """Which module predicts."""
     overlays: Path | None = None
     """Folder for pictures with the instances drawn in."""
     min_score: float = 0.0
     """Instances below are left out of file and pictures."""
     shard: str | None = None
     """i/n: only the i-th of n parts, into the folder --out; see labelpenet merge."""
-    overwrite: bool = False
-    """Replace files that are there already; never photographs or a file of the run."""
+    overwrite: Overwrite = False
     data: Path | None = None
     """Instead of images: a data set."""
-    split: str | None = None
-    """Which split of --data."""
+    split: Split = None
     device: Device = "auto"
-    """Where to compute."""
     devices: int = 1
     """Processes on this machine (one per GPU), which share the photographs."""
     nodes: int = 1
     """Machines."""
-    cache: Path | None = None
-    """Folder of the proposals' cache (module 1). Default: the user's cache folder."""
+    cache: Cache = None
 
 
 @dataclass
@@ -248,8 +205,7 @@ class Merge:
     """Parts, or folders of parts."""
     out: Path = Path("predictions.json")
     """File to write: .json (COCO, as predict writes it) or .parquet (a row for each instance)."""
-    overwrite: bool = False
-    """Replace that file if it is there already."""
+    overwrite: Overwrite = False
 
 
 @dataclass
@@ -265,16 +221,12 @@ class Evaluate:
     """predictions.json, or another tool's COCO results list."""
     data: Positional[Path]
     """The annotated data set."""
-    split: str | None = None
-    """VOC: val, test, ... or a file of image names."""
-    protocol: Literal["voc07", "voc12", "coco"] = "voc12"
-    """voc07: 11 points; voc12: area under the curve; coco: also AP over IoU .5 to .95."""
-    classes: Comma = None
-    """Only these classes."""
+    split: Split = None
+    protocol: Protocol = "voc12"
+    classes: Classes = None
     json: Path | None = None
     """File for the result."""
-    overwrite: bool = False
-    """Replace that file if it is there already."""
+    overwrite: Overwrite = False
     table: Literal["text", "markdown", "latex"] | None = None
     """Print ours beside the paper's tables in this form."""
 
@@ -290,10 +242,8 @@ class Proposals:
 
     data: Positional[Path]
     """Photographs."""
-    split: str | None = None
-    """VOC: train, val, ..."""
-    classes: Comma = None
-    """Only these classes (for --recall)."""
+    split: Split = None
+    classes: Classes = None
     method: Literal["selective-search-fast", "selective-search-quality", "edge-boxes"] = "selective-search-fast"
     """How."""
     side: int | None = 250
@@ -302,8 +252,7 @@ class Proposals:
     """OpenCV's structured-edge model, for edge-boxes."""
     workers: int | None = None
     """Processes. Default: one per core."""
-    cache: Path | None = None
-    """Folder of the cache. Default: the user's cache folder."""
+    cache: Cache = None
     recall: bool = False
     """Measure recall and average best overlap against the annotation."""
 
@@ -330,10 +279,8 @@ class Export:
     """Format; coco-polygons is also for CVAT, labelme for X-AnyLabeling, onnx for programs without torch."""
     size: str | None = None
     """onnx: HxW in pixels of the photographs that the file takes, multiples of 32. Default: the student's, 4:3."""
-    split: str | None = None
-    """VOC: train, val, ..."""
-    classes: Comma = None
-    """Only these classes."""
+    split: Split = None
+    classes: Classes = None
     min_score: float = 0.0
     """Instances below are left out."""
     copy_images: bool = False
@@ -366,12 +313,9 @@ class Measure:
     """The split that the run was trained on."""
     modules: tuple[int, ...] = (1, 2, 3, 4)
     """Which modules."""
-    protocol: Literal["voc07", "voc12", "coco"] = "voc12"
-    """As for `evaluate`."""
+    protocol: Protocol = "voc12"
     device: Device = "auto"
-    """Where to compute."""
-    cache: Path | None = None
-    """Folder of the proposals' cache."""
+    cache: Cache = None
 
 
 @dataclass
@@ -391,8 +335,7 @@ class Review:
     """The photographs that it was trained on."""
     out: Path | None = None
     """File of the verdicts; an earlier one is continued. Default: RUN/review.json."""
-    split: str | None = None
-    """As for `train`."""
+    split: TrainingSplit = None
     port: int = 8765
     """Of 127.0.0.1; 0 for any free one."""
 
@@ -413,8 +356,7 @@ class Report:
     """Held-out split."""
     out: Path | None = None
     """The page. Default: RUN/report.html, which is replaced."""
-    overwrite: bool = False
-    """Replace another page that is there already."""
+    overwrite: Overwrite = False
     images: int = 6
     """Strips of each kind."""
 
@@ -449,14 +391,6 @@ Command = (
 )
 
 
-RANGES: dict[str, tuple[float, float]] = {
-    "min_score": (0, 1), "shorten": (1e-6, 100), "seed": (0, 2**63 - 1), "devices": (1, 1024), "nodes": (1, 4096),
-    "workers": (1, 256), "side": (16, 10_000), "images": (0, 10_000), "checkpoint_minutes": (0, 1e5),
-    "observe_minutes": (0, 1e5), "modules": (1, 4),
-}  # fmt: skip
-"""What each number on the command line may be, both ends included."""
-
-
 def overview() -> str:
     """``labelpenet --help``: a line a command."""
     commands = {member.__metadata__[0].name: member.__origin__ for member in typing.get_args(Command)}
@@ -467,18 +401,6 @@ def overview() -> str:
         + "\n".join(lines)
         + "\n\nlabelpenet COMMAND --help has options and examples; --version prints the version."
     )
-
-
-def check_ranges(command: object) -> None:
-    """Raises InputError for a number that is out of its range, or for NaN."""
-    for name, (low, high) in RANGES.items():
-        given = getattr(command, name, None)
-        for value in given if isinstance(given, tuple) else (given,):
-            if isinstance(value, (int, float)) and not low <= value <= high:
-                option = name.replace("_", "-")
-                raise InputError(f"--{option} must be from {low:g} to {high:g}, but got {value}")
-    if getattr(command, "modules", None) == ():
-        raise InputError("--modules names no module; give some of 1, 2, 3, 4")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -516,7 +438,9 @@ def _run(arguments: list[str]) -> None:
         args=arguments,
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
     )
-    check_ranges(command)
+    for part in (command, getattr(command, "training", None)):
+        if part is not None:
+            check_ranges(part, lambda name: f"--{name.replace('_', '-')}")
     RUN[type(command)](command)  # type: ignore[operator]
 
 
@@ -551,18 +475,10 @@ def train(one: Train) -> None:
         backbone=one.backbone,
         weights=one.weights,
         until=one.until,
-        resume=one.resume,
-        seed=one.seed,
-        device=one.device,
-        devices=one.devices,
-        nodes=one.nodes,
-        precision=one.precision,
-        cache=one.cache,
-        checkpoint_minutes=one.checkpoint_minutes,
         source={"data": str(one.data), "split": split},
         supervision=supervision,
         held_out=held_out,
-        observe_minutes=one.observe_minutes,
+        options=one.training,
     )
     print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
 
@@ -586,17 +502,9 @@ def forward_backward(one: ForwardBackward) -> None:
         one.run,
         one.out,
         recipe,
-        resume=one.resume,
-        seed=one.seed,
-        device=one.device,
-        devices=one.devices,
-        nodes=one.nodes,
-        precision=one.precision,
-        cache=one.cache,
-        checkpoint_minutes=one.checkpoint_minutes,
         source={"data": str(one.data), "split": split},
         held_out=held_out,
-        observe_minutes=one.observe_minutes,
+        options=one.training,
     )
     print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
 
@@ -627,15 +535,9 @@ def distill(one: Distill) -> None:
         recipe,
         backbone=one.backbone or facts["backbone"],
         weights=one.weights,
-        resume=one.resume,
-        seed=one.seed,
-        device=one.device,
-        devices=one.devices,
-        nodes=one.nodes,
-        precision=one.precision,
-        checkpoint_minutes=one.checkpoint_minutes,
         source={"data": str(one.data), "split": split, "teacher": str(one.run)},
         supervision=one.supervision,
+        **vars(one.training),
     )
     print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
 
@@ -795,6 +697,8 @@ def measure(one: Measure) -> None:
     """``labelpenet measure``."""
     from labelpenet.training.measure import measure_run
 
+    if not one.modules:
+        raise InputError("--modules names no module; give some of 1, 2, 3, 4")
     print(measure_run(one.run, one.data, one.split, one.train_split, one.modules, one.protocol, one.device, one.cache))
 
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from labelpenet import config
-from labelpenet.config import Recipe
+from labelpenet.config import CascadeOptions, Recipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_json
 from labelpenet.data.scenes import unfinished, write_scenes
@@ -56,11 +56,8 @@ def run_demo(
         run,
         config.recipe("demo") if recipe is None else recipe,
         backbone=BACKBONE,
-        resume=run_folder.facts(run).is_file(),
-        seed=seed,
-        device="cpu",
-        cache=out / "cache",
         source={"data": str(year), "split": "train"},
+        options=CascadeOptions(run_folder.facts(run).is_file(), seed, device="cpu", cache=out / "cache"),
     )
     table = measure_run(run, year, "val", "train", device="cpu", cache=out / "cache")
     _write_report(run, report, year)

@@ -123,7 +123,7 @@ class Observer:
 
     def _choose(self, indices: Sequence[int], count: int) -> list[int]:
         """So many of the indices, the same ones in every run of this seed."""
-        generator = random.Random(stream_seed(self.training.seed, "observe", 0))
+        generator = random.Random(stream_seed(self.training.options.seed, "observe", 0))
         return sorted(generator.sample(list(indices), min(count, len(indices))))
 
     def _draw(self, numbers: Sequence[int], step: int, metrics: MetricsLog) -> None:
@@ -140,7 +140,7 @@ class Observer:
                     proposals = training.boxes(image, pixels.shape)
                 if number == 1:
                     features = training.features.known(image)
-                with training.autocast():
+                with training.fabric.autocast():
                     batch = training.network.batch(
                         [pixels],
                         [image.tags],
@@ -168,7 +168,7 @@ class Observer:
             if network.needs_proposals(number) and image.id in held_out.proposals:
                 boxes = torch.from_numpy(np.array(held_out.proposals[image.id]))
                 proposals = network.select(boxes, pixels.shape)
-            with training.autocast():
+            with training.fabric.autocast():
                 found = network.predict(pixels, number, proposals)
             return image.id, found.image_size, found.to_coco(image.id, categories)
 

@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from labelpenet import config
-from labelpenet.config import MODULES, Recipe, Schedule
+from labelpenet.config import MODULES, Recipe, RunOptions, Schedule
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.files import write_tensors
@@ -47,10 +47,8 @@ class Training:
         images: photographs and tags: the only supervision, but for ``truths``.
         proposals: (R, 4) boxes by image id.
         run: the run folder.
-        seed: of everything random.
         fabric: device, precision, processes.
-        resume: whether to continue what the run folder holds.
-        checkpoint_minutes: between checkpoints.
+        options: how it runs.
         facts: kept in checkpoints; a resumed run must have the same.
         truths: mixed supervision: true objects by image id, which stand in for inferred ones; ``masks`` is None where
             only the boxes are known. Empty in a run on tags.
@@ -60,10 +58,8 @@ class Training:
     images: TaggedImages
     proposals: Boxes
     run: Path
-    seed: int
     fabric: Fabric
-    resume: bool = False
-    checkpoint_minutes: float = 5.0
+    options: RunOptions = RunOptions()
     facts: dict[str, Any] = field(default_factory=dict)
     truths: Mapping[str, Instances] = field(default_factory=dict)
 
@@ -81,9 +77,17 @@ class Training:
         """The proposals of an image (R, 4) that the recipe keeps."""
         return self.network.select(torch.from_numpy(np.array(self.proposals[image.id])).float(), size)
 
-    def autocast(self) -> Any:
-        """The precision of training, for inference."""
-        return self.fabric.autocast()
+    def train(self, stage: Stage) -> None:
+        """Trains a stage of this run, or continues it; see `train_stage`."""
+        train_stage(
+            stage,
+            self.run,
+            seed=self.options.seed,
+            config=self.facts,
+            fabric=self.fabric,
+            resume=self.options.resume,
+            checkpoint_minutes=self.options.checkpoint_minutes,
+        )
 
 
 def pretrain(
@@ -130,15 +134,7 @@ def train_module(
         say(f"module {number} ({name}): trained before, loaded")
     else:
         one = stage(training, number, targets)
-        train_stage(
-            one if observer is None else observer.watch(one, [number]),
-            training.run,
-            seed=training.seed,
-            config=training.facts,
-            fabric=training.fabric,
-            resume=training.resume,
-            checkpoint_minutes=training.checkpoint_minutes,
-        )
+        training.train(one if observer is None else observer.watch(one, [number]))
         if observer is not None:  # before the part is saved, so that an interruption does not pass it over
             observer.conclude(one, [number])
         if training.fabric.global_rank == 0:
@@ -182,7 +178,7 @@ def label_images(training: Training, number: int) -> None:
         features = training.features.known(image) if network.needs_proposals(number) else None
         pixels = read_image(image.path)
         proposals = [training.boxes(image, pixels.shape)] if network.needs_proposals(number) else None
-        with training.autocast():
+        with training.fabric.autocast():
             batch = network.batch([pixels], [image.tags], proposals, None if features is None else [features])
             ((found, _),) = network.infer(number, batch)
         return found if truth is None else with_masks(truth, found, pixels, crf)

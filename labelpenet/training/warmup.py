@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from labelpenet.engine.sampler import seed_step
 from labelpenet.engine.stage import Stage
-from labelpenet.engine.trainer import train_stage
 from labelpenet.models.backbones import Backbone
 from labelpenet.models.classification import present_classes
 from labelpenet.training.pretrain import Training, load_samples, optimiser
@@ -48,7 +47,7 @@ def warm_up(training: Training, backbone: Backbone) -> Backbone:
         InputError, KeyboardInterrupt: see `train_stage`.
     """
     assert backbone.untrained is not None
-    seed_step(training.seed, NAME, 0)
+    seed_step(training.options.seed, NAME, 0)
     module = ImageClassifier(backbone.untrained, len(training.images.classes))
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     schedule = training.recipe.warm_up
@@ -63,15 +62,7 @@ def warm_up(training: Training, backbone: Backbone) -> Backbone:
         images_per_pass=TOGETHER,
         optimiser=optimiser(schedule),
     )
-    train_stage(
-        stage,
-        training.run,
-        seed=training.seed,
-        config=training.facts,
-        fabric=training.fabric,
-        resume=training.resume,
-        checkpoint_minutes=training.checkpoint_minutes,
-    )
+    training.train(stage)
     return type(backbone)(module.network.cpu())  # type: ignore[call-arg]
 
 
