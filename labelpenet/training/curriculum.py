@@ -36,7 +36,6 @@ from labelpenet.training.pretrain import (
     digest,
     label_images,
     load_trained,
-    optimiser,
     run_facts,
     save_part,
     to_batch,
@@ -121,12 +120,10 @@ def stage(training: Training) -> Stage:
     return Stage(
         name=STAGE,
         module=network,
-        steps=schedule.steps * count,
+        schedule=replace(schedule, steps=schedule.steps * count, warmup=schedule.warmup * count),
         images=[image.id for image in training.images.images],
         loss=loss,
         load=load(training),
-        batch_size=schedule.batch_size,
-        optimiser=optimiser(replace(schedule, steps=schedule.steps * count, warmup=schedule.warmup * count)),
         repeat=count,
         ema=choice.ema,
     )

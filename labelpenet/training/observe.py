@@ -135,22 +135,9 @@ class Observer:
             except InputError:  # whoever loads it for training says so
                 continue
             for number in numbers:
-                proposals = features = None
-                if training.network.needs_proposals(number):
-                    proposals = training.boxes(image, pixels.shape)
-                if number == 1:
-                    features = training.features.known(image)
-                with training.fabric.autocast():
-                    batch = training.network.batch(
-                        [pixels],
-                        [image.tags],
-                        None if proposals is None else [proposals],
-                        None if features is None else [features],
-                    )
-                    ((found, _),) = training.network.infer(number, batch)
-                metrics.picture(
-                    f"module{number}/{image.id}", draw_instances(pixels, found, training.images.classes), step
-                )
+                found = training.infer(number, image, pixels)
+                picture = draw_instances(pixels, found, training.images.classes)
+                metrics.picture(f"module{number}/{image.id}", picture, step)
 
     def _predict(self, number: int, indices: Sequence[int]) -> Iterator[_Line]:
         """What module ``number`` predicts for held-out images; an image that cannot be read is left out."""

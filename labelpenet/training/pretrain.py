@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from labelpenet import config
-from labelpenet.config import MODULES, Recipe, RunOptions, Schedule
+from labelpenet.config import MODULES, Recipe, RunOptions
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.files import write_tensors
@@ -23,7 +23,7 @@ from labelpenet.data.images import read_image
 from labelpenet.data.transforms import Batch, View
 from labelpenet.engine.distributed import gather
 from labelpenet.engine.log import Progress
-from labelpenet.engine.stage import Optimiser, Stage
+from labelpenet.engine.stage import Stage
 from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import DamagedError
 from labelpenet.instances import Instances
@@ -76,6 +76,16 @@ class Training:
     def boxes(self, image: TaggedImage, size: tuple[int, ...]) -> Tensor:
         """The proposals of an image (R, 4) that the recipe keeps."""
         return self.network.select(torch.from_numpy(np.array(self.proposals[image.id])).float(), size)
+
+    def infer(self, number: int, image: TaggedImage, pixels: np.ndarray) -> Instances:
+        """What module ``number`` passes on for a training image of these ``pixels`` (H, W, 3) uint8."""
+        network, proposals, features = self.network, None, None
+        if network.needs_proposals(number):
+            proposals, features = [self.boxes(image, pixels.shape)], self.features.known(image)
+        with self.fabric.autocast():
+            batch = network.batch([pixels], [image.tags], proposals, None if features is None else [features])
+            ((found, _),) = network.infer(number, batch)
+        return found
 
     def train(self, stage: Stage) -> None:
         """Trains a stage of this run, or continues it; see `train_stage`."""
@@ -175,12 +185,8 @@ def label_images(training: Training, number: int) -> None:
         truth = training.truths.get(image.id)
         if truth is not None and truth.masks is not None:
             return truth
-        features = training.features.known(image) if network.needs_proposals(number) else None
         pixels = read_image(image.path)
-        proposals = [training.boxes(image, pixels.shape)] if network.needs_proposals(number) else None
-        with training.fabric.autocast():
-            batch = network.batch([pixels], [image.tags], proposals, None if features is None else [features])
-            ((found, _),) = network.infer(number, batch)
+        found = training.infer(number, image, pixels)
         return found if truth is None else with_masks(truth, found, pixels, crf)
 
     done = 0
@@ -208,15 +214,12 @@ def label_images(training: Training, number: int) -> None:
 
 def stage(training: Training, number: int, targets: Mapping[str, Instances] | None = None) -> Stage:
     """The training stage of one module; ``targets`` as in `train_module`."""
-    schedule = training.recipe.modules[number - 1].schedule
     images = [image.id for image in training.images.images]
     common: dict[str, Any] = {
         "name": MODULES[number - 1],
         "module": training.network.module(number),
-        "steps": schedule.steps,
+        "schedule": training.recipe.modules[number - 1].schedule,
         "images": images,
-        "batch_size": schedule.batch_size,
-        "optimiser": optimiser(schedule),
     }
     module = training.network.module(number)
     if getattr(module.settings, "freeze_head", False):
@@ -226,19 +229,6 @@ def stage(training: Training, number: int, targets: Mapping[str, Instances] | No
         targets = read_inferred(training.run, f"module{number - 1}", len(training.images.classes))
     load = load_samples(training, targets, module.needs_proposals, module.needs_masks)
     return Stage(**common, load=load, loss=module_loss(training, number))
-
-
-def optimiser(schedule: Schedule) -> Optimiser:
-    """The schedule in the words of the loop."""
-    return Optimiser(
-        lr=schedule.lr,
-        kind=schedule.kind,
-        momentum=schedule.momentum,
-        weight_decay=schedule.weight_decay,
-        milestones=tuple((round(schedule.steps * fraction), factor) for fraction, factor in schedule.decay),
-        warmup=schedule.warmup,
-        clip=schedule.clip,
-    )
 
 
 # -- what a loss sees ------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from labelpenet.engine.sampler import seed_step
 from labelpenet.engine.stage import Stage
 from labelpenet.models.backbones import Backbone
 from labelpenet.models.classification import present_classes
-from labelpenet.training.pretrain import Training, load_samples, optimiser
+from labelpenet.training.pretrain import Training, load_samples
 
 NAME = "warmup"
 TOGETHER = 4  # images that go through the network at a time: twice as fast as one by one
@@ -50,17 +50,14 @@ def warm_up(training: Training, backbone: Backbone) -> Backbone:
     seed_step(training.options.seed, NAME, 0)
     module = ImageClassifier(backbone.untrained, len(training.images.classes))
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    schedule = training.recipe.warm_up
     stage = Stage(
         name=NAME,
         module=module,
-        steps=schedule.steps,
+        schedule=training.recipe.warm_up,
         images=[image.id for image in training.images.images],
         loss=tag_loss(module, training.fabric.device),
         load=load_samples(training),
-        batch_size=schedule.batch_size,
         images_per_pass=TOGETHER,
-        optimiser=optimiser(schedule),
     )
     training.train(stage)
     return type(backbone)(module.network.cpu())  # type: ignore[call-arg]
