@@ -630,13 +630,14 @@ def evaluate(one: Evaluate) -> None:
 
 def proposals(one: Proposals) -> None:
     """``labelpenet proposals``."""
-    from labelpenet.data.proposals import ProposalSettings, compute_proposals, default_cache, recall, recall_table
+    from labelpenet import config
+    from labelpenet.data.proposals import compute_proposals, default_cache, recall, recall_table
     from labelpenet.formats import open_annotated, open_tagged
 
     images = open_tagged(one.data, one.split, _names(one.classes))
-    settings = ProposalSettings(method=one.method, side=one.side, model=one.model)
+    settings = config.Proposals(one.method, one.side)
     cache = one.cache or default_cache()
-    boxes = compute_proposals(images.images, settings, cache, one.workers, progress=True)
+    boxes = compute_proposals(images.images, settings, cache, one.workers, progress=True, model=one.model)
     for note in (*images.notes, *boxes.notes):
         print(f"note: {note}", file=sys.stderr)
     counts = [len(boxes[name]) for name in boxes]

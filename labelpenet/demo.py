@@ -60,11 +60,6 @@ def run_demo(
         options=CascadeOptions(run_folder.facts(run).is_file(), seed, device="cpu", cache=out / "cache"),
     )
     table = measure_run(run, year, "val", "train", device="cpu", cache=out / "cache")
-    _write_report(run, report, year)
+    write_report(run, report, open_annotated(year, "train"), open_annotated(year, "val"), images=4)
     minutes = (time.monotonic() - began) / 60
     return f"{table}\n{report}: open it in a browser\ndone in {minutes:.1f} minutes"
-
-
-def _write_report(run: Path, report: Path, year: Path) -> None:
-    train, held_out = open_annotated(year, "train"), open_annotated(year, "val")
-    write_report(run, report, train.tagged, held_out.tagged, train.read, held_out.read, images=4)

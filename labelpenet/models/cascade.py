@@ -25,7 +25,7 @@ from labelpenet.config import MODULES, Recipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
 from labelpenet.data.images import as_pixels, find_images
-from labelpenet.data.proposals import ProposalSettings, propose
+from labelpenet.data.proposals import propose
 from labelpenet.data.transforms import Batch, View, stack
 from labelpenet.errors import DamagedError, InputError
 from labelpenet.instances import Instances
@@ -143,7 +143,7 @@ class LabelPEnet(nn.Module):
 
     def proposals(self, image: np.ndarray) -> Tensor:
         """Selective-search proposals (R, 4) of a photograph, computed now, as the recipe wants them."""
-        return self.select(torch.from_numpy(propose(image, proposal_settings(self.recipe))), image.shape[:2])
+        return self.select(torch.from_numpy(propose(image, self.recipe.proposals)), image.shape[:2])
 
     def select(self, boxes: Tensor, size: tuple[int, ...]) -> Tensor:
         """Of precomputed proposals (R, 4) those that the recipe keeps, and the whole image as the first."""
@@ -360,12 +360,6 @@ def read_run(run: Path) -> dict[str, Any]:
     if not {"classes", "backbone", "recipe", "normalisation"} <= set(facts):
         raise InputError(f"{run_folder.facts(run)}: damaged (entries are missing); train again into a new folder")
     return facts
-
-
-def proposal_settings(recipe: Recipe) -> ProposalSettings:
-    """The recipe's choice in the words of the proposals' reader."""
-    choice = recipe.proposals
-    return ProposalSettings(method=choice.method, side=choice.side)  # type: ignore[arg-type]
 
 
 def _of_class(probabilities: Tensor, labels: Tensor) -> Tensor:

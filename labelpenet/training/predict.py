@@ -18,7 +18,7 @@ from labelpenet.engine.log import Progress
 from labelpenet.errors import InputError
 from labelpenet.formats import read_predictions, write_predictions
 from labelpenet.instances import Instances
-from labelpenet.models.cascade import LabelPEnet, proposal_settings, read_run
+from labelpenet.models.cascade import LabelPEnet, read_run
 from labelpenet.models.student import Student, load
 from labelpenet.training.pretrain import Boxes
 
@@ -99,7 +99,7 @@ class Predictor:
         """The photographs' proposals, on all of this process's cores; None where the module needs none."""
         if isinstance(self.network, Student) or not self.network.needs_proposals(module):
             return None
-        settings = proposal_settings(self.network.recipe)
+        settings = self.network.recipe.proposals
         # Of several processes on a machine each has its share of the cores, which Fabric or torchrun told torch.
         workers = torch.get_num_threads() if self.fabric.world_size > 1 else None
         return compute_proposals(images, settings, cache or default_cache(), workers, progress=self.first)

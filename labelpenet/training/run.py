@@ -19,7 +19,7 @@ from labelpenet.engine.distributed import build_fabric, peers, together
 from labelpenet.engine.sampler import seed_step
 from labelpenet.errors import InputError
 from labelpenet.models.build import build_backbone
-from labelpenet.models.cascade import LabelPEnet, proposal_settings
+from labelpenet.models.cascade import LabelPEnet
 from labelpenet.training.observe import HeldOut, Observer, check_held_out
 from labelpenet.training.pretrain import Boxes, Training, freeze_stem, pretrain, run_facts, train_module
 from labelpenet.training.supervised import Supervision, fully_supervised
@@ -153,7 +153,7 @@ def read_proposals(
     Raises:
         InputError: none of them can.
     """
-    settings, folder = proposal_settings(recipe), cache or default_cache()
+    settings, folder = recipe.proposals, cache or default_cache()
     if fabric.world_size > 1:  # each process its share, into the cache that all of them read
         share = images.images[fabric.global_rank :: fabric.world_size]
         compute_proposals(share, settings, folder, torch.get_num_threads(), progress=fabric.global_rank == 0)
