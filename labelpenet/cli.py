@@ -15,7 +15,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
@@ -23,6 +23,9 @@ from tyro.conf import Positional, arg, subcommand
 from labelpenet import __version__
 from labelpenet.config import CascadeOptions, RunOptions, check_ranges
 from labelpenet.errors import InputError
+
+if TYPE_CHECKING:
+    from labelpenet.data import TaggedImages
 
 Classes = Annotated[str | None, arg(metavar="A,B,...", help="Only these classes, in this order.")]
 Split = Annotated[str | None, arg(help="VOC: train, val, test, ... or a file of image names.")]
@@ -451,23 +454,34 @@ def _end(status: int, line: str) -> NoReturn:
     sys.exit(status)
 
 
+def _say(*notes: str) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _open_training(data: Path, split: str | None, classes: Sequence[str] | None) -> tuple[TaggedImages, str | None]:
+    """The photographs of a training and the split that they are; says what there is to say of them."""
+    from labelpenet.formats import open_tagged, training_split
+
+    split = split or training_split(data)
+    images = open_tagged(data, split, classes)
+    _say(*images.notes)
+    return images, split
+
+
 def train(one: Train) -> None:
     """``labelpenet train``."""
     from labelpenet import config
-    from labelpenet.formats import open_annotated, open_tagged, training_split
+    from labelpenet.formats import open_annotated
 
     recipe = config.override(config.shorten(config.recipe(one.recipe), one.shorten), one.set)
-    split = one.split or training_split(one.data)
-    images = open_tagged(one.data, split, _names(one.classes))
-    for note in images.notes:
-        print(f"note: {note}", file=sys.stderr)
+    images, split = _open_training(one.data, one.split, _names(one.classes))
     held_out = open_annotated(one.data, one.evaluate, images.classes) if one.evaluate else None
-    from labelpenet.training.run import train_run
+    from labelpenet.training.run import train_run  # loads torch, for which a mistake above need not wait
     from labelpenet.training.supervised import open_supervision
 
     supervision = open_supervision(one.supervision, one.data, split, images, one.supervised, one.corrected)
-    for note in supervision.notes if supervision is not None else ():
-        print(f"note: {note}", file=sys.stderr)
+    _say(*(supervision.notes if supervision is not None else ()))
     train_run(
         images,
         one.out,
@@ -486,16 +500,13 @@ def train(one: Train) -> None:
 def forward_backward(one: ForwardBackward) -> None:
     """``labelpenet forward-backward``."""
     from labelpenet import config
-    from labelpenet.formats import open_annotated, open_tagged, training_split
+    from labelpenet.formats import open_annotated
     from labelpenet.models.cascade import read_run
     from labelpenet.training import curriculum
 
     facts = read_run(one.run)
     recipe = config.override(config.shorten(config.from_dict(facts["recipe"]), one.shorten), one.set)
-    split = one.split or training_split(one.data)
-    images = open_tagged(one.data, split, facts["classes"])
-    for note in images.notes:
-        print(f"note: {note}", file=sys.stderr)
+    images, split = _open_training(one.data, one.split, facts["classes"])
     held_out = open_annotated(one.data, one.evaluate, images.classes) if one.evaluate else None
     curriculum.forward_backward(
         images,
@@ -512,22 +523,19 @@ def forward_backward(one: ForwardBackward) -> None:
 def distill(one: Distill) -> None:
     """``labelpenet distill``."""
     from labelpenet import config
-    from labelpenet.formats import open_tagged, training_split
     from labelpenet.models.cascade import read_run
     from labelpenet.training import distill as training
 
     facts = read_run(one.run)
     recipe = config.shorten(config.override(config.StudentRecipe(), one.set), one.shorten)
-    split = one.split or training_split(one.data)
-    images = open_tagged(one.data, split, facts["classes"])
+    images, split = _open_training(one.data, one.split, facts["classes"])
     if one.supervision == "full":
         if one.labels:
             raise InputError("--labels and --supervision full exclude each other: the labels are DATA's own")
         labels, notes = training.read_truths(one.data, split, images)
     else:
         labels, notes = training.read_labels(one.run, one.labels, images)
-    for note in (*images.notes, *notes):
-        print(f"note: {note}", file=sys.stderr)
+    _say(*notes)
     training.distill(
         images,
         labels,
@@ -618,8 +626,7 @@ def evaluate(one: Evaluate) -> None:
     predictions = read_predictions(one.predictions, tagged, tagged.classes, annotated.categories)
     truths, notes = annotated.readable_truths()
     result = measure(predictions, truths, tagged.classes, one.protocol)
-    for note in (*predictions.notes, *notes):
-        print(f"note: {note}", file=sys.stderr)
+    _say(*predictions.notes, *notes)
     if one.json:
         write_bytes(one.json, json.dumps(result, indent=1).encode())
     print(summary_table(result).render("text"))
@@ -638,8 +645,7 @@ def proposals(one: Proposals) -> None:
     settings = config.Proposals(one.method, one.side)
     cache = one.cache or default_cache()
     boxes = compute_proposals(images.images, settings, cache, one.workers, progress=True, model=one.model)
-    for note in (*images.notes, *boxes.notes):
-        print(f"note: {note}", file=sys.stderr)
+    _say(*images.notes, *boxes.notes)
     counts = [len(boxes[name]) for name in boxes]
     mean = sum(counts) / max(len(counts), 1)
     print(f"{len(counts)} images, {mean:.0f} proposals each on average, cached in {cache}")
@@ -689,8 +695,7 @@ def export(one: Export) -> None:
         tolerance=one.tolerance,
         overwrite=one.overwrite,
     )
-    for note in (*notes, *predictions.notes, *written.notes):
-        print(f"note: {note}", file=sys.stderr)
+    _say(*notes, *predictions.notes, *written.notes)
     print(f"{one.out}: {len(written.paths)} files")
 
 
@@ -706,18 +711,17 @@ def measure(one: Measure) -> None:
 def review(one: Review) -> None:
     """``labelpenet review``."""
     from labelpenet.data import run_folder
-    from labelpenet.formats import open_tagged, training_split
     from labelpenet.models.cascade import read_run
     from labelpenet.review import serve
 
     classes = read_run(one.run)["classes"]
-    images = open_tagged(one.data, one.split or training_split(one.data), classes)
+    images, _ = _open_training(one.data, one.split, classes)
     serve(one.run, images, one.out or run_folder.review(one.run), one.port)
 
 
 def report(one: Report) -> None:
     """``labelpenet report``."""
-    from labelpenet.data import AnnotatedImages, TaggedImages
+    from labelpenet.data import AnnotatedImages
     from labelpenet.data.files import check_outputs
     from labelpenet.formats import open_annotated, open_tagged
     from labelpenet.models.cascade import read_run

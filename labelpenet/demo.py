@@ -8,8 +8,8 @@ from pathlib import Path
 from labelpenet import config
 from labelpenet.config import CascadeOptions, Recipe
 from labelpenet.data import run_folder
-from labelpenet.data.files import read_json
-from labelpenet.data.scenes import unfinished, write_scenes
+from labelpenet.data.files import read_json, unfinished
+from labelpenet.data.scenes import write_scenes
 from labelpenet.errors import InputError
 from labelpenet.formats import open_annotated, open_tagged
 from labelpenet.report import write_report
