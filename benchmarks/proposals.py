@@ -21,7 +21,8 @@ from labelpenet.config import Proposals
 from labelpenet.data import proposals as proposals_module
 from labelpenet.data.dataset import TaggedImage, Truth
 from labelpenet.data.images import read_image
-from labelpenet.data.proposals import compute_proposals, propose, recall
+from labelpenet.data.proposals import compute_proposals, propose
+from labelpenet.evaluation.recall import recall
 from labelpenet.formats import open_annotated
 
 COUNTS = (100, 300, 1000, 10**6)

@@ -638,7 +638,8 @@ def evaluate(one: Evaluate) -> None:
 def proposals(one: Proposals) -> None:
     """``labelpenet proposals``."""
     from labelpenet import config
-    from labelpenet.data.proposals import compute_proposals, default_cache, recall, recall_table
+    from labelpenet.data.proposals import compute_proposals, default_cache
+    from labelpenet.evaluation.recall import recall, recall_table
     from labelpenet.formats import open_annotated, open_tagged
 
     images = open_tagged(one.data, one.split, _names(one.classes))
