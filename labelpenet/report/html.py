@@ -141,8 +141,7 @@ def write_report(
     classes = tuple(facts.run["classes"])
     sources = []
     for name, split in (("training", data), ("held-out", held_out)):
-        annotated = isinstance(split, AnnotatedImages)
-        given, read = (split.tagged, split.read) if annotated else (split, None)
+        given, read = (split.tagged, split.read) if isinstance(split, AnnotatedImages) else (split, None)
         if given is None:
             problems.append(f"{name} images: the data was not given, so no photograph of them is shown")
         elif given.classes != classes:
