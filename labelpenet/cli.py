@@ -469,88 +469,88 @@ def _open_training(data: Path, split: str | None, classes: Sequence[str] | None)
     return images, split
 
 
-def train(one: Train) -> None:
+def train(args: Train) -> None:
     """``labelpenet train``."""
     from labelpenet import config
     from labelpenet.formats import open_annotated
 
-    recipe = config.override(config.shorten(config.recipe(one.recipe), one.shorten), one.set)
-    images, split = _open_training(one.data, one.split, _names(one.classes))
-    held_out = open_annotated(one.data, one.evaluate, images.classes) if one.evaluate else None
+    recipe = config.override(config.shorten(config.recipe(args.recipe), args.shorten), args.set)
+    images, split = _open_training(args.data, args.split, _names(args.classes))
+    held_out = open_annotated(args.data, args.evaluate, images.classes) if args.evaluate else None
     from labelpenet.training.run import train_run  # loads torch, for which a mistake above need not wait
     from labelpenet.training.supervised import open_supervision
 
-    supervision = open_supervision(one.supervision, one.data, split, images, one.supervised, one.corrected)
+    supervision = open_supervision(args.supervision, args.data, split, images, args.supervised, args.corrected)
     _say(*(supervision.notes if supervision is not None else ()))
     train_run(
         images,
-        one.out,
+        args.out,
         recipe,
-        backbone=one.backbone,
-        weights=one.weights,
-        until=one.until,
-        source={"data": str(one.data), "split": split},
+        backbone=args.backbone,
+        weights=args.weights,
+        until=args.until,
+        source={"data": str(args.data), "split": split},
         supervision=supervision,
         held_out=held_out,
-        options=one.training,
+        options=args.training,
     )
-    print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
+    print(f"trained: {args.out} - next: labelpenet predict {args.out} PHOTOS --out predictions.json")
 
 
-def forward_backward(one: ForwardBackward) -> None:
+def forward_backward(args: ForwardBackward) -> None:
     """``labelpenet forward-backward``."""
     from labelpenet import config
     from labelpenet.formats import open_annotated
     from labelpenet.models.cascade import read_run
     from labelpenet.training import curriculum
 
-    facts = read_run(one.run)
-    recipe = config.override(config.shorten(config.from_dict(facts["recipe"]), one.shorten), one.set)
-    images, split = _open_training(one.data, one.split, facts["classes"])
-    held_out = open_annotated(one.data, one.evaluate, images.classes) if one.evaluate else None
+    facts = read_run(args.run)
+    recipe = config.override(config.shorten(config.from_dict(facts["recipe"]), args.shorten), args.set)
+    images, split = _open_training(args.data, args.split, facts["classes"])
+    held_out = open_annotated(args.data, args.evaluate, images.classes) if args.evaluate else None
     curriculum.forward_backward(
         images,
-        one.run,
-        one.out,
+        args.run,
+        args.out,
         recipe,
-        source={"data": str(one.data), "split": split},
+        source={"data": str(args.data), "split": split},
         held_out=held_out,
-        options=one.training,
+        options=args.training,
     )
-    print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
+    print(f"trained: {args.out} - next: labelpenet predict {args.out} PHOTOS --out predictions.json")
 
 
-def distill(one: Distill) -> None:
+def distill(args: Distill) -> None:
     """``labelpenet distill``."""
     from labelpenet import config
     from labelpenet.models.cascade import read_run
     from labelpenet.training import distill as training
 
-    facts = read_run(one.run)
-    recipe = config.shorten(config.override(config.StudentRecipe(), one.set), one.shorten)
-    images, split = _open_training(one.data, one.split, facts["classes"])
-    if one.supervision == "full":
-        if one.labels:
+    facts = read_run(args.run)
+    recipe = config.shorten(config.override(config.StudentRecipe(), args.set), args.shorten)
+    images, split = _open_training(args.data, args.split, facts["classes"])
+    if args.supervision == "full":
+        if args.labels:
             raise InputError("--labels and --supervision full exclude each other: the labels are DATA's own")
-        labels, notes = training.read_truths(one.data, split, images)
+        labels, notes = training.read_truths(args.data, split, images)
     else:
-        labels, notes = training.read_labels(one.run, one.labels, images)
+        labels, notes = training.read_labels(args.run, args.labels, images)
     _say(*notes)
     training.distill(
         images,
         labels,
-        one.out,
+        args.out,
         recipe,
-        backbone=one.backbone or facts["backbone"],
-        weights=one.weights,
-        source={"data": str(one.data), "split": split, "teacher": str(one.run)},
-        supervision=one.supervision,
-        **vars(one.training),
+        backbone=args.backbone or facts["backbone"],
+        weights=args.weights,
+        source={"data": str(args.data), "split": split, "teacher": str(args.run)},
+        supervision=args.supervision,
+        **vars(args.training),
     )
-    print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
+    print(f"trained: {args.out} - next: labelpenet predict {args.out} PHOTOS --out predictions.json")
 
 
-def predict(one: Predict) -> None:
+def predict(args: Predict) -> None:
     """``labelpenet predict``."""
     from labelpenet.data import TaggedImage, read_image
     from labelpenet.data.files import check_outputs
@@ -563,99 +563,99 @@ def predict(one: Predict) -> None:
     from labelpenet.training.shards import predict_shard
     from labelpenet.visualize import overlay_paths, write_overlay
 
-    if one.shard and (one.devices, one.nodes) != (1, 1):
+    if args.shard and (args.devices, args.nodes) != (1, 1):
         raise InputError("--shard is for one process each; leave --devices and --nodes out")
-    if bool(one.images) == bool(one.data):
+    if bool(args.images) == bool(args.data):
         raise InputError("give either photographs (or folders of them) or --data DATA")
-    classes = read_run(one.run)["classes"]
-    if one.data:
-        images: Sequence[TaggedImage] = open_tagged(one.data, one.split, classes).images
+    classes = read_run(args.run)["classes"]
+    if args.data:
+        images: Sequence[TaggedImage] = open_tagged(args.data, args.split, classes).images
     else:
-        images = [TaggedImage(name, path, ()) for name, path in find_images(one.images)]
-    reads = [one.run, *([one.data] if one.data else one.images), *(image.path for image in images)]
-    check_outputs([] if one.shard else [one.out], reads, one.overwrite)
-    pictures = overlay_paths(one.overlays, [image.id for image in images]) if one.overlays else {}
-    check_outputs(pictures.values(), [*reads, one.out], one.overwrite)
+        images = [TaggedImage(name, path, ()) for name, path in find_images(args.images)]
+    reads = [args.run, *([args.data] if args.data else args.images), *(image.path for image in images)]
+    check_outputs([] if args.shard else [args.out], reads, args.overwrite)
+    pictures = overlay_paths(args.overlays, [image.id for image in images]) if args.overlays else {}
+    check_outputs(pictures.values(), [*reads, args.out], args.overwrite)
     for folder in (path for path in reads if path.is_dir()):
-        if one.overlays and one.overlays.resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"{one.overlays}: lies in {folder}, which is read; choose a folder outside for overlays")
-    predictor = Predictor(one.run, one.device, one.devices, one.nodes)
+        if args.overlays and args.overlays.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{args.overlays}: lies in {folder}, which is read; choose a folder outside for overlays")
+    predictor = Predictor(args.run, args.device, args.devices, args.nodes)
 
     def keep(image: TaggedImage, instances: Instances) -> Instances:
-        instances = instances[instances.weights >= one.min_score]
+        instances = instances[instances.weights >= args.min_score]
         if pictures:
             write_overlay(pictures[image.id], read_image(image.path), instances, classes)
         return instances
 
-    if one.shard:
-        choices = {"min_score": one.min_score}
-        shard = parse_shard(one.shard)
+    if args.shard:
+        choices = {"min_score": args.min_score}
+        shard = parse_shard(args.shard)
         part, skipped = predict_shard(
-            predictor, images, one.module, one.out, shard, keep=keep, choices=choices, cache=one.cache
+            predictor, images, args.module, args.out, shard, keep=keep, choices=choices, cache=args.cache
         )
         print(f"{part.path}: {len(part.images)} images" + (f", {len(skipped)} skipped" if skipped else ""))
         return
-    skipped = predict_images(predictor, images, one.module, one.out, keep=keep, cache=one.cache)
+    skipped = predict_images(predictor, images, args.module, args.out, keep=keep, cache=args.cache)
     done = len(images) - len(skipped)
     if predictor.first:
-        print(f"{one.out}: {done} images" + (f", {len(skipped)} skipped" if skipped else ""))
+        print(f"{args.out}: {done} images" + (f", {len(skipped)} skipped" if skipped else ""))
     if skipped and not done:
         raise InputError("no image could be read; see the lines above")
 
 
-def merge(one: Merge) -> None:
+def merge(args: Merge) -> None:
     """``labelpenet merge``."""
     from labelpenet.data.files import check_outputs
     from labelpenet.formats.parts import merge_parts
 
-    check_outputs([one.out], one.parts, one.overwrite)
-    photographs, instances = merge_parts(one.parts, one.out)
-    print(f"{one.out}: {photographs} images, {instances} instances")
+    check_outputs([args.out], args.parts, args.overwrite)
+    photographs, instances = merge_parts(args.parts, args.out)
+    print(f"{args.out}: {photographs} images, {instances} instances")
 
 
-def evaluate(one: Evaluate) -> None:
+def evaluate(args: Evaluate) -> None:
     """``labelpenet evaluate``."""
     from labelpenet.data.files import check_outputs, write_bytes
     from labelpenet.evaluation import evaluate as measure
     from labelpenet.evaluation import paper_tables, summary_table
     from labelpenet.formats import open_annotated, read_predictions
 
-    check_outputs([one.json] if one.json else [], [one.predictions, one.data], one.overwrite)
-    annotated = open_annotated(one.data, one.split, _names(one.classes))
+    check_outputs([args.json] if args.json else [], [args.predictions, args.data], args.overwrite)
+    annotated = open_annotated(args.data, args.split, _names(args.classes))
     tagged = annotated.tagged
-    predictions = read_predictions(one.predictions, tagged, tagged.classes, annotated.categories)
+    predictions = read_predictions(args.predictions, tagged, tagged.classes, annotated.categories)
     truths, notes = annotated.readable_truths()
-    result = measure(predictions, truths, tagged.classes, one.protocol)
+    result = measure(predictions, truths, tagged.classes, args.protocol)
     _say(*predictions.notes, *notes)
-    if one.json:
-        write_bytes(one.json, json.dumps(result, indent=1).encode())
+    if args.json:
+        write_bytes(args.json, json.dumps(result, indent=1).encode())
     print(summary_table(result).render("text"))
-    if one.table:
-        for table in paper_tables(result, one.protocol):
-            print("\n" + table.render(one.table))
+    if args.table:
+        for table in paper_tables(result, args.protocol):
+            print("\n" + table.render(args.table))
 
 
-def proposals(one: Proposals) -> None:
+def proposals(args: Proposals) -> None:
     """``labelpenet proposals``."""
     from labelpenet import config
     from labelpenet.data.proposals import compute_proposals, default_cache
     from labelpenet.evaluation.recall import recall, recall_table
     from labelpenet.formats import open_annotated, open_tagged
 
-    images = open_tagged(one.data, one.split, _names(one.classes))
-    settings = config.Proposals(one.method, one.side)
-    cache = one.cache or default_cache()
-    boxes = compute_proposals(images.images, settings, cache, one.workers, progress=True, model=one.model)
+    images = open_tagged(args.data, args.split, _names(args.classes))
+    settings = config.Proposals(args.method, args.side)
+    cache = args.cache or default_cache()
+    boxes = compute_proposals(images.images, settings, cache, args.workers, progress=True, model=args.model)
     _say(*images.notes, *boxes.notes)
     counts = [len(boxes[name]) for name in boxes]
     mean = sum(counts) / max(len(counts), 1)
     print(f"{len(counts)} images, {mean:.0f} proposals each on average, cached in {cache}")
-    if one.recall:
-        annotated = open_annotated(one.data, one.split, _names(one.classes))
+    if args.recall:
+        annotated = open_annotated(args.data, args.split, _names(args.classes))
         print(recall_table(recall(boxes, annotated.readable_truths()[0], annotated.tagged.classes)))
 
 
-def export(one: Export) -> None:
+def export(args: Export) -> None:
     """``labelpenet export``."""
     from labelpenet.data.files import check_new_folder
     from labelpenet.formats import export as write
@@ -663,64 +663,75 @@ def export(one: Export) -> None:
     from labelpenet.formats.open import NotRecognised, open_photographs
     from labelpenet.formats.predictions import class_names
 
-    if one.to == "onnx":
+    if args.to == "onnx":
         from labelpenet.models.onnx import export_onnx, parse_size
         from labelpenet.models.student import Student
 
-        height, width = export_onnx(Student.from_run(one.predictions), one.out, parse_size(one.size))
-        print(f"{one.out}: takes photographs of {height} x {width} pixels (height x width)")
+        height, width = export_onnx(Student.from_run(args.predictions), args.out, parse_size(args.size))
+        print(f"{args.out}: takes photographs of {height} x {width} pixels (height x width)")
         return
-    if one.data is None:
-        raise InputError(f"{one.predictions}: name the data set that the predictions belong to, too")
-    check_new_folder(one.out, [one.data, one.predictions])
+    if args.data is None:
+        raise InputError(f"{args.predictions}: name the data set that the predictions belong to, too")
+    check_new_folder(args.out, [args.data, args.predictions])
     notes: tuple[str, ...] = ()
     ids: tuple[int, ...] = ()  # a bare results list without names says nothing of a data set without ids
     try:
-        images = open_tagged(one.data, one.split, _names(one.classes), one.images)
+        images = open_tagged(args.data, args.split, _names(args.classes), args.images)
         with contextlib.suppress(InputError):
-            ids = open_annotated(one.data, one.split, images.classes, one.images).categories
+            ids = open_annotated(args.data, args.split, images.classes, args.images).categories
     except NotRecognised:
-        images = open_photographs(one.data, _names(one.classes) or class_names(one.predictions))
+        images = open_photographs(args.data, _names(args.classes) or class_names(args.predictions))
         notes = images.notes
-    predictions = read_predictions(one.predictions, images, images.classes, ids)
+    predictions = read_predictions(args.predictions, images, images.classes, ids)
     written = write(
         predictions,
         images,
         images.classes,
-        one.out,
-        one.to,
+        args.out,
+        args.to,
         category_ids=ids or None,
-        split=Path(one.split or "train").stem,
-        min_score=one.min_score,
-        copy_images=one.copy_images,
-        tolerance=one.tolerance,
-        overwrite=one.overwrite,
+        split=Path(args.split or "train").stem,
+        min_score=args.min_score,
+        copy_images=args.copy_images,
+        tolerance=args.tolerance,
+        overwrite=args.overwrite,
     )
     _say(*notes, *predictions.notes, *written.notes)
-    print(f"{one.out}: {len(written.paths)} files")
+    print(f"{args.out}: {len(written.paths)} files")
 
 
-def measure(one: Measure) -> None:
+def measure(args: Measure) -> None:
     """``labelpenet measure``."""
     from labelpenet.training.measure import measure_run
 
-    if not one.modules:
+    if not args.modules:
         raise InputError("--modules names no module; give some of 1, 2, 3, 4")
-    print(measure_run(one.run, one.data, one.split, one.train_split, one.modules, one.protocol, one.device, one.cache))
+    print(
+        measure_run(
+            args.run,
+            args.data,
+            args.split,
+            args.train_split,
+            args.modules,
+            args.protocol,
+            args.device,
+            args.cache,
+        )
+    )
 
 
-def review(one: Review) -> None:
+def review(args: Review) -> None:
     """``labelpenet review``."""
     from labelpenet.data import run_folder
     from labelpenet.models.cascade import read_run
     from labelpenet.review import serve
 
-    classes = read_run(one.run)["classes"]
-    images, _ = _open_training(one.data, one.split, classes)
-    serve(one.run, images, one.out or run_folder.review(one.run), one.port)
+    classes = read_run(args.run)["classes"]
+    images, _ = _open_training(args.data, args.split, classes)
+    serve(args.run, images, args.out or run_folder.review(args.run), args.port)
 
 
-def report(one: Report) -> None:
+def report(args: Report) -> None:
     """``labelpenet report``."""
     from labelpenet.data import AnnotatedImages
     from labelpenet.data.files import check_outputs
@@ -728,11 +739,11 @@ def report(one: Report) -> None:
     from labelpenet.models.cascade import read_run
     from labelpenet.report import write_report
 
-    facts = read_run(one.run)
+    facts = read_run(args.run)
     source = facts.get("source") or {}
-    data = one.data or (Path(source["data"]) if source.get("data") else None)
-    if one.out and one.out.resolve() != (one.run / "report.html").resolve():
-        check_outputs([one.out], [one.run, *([data] if data else [])], one.overwrite)
+    data = args.data or (Path(source["data"]) if source.get("data") else None)
+    if args.out and args.out.resolve() != (args.run / "report.html").resolve():
+        check_outputs([args.out], [args.run, *([data] if data else [])], args.overwrite)
 
     def opened(split: str | None) -> AnnotatedImages | TaggedImages | None:
         if data is None or not data.exists():
@@ -743,19 +754,19 @@ def report(one: Report) -> None:
             return open_tagged(data, split, facts["classes"])
 
     held_out = None
-    if one.split != source.get("split"):
+    if args.split != source.get("split"):
         try:
-            held_out = opened(one.split)
+            held_out = opened(args.split)
         except InputError as error:
             print(f"note: no held-out strips ({error})", file=sys.stderr)
-    print(write_report(one.run, one.out, opened(source.get("split")), held_out, images=one.images))
+    print(write_report(args.run, args.out, opened(source.get("split")), held_out, images=args.images))
 
 
-def demo(one: Demo) -> None:
+def demo(args: Demo) -> None:
     """``labelpenet demo``."""
     from labelpenet.demo import run_demo
 
-    print(run_demo(one.out, one.seed))
+    print(run_demo(args.out, args.seed))
 
 
 def _names(text: str | None) -> list[str] | None:

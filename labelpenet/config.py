@@ -211,7 +211,7 @@ class Classification:
         initialiser: of the two branches: He's, which is the paper's [18], or a ``gaussian`` of deviation .01.
         schedule: of its training.
         label: how it labels training images, whose tags are known.
-        predict: how it answers for photographs, whose tags are not known.
+        predict: its predictions for photographs, whose tags are not known.
     """
 
     name: str = field(default="classification", metadata=_FIXED)
@@ -237,7 +237,7 @@ class Detector(_Ranged):
         cells: cells per side of the pooling behind a convolutional RoI head (`Backbone.roi_head`).
         weighted: whether the instances' weights enter the losses.
         score_threshold: a detection needs this softmax score to be a candidate.
-        vote: answers: whether modules 1 and 2 have a say in the scores (`LabelPEnet.vote`).
+        vote: in prediction, whether modules 1 and 2 have a say in the scores (`LabelPEnet.vote`).
     """
 
     name: str = field(metadata=_FIXED)
@@ -337,7 +337,7 @@ class StudentNetwork(_Ranged):
 
     Attributes:
         width: channels of the feature pyramid and of the mask head; mask_depth: the latter's convolutions.
-        rois: sampled from each image in training; proposals: boxes that the RPN passes on in answering.
+        rois: sampled from each image in training; proposals: boxes that the RPN passes on in prediction.
         detections: instances of an image at most.
     """
 

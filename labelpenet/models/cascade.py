@@ -201,7 +201,7 @@ class LabelPEnet(nn.Module):
         Args:
             image: an image file, (H, W, 3) uint8 RGB, a PIL image, or a list of them; a folder stands for the list of
                 its image files in order of name (`data.images.find_images`).
-            module: which of the four answers.
+            module: which of the four predicts.
             proposals: (R, 4) in pixels of the photograph; computed if the module needs them and they are not given.
 
         Returns:
@@ -225,9 +225,9 @@ class LabelPEnet(nn.Module):
         """As `predict`, for photographs that go through the network together."""
         self.require(module)
         batch = self.batch(images, None, self._proposed(images, module, proposals))
-        answering: Any = self.module(module)
-        found = [one for one, _ in answering.infer(batch, answering.settings.predict)]
-        if getattr(answering.settings, "vote", False):
+        predictor: Any = self.module(module)
+        found = [one for one, _ in predictor.infer(batch, predictor.settings.predict)]
+        if getattr(predictor.settings, "vote", False):
             found = self.vote(module, found, batch)
         return [one[one.weights.argsort(descending=True, stable=True)] for one in found]
 

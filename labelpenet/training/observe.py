@@ -1,6 +1,6 @@
 """What a run shows of itself while it trains: pictures of a few training images, and figures of a held-out split.
 
-Nothing here moves a weight: modules answer as they do at inference, without gradients, and find themselves in the mode
+Nothing here moves a weight: modules infer as they do at inference, without gradients, and find themselves in the mode
 in which they were; the loop seeds every pass anew, so that nothing drawn here could reach it either.
 
 The held-out split's boxes and masks are seen by the `Observer` alone. What trains, `Training`, has no way to it.
@@ -68,7 +68,7 @@ class Observer:
     """Shows what the modules believe while they are trained, in TensorBoard and ``RUN/metrics.jsonl``.
 
     Pictures are of `PICTURES` training images that the seed chooses, with what a module infers for them from their
-    tags. Figures are of the held-out split, whose images a module answers as it does those of a user: ``val_part/...``
+    tags. Figures are of the held-out split, on which a module predicts as it does on those of a user: ``val_part/...``
     of `PART` images every few minutes, ``val/...`` of all images once a stage is done: ``box_mAP@0.5`` and
     ``mask_mAP@0.5``, fractions in [0, 1] by protocol ``voc12``, and ``images``, their number.
 

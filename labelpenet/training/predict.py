@@ -45,7 +45,7 @@ class Predictor:
 
     @property
     def precision(self) -> str:
-        """That of the answers, such as ``bf16-mixed``."""
+        """That of the predictions, such as ``bf16-mixed``."""
         return str(self.fabric._precision.precision)
 
     @property
@@ -53,7 +53,7 @@ class Predictor:
         """Whether this is the first process, the one that speaks for all."""
         return self.fabric.global_rank == 0
 
-    def one(self, image: TaggedImage, module: int, boxes: Boxes | None = None) -> Instances:
+    def predict_image(self, image: TaggedImage, module: int, boxes: Boxes | None = None) -> Instances:
         """The instances of one photograph, best first.
 
         Args:
@@ -79,7 +79,7 @@ class Predictor:
 
         def attempt(image: TaggedImage) -> tuple[TaggedImage, Instances | None, str]:
             try:
-                return image, self.one(image, module, boxes), ""
+                return image, self.predict_image(image, module, boxes), ""
             except InputError as error:
                 return image, None, f"skipped: {error}"
 
@@ -121,7 +121,7 @@ def predict_images(
 
     Args:
         predictor: the run; its processes must all see the folder of ``out``.
-        images: the photographs; module: which one answers; out: the file.
+        images: the photographs; module: which one predicts; out: the file.
         keep: what is written of the instances found in a photograph.
         cache: folder of the proposals' cache; None for the user's.
 
