@@ -35,11 +35,8 @@ def small_student() -> tuple[Path, Path]:
     annotated = open_annotated(year, "train")
     truths = read_supervision("full", annotated).truths
     recipe = config.override(config.StudentRecipe(), CHOICES)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     source = {"data": str(year), "split": "train"}
     distill(annotated.tagged, truths, out / "student", recipe, backbone="tiny", device="cpu", source=source)
-    torch.set_num_threads(threads)
     return out / "student", year
 
 

@@ -8,6 +8,7 @@ ranges. ``LABELPENET_FUZZ=5000 pytest -m slow tests/test_cli_fuzz.py`` tries so 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import random
 import shutil
@@ -130,26 +131,28 @@ def hostile_value(option: str, hint: object, world: Path, rng: random.Random) ->
     return rng.choice(VALUES)
 
 
-def check_numbers(options: dict[str, str | None]) -> None:
-    """What was accepted as a number lies in its range."""
-    for name, value in options.items():
-        low, high = cli.RANGES.get(name.replace("-", "_"), (None, None))
-        assert low is None or value is None or low <= float(value) <= high, (name, value)
+def options_of(command: type) -> dict[str, object]:
+    """The type of each option that a command takes, also of those that several commands share."""
+    found: dict[str, object] = {}
+    hints = typing.get_type_hints(command)
+    for field in dataclasses.fields(command):
+        if dataclasses.is_dataclass(hints[field.name]):
+            found |= options_of(hints[field.name])
+        elif "Positional" not in str(field.type):
+            found[field.name.replace("_", "-")] = hints[field.name]
+    return found
 
 
 def attack(name: str, world: Path, rng: random.Random, capsys: pytest.CaptureFixture[str]) -> str:
     """One call with one or two arguments replaced; how it ended."""
-    fields, hints = dataclasses.fields(COMMANDS[name]), typing.get_type_hints(COMMANDS[name])
-    places, options = good(name, world)
-    names = [field.name.replace("_", "-") for field in fields if "Positional" not in str(field.type)]
-    names = [one for one in names if one != "overwrite"]  # with it, files that are given by name may be replaced
+    hints, (places, options) = options_of(COMMANDS[name]), good(name, world)
+    names = [one for one in hints if one != "overwrite"]  # with it, files that are given by name may be replaced
     for _ in range(rng.choice((1, 1, 2))):
         if places and rng.random() < 0.25:
             places[rng.randrange(len(places))] = hostile_value("", Path, world, rng)
         else:
             option = rng.choice(names)
-            hint = hints[option.replace("-", "_")]
-            options[option] = None if hint is bool else hostile_value(option, hint, world, rng)
+            options[option] = None if hints[option] is bool else hostile_value(option, hints[option], world, rng)
     given = [part for option, value in options.items() for part in (f"--{option}", *([] if value is None else [value]))]
     arguments, before = [name, *places, *given], state(world)
     capsys.readouterr()
@@ -172,7 +175,8 @@ def attack(name: str, world: Path, rng: random.Random, capsys: pytest.CaptureFix
     except BaseException as error:
         raise AssertionError(f"{arguments}: {type(error).__name__}: {error}") from error
     if ended == "done":
-        check_numbers(options)
+        numbers = {option: value for option, value in options.items() if hints[option] in (int, float, int | None)}
+        assert all(value is None or 0 <= float(value) < math.inf for value in numbers.values()), arguments
     after = state(world)
     made = [Path(path) for path in after.keys() - before.keys()]
     cached = [path for path in made if path.suffix == ".npy" or path.name == "settings.json"]

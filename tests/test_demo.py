@@ -20,14 +20,6 @@ from labelpenet.models.cascade import LabelPEnet
 TRAIN, HELD_OUT = 24, 8
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def small_recipe() -> config.Recipe:
     changes = ["warm_up.steps=110", "modules.1.schedule.steps=80"]
     for number in (2, 3, 4):
@@ -107,7 +99,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
 
 
 def test_a_demo_that_was_killed_while_it_wrote_scenes_goes_on(tmp_path, monkeypatch):
-    (tmp_path / ".scenes.tmp" / "VOCdevkit").mkdir(parents=True)
+    (tmp_path / ".scenes.part" / "VOCdevkit").mkdir(parents=True)
 
     class WentOn(Exception):
         pass

@@ -12,6 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from labelpenet.config import RunOptions
 from labelpenet.data import AnnotatedImages, TaggedImages, read_image, write_scenes
 from labelpenet.engine.log import MetricsLog, read_metrics
 from labelpenet.errors import InputError
@@ -33,14 +34,6 @@ RECIPE = tiny_recipe(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
     return write_scenes(tmp_path_factory.mktemp("data") / "scenes", train=6, val=5, size=(96, 96), seed=3)
@@ -51,7 +44,7 @@ def a_training(year: Path, run: Path, resume: bool = False) -> Training:
     fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
     fabric.launch()
     network = LabelPEnet(lively_mobilenet(7), images.classes, RECIPE)
-    return Training(network, images, boxes_of(images), run, 0, fabric, resume, 0.0)
+    return Training(network, images, boxes_of(images), run, fabric, RunOptions(resume, checkpoint_minutes=0.0))
 
 
 def held_out(year: Path) -> HeldOut:
@@ -151,7 +144,7 @@ def test_the_images_are_chosen_by_the_seed_and_have_tags(scenes, tmp_path):
     choices = set()
     training.images = TaggedImages(training.images.classes, images)
     for seed in range(8):
-        training.seed = seed
+        training.options = RunOptions(seed=seed)
         choices.add(tuple(Observer(training).shown))
     assert len(choices) > 1
 
