@@ -221,7 +221,7 @@ class Evaluate:
     """
 
     predictions: Positional[Path]
-    """predictions.json, or another tool's COCO results list."""
+    """predictions.json, the folder of parts of predict --shard, or another tool's COCO results list."""
     data: Positional[Path]
     """The annotated data set."""
     split: Split = None
@@ -271,7 +271,7 @@ class Export:
     """
 
     predictions: Positional[Path]
-    """predictions.json; for onnx a student's folder."""
+    """predictions.json, or the folder of parts of predict --shard; for onnx a student's folder."""
     data: Positional[Path | None] = None
     """The data set, or the folder of photographs, that the predictions belong to; none for onnx."""
     out: Path = Path("labels")
@@ -624,8 +624,8 @@ def evaluate(args: Evaluate) -> None:
     annotated = open_annotated(args.data, args.split, _names(args.classes))
     tagged = annotated.tagged
     predictions = read_predictions(args.predictions, tagged, tagged.classes, annotated.categories)
-    truths, notes = annotated.readable_truths()
-    result = measure(predictions, truths, tagged.classes, args.protocol)
+    notes: list[str] = []
+    result = measure(predictions, annotated.each(notes), tagged.classes, args.protocol)
     _say(*predictions.notes, *notes)
     if args.json:
         write_bytes(args.json, json.dumps(result, indent=1).encode())

@@ -23,7 +23,7 @@ from PIL import Image
 from labelpenet import cli
 from labelpenet.data.scenes import write_scenes
 from labelpenet.formats import open_tagged
-from labelpenet.training import curriculum, distill, pretrain, warmup
+from labelpenet.training import distill, pretrain
 from tests.formats.test_reader_fuzz import TOKENS, deadline, mutated
 from tests.students import random_run
 
@@ -197,7 +197,7 @@ def test_hostile_values_end_in_one_line_or_do_no_harm(
 ) -> None:
     monkeypatch.chdir(world / "a" / "b")
     monkeypatch.setenv("XDG_CACHE_HOME", str(world / "new-cache"))
-    for room in (pretrain, distill, curriculum, warmup):
+    for room in (pretrain, distill):
         monkeypatch.setattr(room, "train_stage", reached)
     monkeypatch.setattr("http.server.ThreadingHTTPServer.serve_forever", reached)
     monkeypatch.setattr("labelpenet.demo.run_demo", reached)

@@ -19,8 +19,20 @@ from typing import Any, BinaryIO
 
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import ROOM, is_file, is_whole, locked, sealed, write_bytes
+from labelpenet.data.images import image_size
 from labelpenet.errors import InputError
-from labelpenet.formats.predictions import RowReader, check_size, coco_annotation, file_names, image_numbers
+from labelpenet.formats.predictions import (
+    Predictions,
+    RowReader,
+    Rows,
+    check_same_size,
+    check_size,
+    coco_annotation,
+    file_names,
+    image_numbers,
+    match_categories,
+    match_images,
+)  # fmt: skip
 from labelpenet.instances import Instances
 
 ROWS_A_GROUP = 10_000  # of a Parquet file: about 10 MB in memory
@@ -180,6 +192,57 @@ def merge_parts(paths: Sequence[Path], out: Path) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
+def part_classes(folder: Path) -> list[str]:
+    """The names of the classes that the parts of a folder predict."""
+    return _in_order([folder])[1]["classes"]
+
+
+def read_parts(folder: Path, images: Sequence[TaggedImage], classes: Sequence[str]) -> Predictions:
+    """The predictions of a folder of parts, of which memory holds nothing but where each photograph's line begins.
+
+    Arguments, matching and errors are those of `read_predictions`; a photograph of another size than it was predicted
+    with is refused when it is asked for.
+    """
+    parts, header = _in_order([folder])
+    notes: list[str] = []
+    named = {"categories": [{"id": number, "name": name} for number, name in enumerate(header["classes"], 1)]}
+    labels = match_categories(folder, classes, (), named, notes)
+    found = [(part, place, row["file_name"]) for part in parts for place, row in _photographs(part)]
+    entries = [{"id": number, "file_name": name} for number, (_, _, name) in enumerate(found)]
+    names = match_images(folder, images, entries, notes)
+    lines = {names[number]: (part, place) for number, (part, place, _) in enumerate(found)}
+    asked = {image.id: (image, *lines[image.id]) for image in images if image.id in lines}
+    return Predictions(tuple(classes), tuple(notes), _Lines(asked, labels))
+
+
+class _Lines(Mapping[str, Rows]):
+    """The rows of each image by id, read when asked for, of the categories that have a label."""
+
+    def __init__(self, places: dict[str, tuple[TaggedImage, Path, int]], labels: Mapping[Any, int | None]) -> None:
+        self._places, self._labels = places, labels
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __getitem__(self, name: str) -> Rows:
+        image, part, place = self._places[name]
+        try:
+            with part.open("rb") as file:
+                file.seek(place)
+                row = _row(file.readline())
+        except OSError as error:
+            raise InputError(f"{part}: cannot be read ({error.strerror or error}); check the path") from error
+        if row is None or row.get("file_name") is None:
+            raise InputError(f"{part}: has changed while it was read; start again")
+        size = check_size(row["height"], row["width"], str(part))
+        check_same_size(part, image, size, image_size(image.path))
+        asked = [one for one in enumerate(row["instances"]) if self._labels.get(one[1]["category_id"]) is not None]
+        return RowReader(part, self._labels).rows(asked, name, size)
+
+
 def _in_order(paths: Sequence[Path]) -> tuple[list[Path], dict[str, Any]]:
     """The parts by shard, and the first one's header."""
     files = [file for path in paths for file in (sorted(path.glob("part-*.jsonl")) if path.is_dir() else [path])]
@@ -220,22 +283,26 @@ def _header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _photographs(parts: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """The photographs of all parts that could be read, in order, checked."""
-    for part in parts:
-        header = _header(part)
-        (i, n), total, number = header["shard"], header["images"], 1
-        labels = dict(enumerate(range(len(header["classes"])), 1))
-        with part.open("rb") as file:
-            next(file)
-            for number, line in enumerate(file, 2):
-                row = _row(line)
-                if row is None or not (row.get("skipped") is True or _is_photograph(part, row, labels)):
-                    raise InputError(f"{part}: line {number} is damaged; delete the part and run its shard again")
-                if not row.get("skipped"):
-                    yield row
-        if number - 1 != total * i // n - total * (i - 1) // n:
-            raise InputError(f"{part}: damaged, holds {number - 1} photographs; run its shard again")
+def _photographs(part: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The photographs of a part that could be read, in order, checked, each with the place of its line in the file."""
+    header = _header(part)
+    (i, n), total, number = header["shard"], header["images"], 1
+    labels = dict(enumerate(range(len(header["classes"])), 1))
+    with part.open("rb") as file:
+        place = len(next(file))
+        for number, line in enumerate(file, 2):
+            row = _row(line)
+            if row is None or not (row.get("skipped") is True or _is_photograph(part, row, labels)):
+                raise InputError(f"{part}: line {number} is damaged; delete the part and run its shard again")
+            if not row.get("skipped"):
+                yield place, row
+            place += len(line)
+    if number - 1 != total * i // n - total * (i - 1) // n:
+        raise InputError(f"{part}: damaged, holds {number - 1} photographs; run its shard again")
+
+
+def _rows_of(parts: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    return (row for part in parts for _, row in _photographs(part))
 
 
 def _is_photograph(part: Path, row: dict[str, Any], labels: Mapping[Any, int]) -> bool:
@@ -262,9 +329,9 @@ def _write_coco(parts: Sequence[Path], header: dict[str, Any], file: BinaryIO, c
         return {"id": row["number"], "file_name": row["file_name"], "width": row["width"], "height": row["height"]}
 
     file.write(b"{\n")
-    counts[0] = items("images", map(image, _photographs(parts)), ",")
+    counts[0] = items("images", map(image, _rows_of(parts)), ",")
     items("categories", [{"id": i, "name": name} for i, name in enumerate(header["classes"], 1)], ",")
-    found = ({"image_id": row["number"], **one} for row in _photographs(parts) for one in row["instances"])
+    found = ({"image_id": row["number"], **one} for row in _rows_of(parts) for one in row["instances"])
     rows = ({"id": number, **coco_annotation(row)} for number, row in enumerate(found, 1))
     counts[1] = items("annotations", rows, "")
     file.write(b"}\n")
@@ -284,7 +351,7 @@ def _write_parquet(parts: Sequence[Path], header: dict[str, Any], out: Path, cou
     )
 
     def rows() -> Iterator[dict[str, Any]]:
-        for row in _photographs(parts):
+        for row in _rows_of(parts):
             counts[0] += 1
             shared = {key: row[key] for key in ("image", "file_name", "width", "height")}
             for one in row["instances"]:

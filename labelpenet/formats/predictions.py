@@ -134,7 +134,7 @@ class Predictions(Mapping[str, Instances]):
 
     classes: tuple[str, ...]
     notes: tuple[str, ...]
-    _rows: dict[str, Rows] = field(repr=False)
+    _rows: Mapping[str, Rows] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -164,6 +164,10 @@ def class_names(path: Path) -> list[str]:
     Raises:
         InputError: it cannot be read or names none, as a bare results list.
     """
+    if path.is_dir():
+        from labelpenet.formats.parts import part_classes
+
+        return part_classes(path)
     content = read_json(path)
     entries = _entries(path, content, "categories") if isinstance(content, dict) else None
     if not entries or not all(isinstance(entry.get("name"), str) for entry in entries):
@@ -174,7 +178,7 @@ def class_names(path: Path) -> list[str]:
 def read_predictions(
     path: Path | str, images: TaggedImages | Sequence[TaggedImage], classes: Sequence[str], category_ids: Sequence[int]
 ) -> Predictions:
-    """Reads predictions.json, a bare COCO results list or a COCO annotation file.
+    """Reads predictions.json, a folder of parts, a bare COCO results list or a COCO annotation file.
 
     Images are matched by ``file_name`` (the id, the name or the stem of an image's file) where the file lists its
     images, else by ``image_id``: the image's COCO number, its id, file name or stem, or the digits of the stem.
@@ -185,7 +189,7 @@ def read_predictions(
     mapped linearly onto it, all alike, which changes no order.
 
     Args:
-        path: the file.
+        path: the file, or a folder with all parts of `predict --shard`, whose lines are read when they are asked for.
         images: the photographs that predictions are wanted for.
         classes: names of the C classes, in label order.
         category_ids: (C,) the id of each class where the file names no categories.
@@ -201,6 +205,10 @@ def read_predictions(
     """
     path = Path(path)
     images = images.images if isinstance(images, TaggedImages) else images
+    if path.is_dir():
+        from labelpenet.formats.parts import read_parts
+
+        return read_parts(path, images, classes)
     content = read_json(path)
     listed = isinstance(content, dict)
     rows = content.get("annotations") if listed else content
@@ -208,8 +216,8 @@ def read_predictions(
         raise InputError(f"{path}: expected a COCO results list, or an object with images, categories and annotations")
     notes: list[str] = []
     entries = _entries(path, content, "images") if listed else None
-    names = _match_images(path, images, entries, notes)
-    labels = _match_categories(path, classes, category_ids, content if listed else None, notes)
+    names = match_images(path, images, entries, notes)
+    labels = match_categories(path, classes, category_ids, content if listed else None, notes)
     kept: dict[str, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
     known = listing(map(str, labels))
     for index, row in enumerate(rows):
@@ -229,11 +237,7 @@ def read_predictions(
             except InputError as error:
                 unreadable.append(str(error))
                 continue
-            if size not in (None, true):  # seen before a mask is decoded, which may be of any size that the file says
-                raise InputError(
-                    f"{path}: says {size[1]} x {size[0]} pixels of {image.id}, but {image.path} has "
-                    f"{true[1]} x {true[0]} (upright); predict on this photograph, or give the one that was predicted"
-                )
+            check_same_size(path, image, true if size is None else size, true)  # before a mask of any size is decoded
             size = true
         if size is not None:
             by_name[image.id] = read.rows(kept[image.id], image.id, size)
@@ -276,6 +280,15 @@ class RowReader:
                 scores[i] = _number(row["score"], f"{where}: score")
         labels = np.array([self.labels[row["category_id"]] for _, row in rows], dtype=np.int64)
         return Rows(size, boxes, labels, scores, segmentations)
+
+
+def check_same_size(path: Path, image: TaggedImage, size: tuple[int, int], true: tuple[int, int]) -> None:
+    """Raises InputError if the size (H, W) that the file gives an image is not that of the photograph."""
+    if size != true:
+        raise InputError(
+            f"{path}: says {size[1]} x {size[0]} pixels of {image.id}, but {image.path} has "
+            f"{true[1]} x {true[0]} (upright); predict on this photograph, or give the one that was predicted"
+        )
 
 
 def check_segmentation(segmentation: Any, size: tuple[int, int], where: str) -> None:
@@ -345,7 +358,7 @@ def _entries(path: Path, content: dict[str, Any], key: str) -> list[dict[str, An
     return entries
 
 
-def _match_images(
+def match_images(
     path: Path, images: Sequence[TaggedImage], entries: list[dict[str, Any]] | None, notes: list[str]
 ) -> dict[Any, str | None]:
     """For every ``image_id`` that a row may carry the image it means; None for one that is not asked for."""
@@ -381,7 +394,7 @@ def _match_images(
     return matched
 
 
-def _match_categories(
+def match_categories(
     path: Path,
     classes: Sequence[str],
     category_ids: Sequence[int],

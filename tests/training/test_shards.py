@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,12 @@ from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import sealed
 from labelpenet.data.scenes import render_scene
 from labelpenet.errors import InputError
+from labelpenet.formats import read_predictions
 from labelpenet.formats.parts import Part, merge_parts, parse_shard, share
+from labelpenet.formats.predictions import class_names
 from labelpenet.instances import Instances, masks_to_boxes
 from labelpenet.training.shards import BatchPredictor
+from tests.formats.kits import photograph
 from tests.formats.test_reader_fuzz import ODD, deadline, mutated, paths_of
 from tests.students import random_run
 
@@ -164,6 +168,46 @@ def test_a_finished_part_that_is_damaged_is_mended(tmp_path: Path, capsys: pytes
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     said = capsys.readouterr().err
     assert all(f"{path} is damaged" in said for path in before)
+
+
+def test_parts_are_read_like_the_file_that_they_merge_to(tmp_path: Path) -> None:
+    images = [TaggedImage(f"sub/{i}.png", tmp_path / f"sub/{i}.png", ()) for i in range(9)]
+    for image in images:
+        photograph(image.path, (12, 16))
+    parts, merged = tmp_path / "parts", tmp_path / "merged.json"
+    write(parts, images, 3, bad=(4,))
+    merge_parts([parts], merged)
+    asked, classes = images[::-2], ("dog", "bird", "cat")
+    lazy, whole = (read_predictions(path, asked, classes, (1, 2, 3)) for path in (parts, merged))
+    assert class_names(parts) == class_names(merged) == list(CLASSES)
+    assert list(lazy) == list(whole) == [image.id for image in asked if image != images[4]]
+    assert [note.split(": ")[1] for note in lazy.notes] == [note.split(": ")[1] for note in whole.notes]
+    for name, one in whole.items():
+        other = lazy[name]
+        assert torch.equal(one.boxes, other.boxes) and torch.equal(one.labels, other.labels)
+        assert torch.equal(one.weights, other.weights) and one.image_size == other.image_size
+        assert one.masks is None or torch.equal(one.masks, other.masks)
+    photograph(images[8].path, (12, 17))
+    with pytest.raises(InputError, match="12"):
+        lazy["sub/8.png"]
+
+
+def test_what_memory_holds_of_parts_does_not_grow_with_what_was_found(tmp_path: Path) -> None:
+    images, held = photographs(200), []
+    masks = torch.rand(4, 12, 16) > 0.5
+    for count in (1, 4):
+        folder = tmp_path / str(count)
+        some = Instances(masks_to_boxes(masks), torch.zeros(4).long(), torch.ones(4), (12, 16), masks)[:count]
+        with Part(folder, (1, 1), FACTS, images, CLASSES) as part:
+            for image in images:
+                part.add(image, some)
+            part.finish()
+        tracemalloc.start()
+        kept = read_predictions(folder, images, CLASSES, (1, 2))
+        held.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        assert len(kept) == 200
+    assert held[1] < 1.1 * held[0]
 
 
 def test_one_part_has_one_writer(tmp_path: Path) -> None:
