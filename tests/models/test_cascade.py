@@ -259,18 +259,19 @@ def test_modules_1_and_2_have_a_say_in_a_weight(network, number):
 
 
 def test_the_vote_decides_what_is_passed_on():
-    """Labels are what is left of all candidates once the vote has weighed them: no double, none half as sure."""
+    """Labels are what is left of all candidates once the vote has weighed them: neither doubtful nor nested."""
     low = ["modules.*.score_threshold=0.01", "modules.3.label.min_score=0.01", "modules.3.label.mask_nms=none"]
     whole = build(*low, "modules.3.label.keep=0", "modules.3.label.nested=none")
     image = photograph(60, 60)
     ((candidates, maps),) = whole.infer(3, whole.batch([image], [(0, 1)]))
     assert len(candidates) == len(maps.marginals) > 2
-    ((found, trace),) = build(*low).infer(3, whole.batch([image], [(0, 1)]))
-    sure = confident(candidates, 0.5, 0.85)
+    strict = [*low, "modules.3.label.keep=0.9", "modules.3.label.nested=0.4"]
+    ((found, trace),) = build(*strict).infer(3, whole.batch([image], [(0, 1)]))
+    sure = confident(candidates, 0.9, 0.4)
     assert 0 < int(sure.sum()) < len(candidates)
     assert torch.equal(found.boxes, candidates.boxes[sure]) and torch.equal(found.weights, candidates.weights[sure])
     assert torch.equal(trace.marginals, maps.marginals[sure])
-    ((alone, _),) = build(*low, "modules.3.label.vote=false").infer(3, whole.batch([image], [(0, 1)]))
+    ((alone, _),) = build(*strict, "modules.3.label.vote=false").infer(3, whole.batch([image], [(0, 1)]))
     assert not torch.equal(alone.weights.sort()[0], found.weights.sort()[0])
 
 
