@@ -454,7 +454,7 @@ def whole_folder(
         InputError: ``out`` is taken, or something cannot be written; what was there is as it was.
     """
     out = Path(os.path.abspath(out))  # noqa: PTH100 resolving would follow a link at the end
-    part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
+    part, old = unfinished(out), out.with_name(f".{out.name}.old")
     about, ours = dict(about or {}), False
     try:
         if old.is_dir() and not old.is_symlink() and (old / MANIFEST).is_file():  # killed in the middle of a swap
@@ -490,6 +490,11 @@ def whole_folder(
     finally:
         if ours:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def unfinished(out: Path) -> Path:
+    """The folder that `whole_folder` fills until all is there."""
+    return out.with_name(f".{out.name}.part")
 
 
 def check_new_folder(out: Path, reads: Iterable[Path]) -> None:

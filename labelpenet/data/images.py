@@ -113,7 +113,7 @@ def upright_file(path: Path, jpeg: bool = False) -> tuple[bytes, str, bool]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Pillow's warnings from the user: our own limit answers a bomb, and damaged metadata costs no picture."""
+    """Keeps Pillow's warnings from the user: our own limit refuses a bomb, and damaged metadata costs no picture."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

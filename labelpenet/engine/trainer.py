@@ -32,7 +32,7 @@ from labelpenet.engine.checkpoint import (
 from labelpenet.engine.distributed import Machine
 from labelpenet.engine.log import MetricsLog, Progress, Row, memory_mb, write_environment
 from labelpenet.engine.sampler import Pass, Sampler, seed_step
-from labelpenet.engine.stage import Stage
+from labelpenet.engine.stage import Stage, build_optimiser, learning_rate
 from labelpenet.errors import InputError
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ class _Trainer:
         self.config = plain({"run": config, "stage": stage.facts(seed, machine.precision)})
         stage.module.to(machine.device)
         self.parameters = [p for p in stage.module.parameters() if p.requires_grad]
-        self.optimiser = stage.optimiser.build(self.parameters)
+        self.optimiser = build_optimiser(stage.schedule, self.parameters)
         trained = {id(p) for p in self.parameters}
         self.average = {
             name: p.detach().clone()
@@ -319,7 +319,7 @@ class _Trainer:
         """
         if not used:
             return 0.0
-        machine, step, options = self.machine, self.step, self.stage.optimiser
+        machine, step, schedule = self.machine, self.step, self.stage.schedule
         for parameter in used:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -328,10 +328,10 @@ class _Trainer:
         total = torch.nn.utils.get_total_norm([p.grad for p in used if p.grad is not None])
         norm = float(total)
         if math.isfinite(norm):
-            if options.clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(used, options.clip, total)
+            if schedule.clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(used, schedule.clip, total)
             for group in self.optimiser.param_groups:
-                group["lr"] = options.rate(step)
+                group["lr"] = learning_rate(schedule, step)
         if math.isfinite(norm) or machine.scaler.is_enabled():
             machine.scaler.step(self.optimiser)  # which moves nothing where it finds an overflow
             machine.scaler.update()
@@ -380,7 +380,7 @@ class _Trainer:
             return
         learnt = window.pop("steps", 0.0)
         row: Row = {"step": self.step} | {key: window[key] / learnt for key in sorted(window)}
-        row["lr"] = self.stage.optimiser.rate(self.step - 1)
+        row["lr"] = learning_rate(self.stage.schedule, self.step - 1)
         row["images_per_s"] = round(clock["steps"] * self.stage.batch_size / max(clock["seconds"], 1e-9), 3)
         row["data_s"] = round(clock["waited"] / max(clock["steps"], 1), 5)
         row["memory_mb"] = memory_mb(self.machine.device)

@@ -4,7 +4,7 @@ The network is torchvision's own, so that its weights load in torchvision alone 
 labels need while it learns: doubtful instances are neither object nor background, confidences weigh the losses, and
 RoIs that contradict the network too much are left out.
 
-Two forms of the same network: *plain*, with batch norms, is what is saved; *folded* is what trains and answers here: a
+Two forms of the same network: *plain*, with batch norms, is what is saved; *folded* is what trains and predicts here: a
 batch norm whose statistics stay as they are is part of the convolution before it, which saves its time.
 
 Shape letters: ``R`` RoIs, ``C`` foreground classes, ``N`` instances, ``M`` doubtful ones, ``h, w`` the network's input.
@@ -244,7 +244,7 @@ class Student(nn.Module):
             encoded = heads.box_coder.encode([target.boxes[matched]], [boxes])[0]
         return Rois(boxes, labels[chosen], weights[chosen], encoded, matched)
 
-    # -- answering ---------------------------------------------------------------------------------------------------
+    # -- predicting --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def predict(self, image: np.ndarray | str | Path, module: int = 4, proposals: Tensor | None = None) -> Instances:
@@ -252,7 +252,7 @@ class Student(nn.Module):
 
         Args:
             image: (H, W, 3) uint8 RGB, or an image file.
-            module, proposals: as `LabelPEnet.predict` takes them; a student answers as module 4 alone, without any.
+            module, proposals: as `LabelPEnet.predict` takes them; a student stands for module 4 alone, without any.
 
         Returns:
             `Instances` on the CPU, best first: scores in [0, 1] as weights, with masks.
@@ -410,7 +410,7 @@ def build_body(
     """
     if name.startswith("timm/"):
         return _timm_body(name.removeprefix("timm/"), weights, pretrained)
-    plug = build_backbone(name, weights, pretrained)
+    backbone = build_backbone(name, weights, pretrained)
     build, kind = BACKBONES[name]
     network = build(weights=None)
     if weights is not None:
@@ -420,7 +420,7 @@ def build_body(
     body: Any = getattr(network, "features", network)
     if name == "mobilenet_v2":
         body = body[:-1]  # the last layer serves the classifier alone
-    return body, {"mean": plug.mean, "std": plug.std}
+    return body, {"mean": backbone.mean, "std": backbone.std}
 
 
 def _timm_body(name: str, weights: Path | None, pretrained: bool) -> tuple[nn.Module, dict[str, Sequence[float]]]:

@@ -34,7 +34,7 @@ from labelpenet.errors import InputError
 from labelpenet.formats import open_annotated, read_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.student import KIND, Lesson, Student, inside
-from labelpenet.training.pretrain import digest, optimiser
+from labelpenet.training.pretrain import digest
 from labelpenet.training.run import open_run
 from labelpenet.training.supervised import read_supervision
 
@@ -142,12 +142,10 @@ def stage(student: Student, images: TaggedImages, labels: Mapping[str, Instances
     return Stage(
         name=KIND,
         module=student,
-        steps=schedule.steps,
+        schedule=schedule,
         images=[image.id for image in images.images],
         loss=loss,
         load=load,
-        batch_size=schedule.batch_size,
-        optimiser=optimiser(schedule),
         ema=noise.ema,
     )
 

@@ -12,6 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from labelpenet.config import CascadeOptions
 from labelpenet.data.dataset import TaggedImages
 from labelpenet.data.images import read_image
 from labelpenet.data.run_folder import start_run
@@ -69,16 +70,16 @@ def cascade(images: TaggedImages, run: Path, until: int) -> Path:
     fabric.launch()
     facts = run_facts(network, images, 0, "32-true")
     start_run(run, facts, False)
-    pretrain(Training(network, images, boxes_of(images), run, 0, fabric, facts=facts), until, say=lambda message: None)
+    pretrain(Training(network, images, boxes_of(images), run, fabric, facts=facts), until, say=lambda message: None)
     return run
 
 
 def improve(images: TaggedImages, start: Path, run: Path, *changes: str, resume: bool = False) -> LabelPEnet:
     recipe = tiny_recipe(*CHANGES, *changes)
-    return forward_backward(
-        images, start, run, recipe, resume=resume, device="cpu", precision="32-true", cache=start.parent / "cache",
-        checkpoint_minutes=0.0,
-    )  # fmt: skip
+    options = CascadeOptions(
+        resume, device="cpu", precision="32-true", checkpoint_minutes=0.0, cache=start.parent / "cache"
+    )
+    return forward_backward(images, start, run, recipe, options=options)
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +215,7 @@ def test_mirrored_photographs_carry_their_proposals_along(start, images):
     seen = set()
     for flip in ("true", "false"):
         network = LabelPEnet(lively_mobilenet(7), images.classes, tiny_recipe(f"images.flip={flip}"))
-        load = curriculum.load(Training(network, images, boxes, start, 0, fabric))
+        load = curriculum.load(Training(network, images, boxes, start, fabric))
         for draw in range(6):
             (one,) = load([1], torch.Generator().manual_seed(draw))
             pixels = read_image(images.images[1].path)
