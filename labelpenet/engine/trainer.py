@@ -30,7 +30,7 @@ from labelpenet.engine.checkpoint import (
     versions,
 )
 from labelpenet.engine.distributed import Machine
-from labelpenet.engine.log import MetricsLog, Progress, Row, memory_mb, write_environment
+from labelpenet.engine.log import MetricsLog, Progress, Row, memory_mb, silent, write_environment
 from labelpenet.engine.sampler import Pass, Sampler, seed_step
 from labelpenet.engine.stage import Stage, build_optimiser, learning_rate
 from labelpenet.errors import InputError
@@ -77,7 +77,7 @@ def train_stage(
     """
     trainer = _Trainer(stage, Path(run_dir), seed, config or {}, Machine(fabric), log_every)
     notes = trainer.restore(resume)
-    with Progress(stage.name, stage.steps, trainer.step, _silent if trainer.machine.rank else log) as progress:
+    with Progress(stage.name, stage.steps, trainer.step, silent if trainer.machine.rank else log) as progress:
         for note in notes:
             progress.say(note)
         if trainer.step < stage.steps:
@@ -435,7 +435,3 @@ def _hopeless(name: str, step: int, in_a_row: int, outcome: _Outcome) -> str:
 def _add(sums: dict[str, float], more: Mapping[str, float]) -> None:
     for key, value in more.items():
         sums[key] = sums.get(key, 0.0) + value
-
-
-def _silent(message: str) -> None:
-    """Takes what the processes other than the first would say."""

@@ -37,7 +37,7 @@ from labelpenet.config import StudentRecipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
 from labelpenet.data.images import read_image
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, reason
 from labelpenet.instances import Instances
 from labelpenet.models.build import BACKBONES, build_backbone
 from labelpenet.models.cascade import LabelPEnet, read_run
@@ -300,8 +300,9 @@ class Student(nn.Module):
             state = read_tensors(path)
             student = cls(body, facts["classes"], recipe, facts["backbone"], facts["normalisation"], state)
         except Exception as error:
-            line = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(f"{path}: does not fit this run ({line}); delete it and train with --resume") from error
+            raise InputError(
+                f"{path}: does not fit this run ({reason(error)}); delete it and train with --resume"
+            ) from error
         return student.to(device)
 
 
@@ -431,9 +432,7 @@ def _timm_body(name: str, weights: Path | None, pretrained: bool) -> tuple[nn.Mo
     try:
         network = timm.create_model(name, pretrained=pretrained and weights is None)
     except (RuntimeError, OSError, ValueError) as error:
-        raise InputError(
-            f"timm/{name}: cannot be built ({str(error).splitlines()[0]}); see timm.list_models()"
-        ) from None
+        raise InputError(f"timm/{name}: cannot be built ({reason(error)}); see timm.list_models()") from None
     if weights is not None:
         load_weights(network, weights, f"timm/{name}")
     body = timm_features(name)
