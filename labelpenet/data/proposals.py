@@ -30,7 +30,7 @@ import numpy as np
 from labelpenet.config import Proposals as Settings
 from labelpenet.data.files import brief, hash_file, hash_files, read_array, write_array, write_text
 from labelpenet.data.images import read_image
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, reason
 
 if TYPE_CHECKING:
     from labelpenet.data.dataset import TaggedImage
@@ -149,7 +149,7 @@ def _structured_edges(image: np.ndarray, model: Path) -> tuple[np.ndarray, np.nd
     try:
         detector = cv2.ximgproc.createStructuredEdgeDetection(str(model))
     except cv2.error as error:
-        raise InputError(f"{model}: not a structured-edge model of OpenCV ({_line(error)})") from error
+        raise InputError(f"{model}: not a structured-edge model of OpenCV ({reason(error)})") from error
     edges = detector.detectEdges(np.ascontiguousarray(image[:, :, ::-1]).astype(np.float32) / 255)
     orientation = detector.computeOrientation(edges)
     return detector.edgesNms(edges, orientation), orientation
@@ -314,9 +314,9 @@ def _compute(settings: Settings, model: Path | None, path: Path) -> np.ndarray |
     try:
         return propose(read_image(path), settings, model)
     except InputError as error:
-        return _line(error)
+        return str(error)
     except (cv2.error, MemoryError) as error:
-        return f"{path}: no proposals could be computed ({_line(error)}); replace or remove it"
+        return f"{path}: no proposals could be computed ({reason(error)}); replace or remove it"
 
 
 def _run_all(
@@ -384,8 +384,3 @@ def _tracked(results: Iterable[T], total: int) -> Iterable[T]:
     from rich.progress import track
 
     return track(results, "proposals", total=total, console=Console(stderr=True))
-
-
-def _line(error: BaseException) -> str:
-    """An exception's text on one line."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -14,7 +14,7 @@ from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.images import read_image
 from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.engine.distributed import build_fabric, gather, map_images, peers, together
-from labelpenet.engine.log import Progress
+from labelpenet.engine.log import Progress, silent
 from labelpenet.errors import InputError
 from labelpenet.formats import read_predictions, write_predictions
 from labelpenet.instances import Instances
@@ -84,7 +84,7 @@ class Predictor:
                 return image, None, f"skipped: {error}"
 
         with (
-            Progress("predicting", len(images), 0, None if self.first else _silent) as progress,
+            Progress("predicting", len(images), 0, None if self.first else silent) as progress,
             contextlib.closing(map_images(attempt, images, self.fabric.device)) as results,
         ):
             for done, (image, found, note) in enumerate(results):
@@ -171,7 +171,3 @@ def _join(parts: Sequence[Path], out: Path, images: Sequence[TaggedImage], class
     write_predictions(out, ((name, one[name]) for name, one in owners if name in one), images, classes)
     for part in parts:
         part.unlink()
-
-
-def _silent(message: str) -> None:
-    """Takes the progress of the processes other than the first."""
