@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -11,7 +12,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,43 +52,35 @@ class MetricsLog:
         self.rows = list(rows)
         self._stage = stage
         self._path = run_folder.metrics(run_dir)
-        try:
+        with _writing(self._path):
             kept = [row for row in read_metrics(run_dir) if row.get("stage") != stage] + self.rows
             write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept), _REMEDY)
             self._file = self._path.open("a", encoding="utf-8")
             # purge_step makes TensorBoard forget what an interrupted run drew beyond the checkpoint.
             _silence_worker()
             self._board = SummaryWriter(str(run_folder.tensorboard(run_dir, stage)), purge_step=step + 1, flush_secs=30)
-        except OSError as error:
-            raise _unwritable(self._path, error) from error
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends a row (its ``step`` is the number of finished steps); values that are not finite become null."""
         clean = {"stage": self._stage} | {key: _finite(value) for key, value in row.items()}
         self.rows.append(clean)
-        try:
+        with _writing(self._path):
             self._file.write(json.dumps(clean) + "\n")
             self._file.flush()
             for key, value in clean.items():
                 if isinstance(value, (int, float)) and key not in ("step", "time"):
                     self._board.add_scalar(key, value, clean["step"])
-        except OSError as error:
-            raise _unwritable(self._path, error) from error
 
     def picture(self, name: str, picture: np.ndarray, step: int) -> None:
         """Shows an (H, W, 3) uint8 picture in TensorBoard under ``name``."""
-        try:
+        with _writing(self._path):
             self._board.add_image(name, picture, step, dataformats="HWC")
-        except OSError as error:
-            raise _unwritable(self._path, error) from error
 
     def close(self) -> None:
         """Writes out what is buffered."""
-        try:
+        with _writing(self._path):
             self._file.close()
             self._board.close()
-        except OSError as error:
-            raise _unwritable(self._path, error) from error
 
 
 def read_metrics(run_dir: Path) -> list[Row]:
@@ -167,5 +160,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: cannot be written ({reason(error)}); {_REMEDY}")
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({reason(error)}); {_REMEDY}") from error

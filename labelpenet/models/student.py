@@ -30,9 +30,10 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RegionProposalNetwork
-from torchvision.ops import box_area, box_iou
+from torchvision.ops import box_iou
 
 from labelpenet import config
+from labelpenet.calibration.nms import inside
 from labelpenet.config import StudentRecipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
@@ -353,12 +354,6 @@ def covered(boxes: Tensor, doubtful: Tensor) -> Tensor:
     if not len(doubtful):
         return torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
     return inside(boxes, doubtful).amax(1) >= 0.5
-
-
-def inside(boxes: Tensor, others: Tensor) -> Tensor:
-    """(R, M) the part of each box's area (R, 4) that lies inside each other one (M, 4)."""
-    corners = torch.minimum(boxes[:, None, 2:], others[:, 2:]) - torch.maximum(boxes[:, None, :2], others[:, :2])
-    return corners.clamp(min=0).prod(2) / box_area(boxes).clamp(min=1e-6)[:, None]
 
 
 def roi_loss(logits: Tensor, deltas: Tensor, labels: Tensor, encoded: Tensor) -> Tensor:

@@ -284,7 +284,7 @@ def to_batch(network: LabelPEnet, samples: Sequence[Sample]) -> Batch:
 
 
 def module_loss(training: Training, number: int) -> Callable[[Any, int], dict[str, Tensor]]:
-    """The losses of a module, each a mean over the images of the pass."""
+    """The losses of a module, each a mean over the images given."""
     network = training.network
 
     def loss(samples: list[Sample], step: int) -> dict[str, Tensor]:
@@ -295,7 +295,7 @@ def module_loss(training: Training, number: int) -> Callable[[Any, int], dict[st
 
 
 def cached_loss(training: Training) -> Callable[[Any, int], dict[str, Tensor]]:
-    """Module 1's loss on cached RoI features, a mean over the images of the pass that could be read."""
+    """Module 1's loss on cached RoI features, a mean over the images given that could be read."""
     network = training.network
 
     def loss(indices: list[int], step: int) -> dict[str, Tensor]:
