@@ -9,10 +9,11 @@ import contextlib
 import errno
 import io
 import json
+import logging
 import os
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -413,7 +414,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
-        _run(list(sys.argv[1:] if arguments is None else arguments))
+        with _library_speaks():
+            _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()  # here, where a pipe that was closed still ends quietly
     except InputError as error:
         _end(2, str(error))
@@ -425,6 +427,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         remedy = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
         _end(2, f"{error.filename or 'a file'}: {error.strerror or error}; {remedy}")
+
+
+@contextlib.contextmanager
+def _library_speaks() -> Iterator[None]:
+    """What the library logs, progress included, goes to standard error, a line each."""
+    logger, handler = logging.getLogger("labelpenet"), logging.StreamHandler()
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before
 
 
 def _run(arguments: list[str]) -> None:

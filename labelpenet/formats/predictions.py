@@ -119,17 +119,13 @@ def image_numbers(images: Sequence[TaggedImage]) -> dict[str, int]:
     return {image.id: position + 1 for position, image in enumerate(images)}
 
 
-def file_name(image: TaggedImage) -> str:
-    """The name of an image in COCO files: its id where that is a path, else the name of its file."""
-    return image.id if image.id.endswith(image.path.name) else image.path.name
-
-
 def file_names(images: Sequence[TaggedImage]) -> dict[str, str]:
     """For each image id the name of its file in what is written, different for every image.
 
-    `file_name`, or where two images have the same one, the path below the folder that all lie in.
+    The image's id where that is a path, else the file's own; where two images have the same one, the path below the
+    folder that all lie in.
     """
-    names = {image.id: file_name(image) for image in images}
+    names = {image.id: image.id if image.id.endswith(image.path.name) else image.path.name for image in images}
     if len(set(names.values())) == len(names):
         return names
     paths = {image.id: Path(os.path.abspath(image.path)) for image in images}  # noqa: PTH100 links stay as they are

@@ -62,7 +62,7 @@ def cascade(images: TaggedImages, run: Path, until: int) -> Path:
     fabric.launch()
     facts = run_facts(network, images, 0, "32-true")
     start_run(run, facts, False)
-    pretrain(Training(network, images, boxes_of(images), run, fabric, facts=facts), until, say=lambda message: None)
+    pretrain(Training(network, images, boxes_of(images), run, fabric, facts=facts), until)
     return run
 
 

@@ -64,7 +64,7 @@ def train(year: Path, run: Path, *changes: str, until: int = 4, resume: bool = F
         start_run(run, facts, resume)
     options = RunOptions(resume, seed, checkpoint_minutes=0.0)
     training = Training(network, images, boxes_of(images), run, fabric, options, facts)
-    pretrain(training, until, say=lambda message: None)
+    pretrain(training, until)
     return network
 
 
