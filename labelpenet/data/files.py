@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from defusedxml import ElementTree
 
-from labelpenet.errors import InputError, one_line
+from labelpenet.errors import InputError, one_line, reason
 
 try:
     import fcntl
@@ -60,7 +60,7 @@ def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
+        raise InputError(f"{path}: cannot be read ({reason(error)}); check the file") from error
 
 
 def read_json(path: Path, limit: int = 4 * 2**30) -> Any:
@@ -96,8 +96,8 @@ def read_xml(path: Path, limit: int = XML_LIMIT) -> Any:
     except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:
         # defusedxml's refusals are ValueErrors whose text is a Python repr; the user needs only what to remove.
         refused = type(error).__module__.startswith("defusedxml")
-        reason = "a document type or entity, which is refused; remove it" if refused else f"no valid XML ({error})"
-        raise InputError(f"{path}: {reason}") from error
+        why = "a document type or entity, which is refused; remove it" if refused else f"no valid XML ({error})"
+        raise InputError(f"{path}: {why}") from error
 
 
 def read_names(path: Path) -> list[str]:
@@ -156,9 +156,9 @@ def check_outputs(paths: Iterable[Path], reads: Iterable[Path] = (), overwrite: 
         InputError: one of the files is read, is there already or is no regular file, or its folder cannot be written.
     """
     reads = list(reads)
-    files = {_place(path) for path in reads} | {path.resolve() for path in reads}
+    files = {_place(path) for path in reads} | {real_path(path) for path in reads}
     identities = {_identity(path) for path in reads if path.is_file()}
-    folders = [path.resolve() for path in reads if path.is_dir()]
+    folders = [real_path(path) for path in reads if path.is_dir()]
     probed: set[Path] = set()
     for path in paths:
         try:
@@ -183,13 +183,17 @@ def check_outputs(paths: Iterable[Path], reads: Iterable[Path] = (), overwrite: 
         except (OSError, ValueError, RuntimeError) as error:
             if isinstance(error, InputError):
                 raise
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise InputError(f"{path}: cannot be written ({reason or error}); choose another place") from error
+            raise InputError(f"{path}: cannot be written ({reason(error)}); choose another place") from error
 
 
 def _place(path: Path) -> Path:
     """Where a file lies, folders' links followed; that of the file itself is not, as writing replaces it."""
-    return path.parent.resolve() / path.name
+    return real_path(path.parent) / path.name
+
+
+def real_path(path: Path) -> Path:
+    """The absolute path, links followed as far as they lead: `Path.resolve` fails where they go in a circle."""
+    return Path(os.path.realpath(path))
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -228,10 +232,10 @@ def write_bytes(path: Path, content: bytes | Callable[[BinaryIO], object], remed
                     temporary.unlink()
                 raise
     except (OSError, RuntimeError) as error:
-        reason = _os_error(error)
-        if reason is None:
+        cause = _os_error(error)
+        if cause is None:
             raise
-        raise InputError(f"{path}: cannot be written ({reason.strerror or reason}); {remedy}") from error
+        raise InputError(f"{path}: cannot be written ({reason(cause)}); {remedy}") from error
     return path
 
 
@@ -288,7 +292,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
             expected = (file.metadata() or {}).get("crc32")
     except SafetensorError as error:
-        raise ValueError(f"damaged, {str(error).splitlines()[0]}") from error
+        raise ValueError(f"damaged, {reason(error)}") from error
     if expected is not None and expected != _tensor_checksum(state):
         raise ValueError("damaged, its checksum is wrong")
     return state
@@ -340,7 +344,7 @@ def hash_files(paths: Iterable[Path], threads: int = 4) -> dict[Path, str | Inpu
         try:
             return hash_file(path)
         except OSError as error:
-            return InputError(f"{path}: cannot be read ({error.strerror or error}); check the path")
+            return InputError(f"{path}: cannot be read ({reason(error)}); check the path")
 
     unique = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(threads) as pool:  # hashing and reading let other threads run
@@ -484,7 +488,7 @@ def whole_folder(
                 shutil.rmtree(old)
     except OSError as error:
         where = error.filename or out
-        raise InputError(f"{where}: cannot be written ({error.strerror or error}); choose another place") from error
+        raise InputError(f"{where}: cannot be written ({reason(error)}); choose another place") from error
     except InputError as error:  # about a file in the folder that nobody will find
         raise InputError(str(error).replace(str(part), str(out))) from error
     finally:
@@ -503,11 +507,11 @@ def check_new_folder(out: Path, reads: Iterable[Path]) -> None:
     Raises:
         InputError: names the two, and what to do.
     """
-    home = out.resolve()
+    home = real_path(out)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError(f"{out}: there is a file or link of that name; choose another folder")
     for path in reads:
-        read = path.resolve()
+        read = real_path(path)
         if read.is_relative_to(home):
             raise InputError(f"{out}: holds {path}, which is read; choose another folder")
         if home.is_relative_to(read) and path.is_dir():

@@ -30,14 +30,15 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RegionProposalNetwork
-from torchvision.ops import box_area, box_iou
+from torchvision.ops import box_iou
 
 from labelpenet import config
+from labelpenet.calibration.nms import inside
 from labelpenet.config import StudentRecipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
 from labelpenet.data.images import read_image
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, reason
 from labelpenet.instances import Instances
 from labelpenet.models.build import BACKBONES, build_backbone
 from labelpenet.models.cascade import LabelPEnet, read_run
@@ -300,8 +301,9 @@ class Student(nn.Module):
             state = read_tensors(path)
             student = cls(body, facts["classes"], recipe, facts["backbone"], facts["normalisation"], state)
         except Exception as error:
-            line = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(f"{path}: does not fit this run ({line}); delete it and train with --resume") from error
+            raise InputError(
+                f"{path}: does not fit this run ({reason(error)}); delete it and train with --resume"
+            ) from error
         return student.to(device)
 
 
@@ -352,12 +354,6 @@ def covered(boxes: Tensor, doubtful: Tensor) -> Tensor:
     if not len(doubtful):
         return torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
     return inside(boxes, doubtful).amax(1) >= 0.5
-
-
-def inside(boxes: Tensor, others: Tensor) -> Tensor:
-    """(R, M) the part of each box's area (R, 4) that lies inside each other one (M, 4)."""
-    corners = torch.minimum(boxes[:, None, 2:], others[:, 2:]) - torch.maximum(boxes[:, None, :2], others[:, :2])
-    return corners.clamp(min=0).prod(2) / box_area(boxes).clamp(min=1e-6)[:, None]
 
 
 def roi_loss(logits: Tensor, deltas: Tensor, labels: Tensor, encoded: Tensor) -> Tensor:
@@ -431,9 +427,7 @@ def _timm_body(name: str, weights: Path | None, pretrained: bool) -> tuple[nn.Mo
     try:
         network = timm.create_model(name, pretrained=pretrained and weights is None)
     except (RuntimeError, OSError, ValueError) as error:
-        raise InputError(
-            f"timm/{name}: cannot be built ({str(error).splitlines()[0]}); see timm.list_models()"
-        ) from None
+        raise InputError(f"timm/{name}: cannot be built ({reason(error)}); see timm.list_models()") from None
     if weights is not None:
         load_weights(network, weights, f"timm/{name}")
     body = timm_features(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,13 +14,15 @@ from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.images import read_image
 from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.engine.distributed import build_fabric, gather, map_images, peers, together
-from labelpenet.engine.log import Progress
 from labelpenet.errors import InputError
 from labelpenet.formats import read_predictions, write_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet, read_run
 from labelpenet.models.student import Student, load
+from labelpenet.progress import Progress, silent
 from labelpenet.training.pretrain import Boxes
+
+_log = logging.getLogger(__name__)
 
 
 class Predictor:
@@ -84,12 +86,12 @@ class Predictor:
                 return image, None, f"skipped: {error}"
 
         with (
-            Progress("predicting", len(images), 0, None if self.first else _silent) as progress,
+            Progress("predicting", len(images), 0, None if self.first else silent) as progress,
             contextlib.closing(map_images(attempt, images, self.fabric.device)) as results,
         ):
             for done, (image, found, note) in enumerate(results):
                 if found is None:
-                    progress.say(note) if self.first else print(note, file=sys.stderr)
+                    progress.say(note) if self.first else _log.warning("%s", note)
                     skipped.append(image.id)
                     continue
                 yield image, found
@@ -171,7 +173,3 @@ def _join(parts: Sequence[Path], out: Path, images: Sequence[TaggedImage], class
     write_predictions(out, ((name, one[name]) for name, one in owners if name in one), images, classes)
     for part in parts:
         part.unlink()
-
-
-def _silent(message: str) -> None:
-    """Takes the progress of the processes other than the first."""

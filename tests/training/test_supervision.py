@@ -46,14 +46,6 @@ MASKED, BOXED = ("train_00000", "train_00001", "train_00002"), ("train_00003", "
 SUPERVISED = (*MASKED, *BOXED)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory) -> Path:
     """Eight scenes: three with masks, two with boxes only, and three whose annotation nobody may look at."""
