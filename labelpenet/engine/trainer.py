@@ -31,10 +31,11 @@ from labelpenet.engine.checkpoint import (
     versions,
 )
 from labelpenet.engine.distributed import Machine
-from labelpenet.engine.log import MetricsLog, Progress, Row, memory_mb, silent, write_environment
+from labelpenet.engine.log import MetricsLog, Row, memory_mb, write_environment
 from labelpenet.engine.sampler import MicroBatch, Sampler, seed_step
 from labelpenet.engine.stage import Stage, build_optimiser, learning_rate
 from labelpenet.errors import InputError
+from labelpenet.progress import Progress, silent
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.files import read_json, read_text, write_text
-from labelpenet.engine.log import Progress, read_metrics
+from labelpenet.engine.log import read_metrics
 from labelpenet.errors import InputError
 from labelpenet.evaluation import Table, cascade_table, summary_table
 from labelpenet.formats import read_predictions
@@ -25,6 +25,7 @@ from labelpenet.instances import Instances
 from labelpenet.models.cascade import MODULES, LabelPEnet, read_run
 from labelpenet.models.student import KIND as STUDENT
 from labelpenet.models.student import Student, load
+from labelpenet.progress import Progress
 from labelpenet.report.plots import Curves, curves, loss_plot
 from labelpenet.report.strips import (
     MIN_SCORE,

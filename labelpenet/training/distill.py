@@ -115,7 +115,7 @@ def read_labels(run: Path, path: Path | None, images: TaggedImages) -> tuple[Map
         InputError: there are none, or the file cannot be used.
     """
     path = path or run_folder.instances(run, "module4")
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path}: not there; train the run's module 4, or give labels with --labels")
     labels = read_predictions(path, images, images.classes, list(range(1, len(images.classes) + 1)))
     return labels, labels.notes

@@ -40,14 +40,6 @@ CHANGES = (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
     return write_scenes(tmp_path_factory.mktemp("data") / "scenes", train=4, val=0, size=(96, 96), seed=3)
@@ -70,7 +62,7 @@ def cascade(images: TaggedImages, run: Path, until: int) -> Path:
     fabric.launch()
     facts = run_facts(network, images, 0, "32-true")
     start_run(run, facts, False)
-    pretrain(Training(network, images, boxes_of(images), run, fabric, facts=facts), until, say=lambda message: None)
+    pretrain(Training(network, images, boxes_of(images), run, fabric, facts=facts), until)
     return run
 
 
