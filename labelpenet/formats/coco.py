@@ -204,7 +204,7 @@ def _tagged(content: CocoFile, split: str | None, classes: Sequence[str] | None,
             found.append(NamedImage(_image_id(content.images[key]), path, single, number))
         except InputError as error:
             problems.append(str(error))
-    notes += brief(content.problems, "rows are passed over")
+    notes += brief(content.problems, "rows are skipped")
     if only_crowd:
         notes.append(f"{only_crowd} images show a class only as a crowd, which gives no tag")
     occurring = {name for one in found for name in one.names}
