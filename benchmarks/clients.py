@@ -101,7 +101,7 @@ def write(data: Path, out: Path) -> None:
 def export_all(found: dict[str, Any], images: Any, classes: Any, ids: Any, out: Path) -> None:
     """One data set in every format, and its truth."""
     from labelpenet.formats import export
-    from labelpenet.formats.predictions import file_names
+    from labelpenet.formats.rows import file_names
     from labelpenet.formats.selection import stems
 
     for to in FORMATS:
