@@ -82,7 +82,7 @@ def last_layers(module: Classification) -> nn.Sequential:
 
 
 def train_classifier(features: Tensor, present: Tensor, weight_decay: float = WEIGHT_DECAY) -> nn.Linear:
-    """A linear classifier: binary cross-entropy, meaned over the images, and L2; convex, hence without a seed.
+    """A linear classifier: mean binary cross-entropy over the images, and L2; convex, hence without a seed.
 
     Args:
         features: (I, D); present: (I, C) 0 or 1.

@@ -73,7 +73,7 @@ def timed(commands: Sequence[Sequence[str]]) -> tuple[float, float, float]:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            raise SystemExit(f"{process.args} ended with {process.returncode}")
+            raise SystemExit(f"{process.args!r} ended with {process.returncode}")
         peak = max(peak, usage.ru_maxrss)
     after = os.times()
     spent = after.children_user + after.children_system - before.children_user - before.children_system

@@ -36,7 +36,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "limit_from": _SHARE,
     "shorten": (1e-6, 100), "seed": (0, 2**63 - 1), "devices": (1, 1024), "nodes": (1, 4096), "workers": (1, 256),
     "checkpoint_minutes": (0, 1e5), "observe_minutes": (0, 1e5), "tolerance": (0, 1e4), "port": (0, 65535),
-    "Report.images": (0, 10_000), "modules": (1, 4), "module": (1, 4), "until": (1, 4),
+    "top": (1, 1e9), "Report.images": (0, 10_000), "modules": (1, 4), "module": (1, 4), "until": (1, 4),
 }  # fmt: skip
 """What each number of settings and of the command line, or each in a tuple, may be, both ends included."""
 
@@ -423,6 +423,9 @@ class CascadeOptions(RunOptions):
     """Minutes between pictures (and measurements) of the module that is being trained, for TensorBoard."""
     cache: Path | None = None
     """Folder of the proposals' cache. Default: the user's cache folder."""
+    proposals: Path | None = None
+    """Proposals that another tool has computed, instead of our own: a .mat, .npz, .pkl or .json file, or a folder of
+    masks (docs/proposals.md)."""
 
 
 def best() -> Recipe:
@@ -445,7 +448,7 @@ def best() -> Recipe:
     several: dict[str, Any] = {"per_class": 20, "min_score": 0.05, "joint": False}
     sure: dict[str, Any] = {"keep": 0.5, "nested": 0.85}  # of what is passed on
     detect = AttentionCalibration(combine="mean", max_attention=80, **several, **crf)
-    masks = MaskCalibration(nms=0.4, mask_nms=0.5, max_masks=100, vote=True, **several, **crf)
+    masks = MaskCalibration(nms=0.4, mask_nms=0.5, max_masks=100, vote=True, **several, **crf | {"threshold": 0.5})
     segmenter: dict[str, Any] = {
         **detector, "mask_width": 128, "mask_depth": 2, "mask_margin": 0.15, "schedule": replace(schedule, steps=800),
         "label": replace(masks, **sure), "predict": masks,

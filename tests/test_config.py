@@ -247,9 +247,10 @@ def test_recipes_are_values():
     assert config.best() == config.best()
 
 
-def test_one_threshold_serves_all_modules_of_best():
-    """That each module wanted a background of its own was the sign of lopsided unaries."""
-    assert {choice.threshold for m in recipe("best").modules for choice in (m.label, m.predict)} == {0.35}
+def test_best_has_one_threshold_for_attention_maps_and_one_for_masks():
+    """That each module wanted a background of its own was the sign of lopsided unaries and of masks bound to boxes."""
+    thresholds = [{m.label.threshold, m.predict.threshold} for m in recipe("best").modules]
+    assert thresholds == [{0.35}, {0.35}, {0.5}, {0.5}]
     assert {choice.threshold for m in recipe("paper").modules for choice in (m.label, m.predict)} == {None}
 
 

@@ -84,7 +84,7 @@ class MetricsLog:
 
 
 def read_metrics(run_dir: Path) -> list[Row]:
-    """The rows of ``RUN/metrics.jsonl`` in order; a line that a crash left half written is passed over."""
+    """The rows of ``RUN/metrics.jsonl`` in order; a line that a crash left half written is skipped."""
     path = run_folder.metrics(run_dir)
     if not path.exists():
         return []

@@ -313,7 +313,7 @@ def _name(one: object, path: Path) -> str:
 
 
 def _all_names(year: Path) -> set[str]:
-    """Every class name that an annotation of the year uses; unreadable annotations are passed over."""
+    """Every class name that an annotation of the year uses; unreadable annotations are skipped."""
     names: set[str] = set()
     for path in (year / "Annotations").glob("*.xml"):
         try:
@@ -453,6 +453,10 @@ def export_voc(
     if not copy_images:
         done.notes.append(
             "put the photographs into JPEGImages under the names of the XML files, as JPEG, or export with copies"
+        )
+    if colons := [name for name in classes if ":" in name]:
+        done.notes.append(
+            f"labelmap.txt cannot hold the colon of {listing(colons)}: CVAT and datumaro know no such class"
         )
     done.notes.append("VOC holds no scores")
     if rounded:

@@ -19,7 +19,7 @@ from labelpenet.data.transforms import Batch
 from labelpenet.instances import Instances
 from labelpenet.models.backbones import Backbone
 from labelpenet.models.detection import Detector
-from labelpenet.models.layers import RoIPooling, initialise
+from labelpenet.models.layers import RoIPooling, by_rois, initialise
 
 MASK_POOL = 14
 MASK_SIDE = 2 * MASK_POOL
@@ -88,7 +88,7 @@ class Segmentation(Detector):
         """
         if not len(labels):
             return mask_features.new_zeros(0, MASK_SIDE, MASK_SIDE, dtype=torch.float32)
-        logits = self.mask_head(self.mask_pool(mask_features, boxes))
+        logits = by_rois(self.mask_head, self.mask_pool(mask_features, boxes))
         return logits[torch.arange(len(labels), device=logits.device), labels].float().sigmoid()
 
     def losses(self, batch: Batch, targets: Sequence[Instances]) -> dict[str, Tensor]:

@@ -145,7 +145,7 @@ def train_module(
     else:
         one = stage(training, number, targets)
         training.train(one if observer is None else observer.watch(one, [number]))
-        if observer is not None:  # before the part is saved, so that an interruption does not pass it over
+        if observer is not None:  # before the part is saved, so that an interruption does not skip it
             observer.conclude(one, [number])
         if training.fabric.global_rank == 0:
             save_part(network, training.run, name)

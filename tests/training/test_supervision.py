@@ -396,7 +396,9 @@ def test_corrections_of_other_tools_are_matched_by_file_and_their_classes_by_nam
         for name, one in truth.items()
     }
     export_coco(turned, chosen, images.classes[::-1], tmp_path / "labels")
-    found = open_supervision("mixed", kit, "train", images, None, [tmp_path / "labels" / "annotations.json"])
+    found = open_supervision(
+        "mixed", kit, "train", images, None, [tmp_path / "labels/annotations/instances_default.json"]
+    )
     assert found is not None and set(found.truths) == set(truth)
     for name, one in truth.items():
         assert found.truths[name].labels.tolist() == one.labels.tolist()
