@@ -30,7 +30,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RegionProposalNetwork
-from torchvision.ops import box_area, box_iou
+from torchvision.ops import box_iou
 
 from labelpenet import config
 from labelpenet.config import StudentRecipe
@@ -41,7 +41,7 @@ from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.models.build import BACKBONES, build_backbone
 from labelpenet.models.cascade import LabelPEnet, read_run
-from labelpenet.models.detection import ANCHOR_RATIOS, rcnn_loss
+from labelpenet.models.detection import ANCHOR_RATIOS, covered, rcnn_loss
 from labelpenet.models.segmentation import crop_masks, mask_loss
 from labelpenet.models.weights import load_weights, torchvision_weights
 
@@ -345,19 +345,6 @@ class DoubtingRPN(RegionProposalNetwork):
         for label, own, target in zip(labels, anchors, targets, strict=True):
             label[(label == 0) & covered(own, target["doubtful"])] = -1
         return labels, boxes
-
-
-def covered(boxes: Tensor, doubtful: Tensor) -> Tensor:
-    """(R,) whether half of a box (R, 4) lies inside a doubtful one (M, 4)."""
-    if not len(doubtful):
-        return torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-    return inside(boxes, doubtful).amax(1) >= 0.5
-
-
-def inside(boxes: Tensor, others: Tensor) -> Tensor:
-    """(R, M) the part of each box's area (R, 4) that lies inside each other one (M, 4)."""
-    corners = torch.minimum(boxes[:, None, 2:], others[:, 2:]) - torch.maximum(boxes[:, None, :2], others[:, :2])
-    return corners.clamp(min=0).prod(2) / box_area(boxes).clamp(min=1e-6)[:, None]
 
 
 def roi_loss(logits: Tensor, deltas: Tensor, labels: Tensor, encoded: Tensor) -> Tensor:

@@ -33,7 +33,8 @@ from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
 from labelpenet.formats import open_annotated, read_predictions
 from labelpenet.instances import Instances
-from labelpenet.models.student import KIND, Lesson, Student, inside
+from labelpenet.models.detection import inside
+from labelpenet.models.student import KIND, Lesson, Student
 from labelpenet.training.pretrain import digest, optimiser
 from labelpenet.training.run import open_run
 from labelpenet.training.supervised import read_supervision
