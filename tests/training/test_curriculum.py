@@ -213,7 +213,8 @@ def test_validated_labels_teach_whom_inferred_ones_would(start, images, monkeypa
     assert same(seen[3], expected[3].weighted((expected[3].weights > 0).float())) and same(seen[2], expected[2])
 
 
-def test_labels_that_drift_are_told_without_annotation(start, images):
+def test_labels_that_drift_are_told_without_annotation(start, images, monkeypatch):
+    monkeypatch.setattr(curriculum, "WATCHED", 1)
     training, anchors = training_on(start, images, "forward_backward.drift=1.6"), read_anchors(start, images)
     figures, problem = curriculum.guard(training, training.network, anchors)()
     kinds = ("area", "number", "agreement")
