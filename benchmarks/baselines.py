@@ -47,7 +47,7 @@ from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou, cascade_table, classification_ap, evaluate, mask_iou
 from labelpenet.formats import open_annotated
 from labelpenet.instances import Instances, encode_masks
-from labelpenet.models.cascade import proposal_settings, read_run
+from labelpenet.models.cascade import read_run
 from labelpenet.models.classification import Classification
 from labelpenet.training.features import RoIFeatures
 from labelpenet.training.inferred import Inferred
@@ -305,9 +305,7 @@ def measure_baselines(
     for key, source, truth in (("train", train, train_truths), ("val", held_out, truths)):
         images = source.tagged.images
         found, probabilities = baselines(activation, images, thresholds, key == "train")
-        boxes = compute_proposals(
-            images, proposal_settings(predictor.cascade.recipe), cache or default_cache(), progress=True
-        )
+        boxes = compute_proposals(images, predictor.cascade.recipe.proposals, cache or default_cache(), progress=True)
         features = RoIFeatures(run, predictor.cascade, boxes, predictor.fabric) if key == "train" else None
         ranked, _ = rank_images(predictor, images, boxes, features)
         for name, one in {**found, "module 1, top proposals": ranked}.items():

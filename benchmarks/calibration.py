@@ -33,7 +33,7 @@ from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.formats import open_tagged
 from labelpenet.models.attention import roi_attention
-from labelpenet.models.cascade import LabelPEnet, proposal_settings
+from labelpenet.models.cascade import LabelPEnet
 from labelpenet.training.predict import Predictor
 
 T = TypeVar("T")
@@ -75,7 +75,7 @@ def whole_image(run: Path, data: Path, cache: Path, images: int) -> None:
     network = predictor.cascade
     recipe = network.recipe
     chosen = [image for image in open_tagged(data, "train", network.classes).images if image.tags][:images]
-    boxes = compute_proposals(chosen, proposal_settings(recipe), cache)
+    boxes = compute_proposals(chosen, recipe.proposals, cache)
     paper = config.Recipe()
     kinds = {
         f"the run's ({recipe.name})": (recipe.modules[0].label, recipe.modules[0].attention),

@@ -76,10 +76,8 @@ def row(options: argparse.Namespace, run: Path, images: TaggedImages, split: str
             config.override(config.shorten(config.recipe(options.recipe), options.shorten), options.set),
             backbone=options.backbone,
             weights=options.weights,
-            resume=run_folder.facts(run).is_file(),
-            seed=options.seed,
-            cache=options.cache,
             supervision=supervision,
+            options=config.CascadeOptions(run_folder.facts(run).is_file(), options.seed, cache=options.cache),
         )
         held_out = str(options.out / "held-out.txt")
         measure_run(run, options.data, held_out, None, [4], cache=options.cache)

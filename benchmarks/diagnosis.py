@@ -72,7 +72,7 @@ from labelpenet.evaluation import (
 )
 from labelpenet.formats import open_annotated, read_predictions
 from labelpenet.instances import Instances, encode_masks
-from labelpenet.models.cascade import proposal_settings, read_run
+from labelpenet.models.cascade import read_run
 from labelpenet.training.inferred import read_inferred
 from labelpenet.training.predict import Predictor
 
@@ -556,7 +556,7 @@ def network_tables(
     predictor, classes = Predictor(run, device), data.tagged.classes
     network = predictor.cascade
     images = [image for image in data.tagged.images if image.id in truths]
-    boxes = compute_proposals(images, proposal_settings(network.recipe), cache or default_cache(), progress=True)
+    boxes = compute_proposals(images, network.recipe.proposals, cache or default_cache(), progress=True)
 
     def alone(image: TaggedImage) -> Record:
         truth = truths[image.id]

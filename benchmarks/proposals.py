@@ -17,20 +17,19 @@ from pathlib import Path
 
 import cv2
 
+from labelpenet.config import Proposals
+from labelpenet.data import proposals as proposals_module
 from labelpenet.data.dataset import TaggedImage, Truth
 from labelpenet.data.images import read_image
-from labelpenet.data.proposals import ProposalSettings, compute_proposals, propose, recall
+from labelpenet.data.proposals import compute_proposals, propose
+from labelpenet.evaluation.recall import recall
 from labelpenet.formats import open_annotated
 
 COUNTS = (100, 300, 1000, 10**6)
-GRID = [
-    *(
-        ProposalSettings("selective-search-fast", side=side, scale=scale, limit=10**6)
-        for side in (200, 250, 300, 400, None)
-        for scale in (150, 100)
-    ),
-    *(ProposalSettings("selective-search-quality", side=side, scale=150, limit=10**6) for side in (200, 300)),
-    *(ProposalSettings("edge-boxes", side=side, limit=2000) for side in (200, 300, None)),
+GRID = [  # settings and the scale of selective search
+    *((Proposals("selective-search-fast", side), scale) for side in (200, 250, 300, 400, None) for scale in (150, 100)),
+    *((Proposals("selective-search-quality", side), 150) for side in (200, 300)),
+    *((Proposals("edge-boxes", side), 100) for side in (200, 300, None)),
 ]
 
 
@@ -40,13 +39,18 @@ def coverage(images: list[TaggedImage], truths: dict[str, Truth], classes: tuple
     pixels = {image.id: read_image(image.path) for image in images}
     print("| method | side | scale | s / image | boxes | first 100 | first 300 | first 1000 | all |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for settings in GRID:
+    for settings, proposals_module.SCALE in GRID:
+        proposals_module.MOST = 2000 if settings.method == "edge-boxes" else 10**6
         start = time.process_time()
         proposals = {name: propose(image, settings) for name, image in pixels.items()}
         seconds = (time.process_time() - start) / len(pixels)
         rows = recall(proposals, truths, classes, COUNTS)["rows"]
         cells = [f"{row['recall@0.5']:.3f} / {row['recall@0.7']:.3f} / {row['ABO']:.3f}" for row in rows]
-        head = [settings.method, settings.side or "full", settings.scale if "search" in settings.method else "-"]
+        head = [
+            settings.method,
+            settings.side or "full",
+            proposals_module.SCALE if "search" in settings.method else "-",
+        ]
         print("|", " | ".join(map(str, [*head, f"{seconds:.3f}", f"{rows[-1]['boxes']:.0f}", *cells])), "|", flush=True)
 
 
@@ -58,7 +62,7 @@ def throughput(images: list[TaggedImage]) -> None:
             break
         with tempfile.TemporaryDirectory() as cache:
             start = time.perf_counter()
-            compute_proposals(images, ProposalSettings(), Path(cache), workers)
+            compute_proposals(images, Proposals(side=250), Path(cache), workers)
             print(f"| {workers} | {len(images) / (time.perf_counter() - start):.1f} |", flush=True)
 
 

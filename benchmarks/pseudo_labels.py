@@ -44,7 +44,7 @@ from labelpenet.evaluation import box_iou, mask_iou
 from labelpenet.formats import open_annotated
 from labelpenet.instances import Instances, encode_masks
 from labelpenet.models.attention import roi_attention
-from labelpenet.models.cascade import LabelPEnet, proposal_settings
+from labelpenet.models.cascade import LabelPEnet
 from labelpenet.training.features import RoIFeatures
 from labelpenet.training.predict import Predictor
 
@@ -364,7 +364,7 @@ def main() -> None:
     network = predictor.cascade
     annotated = open_annotated(one.data, one.split, network.classes)
     images = annotated.tagged.images
-    boxes = compute_proposals(images, proposal_settings(network.recipe), one.cache or default_cache())
+    boxes = compute_proposals(images, network.recipe.proposals, one.cache or default_cache())
     features = RoIFeatures(one.run, network, boxes, predictor.fabric)
     chosen = [index for index, image in enumerate(images) if image.tags]
     random.Random(one.seed).shuffle(chosen)  # what is there after any time is a fair sample

@@ -50,13 +50,13 @@ from labelpenet.data import TaggedImages, read_image, write_scenes
 from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.engine.distributed import build_fabric, map_images
 from labelpenet.engine.sampler import batches, seed_step, stream_seed
-from labelpenet.engine.stage import Stage
+from labelpenet.engine.stage import Stage, build_optimiser, learning_rate
 from labelpenet.engine.trainer import train_stage
 from labelpenet.formats import open_tagged, training_split
 from labelpenet.instances import Instances
 from labelpenet.models.backbones import Backbone
 from labelpenet.models.build import build_backbone
-from labelpenet.models.cascade import MODULES, LabelPEnet, proposal_settings
+from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.models.detection import ANCHOR_RATIOS, RPNHead
 from labelpenet.models.segmentation import MASK_POOL, SpatialPyramid
 from labelpenet.training import curriculum
@@ -138,12 +138,12 @@ class Setting:
 
     Attributes:
         training: images, proposals and network; recipe: the network's, with its own schedules.
-        plug: the backbone; targets: made-up instances by image id.
+        backbone: the backbone; targets: made-up instances by image id.
     """
 
     training: Training
     recipe: Recipe
-    plug: Backbone
+    backbone: Backbone
     targets: dict[str, Instances]
 
     @property
@@ -158,14 +158,14 @@ class Setting:
 
     def schedule(self, number: int) -> Schedule:
         """The recipe's, of module ``number``, or of forward-backward learning for 5."""
-        return getattr(self.recipe, f"schedule{number}")
+        return self.recipe.forward_backward.schedule if number == 5 else self.recipe.modules[number - 1].schedule
 
     def stage(self, number: int, steps: int) -> Stage:
         """So many steps of module ``number``, or of forward-backward learning for 5."""
-        short: dict[str, Any] = {f"schedule{number}": replace(self.schedule(number), steps=steps, warmup=0)}
-        self.network.recipe = replace(self.recipe, **short)
+        short = replace(self.schedule(number), steps=steps, warmup=0)
         if number == 5:
-            return replace(curriculum.stage(self.training), steps=steps)
+            return replace(curriculum.stage(self.training), schedule=short)
+        self.network.recipe = config.change(self.recipe, number, schedule=short)
         return stage(self.training, number, self.targets if number > 1 else None)
 
 
@@ -178,18 +178,18 @@ def prepare(one: argparse.Namespace, folder: Path) -> Setting:
     images = open_tagged(data, training_split(data), None if loaded is None else loaded.classes)
     tagged = [image for image in images.images if image.tags]
     images = TaggedImages(images.classes, tuple(tagged[:: max(1, len(tagged) // one.images)][: one.images]))
-    plug = build_backbone(one.backbone if loaded is None else loaded.backbone_name, one.weights, pretrained=False)
+    backbone = build_backbone(one.backbone if loaded is None else loaded.backbone_name, one.weights, pretrained=False)
     seed_step(0, "initialisation", 0)
-    network = LabelPEnet(plug, images.classes, recipe)
+    network = LabelPEnet(backbone, images.classes, recipe)
     if loaded is not None:
         network.load_state_dict(loaded.state_dict())
     network.to(fabric.device).stem.requires_grad_(False)
-    boxes = compute_proposals(images.images, proposal_settings(recipe), one.cache or default_cache(), progress=True)
+    boxes = compute_proposals(images.images, recipe.proposals, one.cache or default_cache(), progress=True)
     targets = {}
     for image in images.images:
         height, width = read_image(image.path).shape[:2]
         targets[image.id] = made_up(np.array(boxes[image.id]), image.tags, (height, width))
-    return Setting(Training(network, images, boxes, folder / "run", 0, fabric), recipe, plug, targets)
+    return Setting(Training(network, images, boxes, folder / "run", fabric), recipe, backbone, targets)
 
 
 def made_up(boxes: np.ndarray, tags: tuple[int, ...], size: tuple[int, int]) -> Instances:
@@ -236,7 +236,7 @@ def plain_loop(one: Stage, fabric: Fabric, clock: Clock) -> list[float]:
     The images, augmentation and random numbers are those of `train_stage`. The first step's parts are not counted.
     """
     parameters = [p for p in one.module.parameters() if p.requires_grad]
-    optimiser = one.optimiser.build(parameters)
+    optimiser = build_optimiser(one.schedule, parameters)
     one.module.train()
     seconds = []
     began = clock.now()
@@ -256,10 +256,10 @@ def plain_loop(one: Stage, fabric: Fabric, clock: Clock) -> list[float]:
             with clock.part("backward"):
                 (total * (one.images_per_pass / one.batch_size)).backward()
         with clock.part("optimiser"):
-            if one.optimiser.clip is not None:
-                nn.utils.clip_grad_norm_(parameters, one.optimiser.clip)
+            if one.schedule.clip is not None:
+                nn.utils.clip_grad_norm_(parameters, one.schedule.clip)
             for group in optimiser.param_groups:
-                group["lr"] = one.optimiser.rate(step)
+                group["lr"] = learning_rate(one.schedule, step)
             optimiser.step()
         ended = clock.now()
         seconds.append(ended - began)
@@ -289,10 +289,10 @@ def our_loop(one: Stage, fabric: Fabric, folder: Path, clock: Clock) -> tuple[li
 class Trunk(nn.Module):
     """Stem and detection tail; keeps the stem's map for the mask branch, which torchvision would give the other one."""
 
-    def __init__(self, plug: Backbone):
+    def __init__(self, backbone: Backbone):
         super().__init__()
-        tail = plug.detection_tail()
-        self.stem, self.tail, self.out_channels = plug.stem.module, tail.module, tail.channels
+        tail = backbone.detection_tail()
+        self.stem, self.tail, self.out_channels = backbone.stem.module, tail.module, tail.channels
         self.stem.requires_grad_(False)
         self.stem_map = torch.zeros(0)
 
@@ -316,22 +316,22 @@ class MaskPool(MultiScaleRoIAlign):
 
 def torchvision_model(setting: Setting) -> MaskRCNN:
     """torchvision's Mask R-CNN out of the parts of module 4."""
-    recipe, plug = setting.recipe, setting.plug
+    recipe, backbone = setting.recipe, setting.backbone
     choice = recipe.modules[3]
-    trunk, classes = Trunk(plug), len(setting.network.classes) + 1
-    head, features = plug.roi_head(choice.cells)
-    mask_tail = plug.mask_tail()
+    trunk, classes = Trunk(backbone), len(setting.network.classes) + 1
+    head, features = backbone.roi_head(choice.cells)
+    mask_tail = backbone.mask_tail()
     pyramid = SpatialPyramid(mask_tail.channels, choice.mask_width)
     model = MaskRCNN(
         trunk,
         min_size=recipe.images.sides,
         max_size=recipe.images.longest,
-        image_mean=list(plug.mean),
-        image_std=list(plug.std),
+        image_mean=list(backbone.mean),
+        image_std=list(backbone.std),
         rpn_anchor_generator=AnchorGenerator((choice.anchor_sides,), (ANCHOR_RATIOS,)),
         rpn_head=RPNHead(trunk.out_channels, len(choice.anchor_sides) * len(ANCHOR_RATIOS)),
         rpn_post_nms_top_n_train=choice.rpn_post_nms_top_n_train,
-        box_roi_pool=MultiScaleRoIAlign(["0"], plug.pool_size, 1),
+        box_roi_pool=MultiScaleRoIAlign(["0"], backbone.pool_size, 1),
         box_head=head,
         box_predictor=FastRCNNPredictor(features, classes),
         box_batch_size_per_image=choice.rois,
@@ -407,7 +407,7 @@ def fractions(seconds: Mapping[str, float], whole: float) -> dict[str, float]:
 def training_row(setting: Setting, number: int, steps: int, clock: Clock) -> Row:
     """A stage in the plain loop."""
     one = setting.stage(number, steps)
-    plain_loop(replace(one, steps=2), setting.fabric, clock)  # a first time costs more
+    plain_loop(replace(one, schedule=replace(one.schedule, steps=2)), setting.fabric, clock)  # a first time costs more
     if clock.device.type == "cuda":  # where looking at the parts takes time by itself
         seconds = plain_loop(one, setting.fabric, Clock(clock.device, parts=False))[1:]
     with watched(setting.network, clock):
@@ -434,7 +434,7 @@ def inference_row(setting: Setting, number: int, clock: Clock) -> Row:
                 boxes = training.boxes(images[index], pixels.shape)
             features = training.features.known(images[index]) if number == 1 else None
             proposals = [boxes] if network.needs_proposals(number) else None
-            with training.autocast():
+            with training.fabric.autocast():
                 batch = network.batch(
                     [pixels], [images[index].tags], proposals, None if features is None else [features]
                 )
@@ -472,7 +472,7 @@ def compare(setting: Setting, steps: int, rounds: int, clock: Clock) -> Comparis
     one, other = setting.stage(4, steps), torchvision_stage(setting, steps)
     start = {name: value.clone() for name, value in one.module.state_dict().items()}
     found = Comparison([], [], [], [], same=True)
-    plain_loop(replace(other, steps=2), setting.fabric, clock)
+    plain_loop(replace(other, schedule=replace(other.schedule, steps=2)), setting.fabric, clock)
     for turn in range(rounds):
         ended = []
         for contender in np.roll(["ours", "plain", "torchvision"], turn):

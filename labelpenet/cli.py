@@ -15,16 +15,36 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from labelpenet import __version__
+from labelpenet.config import CascadeOptions, RunOptions, check_ranges
 from labelpenet.errors import InputError
 
-Comma = Annotated[str | None, arg(metavar="A,B,...")]
-Device = Literal["auto", "cpu", "cuda"]
+if TYPE_CHECKING:
+    from labelpenet.data import TaggedImages
+
+Classes = Annotated[str | None, arg(metavar="A,B,...", help="Only these classes, in this order.")]
+Split = Annotated[str | None, arg(help="VOC: train, val, test, ... or a file of image names.")]
+TrainingSplit = Annotated[
+    str | None,
+    arg(help="VOC: train, val, trainval or a file of image names. Default: train where there is one, else all."),
+]
+HeldOut = Annotated[
+    str | None,
+    arg(help="A split of DATA that is held out and annotated: measure the modules on it while they are trained."),
+]
+Shorten = Annotated[float, arg(help="Multiply every stage's number of steps.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], arg(help="Where to compute.")]
+Cache = Annotated[Path | None, arg(help="Folder of the proposals' cache. Default: the user's cache folder.")]
+Protocol = Annotated[
+    Literal["voc07", "voc12", "coco"],
+    arg(help="voc07: 11 points; voc12: area under the curve; coco: also AP over IoU .5 to .95."),
+]
+Overwrite = Annotated[bool, arg(help="Replace what is there already; never a photograph or a file of the run.")]
 
 
 @dataclass
@@ -53,17 +73,12 @@ class Train:
     recipe: str = "best"
     """paper (the literal reading), best (what measures best) or demo (tiny)."""
     backbone: str = "mobilenet_v2"
-    """mobilenet_v2 or vgg16."""
+    """mobilenet_v2, vgg16 or timm/NAME (any of timm's)."""
     weights: Path | None = None
     """ImageNet weights of the backbone (.safetensors or .pth); without it torchvision downloads its own."""
-    split: str | None = None
-    """VOC: train, val, trainval or a file of image names. Default: train where there is one, else all."""
-    evaluate: str | None = None
-    """A split of DATA that is held out and annotated: measure the modules on it while they are trained."""
-    observe_minutes: float = 5.0
-    """Minutes between pictures (and measurements) of the module that is being trained, for TensorBoard."""
-    classes: Comma = None
-    """Only these classes, in this order."""
+    split: TrainingSplit = None
+    evaluate: HeldOut = None
+    classes: Classes = None
     until: Literal[1, 2, 3, 4] = 4
     """Last module to train."""
     supervision: Literal["tags", "full", "mixed"] = "tags"
@@ -74,26 +89,10 @@ class Train:
     corrected: tuple[Path, ...] = ()
     """mixed: files or folders of corrected labels (of `labelpenet review` or an annotation tool). Their objects are the
     truth of their photographs; DATA's own annotation is then read only for --supervised."""
-    resume: bool = False
-    """Continue what RUN holds."""
-    seed: int = 0
-    """Of everything random."""
-    shorten: float = 1.0
-    """Multiply every stage's number of steps."""
+    shorten: Shorten = 1.0
     set: tuple[str, ...] = ()
     """Change single choices of the recipe: part.field=value ..."""
-    device: Device = "auto"
-    """Where to train."""
-    devices: int = 1
-    """Processes on this machine (one per GPU)."""
-    nodes: int = 1
-    """Machines."""
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
-    """auto: bf16-mixed where the hardware has it, else 32-true."""
-    cache: Path | None = None
-    """Folder of the proposals' cache. Default: the user's cache folder."""
-    checkpoint_minutes: float = 5.0
-    """Minutes between checkpoints."""
+    training: CascadeOptions = CascadeOptions()
 
 
 @dataclass
@@ -115,32 +114,12 @@ class ForwardBackward:
     """The photographs with tags that it was trained on."""
     out: Path
     """Run folder to write."""
-    split: str | None = None
-    """As for `train`."""
-    evaluate: str | None = None
-    """As for `train`."""
-    observe_minutes: float = 5.0
-    """As for `train`."""
-    resume: bool = False
-    """Continue what the new run folder holds."""
-    seed: int = 0
-    """Of everything random."""
-    shorten: float = 1.0
-    """Multiply the number of iterations."""
+    split: TrainingSplit = None
+    evaluate: HeldOut = None
+    shorten: Shorten = 1.0
     set: tuple[str, ...] = ()
     """Change single choices of the run's recipe: part.field=value ..."""
-    device: Device = "auto"
-    """Where to train."""
-    devices: int = 1
-    """Processes on this machine (one per GPU)."""
-    nodes: int = 1
-    """Machines."""
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
-    """auto: bf16-mixed where the hardware has it, else 32-true."""
-    cache: Path | None = None
-    """Folder of the proposals' cache. Default: the user's cache folder."""
-    checkpoint_minutes: float = 5.0
-    """Minutes between checkpoints."""
+    training: CascadeOptions = CascadeOptions()
 
 
 @dataclass
@@ -172,26 +151,11 @@ class Distill:
     """mobilenet_v2, vgg16 or timm/NAME. Default: the run's."""
     weights: Path | None = None
     """ImageNet weights of the backbone, as for `train`."""
-    split: str | None = None
-    """As for `train`."""
-    resume: bool = False
-    """Continue what OUT holds."""
-    seed: int = 0
-    """Of everything random."""
-    shorten: float = 1.0
-    """Multiply the number of steps."""
+    split: TrainingSplit = None
+    shorten: Shorten = 1.0
     set: tuple[str, ...] = ()
     """Change single choices: network, noise, images or schedule, as schedule.steps=800 noise.weighted=false ..."""
-    device: Device = "auto"
-    """Where to train."""
-    devices: int = 1
-    """Processes on this machine (one per GPU)."""
-    nodes: int = 1
-    """Machines."""
-    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
-    """auto: bf16-mixed where the hardware has it, else 32-true."""
-    checkpoint_minutes: float = 5.0
-    """Minutes between checkpoints."""
+    training: RunOptions = RunOptions()
 
 
 @dataclass
@@ -212,27 +176,23 @@ class Predict:
     out: Path = Path("predictions.json")
     """Predictions file to write."""
     module: Literal[1, 2, 3, 4] = 4
-    """Which module answers."""
+    """Which module predicts."""
     overlays: Path | None = None
     """Folder for pictures with the instances drawn in."""
     min_score: float = 0.0
     """Instances below are left out of file and pictures."""
     shard: str | None = None
     """i/n: only the i-th of n parts, into the folder --out; see labelpenet merge."""
-    overwrite: bool = False
-    """Replace files that are there already; never photographs or a file of the run."""
+    overwrite: Overwrite = False
     data: Path | None = None
     """Instead of images: a data set."""
-    split: str | None = None
-    """Which split of --data."""
+    split: Split = None
     device: Device = "auto"
-    """Where to compute."""
     devices: int = 1
     """Processes on this machine (one per GPU), which share the photographs."""
     nodes: int = 1
     """Machines."""
-    cache: Path | None = None
-    """Folder of the proposals' cache (module 1). Default: the user's cache folder."""
+    cache: Cache = None
 
 
 @dataclass
@@ -248,8 +208,7 @@ class Merge:
     """Parts, or folders of parts."""
     out: Path = Path("predictions.json")
     """File to write: .json (COCO, as predict writes it) or .parquet (a row for each instance)."""
-    overwrite: bool = False
-    """Replace that file if it is there already."""
+    overwrite: Overwrite = False
 
 
 @dataclass
@@ -265,16 +224,12 @@ class Evaluate:
     """predictions.json, or another tool's COCO results list."""
     data: Positional[Path]
     """The annotated data set."""
-    split: str | None = None
-    """VOC: val, test, ... or a file of image names."""
-    protocol: Literal["voc07", "voc12", "coco"] = "voc12"
-    """voc07: 11 points; voc12: area under the curve; coco: also AP over IoU .5 to .95."""
-    classes: Comma = None
-    """Only these classes."""
+    split: Split = None
+    protocol: Protocol = "voc12"
+    classes: Classes = None
     json: Path | None = None
     """File for the result."""
-    overwrite: bool = False
-    """Replace that file if it is there already."""
+    overwrite: Overwrite = False
     table: Literal["text", "markdown", "latex"] | None = None
     """Print ours beside the paper's tables in this form."""
 
@@ -290,10 +245,8 @@ class Proposals:
 
     data: Positional[Path]
     """Photographs."""
-    split: str | None = None
-    """VOC: train, val, ..."""
-    classes: Comma = None
-    """Only these classes (for --recall)."""
+    split: Split = None
+    classes: Classes = None
     method: Literal["selective-search-fast", "selective-search-quality", "edge-boxes"] = "selective-search-fast"
     """How."""
     side: int | None = 250
@@ -302,8 +255,7 @@ class Proposals:
     """OpenCV's structured-edge model, for edge-boxes."""
     workers: int | None = None
     """Processes. Default: one per core."""
-    cache: Path | None = None
-    """Folder of the cache. Default: the user's cache folder."""
+    cache: Cache = None
     recall: bool = False
     """Measure recall and average best overlap against the annotation."""
 
@@ -330,10 +282,8 @@ class Export:
     """Format; coco-polygons is also for CVAT, labelme for X-AnyLabeling, onnx for programs without torch."""
     size: str | None = None
     """onnx: HxW in pixels of the photographs that the file takes, multiples of 32. Default: the student's, 4:3."""
-    split: str | None = None
-    """VOC: train, val, ..."""
-    classes: Comma = None
-    """Only these classes."""
+    split: Split = None
+    classes: Classes = None
     min_score: float = 0.0
     """Instances below are left out."""
     copy_images: bool = False
@@ -366,12 +316,9 @@ class Measure:
     """The split that the run was trained on."""
     modules: tuple[int, ...] = (1, 2, 3, 4)
     """Which modules."""
-    protocol: Literal["voc07", "voc12", "coco"] = "voc12"
-    """As for `evaluate`."""
+    protocol: Protocol = "voc12"
     device: Device = "auto"
-    """Where to compute."""
-    cache: Path | None = None
-    """Folder of the proposals' cache."""
+    cache: Cache = None
 
 
 @dataclass
@@ -391,8 +338,7 @@ class Review:
     """The photographs that it was trained on."""
     out: Path | None = None
     """File of the verdicts; an earlier one is continued. Default: RUN/review.json."""
-    split: str | None = None
-    """As for `train`."""
+    split: TrainingSplit = None
     port: int = 8765
     """Of 127.0.0.1; 0 for any free one."""
 
@@ -413,8 +359,7 @@ class Report:
     """Held-out split."""
     out: Path | None = None
     """The page. Default: RUN/report.html, which is replaced."""
-    overwrite: bool = False
-    """Replace another page that is there already."""
+    overwrite: Overwrite = False
     images: int = 6
     """Strips of each kind."""
 
@@ -449,14 +394,6 @@ Command = (
 )
 
 
-RANGES: dict[str, tuple[float, float]] = {
-    "min_score": (0, 1), "shorten": (1e-6, 100), "seed": (0, 2**63 - 1), "devices": (1, 1024), "nodes": (1, 4096),
-    "workers": (1, 256), "side": (16, 10_000), "images": (0, 10_000), "checkpoint_minutes": (0, 1e5),
-    "observe_minutes": (0, 1e5), "modules": (1, 4),
-}  # fmt: skip
-"""What each number on the command line may be, both ends included."""
-
-
 def overview() -> str:
     """``labelpenet --help``: a line a command."""
     commands = {member.__metadata__[0].name: member.__origin__ for member in typing.get_args(Command)}
@@ -467,18 +404,6 @@ def overview() -> str:
         + "\n".join(lines)
         + "\n\nlabelpenet COMMAND --help has options and examples; --version prints the version."
     )
-
-
-def check_ranges(command: object) -> None:
-    """Raises InputError for a number that is out of its range, or for NaN."""
-    for name, (low, high) in RANGES.items():
-        given = getattr(command, name, None)
-        for value in given if isinstance(given, tuple) else (given,):
-            if isinstance(value, (int, float)) and not low <= value <= high:
-                option = name.replace("_", "-")
-                raise InputError(f"--{option} must be from {low:g} to {high:g}, but got {value}")
-    if getattr(command, "modules", None) == ():
-        raise InputError("--modules names no module; give some of 1, 2, 3, 4")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -516,7 +441,9 @@ def _run(arguments: list[str]) -> None:
         args=arguments,
         config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
     )
-    check_ranges(command)
+    for part in (command, getattr(command, "training", None)):
+        if part is not None:
+            check_ranges(part, lambda name: f"--{name.replace('_', '-')}")
     RUN[type(command)](command)  # type: ignore[operator]
 
 
@@ -527,120 +454,103 @@ def _end(status: int, line: str) -> NoReturn:
     sys.exit(status)
 
 
-def train(one: Train) -> None:
+def _say(*notes: str) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+def _open_training(data: Path, split: str | None, classes: Sequence[str] | None) -> tuple[TaggedImages, str | None]:
+    """The photographs of a training and the split that they are; says what there is to say of them."""
+    from labelpenet.formats import open_tagged, training_split
+
+    split = split or training_split(data)
+    images = open_tagged(data, split, classes)
+    _say(*images.notes)
+    return images, split
+
+
+def train(args: Train) -> None:
     """``labelpenet train``."""
     from labelpenet import config
-    from labelpenet.formats import open_annotated, open_tagged, training_split
+    from labelpenet.formats import open_annotated
 
-    recipe = config.override(config.shorten(config.recipe(one.recipe), one.shorten), one.set)
-    split = one.split or training_split(one.data)
-    images = open_tagged(one.data, split, _names(one.classes))
-    for note in images.notes:
-        print(f"note: {note}", file=sys.stderr)
-    held_out = open_annotated(one.data, one.evaluate, images.classes) if one.evaluate else None
-    from labelpenet.training.run import train_run
+    recipe = config.override(config.shorten(config.recipe(args.recipe), args.shorten), args.set)
+    images, split = _open_training(args.data, args.split, _names(args.classes))
+    held_out = open_annotated(args.data, args.evaluate, images.classes) if args.evaluate else None
+    from labelpenet.training.run import train_run  # loads torch, for which a mistake above need not wait
     from labelpenet.training.supervised import open_supervision
 
-    supervision = open_supervision(one.supervision, one.data, split, images, one.supervised, one.corrected)
-    for note in supervision.notes if supervision is not None else ():
-        print(f"note: {note}", file=sys.stderr)
+    supervision = open_supervision(args.supervision, args.data, split, images, args.supervised, args.corrected)
+    _say(*(supervision.notes if supervision is not None else ()))
     train_run(
         images,
-        one.out,
+        args.out,
         recipe,
-        backbone=one.backbone,
-        weights=one.weights,
-        until=one.until,
-        resume=one.resume,
-        seed=one.seed,
-        device=one.device,
-        devices=one.devices,
-        nodes=one.nodes,
-        precision=one.precision,
-        cache=one.cache,
-        checkpoint_minutes=one.checkpoint_minutes,
-        source={"data": str(one.data), "split": split},
+        backbone=args.backbone,
+        weights=args.weights,
+        until=args.until,
+        source={"data": str(args.data), "split": split},
         supervision=supervision,
         held_out=held_out,
-        observe_minutes=one.observe_minutes,
+        options=args.training,
     )
-    print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
+    print(f"trained: {args.out} - next: labelpenet predict {args.out} PHOTOS --out predictions.json")
 
 
-def forward_backward(one: ForwardBackward) -> None:
+def forward_backward(args: ForwardBackward) -> None:
     """``labelpenet forward-backward``."""
     from labelpenet import config
-    from labelpenet.formats import open_annotated, open_tagged, training_split
+    from labelpenet.formats import open_annotated
     from labelpenet.models.cascade import read_run
     from labelpenet.training import curriculum
 
-    facts = read_run(one.run)
-    recipe = config.override(config.shorten(config.from_dict(facts["recipe"]), one.shorten), one.set)
-    split = one.split or training_split(one.data)
-    images = open_tagged(one.data, split, facts["classes"])
-    for note in images.notes:
-        print(f"note: {note}", file=sys.stderr)
-    held_out = open_annotated(one.data, one.evaluate, images.classes) if one.evaluate else None
+    facts = read_run(args.run)
+    recipe = config.override(config.shorten(config.from_dict(facts["recipe"]), args.shorten), args.set)
+    images, split = _open_training(args.data, args.split, facts["classes"])
+    held_out = open_annotated(args.data, args.evaluate, images.classes) if args.evaluate else None
     curriculum.forward_backward(
         images,
-        one.run,
-        one.out,
+        args.run,
+        args.out,
         recipe,
-        resume=one.resume,
-        seed=one.seed,
-        device=one.device,
-        devices=one.devices,
-        nodes=one.nodes,
-        precision=one.precision,
-        cache=one.cache,
-        checkpoint_minutes=one.checkpoint_minutes,
-        source={"data": str(one.data), "split": split},
+        source={"data": str(args.data), "split": split},
         held_out=held_out,
-        observe_minutes=one.observe_minutes,
+        options=args.training,
     )
-    print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
+    print(f"trained: {args.out} - next: labelpenet predict {args.out} PHOTOS --out predictions.json")
 
 
-def distill(one: Distill) -> None:
+def distill(args: Distill) -> None:
     """``labelpenet distill``."""
     from labelpenet import config
-    from labelpenet.formats import open_tagged, training_split
     from labelpenet.models.cascade import read_run
     from labelpenet.training import distill as training
 
-    facts = read_run(one.run)
-    recipe = config.shorten(config.override(config.StudentRecipe(), one.set), one.shorten)
-    split = one.split or training_split(one.data)
-    images = open_tagged(one.data, split, facts["classes"])
-    if one.supervision == "full":
-        if one.labels:
+    facts = read_run(args.run)
+    recipe = config.shorten(config.override(config.StudentRecipe(), args.set), args.shorten)
+    images, split = _open_training(args.data, args.split, facts["classes"])
+    if args.supervision == "full":
+        if args.labels:
             raise InputError("--labels and --supervision full exclude each other: the labels are DATA's own")
-        labels, notes = training.read_truths(one.data, split, images)
+        labels, notes = training.read_truths(args.data, split, images)
     else:
-        labels, notes = training.read_labels(one.run, one.labels, images)
-    for note in (*images.notes, *notes):
-        print(f"note: {note}", file=sys.stderr)
+        labels, notes = training.read_labels(args.run, args.labels, images)
+    _say(*notes)
     training.distill(
         images,
         labels,
-        one.out,
+        args.out,
         recipe,
-        backbone=one.backbone or facts["backbone"],
-        weights=one.weights,
-        resume=one.resume,
-        seed=one.seed,
-        device=one.device,
-        devices=one.devices,
-        nodes=one.nodes,
-        precision=one.precision,
-        checkpoint_minutes=one.checkpoint_minutes,
-        source={"data": str(one.data), "split": split, "teacher": str(one.run)},
-        supervision=one.supervision,
+        backbone=args.backbone or facts["backbone"],
+        weights=args.weights,
+        source={"data": str(args.data), "split": split, "teacher": str(args.run)},
+        supervision=args.supervision,
+        **vars(args.training),
     )
-    print(f"trained: {one.out} - next: labelpenet predict {one.out} PHOTOS --out predictions.json")
+    print(f"trained: {args.out} - next: labelpenet predict {args.out} PHOTOS --out predictions.json")
 
 
-def predict(one: Predict) -> None:
+def predict(args: Predict) -> None:
     """``labelpenet predict``."""
     from labelpenet.data import TaggedImage, read_image
     from labelpenet.data.files import check_outputs
@@ -653,99 +563,99 @@ def predict(one: Predict) -> None:
     from labelpenet.training.shards import predict_shard
     from labelpenet.visualize import overlay_paths, write_overlay
 
-    if one.shard and (one.devices, one.nodes) != (1, 1):
+    if args.shard and (args.devices, args.nodes) != (1, 1):
         raise InputError("--shard is for one process each; leave --devices and --nodes out")
-    if bool(one.images) == bool(one.data):
+    if bool(args.images) == bool(args.data):
         raise InputError("give either photographs (or folders of them) or --data DATA")
-    classes = read_run(one.run)["classes"]
-    if one.data:
-        images: Sequence[TaggedImage] = open_tagged(one.data, one.split, classes).images
+    classes = read_run(args.run)["classes"]
+    if args.data:
+        images: Sequence[TaggedImage] = open_tagged(args.data, args.split, classes).images
     else:
-        images = [TaggedImage(name, path, ()) for name, path in find_images(one.images)]
-    reads = [one.run, *([one.data] if one.data else one.images), *(image.path for image in images)]
-    check_outputs([] if one.shard else [one.out], reads, one.overwrite)
-    pictures = overlay_paths(one.overlays, [image.id for image in images]) if one.overlays else {}
-    check_outputs(pictures.values(), [*reads, one.out], one.overwrite)
+        images = [TaggedImage(name, path, ()) for name, path in find_images(args.images)]
+    reads = [args.run, *([args.data] if args.data else args.images), *(image.path for image in images)]
+    check_outputs([] if args.shard else [args.out], reads, args.overwrite)
+    pictures = overlay_paths(args.overlays, [image.id for image in images]) if args.overlays else {}
+    check_outputs(pictures.values(), [*reads, args.out], args.overwrite)
     for folder in (path for path in reads if path.is_dir()):
-        if one.overlays and one.overlays.resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"{one.overlays}: lies in {folder}, which is read; choose a folder outside for overlays")
-    predictor = Predictor(one.run, one.device, one.devices, one.nodes)
+        if args.overlays and args.overlays.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{args.overlays}: lies in {folder}, which is read; choose a folder outside for overlays")
+    predictor = Predictor(args.run, args.device, args.devices, args.nodes)
 
     def keep(image: TaggedImage, instances: Instances) -> Instances:
-        instances = instances[instances.weights >= one.min_score]
+        instances = instances[instances.weights >= args.min_score]
         if pictures:
             write_overlay(pictures[image.id], read_image(image.path), instances, classes)
         return instances
 
-    if one.shard:
-        choices = {"min_score": one.min_score}
-        shard = parse_shard(one.shard)
+    if args.shard:
+        choices = {"min_score": args.min_score}
+        shard = parse_shard(args.shard)
         part, skipped = predict_shard(
-            predictor, images, one.module, one.out, shard, keep=keep, choices=choices, cache=one.cache
+            predictor, images, args.module, args.out, shard, keep=keep, choices=choices, cache=args.cache
         )
         print(f"{part.path}: {len(part.images)} images" + (f", {len(skipped)} skipped" if skipped else ""))
         return
-    skipped = predict_images(predictor, images, one.module, one.out, keep=keep, cache=one.cache)
+    skipped = predict_images(predictor, images, args.module, args.out, keep=keep, cache=args.cache)
     done = len(images) - len(skipped)
     if predictor.first:
-        print(f"{one.out}: {done} images" + (f", {len(skipped)} skipped" if skipped else ""))
+        print(f"{args.out}: {done} images" + (f", {len(skipped)} skipped" if skipped else ""))
     if skipped and not done:
         raise InputError("no image could be read; see the lines above")
 
 
-def merge(one: Merge) -> None:
+def merge(args: Merge) -> None:
     """``labelpenet merge``."""
     from labelpenet.data.files import check_outputs
     from labelpenet.formats.parts import merge_parts
 
-    check_outputs([one.out], one.parts, one.overwrite)
-    photographs, instances = merge_parts(one.parts, one.out)
-    print(f"{one.out}: {photographs} images, {instances} instances")
+    check_outputs([args.out], args.parts, args.overwrite)
+    photographs, instances = merge_parts(args.parts, args.out)
+    print(f"{args.out}: {photographs} images, {instances} instances")
 
 
-def evaluate(one: Evaluate) -> None:
+def evaluate(args: Evaluate) -> None:
     """``labelpenet evaluate``."""
     from labelpenet.data.files import check_outputs, write_bytes
     from labelpenet.evaluation import evaluate as measure
     from labelpenet.evaluation import paper_tables, summary_table
     from labelpenet.formats import open_annotated, read_predictions
 
-    check_outputs([one.json] if one.json else [], [one.predictions, one.data], one.overwrite)
-    annotated = open_annotated(one.data, one.split, _names(one.classes))
+    check_outputs([args.json] if args.json else [], [args.predictions, args.data], args.overwrite)
+    annotated = open_annotated(args.data, args.split, _names(args.classes))
     tagged = annotated.tagged
-    predictions = read_predictions(one.predictions, tagged, tagged.classes, annotated.categories)
+    predictions = read_predictions(args.predictions, tagged, tagged.classes, annotated.categories)
     truths, notes = annotated.readable_truths()
-    result = measure(predictions, truths, tagged.classes, one.protocol)
-    for note in (*predictions.notes, *notes):
-        print(f"note: {note}", file=sys.stderr)
-    if one.json:
-        write_bytes(one.json, json.dumps(result, indent=1).encode())
+    result = measure(predictions, truths, tagged.classes, args.protocol)
+    _say(*predictions.notes, *notes)
+    if args.json:
+        write_bytes(args.json, json.dumps(result, indent=1).encode())
     print(summary_table(result).render("text"))
-    if one.table:
-        for table in paper_tables(result, one.protocol):
-            print("\n" + table.render(one.table))
+    if args.table:
+        for table in paper_tables(result, args.protocol):
+            print("\n" + table.render(args.table))
 
 
-def proposals(one: Proposals) -> None:
+def proposals(args: Proposals) -> None:
     """``labelpenet proposals``."""
-    from labelpenet.data.proposals import ProposalSettings, compute_proposals, default_cache, recall, recall_table
+    from labelpenet import config
+    from labelpenet.data.proposals import compute_proposals, default_cache
+    from labelpenet.evaluation.recall import recall, recall_table
     from labelpenet.formats import open_annotated, open_tagged
 
-    images = open_tagged(one.data, one.split, _names(one.classes))
-    settings = ProposalSettings(method=one.method, side=one.side, model=one.model)
-    cache = one.cache or default_cache()
-    boxes = compute_proposals(images.images, settings, cache, one.workers, progress=True)
-    for note in (*images.notes, *boxes.notes):
-        print(f"note: {note}", file=sys.stderr)
+    images = open_tagged(args.data, args.split, _names(args.classes))
+    settings = config.Proposals(args.method, args.side)
+    cache = args.cache or default_cache()
+    boxes = compute_proposals(images.images, settings, cache, args.workers, progress=True, model=args.model)
+    _say(*images.notes, *boxes.notes)
     counts = [len(boxes[name]) for name in boxes]
     mean = sum(counts) / max(len(counts), 1)
     print(f"{len(counts)} images, {mean:.0f} proposals each on average, cached in {cache}")
-    if one.recall:
-        annotated = open_annotated(one.data, one.split, _names(one.classes))
+    if args.recall:
+        annotated = open_annotated(args.data, args.split, _names(args.classes))
         print(recall_table(recall(boxes, annotated.readable_truths()[0], annotated.tagged.classes)))
 
 
-def export(one: Export) -> None:
+def export(args: Export) -> None:
     """``labelpenet export``."""
     from labelpenet.data.files import check_new_folder
     from labelpenet.formats import export as write
@@ -753,76 +663,87 @@ def export(one: Export) -> None:
     from labelpenet.formats.open import NotRecognised, open_photographs
     from labelpenet.formats.predictions import class_names
 
-    if one.to == "onnx":
+    if args.to == "onnx":
         from labelpenet.models.onnx import export_onnx, parse_size
         from labelpenet.models.student import Student
 
-        height, width = export_onnx(Student.from_run(one.predictions), one.out, parse_size(one.size))
-        print(f"{one.out}: takes photographs of {height} x {width} pixels (height x width)")
+        height, width = export_onnx(Student.from_run(args.predictions), args.out, parse_size(args.size))
+        print(f"{args.out}: takes photographs of {height} x {width} pixels (height x width)")
         return
-    if one.data is None:
-        raise InputError(f"{one.predictions}: name the data set that the predictions belong to, too")
-    check_new_folder(one.out, [one.data, one.predictions])
+    if args.data is None:
+        raise InputError(f"{args.predictions}: name the data set that the predictions belong to, too")
+    check_new_folder(args.out, [args.data, args.predictions])
     notes: tuple[str, ...] = ()
     ids: tuple[int, ...] = ()  # a bare results list without names says nothing of a data set without ids
     try:
-        images = open_tagged(one.data, one.split, _names(one.classes), one.images)
+        images = open_tagged(args.data, args.split, _names(args.classes), args.images)
         with contextlib.suppress(InputError):
-            ids = open_annotated(one.data, one.split, images.classes, one.images).categories
+            ids = open_annotated(args.data, args.split, images.classes, args.images).categories
     except NotRecognised:
-        images = open_photographs(one.data, _names(one.classes) or class_names(one.predictions))
+        images = open_photographs(args.data, _names(args.classes) or class_names(args.predictions))
         notes = images.notes
-    predictions = read_predictions(one.predictions, images, images.classes, ids)
+    predictions = read_predictions(args.predictions, images, images.classes, ids)
     written = write(
         predictions,
         images,
         images.classes,
-        one.out,
-        one.to,
+        args.out,
+        args.to,
         category_ids=ids or None,
-        split=Path(one.split or "train").stem,
-        min_score=one.min_score,
-        copy_images=one.copy_images,
-        tolerance=one.tolerance,
-        overwrite=one.overwrite,
+        split=Path(args.split or "train").stem,
+        min_score=args.min_score,
+        copy_images=args.copy_images,
+        tolerance=args.tolerance,
+        overwrite=args.overwrite,
     )
-    for note in (*notes, *predictions.notes, *written.notes):
-        print(f"note: {note}", file=sys.stderr)
-    print(f"{one.out}: {len(written.paths)} files")
+    _say(*notes, *predictions.notes, *written.notes)
+    print(f"{args.out}: {len(written.paths)} files")
 
 
-def measure(one: Measure) -> None:
+def measure(args: Measure) -> None:
     """``labelpenet measure``."""
     from labelpenet.training.measure import measure_run
 
-    print(measure_run(one.run, one.data, one.split, one.train_split, one.modules, one.protocol, one.device, one.cache))
+    if not args.modules:
+        raise InputError("--modules names no module; give some of 1, 2, 3, 4")
+    print(
+        measure_run(
+            args.run,
+            args.data,
+            args.split,
+            args.train_split,
+            args.modules,
+            args.protocol,
+            args.device,
+            args.cache,
+        )
+    )
 
 
-def review(one: Review) -> None:
+def review(args: Review) -> None:
     """``labelpenet review``."""
     from labelpenet.data import run_folder
-    from labelpenet.formats import open_tagged, training_split
     from labelpenet.models.cascade import read_run
     from labelpenet.review import serve
 
-    classes = read_run(one.run)["classes"]
-    images = open_tagged(one.data, one.split or training_split(one.data), classes)
-    serve(one.run, images, one.out or run_folder.review(one.run), one.port)
+    classes = read_run(args.run)["classes"]
+    images, _ = _open_training(args.data, args.split, classes)
+    serve(args.run, images, args.out or run_folder.review(args.run), args.port)
 
 
-def report(one: Report) -> None:
+def report(args: Report) -> None:
     """``labelpenet report``."""
-    from labelpenet.data import AnnotatedImages, TaggedImages
+    from labelpenet.data import AnnotatedImages
     from labelpenet.data.files import check_outputs
     from labelpenet.formats import open_annotated, open_tagged
     from labelpenet.models.cascade import read_run
     from labelpenet.report import write_report
 
-    facts = read_run(one.run)
+    facts = read_run(args.run)
     source = facts.get("source") or {}
-    data = one.data or (Path(source["data"]) if source.get("data") else None)
-    if one.out and one.out.resolve() != (one.run / "report.html").resolve():
-        check_outputs([one.out], [one.run, *([data] if data else [])], one.overwrite)
+    data = args.data or (Path(source["data"]) if source.get("data") else None)
+    if args.out and args.out.resolve() != (args.run / "report.html").resolve():
+        check_outputs([args.out], [args.run, *([data] if data else [])], args.overwrite)
 
     def opened(split: str | None) -> AnnotatedImages | TaggedImages | None:
         if data is None or not data.exists():
@@ -833,19 +754,19 @@ def report(one: Report) -> None:
             return open_tagged(data, split, facts["classes"])
 
     held_out = None
-    if one.split != source.get("split"):
+    if args.split != source.get("split"):
         try:
-            held_out = opened(one.split)
+            held_out = opened(args.split)
         except InputError as error:
             print(f"note: no held-out strips ({error})", file=sys.stderr)
-    print(write_report(one.run, one.out, opened(source.get("split")), held_out, images=one.images))
+    print(write_report(args.run, args.out, opened(source.get("split")), held_out, images=args.images))
 
 
-def demo(one: Demo) -> None:
+def demo(args: Demo) -> None:
     """``labelpenet demo``."""
     from labelpenet.demo import run_demo
 
-    print(run_demo(one.out, one.seed))
+    print(run_demo(args.out, args.seed))
 
 
 def _names(text: str | None) -> list[str] | None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from labelpenet.errors import InputError
@@ -33,20 +34,34 @@ RANGES: dict[str, tuple[float, float]] = {
     "mask_depth": (0, 64), "beta": _SHARE, "ema": _SHARE, "share": (1e-6, 1),
     "enter": _SHARE, "doubt": _SHARE, "zoom": (1, 4), "colours": _SHARE, "drift": (1, 1e6), "width": (1, 8192),
     "proposals": _COUNT, "detections": _COUNT, "keep": _SHARE, "nested": _SHARE, "Noise.limit": (0, 1e6),
-    "limit_from": _SHARE,
+    "limit_from": _SHARE, "shorten": (1e-6, 100), "seed": (0, 2**63 - 1), "devices": (1, 1024), "nodes": (1, 4096),
+    "workers": (1, 256), "checkpoint_minutes": (0, 1e5), "observe_minutes": (0, 1e5), "tolerance": (0, 1e4),
+    "port": (0, 65535), "Report.images": (0, 10_000), "modules": (1, 4), "module": (1, 4), "until": (1, 4),
 }  # fmt: skip
-"""What each number, or each in a tuple, may be, both ends included."""
+"""What each number of settings and of the command line, or each in a tuple, may be, both ends included."""
+
+
+def check_ranges(settings: Any, spell: Callable[[str], str] = str) -> None:
+    """Refuses a number among the fields of ``settings`` that is not in its range; NaN and infinity are in none.
+
+    Args:
+        spell: from a field's name to what a message calls it.
+
+    Raises:
+        InputError: names the field, its range and the number.
+    """
+    for name, value in vars(settings).items():
+        for number in _numbers(value):
+            low, high = RANGES.get(f"{type(settings).__name__}.{name}") or RANGES[name]
+            if not low <= number <= high:
+                raise InputError(f"{spell(name)} must be from {low:g} to {high:g}, but got {number}")
 
 
 class _Ranged:
-    """Settings whose numbers are checked against `RANGES` wherever they are made: NaN and infinity are in none."""
+    """Settings whose numbers are checked wherever they are made."""
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            for number in _numbers(value):
-                low, high = RANGES.get(f"{type(self).__name__}.{name}") or RANGES[name]
-                if not low <= number <= high:
-                    raise InputError(f"{name} must be from {low:g} to {high:g}, but got {number}")
+        check_ranges(self)
 
 
 def _numbers(value: Any) -> Iterator[float]:
@@ -197,7 +212,7 @@ class Classification:
         initialiser: of the two branches: He's, which is the paper's [18], or a ``gaussian`` of deviation .01.
         schedule: of its training.
         label: how it labels training images, whose tags are known.
-        predict: how it answers for photographs, whose tags are not known.
+        predict: its predictions for photographs, whose tags are not known.
     """
 
     name: str = field(default="classification", metadata=_FIXED)
@@ -223,7 +238,7 @@ class Detector(_Ranged):
         cells: cells per side of the pooling behind a convolutional RoI head (`Backbone.roi_head`).
         weighted: whether the instances' weights enter the losses.
         score_threshold: a detection needs this softmax score to be a candidate.
-        vote: answers: whether modules 1 and 2 have a say in the scores (`LabelPEnet.vote`).
+        vote: in prediction, whether modules 1 and 2 have a say in the scores (`LabelPEnet.vote`).
     """
 
     name: str = field(metadata=_FIXED)
@@ -338,7 +353,7 @@ class StudentNetwork(_Ranged):
 
     Attributes:
         width: channels of the feature pyramid and of the mask head; mask_depth: the latter's convolutions.
-        rois: sampled from each image in training; proposals: boxes that the RPN passes on in answering.
+        rois: sampled from each image in training; proposals: boxes that the RPN passes on in prediction.
         detections: instances of an image at most.
     """
 
@@ -381,6 +396,36 @@ class StudentRecipe:
         steps=1600, lr=3e-4, kind="adamw", weight_decay=1e-2, batch_size=2, warmup=100, clip=10.0,
         decay=((0.6, 0.3), (0.85, 0.1)),
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a training runs, whatever it trains."""
+
+    resume: bool = False
+    """Continue what the folder to write holds."""
+    seed: int = 0
+    """Of everything random."""
+    device: typing.Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    devices: int = 1
+    """Processes on this machine (one per GPU)."""
+    nodes: int = 1
+    """Machines."""
+    precision: typing.Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    """auto: bf16-mixed where the hardware has it, else 32-true."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between checkpoints."""
+
+
+@dataclass(frozen=True)
+class CascadeOptions(RunOptions):
+    """How the training of a cascade runs."""
+
+    observe_minutes: float = 5.0
+    """Minutes between pictures (and measurements) of the module that is being trained, for TensorBoard."""
+    cache: Path | None = None
+    """Folder of the proposals' cache. Default: the user's cache folder."""
 
 
 def best() -> Recipe:

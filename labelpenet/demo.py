@@ -6,10 +6,10 @@ import time
 from pathlib import Path
 
 from labelpenet import config
-from labelpenet.config import Recipe
+from labelpenet.config import CascadeOptions, Recipe
 from labelpenet.data import run_folder
-from labelpenet.data.files import read_json
-from labelpenet.data.scenes import unfinished, write_scenes
+from labelpenet.data.files import read_json, unfinished
+from labelpenet.data.scenes import write_scenes
 from labelpenet.errors import InputError
 from labelpenet.formats import open_annotated, open_tagged
 from labelpenet.report import write_report
@@ -56,18 +56,10 @@ def run_demo(
         run,
         config.recipe("demo") if recipe is None else recipe,
         backbone=BACKBONE,
-        resume=run_folder.facts(run).is_file(),
-        seed=seed,
-        device="cpu",
-        cache=out / "cache",
         source={"data": str(year), "split": "train"},
+        options=CascadeOptions(run_folder.facts(run).is_file(), seed, device="cpu", cache=out / "cache"),
     )
     table = measure_run(run, year, "val", "train", device="cpu", cache=out / "cache")
-    _write_report(run, report, year)
+    write_report(run, report, open_annotated(year, "train"), open_annotated(year, "val"), images=4)
     minutes = (time.monotonic() - began) / 60
     return f"{table}\n{report}: open it in a browser\ndone in {minutes:.1f} minutes"
-
-
-def _write_report(run: Path, report: Path, year: Path) -> None:
-    train, held_out = open_annotated(year, "train"), open_annotated(year, "val")
-    write_report(run, report, train.tagged, held_out.tagged, train.read, held_out.read, images=4)

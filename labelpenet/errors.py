@@ -17,6 +17,12 @@ class DamagedError(InputError):
     """A file that this package wrote is not as it was written; who can, makes it again."""
 
 
+def reason(error: BaseException) -> str:
+    """What an exception says, on one line of at most 200 characters; its kind where it says nothing."""
+    said = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return " ".join(said.split())[:200] or type(error).__name__
+
+
 def one_line(text: str) -> str:
     """The text with line breaks, terminal codes and other unprintable characters written as escapes.
 

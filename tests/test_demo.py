@@ -107,7 +107,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path):
 
 
 def test_a_demo_that_was_killed_while_it_wrote_scenes_goes_on(tmp_path, monkeypatch):
-    (tmp_path / ".scenes.tmp" / "VOCdevkit").mkdir(parents=True)
+    (tmp_path / ".scenes.part" / "VOCdevkit").mkdir(parents=True)
 
     class WentOn(Exception):
         pass

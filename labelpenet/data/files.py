@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from defusedxml import ElementTree
 
-from labelpenet.errors import InputError, one_line
+from labelpenet.errors import InputError, one_line, reason
 
 try:
     import fcntl
@@ -60,7 +60,7 @@ def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
+        raise InputError(f"{path}: cannot be read ({reason(error)}); check the file") from error
 
 
 def read_json(path: Path, limit: int = 4 * 2**30) -> Any:
@@ -96,8 +96,8 @@ def read_xml(path: Path, limit: int = XML_LIMIT) -> Any:
     except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:
         # defusedxml's refusals are ValueErrors whose text is a Python repr; the user needs only what to remove.
         refused = type(error).__module__.startswith("defusedxml")
-        reason = "a document type or entity, which is refused; remove it" if refused else f"no valid XML ({error})"
-        raise InputError(f"{path}: {reason}") from error
+        why = "a document type or entity, which is refused; remove it" if refused else f"no valid XML ({error})"
+        raise InputError(f"{path}: {why}") from error
 
 
 def read_names(path: Path) -> list[str]:
@@ -183,8 +183,7 @@ def check_outputs(paths: Iterable[Path], reads: Iterable[Path] = (), overwrite: 
         except (OSError, ValueError, RuntimeError) as error:
             if isinstance(error, InputError):
                 raise
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise InputError(f"{path}: cannot be written ({reason or error}); choose another place") from error
+            raise InputError(f"{path}: cannot be written ({reason(error)}); choose another place") from error
 
 
 def _place(path: Path) -> Path:
@@ -228,10 +227,10 @@ def write_bytes(path: Path, content: bytes | Callable[[BinaryIO], object], remed
                     temporary.unlink()
                 raise
     except (OSError, RuntimeError) as error:
-        reason = _os_error(error)
-        if reason is None:
+        cause = _os_error(error)
+        if cause is None:
             raise
-        raise InputError(f"{path}: cannot be written ({reason.strerror or reason}); {remedy}") from error
+        raise InputError(f"{path}: cannot be written ({reason(cause)}); {remedy}") from error
     return path
 
 
@@ -288,7 +287,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
             expected = (file.metadata() or {}).get("crc32")
     except SafetensorError as error:
-        raise ValueError(f"damaged, {str(error).splitlines()[0]}") from error
+        raise ValueError(f"damaged, {reason(error)}") from error
     if expected is not None and expected != _tensor_checksum(state):
         raise ValueError("damaged, its checksum is wrong")
     return state
@@ -340,7 +339,7 @@ def hash_files(paths: Iterable[Path], threads: int = 4) -> dict[Path, str | Inpu
         try:
             return hash_file(path)
         except OSError as error:
-            return InputError(f"{path}: cannot be read ({error.strerror or error}); check the path")
+            return InputError(f"{path}: cannot be read ({reason(error)}); check the path")
 
     unique = list(dict.fromkeys(paths))
     with ThreadPoolExecutor(threads) as pool:  # hashing and reading let other threads run
@@ -454,7 +453,7 @@ def whole_folder(
         InputError: ``out`` is taken, or something cannot be written; what was there is as it was.
     """
     out = Path(os.path.abspath(out))  # noqa: PTH100 resolving would follow a link at the end
-    part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
+    part, old = unfinished(out), out.with_name(f".{out.name}.old")
     about, ours = dict(about or {}), False
     try:
         if old.is_dir() and not old.is_symlink() and (old / MANIFEST).is_file():  # killed in the middle of a swap
@@ -484,12 +483,17 @@ def whole_folder(
                 shutil.rmtree(old)
     except OSError as error:
         where = error.filename or out
-        raise InputError(f"{where}: cannot be written ({error.strerror or error}); choose another place") from error
+        raise InputError(f"{where}: cannot be written ({reason(error)}); choose another place") from error
     except InputError as error:  # about a file in the folder that nobody will find
         raise InputError(str(error).replace(str(part), str(out))) from error
     finally:
         if ours:
             shutil.rmtree(part, ignore_errors=True)
+
+
+def unfinished(out: Path) -> Path:
+    """The folder that `whole_folder` fills until all is there."""
+    return out.with_name(f".{out.name}.part")
 
 
 def check_new_folder(out: Path, reads: Iterable[Path]) -> None:

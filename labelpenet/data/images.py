@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, TiffImagePlugin, WebPImagePlugin
 
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, reason
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 # Only decoders that run in this process: Pillow would hand PostScript to an external interpreter. The last two
@@ -48,7 +48,7 @@ def read_image(path: Path | str) -> np.ndarray:
         except MemoryError as error:
             raise InputError(f"{path}: not enough memory for {image.width} x {image.height} pixels") from error
         except Exception as error:  # a decoder meets damaged bytes with whatever it stumbles over
-            raise InputError(f"{path}: damaged or truncated image ({_reason(error)}); replace the file") from error
+            raise InputError(f"{path}: damaged or truncated image ({reason(error)}); replace the file") from error
         return _upright(pixels, _orientation(image))
 
 
@@ -104,7 +104,7 @@ def upright_file(path: Path, jpeg: bool = False) -> tuple[bytes, str, bool]:
         try:
             return path.read_bytes(), suffix, False
         except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the file") from error
+            raise InputError(f"{path}: cannot be read ({reason(error)}); check the file") from error
     content = io.BytesIO()
     kind, suffix = ("JPEG", ".jpg") if is_jpeg or jpeg else ("PNG", ".png")
     Image.fromarray(read_image(path)).save(content, kind, quality=95)
@@ -113,7 +113,7 @@ def upright_file(path: Path, jpeg: bool = False) -> tuple[bytes, str, bool]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Pillow's warnings from the user: our own limit answers a bomb, and damaged metadata costs no picture."""
+    """Keeps Pillow's warnings from the user: our own limit refuses a bomb, and damaged metadata costs no picture."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -130,10 +130,10 @@ def _open(path: Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: more than {PIXEL_LIMIT // 10**6} million pixels; make it smaller") from error
     except OSError as error:
-        reason = error.strerror or "no JPEG, PNG, BMP, WebP, TIFF, GIF or PPM image"
-        raise InputError(f"{path}: cannot be read as an image ({reason}); replace or remove it") from error
+        why = error.strerror or "no JPEG, PNG, BMP, WebP, TIFF, GIF or PPM image"
+        raise InputError(f"{path}: cannot be read as an image ({why}); replace or remove it") from error
     except Exception as error:  # damaged headers raise whatever the parser stumbles over
-        raise InputError(f"{path}: damaged image header ({_reason(error)}); replace the file") from error
+        raise InputError(f"{path}: damaged image header ({reason(error)}); replace the file") from error
     if image.width * image.height > PIXEL_LIMIT:
         size = f"{image.width} x {image.height} pixels"
         image.close()
@@ -186,10 +186,6 @@ def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-def _reason(error: Exception) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:120]
-
-
 def voc_palette() -> np.ndarray:
     """(256, 3) uint8: the colour of each index in VOC's class and instance maps (bit k of the index, spread)."""
     index = np.arange(256)
@@ -217,7 +213,7 @@ def read_index_map(path: Path | str) -> np.ndarray:
             image.load()
             mode, pixels = image.mode, np.array(image)
         except Exception as error:  # a decoder meets damaged bytes with whatever it stumbles over
-            raise InputError(f"{path}: damaged or truncated map ({_reason(error)}); replace the file") from error
+            raise InputError(f"{path}: damaged or truncated map ({reason(error)}); replace the file") from error
     if mode in ("P", "L", "1"):
         return pixels.astype(np.uint8)
     if mode not in ("RGB", "RGBA"):

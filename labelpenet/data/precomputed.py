@@ -36,7 +36,7 @@ from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import brief, excerpt, listing, read_json
 from labelpenet.data.images import PIXEL_LIMIT, SUFFIXES, image_size
 from labelpenet.data.proposals import Proposals
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, reason
 from labelpenet.instances import decode_mask, masks_to_boxes
 
 Raw = np.ndarray | list | Path  # boxes (R, 4), rows as in a COCO file, or a file or folder of masks
@@ -138,7 +138,9 @@ def _read_npz(path: Path) -> dict[str, Raw]:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except Exception as error:  # zip, zlib and numpy each raise their own
-        raise InputError(f"{path}: no readable .npz archive of plain arrays ({_line(error)}); save it again") from error
+        raise InputError(
+            f"{path}: no readable .npz archive of plain arrays ({reason(error)}); save it again"
+        ) from error
     return {name: _numbers(boxes, path, name) for name, boxes in arrays.items()}
 
 
@@ -152,7 +154,7 @@ def _read_mat(path: Path) -> dict[str, Raw]:
     except NotImplementedError as error:
         raise InputError(f"{path}: a MATLAB 7.3 file; save it with save(.., '-v7')") from error
     except Exception as error:  # damaged files raise whatever the parser stumbles over
-        raise InputError(f"{path}: no readable MATLAB file ({_line(error)}); download it again") from error
+        raise InputError(f"{path}: no readable MATLAB file ({reason(error)}); download it again") from error
     for cell in ("boxes", "images"):
         if cell not in content or content[cell].dtype != object:
             raise InputError(
@@ -310,7 +312,7 @@ def _read_map(path: Path, size: tuple[int, int]) -> np.ndarray:
     except InputError:
         raise
     except Exception as error:  # damaged files raise whatever the decoder stumbles over
-        raise InputError(f"{path}: no readable PNG mask ({_line(error)}); replace the file") from error
+        raise InputError(f"{path}: no readable PNG mask ({reason(error)}); replace the file") from error
     if values.ndim == 3:
         grey = (values == values[:, :, :1]).all()
         values = values[:, :, 0] if grey else values @ np.array([1 << 24, 1 << 16, 1 << 8])
@@ -356,10 +358,6 @@ def _checked(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return clipped[np.sort(first)]
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
-
-
 # --- Pickles ---
 #
 # A pickle is a program. This one may build lists, dictionaries, strings, numbers and arrays, and nothing else: numpy's
@@ -381,8 +379,9 @@ def unpickle_arrays(path: Path) -> Any:
         # No honest value takes less than a byte; lists that hold one another many times over do.
         return _plain(_ArraysOnly(io.BytesIO(content), encoding="latin1").load(), iter(range(len(content))))
     except Exception as error:  # a damaged pickle raises nearly anything
-        reason = error.strerror if isinstance(error, OSError) else _line(error)
-        raise InputError(f"{path}: not a pickle of plain arrays ({reason}); save the boxes as .npz instead") from error
+        raise InputError(
+            f"{path}: not a pickle of plain arrays ({reason(error)}); save the boxes as .npz instead"
+        ) from error
 
 
 class _ArraysOnly(pickle._Unpickler):

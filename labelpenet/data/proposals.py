@@ -1,10 +1,10 @@
-"""Class-agnostic boxes that may hold an object: computed from photographs, cached, and measured against truth.
+"""Class-agnostic boxes that may hold an object: computed from photographs and cached.
 
 The paper takes about 1,600 selective-search proposals per image (section 4.1). `propose` computes them for one image,
 `compute_proposals` for a data set, in parallel and cached on disk; boxes of other tools are read by
 `labelpenet.data.precomputed`. What the settings are worth is measured in docs/proposals.md.
 
-Shape letters: ``R`` proposals, ``H, W`` height and width of the image in pixels, ``G`` true objects of an image.
+Shape letters: ``R`` proposals, ``H, W`` height and width of the image in pixels.
 """
 
 from __future__ import annotations
@@ -16,25 +16,26 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 import cv2
 import numpy as np
 
+from labelpenet.config import Proposals as Settings
 from labelpenet.data.files import brief, hash_file, hash_files, read_array, write_array, write_text
 from labelpenet.data.images import read_image
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, reason
 
 if TYPE_CHECKING:
-    from labelpenet.data.dataset import TaggedImage, Truth
+    from labelpenet.data.dataset import TaggedImage
 
-Method = Literal["selective-search-fast", "selective-search-quality", "edge-boxes"]
+T = TypeVar("T")
 
 _VERSION = 1  # of what `propose` and `read_image` compute; a change makes every cached file stale
 
@@ -42,76 +43,49 @@ LARGEST_SIDE = 640
 """Longer side in pixels of the working image where the settings name none: selective search of a camera's photograph of
 24 million pixels would take minutes."""
 
+SCALE = 100
+"""Selective search: the scale ``k`` of its finest first segmentation, and the step to the coarser ones; a smaller one
+gives more and smaller regions (OpenCV's default is 150)."""
 
-@dataclass(frozen=True)
-class ProposalSettings:
-    """How proposals are computed.
-
-    Attributes:
-        method: selective search with OpenCV's fast or quality strategies, or edge boxes.
-        side: longer side in pixels of the working image, to which the photograph is scaled (down, or up to twice);
-            None for its own size, up to 640. Boxes are always in pixels of the photograph.
-        scale: selective search: the scale ``k`` of its finest first segmentation, and the step to the coarser ones; a
-            smaller one gives more and smaller regions (OpenCV's default is 150).
-        limit: most boxes kept per image, the first by rank.
-        min_size: shortest side of a box, as a fraction in [0, 1) of the image's longer side.
-        model: OpenCV's structured-edge model file (``model.yml.gz``) for edge boxes; None takes image gradients.
-    """
-
-    method: Method = "selective-search-fast"
-    side: int | None = 250
-    scale: int = 100
-    limit: int = 2000
-    min_size: float = 0.02
-    model: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.method not in get_args(Method):
-            raise InputError(f"unknown proposal method {self.method!r}; known are {', '.join(get_args(Method))}")
-        if self.side is not None and self.side < 16:
-            raise InputError(f"the proposals' working side must be at least 16 pixels, but is {self.side}")
-        if self.scale < 1:
-            raise InputError(f"the scale of the proposals' segmentation must be at least 1, but is {self.scale}")
-        if self.limit < 1:
-            raise InputError(f"the limit of proposals per image must be at least 1, but is {self.limit}")
-        if not 0 <= self.min_size < 1:
-            raise InputError(f"the proposals' min_size must be a fraction in [0, 1), but is {self.min_size}")
-        if self.model is not None and self.method != "edge-boxes":
-            raise InputError(f"the structured-edge model {self.model} is only for the method edge-boxes")
-        if self.model is not None and not Path(self.model).is_file():
-            raise InputError(f"{self.model}: no such structured-edge model; give OpenCV's model.yml.gz, or none")
+MOST = 2000  # boxes kept of an image, the first by rank
+MIN_SIZE = 0.02  # shortest side of a box, as a fraction of the image's longer side
 
 
-def propose(image: np.ndarray, settings: ProposalSettings | None = None) -> np.ndarray:
+def propose(image: np.ndarray, settings: Settings, model: Path | None = None) -> np.ndarray:
     """The proposals of one image, best rank first; the same for the same pixels and settings in any process.
 
     Args:
         image: (H, W, 3) uint8 RGB.
-        settings: how; the defaults if None.
+        settings: by which method, and on which side: the photograph is scaled to it (down, or up to twice).
+        model: OpenCV's structured-edge model file (``model.yml.gz``) for edge boxes; None takes image gradients.
 
     Returns:
         (R, 4) float32 ``x1, y1, x2, y2``, half-open, in pixels of ``image`` and inside it, no two alike,
-        1 <= R <= ``settings.limit``. An image in which nothing is found has one proposal, the whole image.
+        1 <= R <= `MOST`. An image in which nothing is found has one proposal, the whole image.
 
     Raises:
-        InputError: the structured-edge model cannot be read.
+        InputError: an unknown method; the structured-edge model cannot be read, or goes with another method.
     """
-    settings = settings or ProposalSettings()
+    if settings.method not in get_args(get_type_hints(Settings)["method"]):
+        known = ", ".join(get_args(get_type_hints(Settings)["method"]))
+        raise InputError(f"unknown proposal method {settings.method!r}; known are {known}")
+    if model is not None and settings.method != "edge-boxes":
+        raise InputError(f"the structured-edge model {model} is only for the method edge-boxes")
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
         raise ValueError(f"image must be (H, W, 3) uint8, but got {image.shape} {image.dtype}")
     height, width = image.shape[:2]
     working = _working_image(image, settings.side)
     if settings.method == "edge-boxes":
-        corners = _edge_boxes(working, settings)
+        corners = _edge_boxes(working, model)
     else:
-        corners = _rank(_selective_search(working, settings))
+        corners = _rank(_selective_search(working, settings.method))
     scale = np.array([width / working.shape[1], height / working.shape[0]] * 2)
     boxes = np.clip(corners * scale, 0, [width, height, width, height]).astype(np.float32)
-    shortest = max(settings.min_size * max(height, width), np.finfo(np.float32).tiny)
+    shortest = max(MIN_SIZE * max(height, width), np.finfo(np.float32).tiny)
     boxes = boxes[(boxes[:, 2:] - boxes[:, :2]).min(1) >= shortest]
     if not len(boxes):
         return np.array([[0, 0, width, height]], np.float32)
-    return _unique(boxes)[: settings.limit]
+    return _unique(boxes)[:MOST]
 
 
 def _working_image(image: np.ndarray, side: int | None) -> np.ndarray:
@@ -126,14 +100,14 @@ def _working_image(image: np.ndarray, side: int | None) -> np.ndarray:
     return cv2.resize(bgr, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
 
 
-def _selective_search(image: np.ndarray, settings: ProposalSettings) -> np.ndarray:
+def _selective_search(image: np.ndarray, method: str) -> np.ndarray:
     """(R, 4) int corners of the regions that selective search merges, in no particular order."""
     search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
     search.setBaseImage(image)
-    if settings.method == "selective-search-quality":
-        search.switchToSelectiveSearchQuality(settings.scale, settings.scale)
+    if method == "selective-search-quality":
+        search.switchToSelectiveSearchQuality(SCALE, SCALE)
     else:
-        search.switchToSelectiveSearchFast(settings.scale, settings.scale)
+        search.switchToSelectiveSearchFast(SCALE, SCALE)
     return _corners(search.process())
 
 
@@ -156,13 +130,13 @@ def _rank(corners: np.ndarray) -> np.ndarray:
     return np.concatenate([corners[~repeated], corners[repeated]])
 
 
-def _edge_boxes(image: np.ndarray, settings: ProposalSettings) -> np.ndarray:
+def _edge_boxes(image: np.ndarray, model: Path | None) -> np.ndarray:
     """(R, 4) int corners of edge boxes, by descending score."""
     if min(image.shape[:2]) < 16:  # no room for edges inside a box; OpenCV's integral images are not made for it
         return np.zeros((0, 4), np.int64)
-    edges, orientation = _structured_edges(image, settings.model) if settings.model else _gradient_edges(image)
-    smallest = max(settings.min_size * max(image.shape[:2]), 10.0)  # below, there are many boxes and no objects
-    search = cv2.ximgproc.createEdgeBoxes(maxBoxes=settings.limit, minBoxArea=smallest**2)
+    edges, orientation = _structured_edges(image, model) if model else _gradient_edges(image)
+    smallest = max(MIN_SIZE * max(image.shape[:2]), 10.0)  # below, there are many boxes and no objects
+    search = cv2.ximgproc.createEdgeBoxes(maxBoxes=MOST, minBoxArea=smallest**2)
     boxes, values = search.getBoundingBoxes(edges, orientation)
     corners = _corners(boxes)
     scores = np.asarray(values, np.float64).reshape(-1)[: len(corners)]
@@ -175,7 +149,7 @@ def _structured_edges(image: np.ndarray, model: Path) -> tuple[np.ndarray, np.nd
     try:
         detector = cv2.ximgproc.createStructuredEdgeDetection(str(model))
     except cv2.error as error:
-        raise InputError(f"{model}: not a structured-edge model of OpenCV ({_line(error)})") from error
+        raise InputError(f"{model}: not a structured-edge model of OpenCV ({reason(error)})") from error
     edges = detector.detectEdges(np.ascontiguousarray(image[:, :, ::-1]).astype(np.float32) / 255)
     orientation = detector.computeOrientation(edges)
     return detector.edgesNms(edges, orientation), orientation
@@ -256,10 +230,11 @@ class Proposals(Mapping[str, np.ndarray]):
 
 def compute_proposals(
     images: Sequence[TaggedImage],
-    settings: ProposalSettings,
+    settings: Settings,
     cache: Path,
     workers: int | None = None,
     progress: bool = False,
+    model: Path | None = None,
 ) -> Proposals:
     """The proposals of every image that can be read; those already in the cache are not computed again.
 
@@ -269,7 +244,7 @@ def compute_proposals(
 
     Args:
         images: the photographs.
-        settings: how the proposals are computed.
+        settings, model: as `propose` takes them.
         cache: folder of the cache; made if it does not exist.
         workers: processes; None for one per usable core, 1 to compute in this process.
         progress: show a bar with the time left on standard error.
@@ -281,22 +256,21 @@ def compute_proposals(
     Raises:
         InputError: the cache cannot be written, or a worker process died.
     """
-    folder = _prepare(cache, settings)
+    folder = _prepare(cache, settings, model)
     count = workers or _usable_cores()
     hashed = hash_files([image.path for image in images], count)
     targets = {path: folder / key[:2] / f"{key}.npy" for path, key in hashed.items() if not isinstance(key, Exception)}
     failures = {path: str(error) for path, error in hashed.items() if isinstance(error, Exception)}
     missing = {target: path for path, target in targets.items() if _load(target) is None}  # alike files: only once
     damaged = [f"{target} was damaged; the proposals were computed again" for target in missing if target.is_file()]
-    results = _run_all(list(missing.values()), settings, count)
-    with _bar(progress, len(missing)) as advance, contextlib.closing(results):
-        for path, result in results:
+    results = _run_all(list(missing.values()), partial(_compute, settings, model), count)
+    with contextlib.closing(results):
+        for path, result in _tracked(results, len(missing)) if progress and missing else results:
             if isinstance(result, np.ndarray):
                 write_array(targets[path], result, "free some space or name another cache, then run again")
             else:
                 alike = [twin for twin, target in targets.items() if target == targets[path]]
                 failures.update({twin: result.replace(str(path), str(twin)) for twin in alike})
-            advance()
     found = {image.id: targets[image.path] for image in images if image.path not in failures}
     skipped = [failures[image.path] for image in images if image.path in failures]
     notes = brief(damaged, "cached files were damaged") + brief(skipped, "images have no proposals")
@@ -308,10 +282,18 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "labelpenet" / "proposals"
 
 
-def _prepare(cache: Path, settings: ProposalSettings) -> Path:
+def _prepare(cache: Path, settings: Settings, model: Path | None) -> Path:
     """The cache's folder for these settings, with the settings as JSON."""
-    key = {**asdict(settings), "version": _VERSION, "opencv": cv2.__version__}
-    key["model"] = None if settings.model is None else hash_file(settings.model)
+    if model is not None and not model.is_file():
+        raise InputError(f"{model}: no such structured-edge model; give OpenCV's model.yml.gz, or none")
+    key: dict[str, Any] = {
+        "method": settings.method,
+        "side": settings.side,
+        "scale": SCALE,
+        "limit": MOST,
+        "min_size": MIN_SIZE,
+    }
+    key |= {"model": model and hash_file(model), "version": _VERSION, "opencv": cv2.__version__}
     text = json.dumps(key, indent=1, sort_keys=True)
     folder = cache / f"{settings.method}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
     described = folder / "settings.json"
@@ -327,23 +309,23 @@ def _load(path: Path) -> np.ndarray | None:
     return boxes if whole else None
 
 
-def _compute(path: Path, settings: ProposalSettings) -> np.ndarray | str:
+def _compute(settings: Settings, model: Path | None, path: Path) -> np.ndarray | str:
     """The proposals of an image file, or one line that says why there are none."""
     try:
-        return propose(read_image(path), settings)
+        return propose(read_image(path), settings, model)
     except InputError as error:
-        return _line(error)
+        return str(error)
     except (cv2.error, MemoryError) as error:
-        return f"{path}: no proposals could be computed ({_line(error)}); replace or remove it"
+        return f"{path}: no proposals could be computed ({reason(error)}); replace or remove it"
 
 
 def _run_all(
-    paths: Sequence[Path], settings: ProposalSettings, workers: int
+    paths: Sequence[Path], compute: Callable[[Path], np.ndarray | str], workers: int
 ) -> Generator[tuple[Path, np.ndarray | str]]:
-    """Path and result of `_compute`, in the order in which they are ready."""
+    """Path and result of each, in the order in which they are ready."""
     if min(workers, len(paths)) <= 1:
         for path in paths:
-            yield path, _compute(path, settings)
+            yield path, compute(path)
         return
     pool = ProcessPoolExecutor(min(workers, len(paths)), get_context("spawn"), _start_worker)
     queue = iter(paths)
@@ -352,7 +334,7 @@ def _run_all(
         while True:
             # Two tasks per process keep it busy; no more are handed out, so that little is lost on an interruption.
             for path in itertools.islice(queue, 2 * workers - len(running)):
-                running[pool.submit(_compute, path, settings)] = path
+                running[pool.submit(compute, path)] = path
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -396,109 +378,9 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@contextlib.contextmanager
-def _bar(show: bool, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar on standard error; gives the function that moves it on by one image."""
-    if not show or not total:
-        yield lambda: None
-        return
+def _tracked(results: Iterable[T], total: int) -> Iterable[T]:
+    """The results, with a bar on standard error that has the time left."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import track
 
-    columns = (TextColumn("proposals"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("proposals", total=total)
-        yield lambda: bar.advance(task)
-
-
-def _line(error: BaseException) -> str:
-    """An exception's text on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def recall(
-    proposals: Mapping[str, np.ndarray],
-    truths: Mapping[str, Truth],
-    classes: Sequence[str],
-    counts: Sequence[int] = (100, 300, 1000, 2000),
-) -> dict[str, Any]:
-    """How well the proposals cover the true objects, as a function of their number.
-
-    Args:
-        proposals: by image id, (R, 4) pixels, best first. An image without an entry has none: its objects are missed.
-        truths: by image id; difficult objects and crowds do not count.
-        classes: names of the C classes, in label order.
-        counts: numbers of proposals per image, from the best on; an image that has fewer gives all of its own.
-
-    Returns:
-        ``{"images": .., "objects": {class: number}, "rows": [..]}`` with one row for each count: ``{"count", "boxes"
-        (mean number used per image), "recall@0.5", "recall@0.7", "ABO" (average best overlap), "per_class": {class:
-        {"recall@0.5", "recall@0.7", "ABO"}}}``, fractions in [0, 1]. A row's figures are the means over the classes
-        that have objects; without any they are NaN.
-    """
-    best: list[list[np.ndarray]] = [[] for _ in classes]  # for each class and image (number of counts, G)
-    used = np.zeros(len(counts))
-    for image_id, truth in truths.items():
-        boxes = proposals.get(image_id, np.zeros((0, 4), np.float32))
-        used += np.minimum(counts, len(boxes))
-        valid = ~(truth.difficult | truth.crowd).numpy()
-        objects, labels = truth.instances.boxes.numpy()[valid], truth.instances.labels.numpy()[valid]
-        overlap = pairwise_iou(boxes, objects)
-        top = np.stack([overlap[:count].max(0, initial=0.0) for count in counts])
-        for label in np.unique(labels):
-            best[label].append(top[:, labels == label])
-    overlaps = {name: np.concatenate(parts, 1) for name, parts in zip(classes, best, strict=True) if parts}
-    rows = []
-    for i, count in enumerate(counts):
-        per_class = {name: _coverage(values[i]) for name, values in overlaps.items()}
-        mean = {key: _mean([row[key] for row in per_class.values()]) for key in ("recall@0.5", "recall@0.7", "ABO")}
-        rows.append({"count": count, "boxes": used[i] / max(len(truths), 1), **mean, "per_class": per_class})
-    objects_of = {name: overlaps[name].shape[1] if name in overlaps else 0 for name in classes}
-    return {"images": len(truths), "objects": objects_of, "rows": rows}
-
-
-def pairwise_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """(R, G) intersection over union of (R, 4) and (G, 4) half-open boxes; 0 where the union is empty."""
-    low = np.maximum(first[:, None, :2], second[None, :, :2])
-    high = np.minimum(first[:, None, 2:], second[None, :, 2:])
-    intersection = np.clip(high - low, 0, None).prod(2)
-    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(1) for boxes in (first, second)]
-    union = areas[0][:, None] + areas[1][None, :] - intersection
-    return np.divide(intersection, union, out=np.zeros_like(intersection), where=union > 0)
-
-
-def _coverage(best: np.ndarray) -> dict[str, float]:
-    """The figures of one class from the best overlap of each of its (G,) objects."""
-    return {
-        "recall@0.5": float((best >= 0.5).mean()),
-        "recall@0.7": float((best >= 0.7).mean()),
-        "ABO": float(best.mean()),
-    }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else float("nan")
-
-
-def recall_table(result: Mapping[str, Any]) -> str:
-    """What `recall` returns as text: a line per class (``recall@0.5 recall@0.7 ABO`` for each count) and their mean."""
-    rows = result["rows"]
-    head = "".join(f"{'first ' + str(row['count']) + ' (' + format(row['boxes'], '.0f') + ')':>24}" for row in rows)
-    lines = [f"proposals of {result['images']} images, in brackets how many there are on average", f"{'':24}{head}"]
-    lines.append(f"{'class':16}{'objects':>8}" + f"{'R@0.5':>10}{'R@0.7':>7}{'ABO':>7}" * len(rows))
-    for name, number in result["objects"].items():
-        figures = "".join(_cells(row["per_class"][name]) for row in rows) if number else "  no objects"
-        lines.append(f"{name:16}{number:8}{figures}")
-    lines.append(f"{'mean':16}{sum(result['objects'].values()):8}" + "".join(_cells(row) for row in rows))
-    return "\n".join(lines)
-
-
-def _cells(figures: Mapping[str, Any]) -> str:
-    return f"{figures['recall@0.5']:10.3f}{figures['recall@0.7']:7.3f}{figures['ABO']:7.3f}"
+    return track(results, "proposals", total=total, console=Console(stderr=True))

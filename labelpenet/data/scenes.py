@@ -11,7 +11,6 @@ Shape letters: ``H, W`` height and width of an image; ``P`` its objects.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from xml.sax.saxutils import escape
 import numpy as np
 from PIL import Image
 
-from labelpenet.data.files import locked
+from labelpenet.data.files import whole_folder
 from labelpenet.data.images import voc_palette
 from labelpenet.errors import InputError
 
@@ -107,28 +106,10 @@ def write_scenes(
             return out / year
         if not out.is_dir() or any(out.iterdir()):
             raise InputError(f"{out}: already holds something else; choose another folder or remove it")
-    try:
-        made = unfinished(out)
-        made.mkdir(parents=True, exist_ok=True)
-        with locked(made) as free:
-            if not free:
-                raise InputError(f"{out}: another process is writing it; wait until it ends or choose another folder")
-            try:
-                for left in made.iterdir():  # by a process that was killed
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
-                _write_kit(made / year, {"train": train, "val": val}, size, seed)
-                (made / "scenes.json").write_text(json.dumps(settings))
-                made.replace(out)  # an empty folder may be replaced
-            finally:
-                shutil.rmtree(made, ignore_errors=True)  # gone already unless something failed
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror}); make room or choose another folder") from error
+    with whole_folder(out) as made:
+        _write_kit(made / year, {"train": train, "val": val}, size, seed)
+        (made / "scenes.json").write_text(json.dumps(settings))
     return out / year
-
-
-def unfinished(out: Path) -> Path:
-    """The folder in which `write_scenes` works until all is there."""
-    return out.with_name(f".{out.name}.tmp")
 
 
 # ---------------------------------------------------------------------------------------------------------- the parts

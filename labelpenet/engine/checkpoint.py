@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from labelpenet.data.files import write_bytes
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, reason
 
 KEPT = 2
 _NAME = re.compile(r"step-(\d+)\.pt")
@@ -77,8 +77,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
             return _read(path), notes
         # A damaged file may make the reader raise almost anything; each means that this file is of no use.
         except Exception as error:
-            reason = str(error).strip().split("\n")[0][:120] or type(error).__name__
-            notes.append(f"{path} is damaged ({reason}); going back to the checkpoint before it")
+            notes.append(f"{path} is damaged ({reason(error)}); going back to the checkpoint before it")
     if paths:
         raise InputError(f"every checkpoint in {folder} is damaged; delete the folder to train this stage again")
     return None, notes

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, reason
 
 T = TypeVar("T")
 S = TypeVar("S")
@@ -63,8 +63,7 @@ def build_fabric(device: str = "auto", devices: int = 1, nodes: int = 1, precisi
         fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes, precision=precision)  # type: ignore[arg-type]
         fabric.launch()
     except (RuntimeError, ValueError) as error:  # among them Lightning's own about Slurm's and torchrun's settings
-        line = " ".join(str(error).split())
-        raise InputError(f"--devices {devices} --nodes {nodes} cannot be started ({line})") from error
+        raise InputError(f"--devices {devices} --nodes {nodes} cannot be started ({reason(error)})") from error
     if fabric.world_size > 1:
         atexit.register(_leave)
     return fabric

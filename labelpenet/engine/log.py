@@ -22,7 +22,7 @@ import torch
 from labelpenet.data import run_folder
 from labelpenet.data.files import write_json, write_text
 from labelpenet.engine.checkpoint import git_revision, versions
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, reason
 
 Row = dict[str, Any]
 
@@ -190,6 +190,10 @@ class Progress:
             self._log(f"{self._stage} {step}/{self._steps}: {line}")
 
 
+def silent(message: str) -> None:
+    """Takes what the processes other than the first would say."""
+
+
 def describe(row: Mapping[str, Any]) -> str:
     """A row of metrics as a reader wants it: losses, speed, share of time spent waiting for data, memory."""
     losses = {key.removeprefix("loss/"): value for key, value in row.items() if key.startswith("loss/")}
@@ -267,4 +271,4 @@ def _finite(value: Any) -> Any:
 
 
 def _unwritable(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path}: cannot be written ({error.strerror or error}); {_REMEDY}")
+    return InputError(f"{path}: cannot be written ({reason(error)}); {_REMEDY}")

@@ -4,56 +4,37 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from labelpenet.config import Schedule
 from labelpenet.errors import InputError
 
 if TYPE_CHECKING:
     from labelpenet.engine.log import MetricsLog
 
 
-@dataclass(frozen=True)
-class Optimiser:
-    """How a stage's parameters are moved; the defaults are the paper's for pre-training (4.2).
+def learning_rate(schedule: Schedule, step: int) -> float:
+    """The learning rate of a step (the first is 0)."""
+    factor = 1.0
+    for share, value in sorted(schedule.decay):
+        if step >= round(schedule.steps * share):
+            factor = value
+    return schedule.lr * factor * min(1.0, (step + 1) / (schedule.warmup + 1))
 
-    Attributes:
-        lr: learning rate for the whole batch; scale it with `Stage.batch_size`, not with the number of processes.
-        kind: ``sgd``, ``adam`` or ``adamw``.
-        momentum: of SGD.
-        weight_decay: L2 (``sgd``, ``adam``) or decoupled (``adamw``).
-        milestones: (step, factor) pairs: from this step on the learning rate is ``lr * factor``.
-        warmup: number of steps over which the learning rate rises linearly to its value.
-        clip: largest norm of all gradients together; None leaves them.
-    """
 
-    lr: float = 1e-3
-    kind: Literal["sgd", "adam", "adamw"] = "sgd"
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    milestones: tuple[tuple[int, float], ...] = ()
-    warmup: int = 0
-    clip: float | None = None
-
-    def rate(self, step: int) -> float:
-        """The learning rate of a step (the first is 0)."""
-        factor = 1.0
-        for start, value in sorted(self.milestones):
-            if step >= start:
-                factor = value
-        return self.lr * factor * min(1.0, (step + 1) / (self.warmup + 1))
-
-    def build(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimiser over the parameters."""
-        if self.kind == "sgd":
-            return torch.optim.SGD(parameters, self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-        kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-        if self.kind not in kinds:
-            raise InputError(f"unknown optimiser {self.kind!r}; known are sgd, adam and adamw")
-        return kinds[self.kind](parameters, self.lr, weight_decay=self.weight_decay)
+def build_optimiser(schedule: Schedule, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """The schedule's optimiser over the parameters."""
+    decay = schedule.weight_decay
+    if schedule.kind == "sgd":
+        return torch.optim.SGD(parameters, schedule.lr, momentum=schedule.momentum, weight_decay=decay)
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    if schedule.kind not in kinds:
+        raise InputError(f"unknown optimiser {schedule.kind!r}; known are sgd, adam and adamw")
+    return kinds[schedule.kind](parameters, schedule.lr, weight_decay=decay)
 
 
 @dataclass
@@ -63,15 +44,13 @@ class Stage:
     Attributes:
         name: unique within the run, usable as a folder name.
         module: what is trained (its parameters with ``requires_grad``) and saved (its whole ``state_dict``).
-        steps: number of optimiser steps.
+        schedule: how long and how its parameters are moved.
         images: the name of each training image, by index.
         loss: ``loss(batch, step)`` gives the named terms, each a mean over the images of the pass; their sum is
             minimised. ``batch`` is what `load` returned, or the list of image indices where there is no `load`. Terms
             may be absent. Random numbers are to come from torch's, numpy's or Python's global generators, seeded before
             every call.
-        batch_size: images per optimiser step, over all processes.
         images_per_pass: images that `loss` gets at a time.
-        optimiser: see `Optimiser`.
         load: ``load(indices, generator)`` reads and augments the images of a pass ahead of time, in a thread; all its
             random numbers must come from ``generator``. An `InputError` skips the step.
         workers: threads that `load`.
@@ -90,12 +69,10 @@ class Stage:
 
     name: str
     module: nn.Module
-    steps: int
+    schedule: Schedule
     images: Sequence[str]
     loss: Callable[[Any, int], Mapping[str, Tensor]]
-    batch_size: int = 2
     images_per_pass: int = 1
-    optimiser: Optimiser = field(default_factory=Optimiser)
     load: Callable[[list[int], torch.Generator], Any] | None = None
     workers: int = 2
     repeat: int = 1
@@ -105,6 +82,16 @@ class Stage:
     observe_minutes: float = 5.0
     guard: Callable[[], tuple[dict[str, float], str | None]] | None = None
     guard_steps: int = 100
+
+    @property
+    def steps(self) -> int:
+        """Number of optimiser steps."""
+        return self.schedule.steps
+
+    @property
+    def batch_size(self) -> int:
+        """Images per optimiser step, over all processes."""
+        return self.schedule.batch_size
 
     def check(self, world: int) -> None:
         """Refuses what ``world`` processes cannot train.
@@ -123,15 +110,18 @@ class Stage:
 
     def facts(self, seed: int, precision: str) -> dict[str, Any]:
         """What decides the result, besides the module, the loss and the images' content."""
+        optimiser = asdict(self.schedule)
+        steps, size, decay = (optimiser.pop(name) for name in ("steps", "batch_size", "decay"))
+        optimiser["milestones"] = [(round(steps * share), factor) for share, factor in decay]
         names = hashlib.blake2b("\0".join(self.images).encode(), digest_size=4).hexdigest()
         return {
             "name": self.name,
-            "steps": self.steps,
+            "steps": steps,
             "images": f"{len(self.images)} ({names})",
-            "batch_size": self.batch_size,
+            "batch_size": size,
             "images_per_pass": self.images_per_pass,
             "repeat": self.repeat,
-            "optimiser": asdict(self.optimiser),
+            "optimiser": optimiser,
             "ema": self.ema,
             "seed": seed,
             "precision": precision,

@@ -30,9 +30,9 @@ from labelpenet.engine.checkpoint import (
     versions,
 )
 from labelpenet.engine.distributed import Machine
-from labelpenet.engine.log import MetricsLog, Progress, Row, memory_mb, write_environment
+from labelpenet.engine.log import MetricsLog, Progress, Row, memory_mb, silent, write_environment
 from labelpenet.engine.sampler import Pass, Sampler, seed_step
-from labelpenet.engine.stage import Stage
+from labelpenet.engine.stage import Stage, build_optimiser, learning_rate
 from labelpenet.errors import InputError
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def train_stage(
     """
     trainer = _Trainer(stage, Path(run_dir), seed, config or {}, Machine(fabric), log_every)
     notes = trainer.restore(resume)
-    with Progress(stage.name, stage.steps, trainer.step, _silent if trainer.machine.rank else log) as progress:
+    with Progress(stage.name, stage.steps, trainer.step, silent if trainer.machine.rank else log) as progress:
         for note in notes:
             progress.say(note)
         if trainer.step < stage.steps:
@@ -115,7 +115,7 @@ class _Trainer:
         self.config = plain({"run": config, "stage": stage.facts(seed, machine.precision)})
         stage.module.to(machine.device)
         self.parameters = [p for p in stage.module.parameters() if p.requires_grad]
-        self.optimiser = stage.optimiser.build(self.parameters)
+        self.optimiser = build_optimiser(stage.schedule, self.parameters)
         trained = {id(p) for p in self.parameters}
         named = {name: p.detach() for name, p in stage.module.named_parameters() if id(p) in trained}
         taught = {} if stage.teacher is None else dict(stage.teacher.to(machine.device).named_parameters())
@@ -328,7 +328,7 @@ class _Trainer:
         """
         if not used:
             return 0.0
-        machine, step, options = self.machine, self.step, self.stage.optimiser
+        machine, step, schedule = self.machine, self.step, self.stage.schedule
         for parameter in used:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -337,10 +337,10 @@ class _Trainer:
         total = torch.nn.utils.get_total_norm([p.grad for p in used if p.grad is not None])
         norm = float(total)
         if math.isfinite(norm):
-            if options.clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(used, options.clip, total)
+            if schedule.clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(used, schedule.clip, total)
             for group in self.optimiser.param_groups:
-                group["lr"] = options.rate(step)
+                group["lr"] = learning_rate(schedule, step)
         if math.isfinite(norm) or machine.scaler.is_enabled():
             machine.scaler.step(self.optimiser)  # which moves nothing where it finds an overflow
             machine.scaler.update()
@@ -404,7 +404,7 @@ class _Trainer:
             return
         learnt = window.pop("steps", 0.0)
         row: Row = {"step": self.step} | {key: window[key] / learnt for key in sorted(window)}
-        row["lr"] = self.stage.optimiser.rate(self.step - 1)
+        row["lr"] = learning_rate(self.stage.schedule, self.step - 1)
         row["images_per_s"] = round(clock["steps"] * self.stage.batch_size / max(clock["seconds"], 1e-9), 3)
         row["data_s"] = round(clock["waited"] / max(clock["steps"], 1), 5)
         row["memory_mb"] = memory_mb(self.machine.device)
@@ -459,7 +459,3 @@ def _hopeless(name: str, step: int, in_a_row: int, outcome: _Outcome) -> str:
 def _add(sums: dict[str, float], more: Mapping[str, float]) -> None:
     for key, value in more.items():
         sums[key] = sums.get(key, 0.0) + value
-
-
-def _silent(message: str) -> None:
-    """Takes what the processes other than the first would say."""

@@ -1,8 +1,9 @@
 """`predictions.json`: what a model found, as the COCO results list together with its categories and images.
 
 ``{"images": [{"id", "file_name", "width", "height"}], "categories": [{"id", "name"}], "annotations": [{"id",
-"image_id", "category_id", "bbox": [x, y, width, height], "score", "segmentation", "area", "iscrowd"}]}``. Reading also
-takes the bare list of a COCO results file, and a COCO annotation file.
+"image_id", "category_id", "bbox": [x, y, width, height], "score", "segmentation", "area", "iscrowd"}]}``. A run's
+``instances/moduleK.json`` is one, too; there each image has its id in the data set as ``image`` and the whole a
+``checksum``. Reading also takes the bare list of a COCO results file, and a COCO annotation file.
 
 Shape letters: ``N`` instances, ``C`` classes.
 """
@@ -56,25 +57,51 @@ def write_predictions(
     ids = range(1, len(classes) + 1) if category_ids is None else category_ids
     if len(set(ids)) != len(classes):
         raise ValueError(f"category_ids must be {len(classes)} different numbers, but got {list(ids)}")
-    by_id = {image.id: image for image in images}
+    known = {image.id for image in images}
+    pairs = predictions.items() if isinstance(predictions, Mapping) else predictions
+
+    def rows() -> Iterator[tuple[str, tuple[int, int], list[dict[str, Any]]]]:
+        for name, instances in pairs:
+            if name not in known:
+                raise ValueError(f"prediction for {name!r}, which is not among the {len(known)} images")
+            yield name, instances.image_size, instances.to_coco(0, list(ids))
+
+    return write_text(Path(path), coco_text(rows(), images, classes, ids))
+
+
+def coco_text(
+    found: Iterable[tuple[str, tuple[int, int], list[dict[str, Any]]]],
+    images: Sequence[TaggedImage],
+    classes: Sequence[str],
+    category_ids: Iterable[int],
+    with_ids: bool = False,
+) -> str:
+    """The text of a predictions file, a line for each image, category and instance.
+
+    Args:
+        found: image id, (H, W) and rows of COCO's results list, whose ``image_id`` does not matter.
+        images: the photographs; classes: names of the C classes; category_ids: (C,) the ids of the rows.
+        with_ids: each image has its id in the data set, too, as ``image``.
+
+    Raises:
+        InputError: a score or box is not finite.
+    """
     numbers, files = image_numbers(images), file_names(images)
     entries: list[str] = []
-    rows: list[str] = []
-    for name, instances in predictions.items() if isinstance(predictions, Mapping) else predictions:
-        if name not in by_id:
-            raise ValueError(f"prediction for {name!r}, which is not among the {len(by_id)} images")
-        height, width = instances.image_size
+    annotations: list[str] = []
+    for name, (height, width), rows in found:
         entry = {"id": numbers[name], "file_name": files[name], "width": width, "height": height}
-        entries.append(json.dumps(entry))
+        entries.append(json.dumps({**entry, "image": name} if with_ids else entry))
         try:
-            for row in instances.to_coco(numbers[name], list(ids)):
-                rows.append(json.dumps({"id": len(rows) + 1, **coco_annotation(row)}, allow_nan=False))
+            for row in rows:
+                whole = {"id": len(annotations) + 1, **coco_annotation(row), "image_id": numbers[name]}
+                annotations.append(json.dumps(whole, allow_nan=False))
         except ValueError as error:
             raise InputError(f"{name}: a score or box is NaN or infinite; remove it") from error
-    categories = [json.dumps({"id": i, "name": name}) for i, name in zip(ids, classes, strict=True)]
-    parts = {"images": entries, "categories": categories, "annotations": rows}
+    categories = [json.dumps({"id": i, "name": name}) for i, name in zip(category_ids, classes, strict=True)]
+    parts = {"images": entries, "categories": categories, "annotations": annotations}
     lists = [f'"{key}": [\n' + ",\n".join(lines) + "\n]" for key, lines in parts.items()]
-    return write_text(Path(path), "{\n" + ",\n".join(lists) + "\n}\n")
+    return "{\n" + ",\n".join(lists) + "\n}\n"
 
 
 def coco_annotation(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import listing, read_json, write_text
 from labelpenet.errors import InputError
-from labelpenet.formats.predictions import file_name, image_numbers
+from labelpenet.formats.predictions import coco_annotation, file_name, image_numbers
 from labelpenet.instances import Instances
 
 Status = Literal["accepted", "rejected", "dropped", "open"]
@@ -81,10 +81,8 @@ def write_review(
             }
         )
         for row in one.rows:
-            area = float(row["bbox"][2] * row["bbox"][3])
-            annotations.append(
-                {"area": area, **row, "id": len(annotations) + 1, "image_id": numbers[image.id], "iscrowd": 0}
-            )
+            numbered = {"id": len(annotations) + 1, "image_id": numbers[image.id]}
+            annotations.append({**coco_annotation(row), **numbered})
     categories = [{"id": number, "name": name} for number, name in enumerate(classes, 1)]
     content = {
         "info": {"description": KIND}, "images": entries, "categories": categories, "annotations": annotations

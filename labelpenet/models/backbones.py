@@ -1,4 +1,4 @@
-"""Backbones as plugs: a shared stem, and the tails and RoI heads that each module copies for itself (section 4.1).
+"""Backbones: a shared stem, and the tails and RoI heads that each module copies for itself (section 4.1).
 
 Shape letters: ``N`` images, ``R`` RoIs, ``D`` features of a RoI, ``H, W`` height and width in pixels.
 

@@ -37,11 +37,11 @@ def build_backbone(name: str, weights: Path | None = None, pretrained: bool = Tr
         return build_timm(name, weights, pretrained)
     if name not in BACKBONES:
         raise InputError(f"unknown backbone {name!r}; choose from {', '.join(BACKBONES)} and timm/NAME (any of timm's)")
-    build, plug = BACKBONES[name]
-    if weights is None and pretrained and plug.imagenet:
+    build, kind = BACKBONES[name]
+    if weights is None and pretrained and kind.imagenet:
         network = build(weights=None)
         network.load_state_dict(torchvision_weights(name))
-        backbone = plug(network)
+        backbone = kind(network)
         # torchvision's own weights expect ImageNet's mean and standard deviation
         backbone.mean, backbone.std = VGG16.mean, VGG16.std
     else:
@@ -49,7 +49,7 @@ def build_backbone(name: str, weights: Path | None = None, pretrained: bool = Tr
         if weights is not None:
             load_weights(network, weights, name)
         own_statistics = weights is not None and name == "mobilenet_v2" and not _is_folded(network)
-        backbone = plug(network)
+        backbone = kind(network)
         if own_statistics:
             backbone.mean, backbone.std = VGG16.mean, VGG16.std
         if weights is None:

@@ -25,7 +25,7 @@ from labelpenet.config import MODULES, Recipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
 from labelpenet.data.images import as_pixels, find_images
-from labelpenet.data.proposals import ProposalSettings, propose
+from labelpenet.data.proposals import propose
 from labelpenet.data.transforms import Batch, View, stack
 from labelpenet.errors import DamagedError, InputError
 from labelpenet.instances import Instances
@@ -143,7 +143,7 @@ class LabelPEnet(nn.Module):
 
     def proposals(self, image: np.ndarray) -> Tensor:
         """Selective-search proposals (R, 4) of a photograph, computed now, as the recipe wants them."""
-        return self.select(torch.from_numpy(propose(image, proposal_settings(self.recipe))), image.shape[:2])
+        return self.select(torch.from_numpy(propose(image, self.recipe.proposals)), image.shape[:2])
 
     def select(self, boxes: Tensor, size: tuple[int, ...]) -> Tensor:
         """Of precomputed proposals (R, 4) those that the recipe keeps, and the whole image as the first."""
@@ -201,7 +201,7 @@ class LabelPEnet(nn.Module):
         Args:
             image: an image file, (H, W, 3) uint8 RGB, a PIL image, or a list of them; a folder stands for the list of
                 its image files in order of name (`data.images.find_images`).
-            module: which of the four answers.
+            module: which of the four predicts.
             proposals: (R, 4) in pixels of the photograph; computed if the module needs them and they are not given.
 
         Returns:
@@ -225,9 +225,9 @@ class LabelPEnet(nn.Module):
         """As `predict`, for photographs that go through the network together."""
         self.require(module)
         batch = self.batch(images, None, self._proposed(images, module, proposals))
-        answering: Any = self.module(module)
-        found = [one for one, _ in answering.infer(batch, answering.settings.predict)]
-        if getattr(answering.settings, "vote", False):
+        predictor: Any = self.module(module)
+        found = [one for one, _ in predictor.infer(batch, predictor.settings.predict)]
+        if getattr(predictor.settings, "vote", False):
             found = self.vote(module, found, batch)
         return [one[one.weights.argsort(descending=True, stable=True)] for one in found]
 
@@ -360,12 +360,6 @@ def read_run(run: Path) -> dict[str, Any]:
     if not {"classes", "backbone", "recipe", "normalisation"} <= set(facts):
         raise InputError(f"{run_folder.facts(run)}: damaged (entries are missing); train again into a new folder")
     return facts
-
-
-def proposal_settings(recipe: Recipe) -> ProposalSettings:
-    """The recipe's choice in the words of the proposals' reader."""
-    choice = recipe.proposals
-    return ProposalSettings(method=choice.method, side=choice.side)  # type: ignore[arg-type]
 
 
 def _of_class(probabilities: Tensor, labels: Tensor) -> Tensor:

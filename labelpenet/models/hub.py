@@ -16,7 +16,7 @@ from torch import Tensor
 from labelpenet import config
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_json, read_tensors, write_json, write_tensors, write_text
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, reason
 from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import MODULES, LabelPEnet, read_run
 from labelpenet.models.student import KIND, Student, build_body, load
@@ -78,8 +78,7 @@ def from_pretrained(source: Path | str, device: str = "cpu") -> LabelPEnet | Stu
         state = read_tensors(folder / "model.safetensors")
         return (_student if facts.get("kind") == KIND else _cascade)(facts, state).to(device)
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{folder}: cannot be read ({line}); write or download it again") from error
+        raise InputError(f"{folder}: cannot be read ({reason(error)}); write or download it again") from error
 
 
 def _student(facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> Student:
@@ -170,8 +169,7 @@ def _upload(folder: Path, name: str) -> None:
         hub.create_repo(name, exist_ok=True)
         hub.upload_folder(repo_id=name, folder_path=folder)
     except Exception as error:  # no network, no permission, a bad name: the package has an exception for each
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{name}: cannot be uploaded ({line}); the folder {folder} is whole") from error
+        raise InputError(f"{name}: cannot be uploaded ({reason(error)}); the folder {folder} is whole") from error
 
 
 def _download(name: str) -> Path:
@@ -179,5 +177,4 @@ def _download(name: str) -> Path:
     try:
         return Path(hub.snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
     except Exception as error:  # as above
-        line = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{name}: no such folder, and no repository that can be read ({line})") from error
+        raise InputError(f"{name}: no such folder, and no repository that can be read ({reason(error)})") from error

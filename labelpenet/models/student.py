@@ -4,7 +4,7 @@ The network is torchvision's own, so that its weights load in torchvision alone 
 labels need while it learns: doubtful instances are neither object nor background, confidences weigh the losses, and
 RoIs that contradict the network too much are left out.
 
-Two forms of the same network: *plain*, with batch norms, is what is saved; *folded* is what trains and answers here: a
+Two forms of the same network: *plain*, with batch norms, is what is saved; *folded* is what trains and predicts here: a
 batch norm whose statistics stay as they are is part of the convolution before it, which saves its time.
 
 Shape letters: ``R`` RoIs, ``C`` foreground classes, ``N`` instances, ``M`` doubtful ones, ``h, w`` the network's input.
@@ -37,7 +37,7 @@ from labelpenet.config import StudentRecipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
 from labelpenet.data.images import read_image
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, reason
 from labelpenet.instances import Instances
 from labelpenet.models.build import BACKBONES, build_backbone
 from labelpenet.models.cascade import LabelPEnet, read_run
@@ -244,7 +244,7 @@ class Student(nn.Module):
             encoded = heads.box_coder.encode([target.boxes[matched]], [boxes])[0]
         return Rois(boxes, labels[chosen], weights[chosen], encoded, matched)
 
-    # -- answering ---------------------------------------------------------------------------------------------------
+    # -- predicting --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def predict(self, image: np.ndarray | str | Path, module: int = 4, proposals: Tensor | None = None) -> Instances:
@@ -252,7 +252,7 @@ class Student(nn.Module):
 
         Args:
             image: (H, W, 3) uint8 RGB, or an image file.
-            module, proposals: as `LabelPEnet.predict` takes them; a student answers as module 4 alone, without any.
+            module, proposals: as `LabelPEnet.predict` takes them; a student stands for module 4 alone, without any.
 
         Returns:
             `Instances` on the CPU, best first: scores in [0, 1] as weights, with masks.
@@ -300,8 +300,9 @@ class Student(nn.Module):
             state = read_tensors(path)
             student = cls(body, facts["classes"], recipe, facts["backbone"], facts["normalisation"], state)
         except Exception as error:
-            line = (str(error) or type(error).__name__).splitlines()[0]
-            raise InputError(f"{path}: does not fit this run ({line}); delete it and train with --resume") from error
+            raise InputError(
+                f"{path}: does not fit this run ({reason(error)}); delete it and train with --resume"
+            ) from error
         return student.to(device)
 
 
@@ -397,7 +398,7 @@ def build_body(
     """
     if name.startswith("timm/"):
         return _timm_body(name.removeprefix("timm/"), weights, pretrained)
-    plug = build_backbone(name, weights, pretrained)
+    backbone = build_backbone(name, weights, pretrained)
     build, kind = BACKBONES[name]
     network = build(weights=None)
     if weights is not None:
@@ -407,7 +408,7 @@ def build_body(
     body: Any = getattr(network, "features", network)
     if name == "mobilenet_v2":
         body = body[:-1]  # the last layer serves the classifier alone
-    return body, {"mean": plug.mean, "std": plug.std}
+    return body, {"mean": backbone.mean, "std": backbone.std}
 
 
 def _timm_body(name: str, weights: Path | None, pretrained: bool) -> tuple[nn.Module, dict[str, Sequence[float]]]:
@@ -418,9 +419,7 @@ def _timm_body(name: str, weights: Path | None, pretrained: bool) -> tuple[nn.Mo
     try:
         network = timm.create_model(name, pretrained=pretrained and weights is None)
     except (RuntimeError, OSError, ValueError) as error:
-        raise InputError(
-            f"timm/{name}: cannot be built ({str(error).splitlines()[0]}); see timm.list_models()"
-        ) from None
+        raise InputError(f"timm/{name}: cannot be built ({reason(error)}); see timm.list_models()") from None
     if weights is not None:
         load_weights(network, weights, f"timm/{name}")
     body = timm_features(name)

@@ -29,7 +29,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import FrozenBatchNorm2d
 
 from labelpenet.calibration.excitation import Residual
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, reason
 from labelpenet.models.backbones import Backbone, Part, SameConv2d, for_training, replace
 from labelpenet.models.weights import load_weights
 
@@ -57,9 +57,10 @@ def build_timm(name: str, weights: Path | None, pretrained: bool) -> Backbone:
     try:
         network = timm.create_model(short, pretrained=download, num_classes=0)
     except (OSError, RuntimeError, ValueError) as error:  # no network; an unknown tag
-        line = (str(error) or type(error).__name__).splitlines()[0]
         remedy = "give a file with --weights" if download else "check the name"
-        raise InputError(f"{name} could not be {'downloaded' if download else 'built'} ({line}); {remedy}") from error
+        raise InputError(
+            f"{name} could not be {'downloaded' if download else 'built'} ({reason(error)}); {remedy}"
+        ) from error
     if weights is not None:
         load_weights(network, weights, name)
     backbone = Staged(network, name)
@@ -95,10 +96,9 @@ class Staged(Backbone):
                 self._tail_channels = int(self._tail(self._cut.seen).shape[1])
                 self._features = int(self._end(F.adaptive_avg_pool2d(self._cut.features, 1)).shape[1])
         except Exception as error:  # timm has a thousand networks, and each may refuse in its own way
-            line = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(
-                f"{name} cannot be cut into stem and RoI head ({line}); choose a convolutional network with stages, "
-                "such as timm/tf_efficientnet_lite2, timm/mobilenetv3_large_100, timm/resnet50 or timm/convnext_tiny"
+                f"{name} cannot be cut into stem and RoI head ({reason(error)}); choose a convolutional "
+                "network with stages, such as timm/tf_efficientnet_lite2, timm/resnet50 or timm/convnext_tiny"
             ) from error
         self.stem = Part(
             nn.Sequential(PadToStride(), *copy.deepcopy(self._cut.before)), int(self._cut.seen.shape[1]), STRIDE

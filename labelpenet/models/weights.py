@@ -13,7 +13,7 @@ import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, reason
 
 
 def read_weights(path: Path, of: str) -> dict[str, Tensor]:
@@ -33,8 +33,8 @@ def read_weights(path: Path, of: str) -> dict[str, Tensor]:
     except Exception as error:  # a damaged file may make the reader raise almost anything
         # torch would have the user turn off the protection
         unsafe = "weights_only" in str(error).lower() or "weights only" in str(error).lower()
-        reason = "it holds more than tensors" if unsafe else (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path}: cannot be read as weights ({reason}); expected a state dict of {of}") from error
+        why = "it holds more than tensors" if unsafe else reason(error)
+        raise InputError(f"{path}: cannot be read as weights ({why}); expected a state dict of {of}") from error
     named = isinstance(state, Mapping) and all(isinstance(name, str) for name in state)
     tensors = named and all(isinstance(one, Tensor) for one in state.values())
     if not tensors or any(one.layout != torch.strided or one.is_meta or one.is_quantized for one in state.values()):
@@ -94,9 +94,8 @@ def torchvision_weights(name: str) -> dict[str, Tensor]:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), _published_hash(path))
     except (OSError, RuntimeError) as error:  # RuntimeError: of another hash
-        line = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"ImageNet weights of {name} could not be downloaded ({line}); give a file with --weights"
+            f"ImageNet weights of {name} could not be downloaded ({reason(error)}); give a file with --weights"
         ) from error
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()

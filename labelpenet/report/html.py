@@ -29,7 +29,6 @@ from labelpenet.report.plots import Curves, curves, loss_plot
 from labelpenet.report.strips import (
     MIN_SCORE,
     Panel,
-    ReadTruth,
     Source,
     Strip,
     choose_images,
@@ -116,10 +115,7 @@ def write_report(
     out: Path | str | None = None,
     data: TaggedImages | AnnotatedImages | None = None,
     held_out: TaggedImages | AnnotatedImages | None = None,
-    truth: ReadTruth | None = None,
-    held_out_truth: ReadTruth | None = None,
     images: int = 6,
-    device: str = "cpu",
 ) -> Path:
     """Writes the report of a run, finished or not: what is missing is named in it.
 
@@ -129,11 +125,9 @@ def write_report(
     Args:
         run: the run folder.
         out: the file to write; ``RUN/report.html`` if None.
-        data: the training photographs with their tags, held_out: others; each part is left out if None.
-        truth: reads the annotation of a training image, held_out_truth: of a held-out one, where `data` or `held_out`
-            is without annotation of its own. Only drawn and measured.
+        data: the training photographs with their tags, held_out: others; each part is left out if None. Annotation,
+            where they have it, is only drawn and measured.
         images: how many strips of each split, and how many worst images.
-        device: where the network infers.
 
     Returns:
         The path of the file.
@@ -143,13 +137,11 @@ def write_report(
     """
     run = Path(run)
     facts = gather(run)
-    network, problems = _network(run, facts, device)
+    network, problems = _network(run, facts)
     classes = tuple(facts.run["classes"])
     sources = []
-    for name, (given, read) in (
-        ("training", _split(data, truth)),
-        ("held-out", _split(held_out, held_out_truth)),
-    ):
+    for name, split in (("training", data), ("held-out", held_out)):
+        given, read = (split.tagged, split.read) if isinstance(split, AnnotatedImages) else (split, None)
         if given is None:
             problems.append(f"{name} images: the data was not given, so no photograph of them is shown")
         elif given.classes != classes:
@@ -235,7 +227,7 @@ def module_table(results: Mapping[str, Any]) -> ResultTable | None:
         return result_table(cascade_table({}, {STUDENT: val[STUDENT]}))
     before = results.get("uncalibrated")
     if isinstance(before, dict) and before:
-        train, val = ({"0": _one(before.get(split))} | of for split, of in (("train", train), ("val", val)))
+        train, val = ({"0": before.get(split) or {}} | of for split, of in (("train", train), ("val", val)))
         names["0"] = "1  multi-label classification, before calibration"
     order = [number for number in ("0", "1", "2", "3", "4") if number in names]
     table = cascade_table({k: train.get(k, {}) for k in order}, {k: val.get(k, {}) for k in order})
@@ -260,13 +252,6 @@ def _by_module(part: Any) -> dict[str, Any]:
     return {str(key): value for key, value in part.items() if isinstance(value, dict)} if isinstance(part, dict) else {}
 
 
-def _one(part: Any) -> dict[str, Any]:
-    """The result of module 1, given as it is or under its number."""
-    if not isinstance(part, dict):
-        return {}
-    return part["1"] if isinstance(part.get("1"), dict) else part
-
-
 def _optional(path: Path, what: str, missing: list[str]) -> dict[str, Any]:
     if not path.is_file():
         missing.append(f"{path.name} is not there: {what}")
@@ -282,20 +267,13 @@ def _optional(path: Path, what: str, missing: list[str]) -> dict[str, Any]:
     return content
 
 
-def _network(run: Path, facts: Facts, device: str) -> tuple[LabelPEnet | Student | None, list[str]]:
+def _network(run: Path, facts: Facts) -> tuple[LabelPEnet | Student | None, list[str]]:
     if not facts.trained:
         return None, []
     try:
-        return load(run, device), []
+        return load(run), []
     except InputError as error:
         return None, [str(error)]
-
-
-def _split(
-    given: TaggedImages | AnnotatedImages | None, read: ReadTruth | None
-) -> tuple[TaggedImages | None, ReadTruth | None]:
-    """The photographs and what reads their annotation."""
-    return (given.tagged, given.read) if isinstance(given, AnnotatedImages) else (given, read)
 
 
 def _labels(run: Path, facts: Facts, images: TaggedImages, problems: list[str]) -> dict[int, Mapping[str, Instances]]:
@@ -393,7 +371,6 @@ def _render(run: Path, facts: Facts, sections: Sequence[Section], problems: Sequ
         split=facts.results.get("split"),
         protocol=facts.results.get("protocol"),
         key_figures=_key_figures(facts),
-        minutes=_minutes(facts.results.get("minutes")),
         stages=[(one, Markup(loss_plot(one)), _stage_line(one)) for one in stages],
         labels=_label_counts(run, facts),
         sections=sections,
@@ -448,16 +425,6 @@ def _trained(facts: Facts) -> str:
     return f"{several} on {facts.run['backbone']}"
 
 
-def _minutes(part: Any) -> list[tuple[str, str]]:
-    """Minutes by what they were spent on, and their sum."""
-    if isinstance(part, (int, float)):
-        return [("all", f"{part:.1f}")]
-    known = {str(k): float(v) for k, v in part.items() if isinstance(v, (int, float))} if isinstance(part, dict) else {}
-    total = known.pop("total", sum(known.values()))
-    rows = [(name, f"{value:.1f}") for name, value in known.items()]
-    return [*rows, ("in all", f"{total:.1f}")] if rows or total else []
-
-
 def _stage_line(one: Curves) -> str:
     parts = [f"{int(one.steps[-1])} steps"]
     if one.last is not None:
@@ -483,7 +450,9 @@ def _label_counts(run: Path, facts: Facts) -> list[tuple[str, str, str, str]]:
 
 
 def flatten(content: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """A nested dictionary as (dotted name, value as text) pairs, in order."""
+    """Nested dictionaries, and lists of them (from 1), as (dotted name, value as text) pairs, in order."""
+    if isinstance(content, list) and any(isinstance(one, Mapping) for one in content):
+        content = dict(enumerate(content, 1))
     if isinstance(content, Mapping):
         return [
             pair for key, value in content.items() for pair in flatten(value, f"{prefix}.{key}" if prefix else str(key))
@@ -492,12 +461,11 @@ def flatten(content: Any, prefix: str = "") -> list[tuple[str, str]]:
 
 
 def _recipe_parts(recipe: Any) -> list[tuple[str, list[tuple[str, str]]]]:
-    """The parts of a recipe that are tables of their own, and what is left as the first one."""
-    if not isinstance(recipe, Mapping):
-        return []
-    single = [(str(key), _value(value)) for key, value in recipe.items() if not isinstance(value, Mapping)]
-    parts = [(str(key), flatten(value)) for key, value in recipe.items() if isinstance(value, Mapping)]
-    return [("general", single), *parts] if single else parts
+    """The parts of a recipe, each a table of its own."""
+    parts = dict(recipe) if isinstance(recipe, Mapping) else {}
+    modules = parts.pop("modules", None)
+    parts |= {f"module {number}": one for number, one in enumerate(modules if isinstance(modules, list) else [], 1)}
+    return [(str(key), flatten(value)) for key, value in parts.items() if isinstance(value, Mapping)]
 
 
 def _value(value: Any) -> str:

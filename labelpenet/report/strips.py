@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from labelpenet.calibration import Trace
-from labelpenet.calibration.calibrate import resize_masks as resize_masks_
-from labelpenet.calibration.calibrate import segment
+from labelpenet.calibration.calibrate import resize_masks, segment
 from labelpenet.data.dataset import TaggedImage, TaggedImages, Truth
 from labelpenet.data.images import read_image
+from labelpenet.data.transforms import View
 from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou, mask_iou, record
 from labelpenet.instances import Instances
@@ -190,29 +190,17 @@ def make_short_strip(source: Source, image: TaggedImage, number: int, overlap: f
     return Strip(image.id, names, (PanelRow("", tuple(panels), wide=True),), f"mean best IoU {overlap:.2f}")
 
 
-def resize_instances(instances: Instances, size: tuple[int, int]) -> Instances:
-    """The same instances, on the CPU, on an image of ``size`` (H, W)."""
-    height, width = instances.image_size
-    factor = torch.tensor([size[1] / width, size[0] / height] * 2)
-    one = instances.to("cpu")
-    masks = None if one.masks is None else resize_masks(one.masks, size)
-    return Instances(one.boxes * factor, one.labels, one.weights.float(), size, masks)
-
-
-def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, H, W) bool masks resized to the nearest pixel: (N, *size) bool on the CPU."""
-    resized = torch.zeros(len(masks), *size, dtype=torch.bool)
-    for index, mask in enumerate(masks.cpu().numpy().astype(np.uint8)):
-        small = cv2.resize(mask, (size[1], size[0]), interpolation=cv2.INTER_NEAREST_EXACT)
-        resized[index] = torch.from_numpy(small.astype(bool))
-    return resized
-
-
 def _canvas(photograph: np.ndarray, side: int) -> np.ndarray:
     height, width = photograph.shape[:2]
     factor = side / max(height, width)
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
     return cv2.resize(photograph, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
+
+
+def _on_canvas(found: Instances, canvas: np.ndarray) -> Instances:
+    """The instances of a photograph, on the CPU, in pixels of its small picture (h, w, 3)."""
+    (height, width), (h, w) = found.image_size, canvas.shape[:2]
+    return View(torch.empty(1, 0, h, w), (w / width, h / height)).instances(found)
 
 
 def _proposals_panel(canvas: np.ndarray, photograph: np.ndarray, proposals: Tensor) -> Panel:
@@ -241,11 +229,9 @@ def _map_rows(source: Source, canvas: np.ndarray, found: Instances, trace: Trace
         return []
     settings = replace(source.network.recipe.modules[0].label, iterations=0)
     blank = np.zeros((*trace.confidence.shape[-2:], 3), np.uint8)  # without iterations the CRF's image is not looked at
-    size = (canvas.shape[0], canvas.shape[1])
-    before = resize_masks(
-        resize_masks_(segment(blank, trace.confidence, settings, trace.attention), found.image_size), size
-    )
-    after = resize_masks(found.masks, size)
+    rough = resize_masks(segment(blank, trace.confidence, settings, trace.attention), found.image_size)
+    before, after = (_on_canvas(one, canvas).masks for one in (replace(found, masks=rough), found))
+    assert before is not None and after is not None
     shown = [
         index
         for index in range(min(len(found), _MAPPED))
@@ -268,7 +254,6 @@ def _map_rows(source: Source, canvas: np.ndarray, found: Instances, trace: Trace
 def _module_panels(
     source: Source, canvas: np.ndarray, image: TaggedImage, results: Mapping[int, Instances]
 ) -> list[Panel]:
-    size = (canvas.shape[0], canvas.shape[1])
     truth = _truth(source, image)
     classes = source.images.classes
     panels = []
@@ -278,11 +263,11 @@ def _module_panels(
         if overlap is not None:
             caption += f"; mean best IoU {overlap:.2f}"
         least = 0.0 if source.training else MIN_SCORE
-        picture = draw_instances(canvas, resize_instances(found, size), classes, least)
+        picture = draw_instances(canvas, _on_canvas(found, canvas), classes, least)
         title = "student" if isinstance(source.network, Student) else f"module {number}"
         panels.append(Panel(title, caption, picture))
     if truth is not None:
-        picture = draw_instances(canvas, resize_instances(truth.instances, size))
+        picture = draw_instances(canvas, _on_canvas(truth.instances, canvas))
         names = ", ".join(classes[label] for label in truth.instances.labels.tolist()) or "none"
         title = "true objects" if source.used else "true objects, never used in training"
         panels.append(Panel(title, names, picture))

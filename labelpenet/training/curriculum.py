@@ -25,13 +25,12 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from labelpenet import config
-from labelpenet.config import MODULES, Recipe
+from labelpenet.config import MODULES, CascadeOptions, Recipe
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.images import read_image
 from labelpenet.engine.distributed import build_fabric, gather
 from labelpenet.engine.sampler import stream_seed
 from labelpenet.engine.stage import Stage
-from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet, read_run
@@ -46,7 +45,6 @@ from labelpenet.training.pretrain import (
     digest,
     label_images,
     load_trained,
-    optimiser,
     run_facts,
     save_part,
     to_batch,
@@ -64,25 +62,16 @@ def forward_backward(
     run: Path,
     recipe: Recipe | None = None,
     *,
-    resume: bool = False,
-    seed: int = 0,
-    device: str = "auto",
-    devices: int = 1,
-    nodes: int = 1,
-    precision: str = "auto",
-    cache: Path | None = None,
-    checkpoint_minutes: float = 5.0,
     source: dict[str, Any] | None = None,
     held_out: AnnotatedImages | None = None,
-    observe_minutes: float = 5.0,
+    options: CascadeOptions = CascadeOptions(),
 ) -> LabelPEnet:
     """Trains a cascade further by forward-backward learning and writes it, with new instances, as a run of its own.
 
     Args:
         images: the photographs and tags; start: run folder of the cascade; run: the run folder to write.
         recipe: every choice; that of ``start`` if None.
-        resume, seed, device, devices, nodes, precision, cache, checkpoint_minutes, source, held_out,
-        observe_minutes: as for `train_run`.
+        source, held_out, options: as for `train_run`.
 
     Raises:
         InputError: ``start`` is not a run of these classes with all four modules and labels of the photographs, or
@@ -102,30 +91,22 @@ def forward_backward(
     if held_out is not None:
         check_held_out(images, held_out)
     recipe = recipe or config.from_dict(facts["recipe"])
-    fabric = build_fabric(device, devices, nodes, precision)
+    fabric = build_fabric(options.device, options.devices, options.nodes, options.precision)
     network = LabelPEnet.from_run(start, recipe=recipe)
     for number in range(1, len(MODULES) + 1):
         network.require(number)
     anchors = read_anchors(start, images)
     weights = digest(value.numpy().tobytes() for value in network.state_dict().values())
-    own = {**run_facts(network, images, seed, str(fabric._precision.precision)), "start": weights}
-    with open_run(run, {**own, "source": source or {}}, resume, images, fabric):
+    own = {**run_facts(network, images, options.seed, str(fabric._precision.precision)), "start": weights}
+    with open_run(run, {**own, "source": source or {}}, options.resume, images, fabric):
         network.to(fabric.device)
-        images, boxes = read_proposals(images, recipe, cache, fabric)
-        training = Training(network, images, boxes, run, seed, fabric, resume, checkpoint_minutes, own)
-        observer = build_observer(training, cache, held_out, observe_minutes)
+        images, boxes = read_proposals(images, recipe, options.cache, fabric)
+        training = Training(network, images, boxes, run, fabric, options, own)
+        observer = build_observer(training, held_out, options)
         parts = ("stem", *MODULES)
         if not all(load_trained(training, part) for part in parts):
             one = stage(training, anchors)
-            train_stage(
-                observer.watch(one, range(1, len(MODULES) + 1)),
-                run,
-                seed=seed,
-                config=own,
-                fabric=fabric,
-                resume=resume,
-                checkpoint_minutes=checkpoint_minutes,
-            )
+            training.train(observer.watch(one, range(1, len(MODULES) + 1)))
             observer.conclude(one, range(1, len(MODULES) + 1))
             if fabric.global_rank == 0:
                 for part in parts:
@@ -198,12 +179,10 @@ def stage(training: Training, anchors: Anchors) -> Stage:
     return Stage(
         name=STAGE,
         module=network,
-        steps=schedule.steps * count,
+        schedule=replace(schedule, steps=schedule.steps * count, warmup=schedule.warmup * count),
         images=[image.id for image in training.images.images],
         loss=loss,
         load=load(training, anchors),
-        batch_size=schedule.batch_size,
-        optimiser=optimiser(replace(schedule, steps=schedule.steps * count, warmup=schedule.warmup * count)),
         repeat=count,
         ema=None if choice.share is None else choice.share ** (1 / schedule.steps),
         teacher=teacher,
@@ -216,7 +195,9 @@ def guard(training: Training, asked: LabelPEnet, anchors: Anchors) -> Callable[[
     """How far the labels of modules 2 to 4 have left the cascade's, on a few photographs that the seed chooses."""
     bound, fabric = training.recipe.forward_backward.drift, training.fabric
     tagged = [image for image in training.images.images if image.tags]
-    chosen = random.Random(stream_seed(training.seed, STAGE, 0, use="drift")).sample(tagged, min(WATCHED, len(tagged)))
+    chosen = random.Random(stream_seed(training.options.seed, STAGE, 0, use="drift")).sample(
+        tagged, min(WATCHED, len(tagged))
+    )
 
     def look() -> tuple[dict[str, float], str | None]:
         asked.eval()

@@ -35,7 +35,7 @@ from labelpenet.formats import open_annotated, read_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.detection import inside
 from labelpenet.models.student import KIND, Lesson, Student
-from labelpenet.training.pretrain import digest, optimiser
+from labelpenet.training.pretrain import digest
 from labelpenet.training.run import open_run
 from labelpenet.training.supervised import read_supervision
 
@@ -143,12 +143,10 @@ def stage(student: Student, images: TaggedImages, labels: Mapping[str, Instances
     return Stage(
         name=KIND,
         module=student,
-        steps=schedule.steps,
+        schedule=schedule,
         images=[image.id for image in images.images],
         loss=loss,
         load=load,
-        batch_size=schedule.batch_size,
-        optimiser=optimiser(schedule),
         ema=noise.ema,
     )
 

@@ -1,7 +1,7 @@
 """What a module inferred for every training image: kept in the run folder, one row of COCO results an instance.
 
-``RUN/instances/MODULE.json`` is a predictions file that `evaluate`, `export` and other tools read. While a module is
-still inferring, ``RUN/instances/MODULE.part0.jsonl`` grows by a line an image: an interruption costs a few images.
+``RUN/instances/MODULE.json`` is a predictions file that `evaluate`, `export` and readers of COCO take. While a module
+is still inferring, ``RUN/instances/MODULE.part0.jsonl`` grows by a line an image: an interruption costs a few images.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
-from labelpenet.data.files import is_whole, read_json, sealed, write_json
+from labelpenet.data.files import is_whole, read_json, sealed, write_text
 from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
-from labelpenet.formats.predictions import file_name
+from labelpenet.formats.predictions import coco_text
 from labelpenet.instances import Instances
 
 Rows = list[dict[str, Any]]
@@ -63,10 +63,12 @@ def read_inferred(run: Path, name: str, num_classes: int) -> Inferred:
         raise InputError(f"{path}: not there; module {name} has not labelled the training images yet, train it first")
     try:
         content = read_json(path)
-        sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+        # Version 0.1 gave the images' ids as COCO's.
+        names = {image["id"]: image.get("image", image["id"]) for image in content["images"]}
+        sizes = {names[image["id"]]: (image["height"], image["width"]) for image in content["images"]}
         rows: dict[str, Rows] = {}
         for row in content["annotations"]:
-            rows.setdefault(row["image_id"], []).append(row)
+            rows.setdefault(names[row["image_id"]], []).append(row)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged; labelpenet train ... --resume makes it again") from error
     return Inferred(rows, sizes, num_classes)
@@ -124,21 +126,9 @@ def infer_all(
     barrier()
     if rank == 0:
         by_id = {line["id"]: line for line in _read_parts(target)}
-        ordered = [by_id[image.id] for image in images.images]
-        content = {
-            "images": [
-                {
-                    "id": image.id,
-                    "file_name": file_name(image),
-                    "height": by_id[image.id]["size"][0],
-                    "width": by_id[image.id]["size"][1],
-                }
-                for image in images.images
-            ],
-            "categories": [{"id": i + 1, "name": one} for i, one in enumerate(images.classes)],
-            "annotations": [row for line in ordered for row in line["rows"]],
-        }
-        write_json(target, content, "free some space and use --resume")
+        lines = ((image.id, tuple(by_id[image.id]["size"]), by_id[image.id]["rows"]) for image in images.images)
+        text = coco_text(lines, images.images, images.classes, categories, with_ids=True)
+        write_text(target, sealed(text) + "\n", "free some space and use --resume")
         for old in target.parent.glob(f"{target.stem}.part*.jsonl"):
             old.unlink()
     barrier()

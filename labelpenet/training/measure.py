@@ -23,7 +23,7 @@ from labelpenet.errors import InputError
 from labelpenet.evaluation import cascade_table, classification_ap, evaluate
 from labelpenet.formats import open_annotated, open_tagged, read_predictions, write_predictions
 from labelpenet.instances import Instances
-from labelpenet.models.cascade import proposal_settings, read_run
+from labelpenet.models.cascade import read_run
 from labelpenet.models.student import Student
 from labelpenet.training.features import RoIFeatures
 from labelpenet.training.inferred import read_inferred
@@ -59,7 +59,7 @@ def measure_run(
     images = held_out.tagged.images
     boxes: Boxes = {}
     if not student:
-        settings = proposal_settings(predictor.cascade.recipe)
+        settings = predictor.cascade.recipe.proposals
         boxes = compute_proposals(images, settings, cache or default_cache(), progress=True)
     key = made_from(run, predictor, images)
     truths, _ = held_out.readable_truths()
@@ -86,7 +86,7 @@ def measure_run(
         results["classification_mAP"] = float(np.nanmean(classification_ap(probabilities, tags)))
         training = open_tagged(data, train_split, classes).images
         train_boxes = compute_proposals(
-            training, proposal_settings(predictor.cascade.recipe), cache or default_cache(), progress=True
+            training, predictor.cascade.recipe.proposals, cache or default_cache(), progress=True
         )
         learnt = [image for image in training if image.id in train_boxes]
         features = RoIFeatures(run, predictor.cascade, train_boxes, predictor.fabric)

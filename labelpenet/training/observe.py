@@ -1,6 +1,6 @@
 """What a run shows of itself while it trains: pictures of a few training images, and figures of a held-out split.
 
-Nothing here moves a weight: modules answer as they do at inference, without gradients, and find themselves in the mode
+Nothing here moves a weight: modules infer as they do at inference, without gradients, and find themselves in the mode
 in which they were; the loop seeds every pass anew, so that nothing drawn here could reach it either.
 
 The held-out split's boxes and masks are seen by the `Observer` alone. What trains, `Training`, has no way to it.
@@ -68,7 +68,7 @@ class Observer:
     """Shows what the modules believe while they are trained, in TensorBoard and ``RUN/metrics.jsonl``.
 
     Pictures are of `PICTURES` training images that the seed chooses, with what a module infers for them from their
-    tags. Figures are of the held-out split, whose images a module answers as it does those of a user: ``val_part/...``
+    tags. Figures are of the held-out split, on which a module predicts as it does on those of a user: ``val_part/...``
     of `PART` images every few minutes, ``val/...`` of all images once a stage is done: ``box_mAP@0.5`` and
     ``mask_mAP@0.5``, fractions in [0, 1] by protocol ``voc12``, and ``images``, their number.
 
@@ -123,7 +123,7 @@ class Observer:
 
     def _choose(self, indices: Sequence[int], count: int) -> list[int]:
         """So many of the indices, the same ones in every run of this seed."""
-        generator = random.Random(stream_seed(self.training.seed, "observe", 0))
+        generator = random.Random(stream_seed(self.training.options.seed, "observe", 0))
         return sorted(generator.sample(list(indices), min(count, len(indices))))
 
     def _draw(self, numbers: Sequence[int], step: int, metrics: MetricsLog) -> None:
@@ -135,22 +135,9 @@ class Observer:
             except InputError:  # whoever loads it for training says so
                 continue
             for number in numbers:
-                proposals = features = None
-                if training.network.needs_proposals(number):
-                    proposals = training.boxes(image, pixels.shape)
-                if number == 1:
-                    features = training.features.known(image)
-                with training.autocast():
-                    batch = training.network.batch(
-                        [pixels],
-                        [image.tags],
-                        None if proposals is None else [proposals],
-                        None if features is None else [features],
-                    )
-                    ((found, _),) = training.network.infer(number, batch)
-                metrics.picture(
-                    f"module{number}/{image.id}", draw_instances(pixels, found, training.images.classes), step
-                )
+                found = training.infer(number, image, pixels)
+                picture = draw_instances(pixels, found, training.images.classes)
+                metrics.picture(f"module{number}/{image.id}", picture, step)
 
     def _predict(self, number: int, indices: Sequence[int]) -> Iterator[_Line]:
         """What module ``number`` predicts for held-out images; an image that cannot be read is left out."""
@@ -168,7 +155,7 @@ class Observer:
             if network.needs_proposals(number) and image.id in held_out.proposals:
                 boxes = torch.from_numpy(np.array(held_out.proposals[image.id]))
                 proposals = network.select(boxes, pixels.shape)
-            with training.autocast():
+            with training.fabric.autocast():
                 found = network.predict(pixels, number, proposals)
             return image.id, found.image_size, found.to_coco(image.id, categories)
 

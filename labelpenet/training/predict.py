@@ -14,11 +14,11 @@ from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.images import read_image
 from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.engine.distributed import build_fabric, gather, map_images, peers, together
-from labelpenet.engine.log import Progress
+from labelpenet.engine.log import Progress, silent
 from labelpenet.errors import InputError
 from labelpenet.formats import read_predictions, write_predictions
 from labelpenet.instances import Instances
-from labelpenet.models.cascade import LabelPEnet, proposal_settings, read_run
+from labelpenet.models.cascade import LabelPEnet, read_run
 from labelpenet.models.student import Student, load
 from labelpenet.training.pretrain import Boxes
 
@@ -45,7 +45,7 @@ class Predictor:
 
     @property
     def precision(self) -> str:
-        """That of the answers, such as ``bf16-mixed``."""
+        """That of the predictions, such as ``bf16-mixed``."""
         return str(self.fabric._precision.precision)
 
     @property
@@ -53,7 +53,7 @@ class Predictor:
         """Whether this is the first process, the one that speaks for all."""
         return self.fabric.global_rank == 0
 
-    def one(self, image: TaggedImage, module: int, boxes: Boxes | None = None) -> Instances:
+    def predict_image(self, image: TaggedImage, module: int, boxes: Boxes | None = None) -> Instances:
         """The instances of one photograph, best first.
 
         Args:
@@ -79,12 +79,12 @@ class Predictor:
 
         def attempt(image: TaggedImage) -> tuple[TaggedImage, Instances | None, str]:
             try:
-                return image, self.one(image, module, boxes), ""
+                return image, self.predict_image(image, module, boxes), ""
             except InputError as error:
                 return image, None, f"skipped: {error}"
 
         with (
-            Progress("predicting", len(images), 0, None if self.first else _silent) as progress,
+            Progress("predicting", len(images), 0, None if self.first else silent) as progress,
             contextlib.closing(map_images(attempt, images, self.fabric.device)) as results,
         ):
             for done, (image, found, note) in enumerate(results):
@@ -99,7 +99,7 @@ class Predictor:
         """The photographs' proposals, on all of this process's cores; None where the module needs none."""
         if isinstance(self.network, Student) or not self.network.needs_proposals(module):
             return None
-        settings = proposal_settings(self.network.recipe)
+        settings = self.network.recipe.proposals
         # Of several processes on a machine each has its share of the cores, which Fabric or torchrun told torch.
         workers = torch.get_num_threads() if self.fabric.world_size > 1 else None
         return compute_proposals(images, settings, cache or default_cache(), workers, progress=self.first)
@@ -121,7 +121,7 @@ def predict_images(
 
     Args:
         predictor: the run; its processes must all see the folder of ``out``.
-        images: the photographs; module: which one answers; out: the file.
+        images: the photographs; module: which one predicts; out: the file.
         keep: what is written of the instances found in a photograph.
         cache: folder of the proposals' cache; None for the user's.
 
@@ -171,7 +171,3 @@ def _join(parts: Sequence[Path], out: Path, images: Sequence[TaggedImage], class
     write_predictions(out, ((name, one[name]) for name, one in owners if name in one), images, classes)
     for part in parts:
         part.unlink()
-
-
-def _silent(message: str) -> None:
-    """Takes the progress of the processes other than the first."""

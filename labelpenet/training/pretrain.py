@@ -15,7 +15,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from labelpenet import config
-from labelpenet.config import MODULES, Recipe, Schedule
+from labelpenet.config import MODULES, Recipe, RunOptions
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.files import write_tensors
@@ -23,7 +23,7 @@ from labelpenet.data.images import read_image
 from labelpenet.data.transforms import Batch, View
 from labelpenet.engine.distributed import gather
 from labelpenet.engine.log import Progress
-from labelpenet.engine.stage import Optimiser, Stage
+from labelpenet.engine.stage import Stage
 from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import DamagedError
 from labelpenet.instances import Instances
@@ -47,10 +47,8 @@ class Training:
         images: photographs and tags: the only supervision, but for ``truths``.
         proposals: (R, 4) boxes by image id.
         run: the run folder.
-        seed: of everything random.
         fabric: device, precision, processes.
-        resume: whether to continue what the run folder holds.
-        checkpoint_minutes: between checkpoints.
+        options: how it runs.
         facts: kept in checkpoints; a resumed run must have the same.
         truths: mixed supervision: true objects by image id, which stand in for inferred ones; ``masks`` is None where
             only the boxes are known. Empty in a run on tags.
@@ -60,10 +58,8 @@ class Training:
     images: TaggedImages
     proposals: Boxes
     run: Path
-    seed: int
     fabric: Fabric
-    resume: bool = False
-    checkpoint_minutes: float = 5.0
+    options: RunOptions = RunOptions()
     facts: dict[str, Any] = field(default_factory=dict)
     truths: Mapping[str, Instances] = field(default_factory=dict)
 
@@ -81,9 +77,27 @@ class Training:
         """The proposals of an image (R, 4) that the recipe keeps."""
         return self.network.select(torch.from_numpy(np.array(self.proposals[image.id])).float(), size)
 
-    def autocast(self) -> Any:
-        """The precision of training, for inference."""
-        return self.fabric.autocast()
+    def infer(self, number: int, image: TaggedImage, pixels: np.ndarray) -> Instances:
+        """What module ``number`` passes on for a training image of these ``pixels`` (H, W, 3) uint8."""
+        network, proposals, features = self.network, None, None
+        if network.needs_proposals(number):
+            proposals, features = [self.boxes(image, pixels.shape)], self.features.known(image)
+        with self.fabric.autocast():
+            batch = network.batch([pixels], [image.tags], proposals, None if features is None else [features])
+            ((found, _),) = network.infer(number, batch)
+        return found
+
+    def train(self, stage: Stage) -> None:
+        """Trains a stage of this run, or continues it; see `train_stage`."""
+        train_stage(
+            stage,
+            self.run,
+            seed=self.options.seed,
+            config=self.facts,
+            fabric=self.fabric,
+            resume=self.options.resume,
+            checkpoint_minutes=self.options.checkpoint_minutes,
+        )
 
 
 def pretrain(
@@ -130,15 +144,7 @@ def train_module(
         say(f"module {number} ({name}): trained before, loaded")
     else:
         one = stage(training, number, targets)
-        train_stage(
-            one if observer is None else observer.watch(one, [number]),
-            training.run,
-            seed=training.seed,
-            config=training.facts,
-            fabric=training.fabric,
-            resume=training.resume,
-            checkpoint_minutes=training.checkpoint_minutes,
-        )
+        training.train(one if observer is None else observer.watch(one, [number]))
         if observer is not None:  # before the part is saved, so that an interruption does not pass it over
             observer.conclude(one, [number])
         if training.fabric.global_rank == 0:
@@ -179,12 +185,8 @@ def label_images(training: Training, number: int) -> None:
         truth = training.truths.get(image.id)
         if truth is not None and truth.masks is not None:
             return truth
-        features = training.features.known(image) if network.needs_proposals(number) else None
         pixels = read_image(image.path)
-        proposals = [training.boxes(image, pixels.shape)] if network.needs_proposals(number) else None
-        with training.autocast():
-            batch = network.batch([pixels], [image.tags], proposals, None if features is None else [features])
-            ((found, _),) = network.infer(number, batch)
+        found = training.infer(number, image, pixels)
         return found if truth is None else with_masks(truth, found, pixels, crf)
 
     done = 0
@@ -212,15 +214,12 @@ def label_images(training: Training, number: int) -> None:
 
 def stage(training: Training, number: int, targets: Mapping[str, Instances] | None = None) -> Stage:
     """The training stage of one module; ``targets`` as in `train_module`."""
-    schedule = training.recipe.modules[number - 1].schedule
     images = [image.id for image in training.images.images]
     common: dict[str, Any] = {
         "name": MODULES[number - 1],
         "module": training.network.module(number),
-        "steps": schedule.steps,
+        "schedule": training.recipe.modules[number - 1].schedule,
         "images": images,
-        "batch_size": schedule.batch_size,
-        "optimiser": optimiser(schedule),
     }
     module = training.network.module(number)
     if getattr(module.settings, "freeze_head", False):
@@ -230,19 +229,6 @@ def stage(training: Training, number: int, targets: Mapping[str, Instances] | No
         targets = read_inferred(training.run, f"module{number - 1}", len(training.images.classes))
     load = load_samples(training, targets, module.needs_proposals, module.needs_masks)
     return Stage(**common, load=load, loss=module_loss(training, number))
-
-
-def optimiser(schedule: Schedule) -> Optimiser:
-    """The schedule in the words of the loop."""
-    return Optimiser(
-        lr=schedule.lr,
-        kind=schedule.kind,
-        momentum=schedule.momentum,
-        weight_decay=schedule.weight_decay,
-        milestones=tuple((round(schedule.steps * fraction), factor) for fraction, factor in schedule.decay),
-        warmup=schedule.warmup,
-        clip=schedule.clip,
-    )
 
 
 # -- what a loss sees ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from labelpenet.config import Recipe
+from labelpenet.config import CascadeOptions, Recipe
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImages
 from labelpenet.data.files import hash_files
@@ -19,7 +19,7 @@ from labelpenet.engine.distributed import build_fabric, peers, together
 from labelpenet.engine.sampler import seed_step
 from labelpenet.errors import InputError
 from labelpenet.models.build import build_backbone
-from labelpenet.models.cascade import LabelPEnet, proposal_settings
+from labelpenet.models.cascade import LabelPEnet
 from labelpenet.training.observe import HeldOut, Observer, check_held_out
 from labelpenet.training.pretrain import Boxes, Training, freeze_stem, pretrain, run_facts, train_module
 from labelpenet.training.supervised import Supervision, fully_supervised
@@ -34,18 +34,10 @@ def train_run(
     backbone: str = "mobilenet_v2",
     weights: Path | None = None,
     until: int = 4,
-    resume: bool = False,
-    seed: int = 0,
-    device: str = "auto",
-    devices: int = 1,
-    nodes: int = 1,
-    precision: str = "auto",
-    cache: Path | None = None,
-    checkpoint_minutes: float = 5.0,
     source: dict[str, Any] | None = None,
     supervision: Supervision | None = None,
     held_out: AnnotatedImages | None = None,
-    observe_minutes: float = 5.0,
+    options: CascadeOptions = CascadeOptions(),
 ) -> LabelPEnet:
     """Trains the cascade on photographs and tags, and nothing else: `TaggedImages` hold no box and no mask.
 
@@ -56,13 +48,11 @@ def train_run(
     Args:
         images: the photographs; run: the run folder; recipe: every choice.
         backbone, weights: as `build_backbone` takes them.
-        until: last module to train; resume: continue what the folder holds; seed: of everything random.
-        device, devices, nodes, precision: as `build_fabric` takes them.
-        cache: folder of the proposals' cache; None for the user's.
+        until: last module to train.
         source: where the images came from, kept in ``run.json`` for reports.
         supervision: what is known beyond tags; None for nothing.
         held_out: images that are not trained on, to measure the modules on while they are trained; None for none.
-        observe_minutes: between two looks at the module that is being trained (`training.observe`).
+        options: how it runs.
 
     Raises:
         InputError: something the user gave cannot be used; KeyboardInterrupt: the state is saved.
@@ -78,26 +68,26 @@ def train_run(
         raise InputError("no image has a tag of the chosen classes; check the tags and --classes")
     if held_out is not None:
         check_held_out(images, held_out)
-    fabric = build_fabric(device, devices, nodes, precision)
+    fabric = build_fabric(options.device, options.devices, options.nodes, options.precision)
     if supervision is not None:
         images = supervision.images(images)
         recipe = fully_supervised(recipe) if full else recipe
-    seed_step(seed, "initialisation", 0)
-    plug = build_backbone(backbone, weights)
-    network = LabelPEnet(plug, images.classes, recipe)
-    facts = run_facts(network, images, seed, str(fabric._precision.precision))
+    seed_step(options.seed, "initialisation", 0)
+    body = build_backbone(backbone, weights)
+    network = LabelPEnet(body, images.classes, recipe)
+    facts = run_facts(network, images, options.seed, str(fabric._precision.precision))
     if supervision is not None:
         facts |= supervision.facts()
-    with open_run(run, {**facts, "source": source or {}}, resume, images, fabric):
+    with open_run(run, {**facts, "source": source or {}}, options.resume, images, fabric):
         network.to(fabric.device)
-        images, boxes = read_proposals(images, recipe, cache, fabric)
-        training = Training(network, images, boxes, run, seed, fabric, resume, checkpoint_minutes, facts)
+        images, boxes = read_proposals(images, recipe, options.cache, fabric)
+        training = Training(network, images, boxes, run, fabric, options, facts)
         torch.backends.cudnn.benchmark = False
-        if plug.untrained is not None:
-            plug = warm_up(training, plug)
-            seed_step(seed, "initialisation", 1)
-            training.network = LabelPEnet(plug, images.classes, recipe).to(fabric.device)
-        observer = build_observer(training, cache, held_out, observe_minutes)
+        if body.untrained is not None:
+            body = warm_up(training, body)
+            seed_step(options.seed, "initialisation", 1)
+            training.network = LabelPEnet(body, images.classes, recipe).to(fabric.device)
+        observer = build_observer(training, held_out, options)
         if supervision is not None and full:
             if fabric.global_rank == 0:
                 steps, size = recipe.modules[3].schedule.steps, recipe.modules[3].schedule.batch_size
@@ -147,14 +137,12 @@ def open_run(run: Path, facts: Mapping[str, Any], resume: bool, images: TaggedIm
             raise KeyboardInterrupt(line) from interrupt
 
 
-def build_observer(
-    training: Training, cache: Path | None, held_out: AnnotatedImages | None, minutes: float
-) -> Observer:
+def build_observer(training: Training, held_out: AnnotatedImages | None, options: CascadeOptions) -> Observer:
     """What looks at the modules while they are trained; computes the held-out images' proposals if they are missing."""
     if held_out is None:
-        return Observer(training, minutes)
-    boxes = read_proposals(held_out.tagged, training.recipe, cache, training.fabric)[1]
-    return Observer(training, minutes, HeldOut(held_out, boxes))
+        return Observer(training, options.observe_minutes)
+    boxes = read_proposals(held_out.tagged, training.recipe, options.cache, training.fabric)[1]
+    return Observer(training, options.observe_minutes, HeldOut(held_out, boxes))
 
 
 def read_proposals(
@@ -165,7 +153,7 @@ def read_proposals(
     Raises:
         InputError: none of them can.
     """
-    settings, folder = proposal_settings(recipe), cache or default_cache()
+    settings, folder = recipe.proposals, cache or default_cache()
     if fabric.world_size > 1:  # each process its share, into the cache that all of them read
         share = images.images[fabric.global_rank :: fabric.world_size]
         compute_proposals(share, settings, folder, torch.get_num_threads(), progress=fabric.global_rank == 0)

@@ -96,7 +96,7 @@ class BatchPredictor:
         classes = self.predictor.network.classes
         empty = {"category": "", "score": 0.0, "x": 0.0, "y": 0.0, "w": 0.0, "h": 0.0, "counts": ""}
         try:
-            found = self.predictor.one(TaggedImage(path, Path(path), ()), self.module)
+            found = self.predictor.predict_image(TaggedImage(path, Path(path), ()), self.module)
         except InputError as error:
             return [{"path": path, **empty, "error": str(error)}]
         found = found[found.weights >= self.min_score]

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from labelpenet.engine.sampler import seed_step
 from labelpenet.engine.stage import Stage
-from labelpenet.engine.trainer import train_stage
 from labelpenet.models.backbones import Backbone
 from labelpenet.models.classification import present_classes
-from labelpenet.training.pretrain import Training, load_samples, optimiser
+from labelpenet.training.pretrain import Training, load_samples
 
 NAME = "warmup"
 TOGETHER = 4  # images that go through the network at a time: twice as fast as one by one
@@ -48,30 +47,19 @@ def warm_up(training: Training, backbone: Backbone) -> Backbone:
         InputError, KeyboardInterrupt: see `train_stage`.
     """
     assert backbone.untrained is not None
-    seed_step(training.seed, NAME, 0)
+    seed_step(training.options.seed, NAME, 0)
     module = ImageClassifier(backbone.untrained, len(training.images.classes))
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    schedule = training.recipe.warm_up
     stage = Stage(
         name=NAME,
         module=module,
-        steps=schedule.steps,
+        schedule=training.recipe.warm_up,
         images=[image.id for image in training.images.images],
         loss=tag_loss(module, training.fabric.device),
         load=load_samples(training),
-        batch_size=schedule.batch_size,
         images_per_pass=TOGETHER,
-        optimiser=optimiser(schedule),
     )
-    train_stage(
-        stage,
-        training.run,
-        seed=training.seed,
-        config=training.facts,
-        fabric=training.fabric,
-        resume=training.resume,
-        checkpoint_minutes=training.checkpoint_minutes,
-    )
+    training.train(stage)
     return type(backbone)(module.network.cpu())  # type: ignore[call-arg]
 
 

@@ -16,27 +16,22 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
+from labelpenet.config import Proposals as Settings
 from labelpenet.data import proposals as module
-from labelpenet.data.dataset import TaggedImage, Truth
+from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.proposals import (
-    ProposalSettings,
     compute_proposals,
-    pairwise_iou,
     propose,
-    recall,
-    recall_table,
 )
 from labelpenet.errors import InputError
-from labelpenet.instances import Instances
+from labelpenet.evaluation import box_iou
+from labelpenet.evaluation.recall import recall
 
 REPOSITORY = Path(__file__).parents[2]
 METHODS = ("selective-search-fast", "selective-search-quality", "edge-boxes")
-QUICK = ProposalSettings(side=80, limit=200)
+QUICK = Settings(side=80)
 OBJECTS = np.array([[10, 12, 50, 48], [64, 30, 88, 74]])
 
 
@@ -73,20 +68,20 @@ def files(cache: Path) -> list[Path]:
 @pytest.mark.parametrize("method", METHODS)
 def test_boxes_are_valid_and_cover_the_objects(method: str) -> None:
     image = scene()
-    boxes = propose(image, ProposalSettings(method, side=None))
+    boxes = propose(image, Settings(method, side=None))
     assert boxes.dtype == np.float32 and boxes.shape[1] == 4
     assert (boxes >= 0).all() and (boxes <= [100, 80, 100, 80]).all()
     assert (boxes[:, 2:] - boxes[:, :2]).min() >= 0.02 * 100
     assert len(np.unique(boxes, axis=0)) == len(boxes)
-    assert pairwise_iou(boxes, OBJECTS).max(0).min() > (0.7 if method == "edge-boxes" else 0.8)
+    assert box_iou(boxes, OBJECTS).max(0).min() > (0.7 if method == "edge-boxes" else 0.8)
 
 
 def test_selective_search_gives_the_exact_half_open_rectangle_of_a_region() -> None:
     image = np.full((80, 100, 3), 120, np.uint8)
     x1, y1, x2, y2 = OBJECTS[0]
     image[y1:y2, x1:x2] = (220, 40, 40)
-    smooth = ProposalSettings(side=None)
-    best = pairwise_iou(propose(image, smooth), OBJECTS[:1]).max()
+    smooth = Settings(side=None)
+    best = box_iou(propose(image, smooth), OBJECTS[:1]).max()
     assert best > 0.9  # its segmentation blurs the edges a little
     assert any(np.array_equal(box, [0, 0, 100, 80]) for box in propose(image, smooth))
 
@@ -108,29 +103,34 @@ def test_the_result_does_not_depend_on_what_the_process_did_before(method: str) 
 def test_edge_boxes_reach_all_four_borders() -> None:
     # OpenCV's own corners run from 1 to the last column: a pixel is missing on two sides
     image = np.random.default_rng(0).integers(0, 255, (10, 12, 3), np.uint8).repeat(10, 0).repeat(10, 1)
-    boxes = propose(image, ProposalSettings("edge-boxes", side=None))
+    boxes = propose(image, Settings("edge-boxes", side=None))
     assert (*boxes.min(0)[:2], *boxes.max(0)[2:]) == (0, 0, 120, 100)
 
 
 def test_boxes_scale_with_the_photograph() -> None:
     image = scene(1)
-    small = propose(image, ProposalSettings(side=100))
-    large = propose(image.repeat(4, 0).repeat(4, 1), ProposalSettings(side=100))
+    small = propose(image, Settings(side=100))
+    large = propose(image.repeat(4, 0).repeat(4, 1), Settings(side=100))
     np.testing.assert_allclose(large, 4 * small, rtol=1e-6)
 
 
-def test_limit_keeps_the_first_and_min_size_drops_the_thin() -> None:
+def test_only_the_first_are_kept_and_the_thin_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     image = scene(2)
-    everything = propose(image, replace(QUICK, min_size=0.0))
-    assert np.array_equal(propose(image, replace(QUICK, min_size=0.0, limit=5)), everything[:5])
+    monkeypatch.setattr(module, "MIN_SIZE", 0.0)
+    everything = propose(image, QUICK)
+    monkeypatch.setattr(module, "MOST", 5)
+    assert np.array_equal(propose(image, QUICK), everything[:5])
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "MIN_SIZE", 0.3)
     sides = (everything[:, 2:] - everything[:, :2]).min(1)
-    assert np.array_equal(propose(image, replace(QUICK, min_size=0.3)), everything[sides >= 30])
+    assert np.array_equal(propose(image, QUICK), everything[sides >= 30])
 
 
-def test_the_first_boxes_are_spread_over_the_image() -> None:
+def test_the_first_boxes_are_spread_over_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MIN_SIZE", 0.0)
     image = np.random.default_rng(0).integers(0, 255, (12, 16, 3), np.uint8).repeat(8, 0).repeat(8, 1)
-    boxes = propose(image, ProposalSettings(side=None, min_size=0.0))
-    overlap = pairwise_iou(boxes, boxes)
+    boxes = propose(image, Settings(side=None))
+    overlap = box_iou(boxes, boxes)
     clear = [bool((overlap[i, :i] <= 0.8).all()) for i in range(len(boxes))]
     first_repeated = clear.index(False) if False in clear else len(boxes)
     assert not any(clear[first_repeated:])  # all that repeat an earlier box come after all that do not
@@ -142,7 +142,7 @@ def test_tiny_flat_and_narrow_images_have_their_whole_area_at_least(method: str,
     height, width = shape
     for image in (np.full((*shape, 3), 7, np.uint8), np.random.default_rng(0).integers(0, 255, (*shape, 3), np.uint8)):
         boxes = propose(image, replace(QUICK, method=method))
-        assert 1 <= len(boxes) <= QUICK.limit
+        assert 1 <= len(boxes) <= module.MOST
         assert (boxes[:, 2:] > boxes[:, :2]).all() and (boxes <= [width, height, width, height]).all()
     flat = propose(np.full((*shape, 3), 7, np.uint8), replace(QUICK, method=method))
     assert [0, 0, width, height] in flat.tolist()
@@ -154,31 +154,22 @@ def test_tiny_flat_and_narrow_images_have_their_whole_area_at_least(method: str,
 )
 def test_what_is_no_image_is_refused(wrong: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"image must be \(H, W, 3\) uint8"):
-        propose(wrong)
+        propose(wrong, QUICK)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"method": "fast"}, "known are selective-search-fast, selective-search-quality, edge-boxes"),
-        ({"side": 4}, "at least 16"),
-        ({"scale": 0}, "at least 1"),
-        ({"limit": 0}, "at least 1"),
-        ({"min_size": 1.5}, r"\[0, 1\)"),
-        ({"model": Path("model.yml.gz")}, "edge-boxes"),
-        ({"method": "edge-boxes", "model": Path("no-such-model.yml.gz")}, "no such structured-edge model"),
-    ],
-)
-def test_wrong_settings_are_named(arguments: dict, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        ProposalSettings(**arguments)
-
-
-def test_a_file_that_is_no_edge_model_is_named(tmp_path: Path) -> None:
+def test_wrong_settings_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="known are selective-search-fast, selective-search-quality, edge-boxes"):
+        propose(scene(), Settings("fast"))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="side must be from 16"):
+        Settings(side=4)
+    with pytest.raises(InputError, match="only for the method edge-boxes"):
+        propose(scene(), QUICK, tmp_path)
+    with pytest.raises(InputError, match="no such structured-edge model"):
+        compute_proposals([], Settings("edge-boxes"), tmp_path, model=tmp_path / "model.yml.gz")
     model = tmp_path / "model.yml.gz"
     model.write_bytes(b"not a model")
     with pytest.raises(InputError, match=r"model\.yml\.gz"):
-        propose(scene(), ProposalSettings("edge-boxes", model=model))
+        propose(scene(), Settings("edge-boxes"), model)
 
 
 def test_thinning_keeps_ridges_as_a_loop_over_pixels_does() -> None:
@@ -211,16 +202,18 @@ def test_processes_and_cache_give_what_propose_gives(tmp_path: Path) -> None:
 
 def test_only_what_is_new_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(module, "propose", lambda image, chosen: calls.append("") or propose(image, chosen))
+    monkeypatch.setattr(
+        module, "propose", lambda image, chosen, model: calls.append("") or propose(image, chosen, model)
+    )
     images, cache = photographs(tmp_path / "images", 3), tmp_path / "cache"
 
-    def count(chosen: ProposalSettings = QUICK) -> int:
+    def count(chosen: Settings = QUICK) -> int:
         calls.clear()
         compute_proposals(images, chosen, cache, workers=1)
         return len(calls)
 
     assert (count(), count()) == (3, 0)
-    assert (count(replace(QUICK, limit=7)), count(replace(QUICK, limit=7)), count()) == (3, 0, 0)
+    assert (count(replace(QUICK, side=70)), count(replace(QUICK, side=70)), count()) == (3, 0, 0)
     images[1].path.rename(tmp_path / "images" / "moved.png")  # the content counts, not the name
     images[1] = replace(images[1], path=tmp_path / "images" / "moved.png")
     assert count() == 0
@@ -328,7 +321,8 @@ RUN = """
 import multiprocessing, os, signal, sys, threading, time
 from pathlib import Path
 from labelpenet.data.dataset import TaggedImage
-from labelpenet.data.proposals import ProposalSettings, compute_proposals
+from labelpenet.config import Proposals
+from labelpenet.data.proposals import compute_proposals
 from labelpenet.errors import InputError
 
 def kill_a_worker(cache):
@@ -342,7 +336,7 @@ if __name__ == "__main__":
         threading.Thread(target=kill_a_worker, args=(cache,), daemon=True).start()
     images = [TaggedImage(path.stem, path, ()) for path in sorted(folder.glob("*.png"))]
     try:
-        compute_proposals(images, ProposalSettings(side=80, limit=200), cache, workers)
+        compute_proposals(images, Proposals(side=80), cache, workers)
     except KeyboardInterrupt:
         sys.exit(130)
     except InputError as error:
@@ -437,82 +431,6 @@ def test_workers_end_with_the_run(tmp_path: Path, how: str) -> None:
     assert all(module._load(path) is not None for path in files(cache))
 
 
-# --- Recall ---
-
-
-def truth(boxes: list, labels: list[int], difficult: list[bool] | None = None) -> Truth:
-    n = len(boxes)
-    objects = Instances(torch.tensor(boxes).float().reshape(n, 4), torch.tensor(labels), torch.ones(n), (100, 100))
-    hard = torch.tensor(difficult if difficult is not None else [False] * n, dtype=torch.bool)
-    return Truth(objects, hard, torch.zeros(n, dtype=torch.bool))
-
-
-def slow_iou(a: list[float], b: list[float]) -> float:
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    return width * height / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - width * height)
-
-
-def random_boxes(rng: np.random.Generator, number: int) -> np.ndarray:
-    low = rng.integers(0, 60, (number, 2))
-    return np.concatenate([low, low + rng.integers(1, 40, (number, 2))], 1).astype(np.float32)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**32 - 1))
-def test_recall_is_what_loops_over_objects_give(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    classes, counts = ("a", "b", "c"), (1, 4, 50)
-    truths, found = {}, {}
-    for i in range(4):
-        n = int(rng.integers(0, 5))
-        labels = rng.integers(0, 2, n)  # no object of class c
-        truths[str(i)] = truth(random_boxes(rng, n).tolist(), labels, (rng.random(n) < 0.3).tolist())
-        if i:
-            found[str(i)] = random_boxes(rng, int(rng.integers(0, 12)))  # image 0 has no proposals
-    result = recall(found, truths, classes, counts)
-    for row, count in zip(result["rows"], counts, strict=True):
-        means = []
-        for label, name in enumerate(classes):
-            best = []
-            for image_id, annotation in truths.items():
-                for box, its, hard in zip(
-                    annotation.instances.boxes.tolist(), annotation.instances.labels, annotation.difficult, strict=True
-                ):
-                    if its == label and not hard:
-                        candidates = found.get(image_id, np.zeros((0, 4)))[:count].tolist()
-                        best.append(max([slow_iou(one, box) for one in candidates], default=0.0))
-            assert result["objects"][name] == len(best)
-            if best:
-                figures = [np.mean(np.array(best) >= 0.5), np.mean(np.array(best) >= 0.7), np.mean(best)]
-                got = row["per_class"][name]
-                np.testing.assert_allclose([got["recall@0.5"], got["recall@0.7"], got["ABO"]], figures, atol=1e-6)
-                means.append(figures)
-            else:
-                assert name not in row["per_class"]
-        if means:
-            mean = np.mean(means, 0)
-            np.testing.assert_allclose([row["recall@0.5"], row["recall@0.7"], row["ABO"]], mean, atol=1e-6)
-        assert row["boxes"] == pytest.approx(np.mean([min(count, len(found.get(str(i), []))) for i in range(4)]))
-    table = recall_table(result).splitlines()
-    assert [line.split()[0] for line in table[-4:]] == ["a", "b", "c", "mean"]
-    assert "no objects" in table[-2]
-
-
-def test_crowds_do_not_count() -> None:
-    annotation = truth([[0, 0, 10, 10], [50, 50, 60, 60]], [0, 0])
-    annotation = replace(annotation, crowd=torch.tensor([False, True]))
-    row = recall({"i": np.array([[0, 0, 10, 10]], np.float32)}, {"i": annotation}, ("a",))["rows"][0]
-    assert (row["recall@0.5"], row["recall@0.7"], row["ABO"], row["boxes"]) == (1, 1, 1, 1)
-
-
-def test_recall_without_any_object_is_not_a_number() -> None:
-    result = recall({}, {"i": truth([], [])}, ("a", "b"))
-    assert np.isnan(result["rows"][0]["ABO"]) and "nan" in recall_table(result)
-
-
 # --- Photographs ---
 
 PHOTOGRAPHS = REPOSITORY.parent / "shared/data/voc-animals/VOCdevkit/VOC2012"
@@ -525,6 +443,6 @@ def test_the_default_covers_nearly_all_animals(tmp_path: Path) -> None:
 
     annotated = open_annotated(PHOTOGRAPHS, "val", ["cat", "cow", "dog", "horse", "person", "sheep"])
     images = annotated.tagged.images[::30]
-    found = compute_proposals(images, ProposalSettings(), tmp_path, workers=1)
+    found = compute_proposals(images, Settings(side=250), tmp_path, workers=1)
     row = recall(found, {image.id: annotated.read(image.id) for image in images}, annotated.tagged.classes)["rows"][-1]
     assert row["recall@0.5"] >= 0.85 and row["ABO"] >= 0.7

@@ -19,12 +19,13 @@ import pytest
 import torch
 from torch import nn
 
+from labelpenet.config import Schedule
 from labelpenet.data import run_folder
 from labelpenet.engine import trainer
 from labelpenet.engine.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from labelpenet.engine.log import read_metrics
 from labelpenet.engine.sampler import batches, seed_step, stream_seed
-from labelpenet.engine.stage import Optimiser, Stage
+from labelpenet.engine.stage import Stage, learning_rate
 from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
 
@@ -54,7 +55,8 @@ def pixels(index: int) -> torch.Tensor:
 
 def make_stage(steps: int = 12, net: nn.Module | None = None, **options) -> Stage:
     net = net or Net()
-    options = {"batch_size": 4, "optimiser": Optimiser(lr=0.05, warmup=3, milestones=((8, 0.1),))} | options
+    schedule = {"lr": 0.05, "warmup": 3, "decay": ((8 / steps, 0.1),), "batch_size": 4}
+    schedule |= {name: options.pop(name) for name in list(options) if hasattr(Schedule, name)}
 
     def loss(indices: list[int], step: int) -> dict[str, torch.Tensor]:
         features = net(torch.cat([pixels(index) for index in indices]))
@@ -63,7 +65,7 @@ def make_stage(steps: int = 12, net: nn.Module | None = None, **options) -> Stag
             losses["extra"] = net.extra(features).square().mean()
         return losses
 
-    return Stage("module1", net, steps, IMAGES, **({"loss": loss} | options))
+    return Stage("module1", net, Schedule(steps, **schedule), IMAGES, **({"loss": loss} | options))
 
 
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -81,9 +83,10 @@ def timeless(run_dir: Path) -> list[dict]:
 
 
 def test_learning_rate():
-    options = Optimiser(lr=0.1, warmup=4, milestones=((10, 0.1), (20, 0.01)))
-    assert [options.rate(step) for step in range(5)] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
-    assert [options.rate(step) for step in (9, 10, 19, 20, 500)] == pytest.approx([0.1, 0.01, 0.01, 0.001, 0.001])
+    schedule = Schedule(100, lr=0.1, warmup=4, decay=((0.1, 0.1), (0.2, 0.01)))
+    assert [learning_rate(schedule, step) for step in range(5)] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.1])
+    rates = [learning_rate(schedule, step) for step in (9, 10, 19, 20, 500)]
+    assert rates == pytest.approx([0.1, 0.01, 0.01, 0.001, 0.001])
 
 
 # What a step does.
@@ -124,8 +127,7 @@ def reference(net: Net, steps: int, kind: str, clip: float | None, ema: float | 
     ("kind", "clip", "ema"), [("sgd", None, None), ("sgd", 0.05, None), ("sgd", None, 0.5), ("adamw", None, None)]
 )
 def test_a_stage_trains_as_a_plain_loop_does(tmp_path, kind, clip, ema):
-    options = Optimiser(lr=0.05, kind=kind, warmup=3, milestones=((8, 0.1),), clip=clip)
-    stage = make_stage(images_per_pass=2, optimiser=options, ema=ema)
+    stage = make_stage(images_per_pass=2, kind=kind, clip=clip, ema=ema)
     train_stage(stage, tmp_path, seed=3, **QUIET)
     expected = reference(Net(), 12, kind, clip, ema)
     for name, value in stage.module.state_dict().items():
@@ -143,7 +145,7 @@ def test_the_cut_into_passes_does_not_matter_where_nothing_is_random(tmp_path):
         def loss(indices, step, net=net):
             return {"square": torch.stack([net(pixels(i)).square().mean() for i in indices]).mean()}
 
-        stage = Stage("m", net, 8, IMAGES, loss, batch_size=4, images_per_pass=size, optimiser=Optimiser(lr=0.01))
+        stage = Stage("m", net, Schedule(8, 0.01, decay=(), batch_size=4), IMAGES, loss, images_per_pass=size)
         train_stage(stage, tmp_path / str(size), log_every=4, **QUIET)
         results.append((net.weight, [row["loss/square"] for row in read_metrics(tmp_path / str(size))]))
     for weight, losses in results[1:]:
@@ -156,10 +158,9 @@ def test_a_row_holds_the_means_since_the_last(tmp_path):
     stage = Stage(
         "m",
         net,
-        10,
+        Schedule(10, lr=0.5, decay=((0.7, 0.1),)),
         IMAGES,
         lambda indices, step: {"a": net.weight.sum() * 0 + step, "b": torch.tensor(2.0)},
-        optimiser=Optimiser(lr=0.5, milestones=((7, 0.1),)),
     )
     train_stage(stage, tmp_path, log_every=4, **QUIET)
     rows = read_metrics(tmp_path)
@@ -175,7 +176,7 @@ def test_images_with_nothing_to_learn_from_are_no_error(tmp_path):
     net = nn.Linear(2, 1)
     before = weights(net)
     losses = [{}, {"none": torch.tensor(0.0)}]
-    stage = Stage("m", net, 2, IMAGES, lambda indices, step: losses[step], optimiser=Optimiser(weight_decay=0.1))
+    stage = Stage("m", net, Schedule(2, weight_decay=0.1), IMAGES, lambda indices, step: losses[step])
     train_stage(stage, tmp_path, **QUIET)
     assert same(weights(net), before) and read_metrics(tmp_path)[0]["skipped"] == 0
 
@@ -184,7 +185,7 @@ def test_what_cannot_be_trained_is_named(tmp_path):
     with pytest.raises(InputError, match="make it a multiple of 3"):
         train_stage(make_stage(images_per_pass=3), tmp_path)
     with pytest.raises(InputError, match="known are sgd, adam and adamw"):
-        train_stage(make_stage(optimiser=Optimiser(kind="lamb")), tmp_path)
+        train_stage(make_stage(kind="lamb"), tmp_path)
 
 
 # Loading ahead.
@@ -204,7 +205,7 @@ def test_loaded_images_and_their_draws_are_those_of_the_step(tmp_path, workers):
         seen.setdefault(step, []).append((batch[0], batch[1].tolist()))
         return {"a": net.weight.sum()}
 
-    stage = Stage("m", net, 9, IMAGES, loss, batch_size=4, images_per_pass=2, load=load, workers=workers)
+    stage = Stage("m", net, Schedule(9, batch_size=4), IMAGES, loss, images_per_pass=2, load=load, workers=workers)
     train_stage(stage, tmp_path, seed=5, **QUIET)
     draws = set()
     for step in range(9):
@@ -383,7 +384,7 @@ def test_a_run_is_not_overwritten(tmp_path):
     ("changed", "named"),
     [
         ({"batch_size": 2}, "stage.batch_size was 4, is 2"),
-        ({"optimiser": Optimiser(lr=0.01, warmup=3, milestones=((8, 0.1),))}, "stage.optimiser.lr was 0.05, is 0.01"),
+        ({"lr": 0.01}, "stage.optimiser.lr was 0.05, is 0.01"),
         ({"steps": 20}, "stage.steps was 12, is 20"),
     ],
 )
@@ -540,11 +541,11 @@ def test_half_precision_on_the_cpu(tmp_path):
         return {"a": out.square().mean()}
 
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
-    train_stage(Stage("m", net, 2, IMAGES, loss), tmp_path / "bf16", fabric=fabric, **QUIET)
+    train_stage(Stage("m", net, Schedule(2), IMAGES, loss), tmp_path / "bf16", fabric=fabric, **QUIET)
     assert set(types) == {torch.bfloat16} and net.weight.dtype == torch.float32
     with pytest.raises(InputError, match="choose 32-true, bf16-mixed or 16-mixed"):
         double = Fabric(accelerator="cpu", devices=1, precision="64-true")
-        train_stage(Stage("m", net, 2, IMAGES, loss), tmp_path / "64", fabric=double, **QUIET)
+        train_stage(Stage("m", net, Schedule(2), IMAGES, loss), tmp_path / "64", fabric=double, **QUIET)
 
 
 class HalfFabric:
@@ -560,7 +561,7 @@ class HalfFabric:
 
 
 def test_the_loss_scale_finds_its_value_and_survives_an_interruption(tmp_path):
-    options = {"optimiser": Optimiser(lr=0.05, clip=0.1), "images_per_pass": 2}
+    options = {"decay": (), "warmup": 0, "clip": 0.1, "images_per_pass": 2}
     said = []
     whole = make_stage(**options)
     train_stage(whole, tmp_path / "whole", fabric=HalfFabric(), log=said.append)
@@ -658,8 +659,8 @@ def test_two_processes_learn_what_one_does(tmp_path):
 
 
 def killed_stage() -> Stage:
-    options = Optimiser(lr=0.05, clip=0.1)  # the net is wide, so that writing it takes a while
-    return make_stage(steps=36, net=Net(width=5000), ema=0.9, optimiser=options)
+    # the net is wide, so that writing it takes a while
+    return make_stage(steps=36, net=Net(width=5000), ema=0.9, clip=0.1, decay=(), warmup=0)
 
 
 def train_killed(run_dir: str, resume: bool, fatal: tuple[str, int] | None = None) -> None:

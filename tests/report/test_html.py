@@ -195,7 +195,7 @@ def measured(**more: Any) -> dict[str, Any]:
 
 def test_a_finished_run_has_its_numbers_pictures_curves_and_set_up(tmp_path: Path, network: Network) -> None:
     data, held_out = photographs(tmp_path / "train", 4), photographs(tmp_path / "val", 4)
-    results = measured(classification_mAP=0.876, minutes={"module 1": 12.25, "module 2": 30.5})
+    results = measured(classification_mAP=0.876)
     run = make_run(tmp_path / "my <run>", 4, data, results)
     path = write_report(run, None, data, held_out, images=2)
     assert path == run / "report.html"
@@ -205,7 +205,7 @@ def test_a_finished_run_has_its_numbers_pictures_curves_and_set_up(tmp_path: Pat
     plain = re.sub(r"base64,[^\"]*", "", text)
     assert not [one for one in ("<dog>", "<i>folder", "NaN", "nan ", "Undefined") if one in plain]
     assert "<i>folder</i>" in page.text and "--a <b>" in page.text and "2.9.9" in page.text
-    for number in ("87.6", "40.0", "48.0", "24.0", "12.0", "16.0", "20.0", "42.8", "12.2", "adamw"):
+    for number in ("87.6", "40.0", "48.0", "24.0", "12.0", "16.0", "20.0", "adamw"):
         assert number in page.text, number
     assert page.tags.count("svg") == 4
     for stage in ("classification", "detection", "refinement", "segmentation"):
@@ -399,8 +399,15 @@ def test_a_plot_is_one_svg_in_the_colour_of_the_page(losses: list[float]) -> Non
 
 
 def test_flattening_keeps_order_and_names() -> None:
-    content = {"a": 1, "b": {"c": None, "d": [1, (2, 3)]}, "e": True, "f": []}
-    assert flatten(content) == [("a", "1"), ("b.c", "none"), ("b.d", "1, [2, 3]"), ("e", "yes"), ("f", "")]
+    content = {"a": 1, "b": {"c": None, "d": [1, (2, 3)]}, "e": True, "f": [], "g": [{"h": 1}]}
+    assert flatten(content) == [
+        ("a", "1"),
+        ("b.c", "none"),
+        ("b.d", "1, [2, 3]"),
+        ("e", "yes"),
+        ("f", ""),
+        ("g.1.h", "1"),
+    ]
 
 
 def test_the_training_strips_never_ask_for_more_than_the_tags(tmp_path: Path, network: Network) -> None:

@@ -12,6 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from labelpenet.config import CascadeOptions
 from labelpenet.data.dataset import TaggedImages
 from labelpenet.data.images import read_image
 from labelpenet.data.run_folder import start_run
@@ -81,16 +82,16 @@ def cascade(images: TaggedImages, run: Path, until: int) -> Path:
     fabric.launch()
     facts = run_facts(network, images, 0, "32-true")
     start_run(run, facts, False)
-    pretrain(Training(network, images, boxes_of(images), run, 0, fabric, facts=facts), until, say=lambda message: None)
+    pretrain(Training(network, images, boxes_of(images), run, fabric, facts=facts), until, say=lambda message: None)
     return run
 
 
 def improve(images: TaggedImages, start: Path, run: Path, *changes: str, resume: bool = False) -> LabelPEnet:
     recipe = tiny_recipe(*CHANGES, *changes)
-    return forward_backward(
-        images, start, run, recipe, resume=resume, device="cpu", precision="32-true", cache=start.parent / "cache",
-        checkpoint_minutes=0.0,
-    )  # fmt: skip
+    options = CascadeOptions(
+        resume, device="cpu", precision="32-true", checkpoint_minutes=0.0, cache=start.parent / "cache"
+    )
+    return forward_backward(images, start, run, recipe, options=options)
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +186,7 @@ def test_backward_each_module_learns_what_the_next_one_infers(start, images, mon
 
 def training_on(start: Path, images: TaggedImages, *changes: str) -> Training:
     network = LabelPEnet.from_run(start, recipe=tiny_recipe(*CHANGES, *changes))
-    return Training(network, images, boxes_of(images), start, 0, Fabric(accelerator="cpu", devices=1))
+    return Training(network, images, boxes_of(images), start, Fabric(accelerator="cpu", devices=1))
 
 
 def test_validated_labels_teach_whom_inferred_ones_would(start, images, monkeypatch):
@@ -289,7 +290,7 @@ def test_mirrored_photographs_carry_their_proposals_along(start, images):
     seen = set()
     for flip in ("true", "false"):
         network = LabelPEnet(lively_mobilenet(7), images.classes, tiny_recipe(f"images.flip={flip}", INFERRED))
-        load = curriculum.load(Training(network, images, boxes, start, 0, fabric), ())
+        load = curriculum.load(Training(network, images, boxes, start, fabric), ())
         for draw in range(6):
             (one,) = load([1], torch.Generator().manual_seed(draw))
             pixels = read_image(images.images[1].path)

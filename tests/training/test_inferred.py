@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from pycocotools.coco import COCO
 
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
+from labelpenet.data.files import write_json
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.training.inferred import infer_all, read_inferred
@@ -67,13 +70,32 @@ def test_what_was_inferred_comes_back(tmp_path):
         assert torch.equal(own.masks, expected.masks)
 
 
-def test_the_file_is_a_coco_results_file(tmp_path):
+def test_the_file_is_what_readers_of_coco_take(tmp_path):
+    """pycocotools indexes it, and takes its annotations as results; of version 0.1, too, the instances come back."""
     content = json.loads(whole(tmp_path))
-    assert [one["id"] for one in content["images"]] == [image.id for image in IMAGES.images]
+    del content["checksum"]
+    with contextlib.redirect_stdout(None):
+        coco = COCO(str(run_folder.instances(tmp_path, "module1")))
+        areas = [row["area"] for row in coco.dataset["annotations"]]
+        results = coco.loadRes(coco.dataset["annotations"])
+    assert [one["image"] for one in coco.dataset["images"]] == [image.id for image in IMAGES.images]
     assert content["categories"] == [{"id": i + 1, "name": name} for i, name in enumerate(IMAGES.classes)]
-    assert len(content["annotations"]) == 2 * (N - 1)
-    assert set(content["annotations"][0]) >= {"image_id", "category_id", "bbox", "score", "segmentation"}
+    for number, image in enumerate(IMAGES.images, 1):
+        masks = guess(image).masks.numpy()
+        for reader in (coco, results):
+            rows = reader.loadAnns(reader.getAnnIds(number, iscrowd=False))
+            assert all((reader.annToMask(row) == mask).all() for row, mask in zip(rows, masks, strict=True))
+    assert areas == [int(mask.sum()) for image in IMAGES.images for mask in guess(image).masks]
     assert not list(tmp_path.rglob("*.jsonl")) and not list(tmp_path.rglob("*.tmp"))
+
+    names = {one["id"]: one.pop("image") for one in content["images"]}
+    for one in content["images"]:
+        one["id"] = names[one["id"]]
+    old = [{**row, "image_id": names[row["image_id"]]} for row in content["annotations"]]
+    write_json(run_folder.instances(tmp_path / "old", "module1"), {**content, "annotations": old})
+    before, after = read_inferred(tmp_path / "old", "module1", C), read_inferred(tmp_path, "module1", C)
+    assert list(before) == list(after)
+    assert all(torch.equal(before[name].masks, after[name].masks) for name in names.values())
 
 
 @pytest.mark.parametrize("done", [0, 1, 5, N - 1])

@@ -12,6 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from labelpenet.config import RunOptions
 from labelpenet.data import AnnotatedImages, TaggedImages, read_image, write_scenes
 from labelpenet.engine.log import MetricsLog, read_metrics
 from labelpenet.errors import InputError
@@ -51,7 +52,7 @@ def a_training(year: Path, run: Path, resume: bool = False) -> Training:
     fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
     fabric.launch()
     network = LabelPEnet(lively_mobilenet(7), images.classes, RECIPE)
-    return Training(network, images, boxes_of(images), run, 0, fabric, resume, 0.0)
+    return Training(network, images, boxes_of(images), run, fabric, RunOptions(resume, checkpoint_minutes=0.0))
 
 
 def held_out(year: Path) -> HeldOut:
@@ -151,7 +152,7 @@ def test_the_images_are_chosen_by_the_seed_and_have_tags(scenes, tmp_path):
     choices = set()
     training.images = TaggedImages(training.images.classes, images)
     for seed in range(8):
-        training.seed = seed
+        training.options = RunOptions(seed=seed)
         choices.add(tuple(Observer(training).shown))
     assert len(choices) > 1
 

@@ -83,13 +83,13 @@ def trained(tmp_path_factory) -> tuple[Path, LabelPEnet]:
     torch.save(Narrow().state_dict(), home / "vgg16.pth")
     threads = torch.get_num_threads()
     recipe = config.override(config.recipe("paper"), SMALL)
-    shared = {"device": "cpu", "precision": "32-true", "cache": home / "cache"}
+    options = config.CascadeOptions(device="cpu", precision="32-true", cache=home / "cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(build.BACKBONES, "vgg16", (Narrow, Plug))
         patch.setattr(proposals, "_usable_cores", lambda: 1)  # starting processes would take longer than the work
         torch.set_num_threads(1)
-        network = train_run(images, home / "run", recipe, backbone="vgg16", weights=home / "vgg16.pth", **shared)
-        forward_backward(images, home / "run", home / "fb", **shared)
+        network = train_run(images, home / "run", recipe, backbone="vgg16", weights=home / "vgg16.pth", options=options)
+        forward_backward(images, home / "run", home / "fb", options=options)
         torch.set_num_threads(threads)
     return home, network
 

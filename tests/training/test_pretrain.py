@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from labelpenet.config import Recipe, override, recipe
+from labelpenet.config import Recipe, RunOptions, override, recipe
 from labelpenet.data.dataset import TaggedImages
 from labelpenet.data.images import read_image
 from labelpenet.data.run_folder import claimed, start_run
@@ -70,7 +70,8 @@ def train(year: Path, run: Path, *changes: str, until: int = 4, resume: bool = F
     facts = run_facts(network, images, seed, "32-true")
     with claimed(run):
         start_run(run, facts, resume)
-    training = Training(network, images, boxes_of(images), run, seed, fabric, resume, 0.0, facts)
+    options = RunOptions(resume, seed, checkpoint_minutes=0.0)
+    training = Training(network, images, boxes_of(images), run, fabric, options, facts)
     pretrain(training, until, say=lambda message: None)
     return network
 
@@ -182,7 +183,7 @@ def test_a_resumed_run_keeps_the_stem_that_it_began_with(scenes, tmp_path):
     images = open_tagged(scenes, "train")
     other = LabelPEnet(lively_mobilenet(1234), images.classes, tiny_recipe())
     fabric = Fabric(accelerator="cpu", devices=1)
-    pretrain(Training(other, images, boxes_of(images), run, 0, fabric, True), 0)
+    pretrain(Training(other, images, boxes_of(images), run, fabric, RunOptions(resume=True)), 0)
     assert (run / "weights/stem.safetensors").read_bytes() == stem
     expected = LabelPEnet(lively_mobilenet(0), images.classes, tiny_recipe())
     expected.load_part(run, "stem")
@@ -241,7 +242,7 @@ def test_nothing_is_learnt_from_an_image_that_could_not_be_read(tmp_path):
     images.images[2].path.write_bytes(b"no image")
     network = LabelPEnet(lively_mobilenet(7), images.classes, tiny_recipe())
     fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
-    training = Training(network, images, boxes_of(images), tmp_path / "run", 0, fabric)
+    training = Training(network, images, boxes_of(images), tmp_path / "run", fabric)
     training.features.compute_all(images.images)
     loss = cached_loss(training)
     assert loss([2], 0) == {}

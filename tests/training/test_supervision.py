@@ -16,7 +16,7 @@ from PIL import Image
 
 from labelpenet import config
 from labelpenet.cli import main
-from labelpenet.config import Calibration, override, recipe
+from labelpenet.config import Calibration, CascadeOptions, override, recipe
 from labelpenet.data import AnnotatedImages, Truth, write_scenes
 from labelpenet.errors import InputError
 from labelpenet.evaluation import evaluate
@@ -190,7 +190,7 @@ def test_full_supervision_has_as_many_presentations_as_the_weak_detectors_togeth
 def test_an_image_with_boxes_only_teaches_boxes_and_no_masks(kit, tmp_path):
     images = open_tagged(kit, "train")
     network = LabelPEnet(lively_mobilenet(7), images.classes, tiny_recipe())
-    training = Training(network, images, boxes_of(images), tmp_path, 0, Fabric(accelerator="cpu", devices=1))
+    training = Training(network, images, boxes_of(images), tmp_path, Fabric(accelerator="cpu", devices=1))
     truths = read_supervision("full", open_annotated(kit, "train")).truths
     load, loss = load_samples(training, truths, masks=True), module_loss(training, 4)
     for index, image in enumerate(images.images[:5]):
@@ -345,8 +345,8 @@ def test_full_supervision_learns(tmp_path):
     changes = ["images.sides=96", "images.test_side=96", "warm_up.steps=60", "modules.4.schedule.steps=120"]
     one = override(recipe("demo"), [*changes, "modules.2.schedule.steps=1", "modules.3.schedule.steps=1"])
     network = train_run(
-        annotated.tagged, tmp_path / "run", one, backbone="tiny", device="cpu", cache=tmp_path / "cache",
-        supervision=read_supervision("full", annotated),
+        annotated.tagged, tmp_path / "run", one, backbone="tiny",
+        supervision=read_supervision("full", annotated), options=CascadeOptions(device="cpu", cache=tmp_path / "cache"),
     )  # fmt: skip
     found = {image.id: network.predict(image.path) for image in held_out.tagged.images}
     result = evaluate(found, held_out.truths(), held_out.tagged.classes)
