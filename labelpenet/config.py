@@ -312,7 +312,7 @@ class ForwardBackward(_Ranged):
     train_stem: bool = True
     labels: typing.Literal["inferred", "validated"] = "inferred"
     enter: float = 0.6
-    doubt: float = 0.3
+    doubt: float = 0.7
     zoom: float = 1.25
     colours: float = 0.2
     share: float | None = None

@@ -1,6 +1,7 @@
 """The scripts in benchmarks/ that the figures of README and docs come from: their pure functions."""
 
 import importlib.util
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from labelpenet.config import Calibration
+from labelpenet.config import Calibration, recipe, shorten
 from labelpenet.evaluation import Record
 
 
@@ -229,3 +230,23 @@ def test_whole_image_covers_it():
     found = baselines.whole_image((20, 30), torch.tensor([1, 0]), torch.tensor([0.9, 0.2]))
     assert found.boxes.tolist() == [[0, 0, 30, 20]] * 2
     assert found.masks is not None and bool(found.masks.all())
+
+
+def test_the_ladder_leads_from_paper_to_best_and_each_rung_changes_something():
+    rungs = script("ablation").ladder(0.25)
+    best, paper = shorten(recipe("best"), 0.25), recipe("paper")
+    assert rungs[-1][1] == best
+    assert all(one != other for (_, one), (_, other) in itertools.pairwise(rungs))
+    first = rungs[0][1]
+    assert first.modules[2].schedule.lr == paper.modules[2].schedule.lr and first.modules[2].schedule.kind == "sgd"
+    assert first.modules[2].schedule.steps == best.modules[2].schedule.steps and first.images == best.images
+    assert first.modules[0].attention == "excitation" and first.modules[1].label == paper.modules[1].label
+    assert rungs[3][1].modules[1].label.threshold == best.modules[1].label.threshold
+    assert rungs[3][1].modules[1].label.combine == paper.modules[1].label.combine
+
+
+def test_the_ablation_table_shows_what_is_measured():
+    ablation = script("ablation")
+    values = {"box mAP@.5": 0.5, "mask mAP@.5": 0.25, "mask mAP@.75": None, "mIoU": 0.333}
+    text = ablation.table({"first": {"module 2": values, "module 4": values}})
+    assert text.splitlines()[-1] == "| first | 50.0 / 25.0 / - / 33.3 | 50.0 / 25.0 / - / 33.3 |"

@@ -61,8 +61,7 @@ def validate(anchor: Instances, found: Instances, belief: Tensor, enter: float, 
 
     - An instance of the anchor is replaced by the teacher's of its class that overlaps it by more than `SAME` (the IoU
       of their masks; best first, each once) if that one is believed more, and stays if it is not.
-    - One that the teacher does not confirm stays if it is believed by at least ``doubt``, else it is ignored; the most
-      believed one of a class that would lose all its instances stays in any case.
+    - One that the teacher does not confirm stays if it is believed by at least ``doubt``, else it is ignored.
     - A further instance of the teacher is learnt if it is believed by at least ``enter`` and is no part of a learnt one
       of its class, nor the other way round (by more than `SAME` of the smaller one's area); else it is ignored.
 
@@ -75,7 +74,7 @@ def validate(anchor: Instances, found: Instances, belief: Tensor, enter: float, 
         Instances with the weights that their module gave them, those of the anchor first; then the ignored ones.
     """
     count, both = len(anchor), Instances.cat([anchor, found])
-    shared, labels = shared_pixels(both), both.labels
+    shared = shared_pixels(both)
     area = shared.diagonal()
     partner = pairs((shared / (area[:, None] + area - shared).clamp(min=1))[:count, count:])
     learnt, ignored = [], []
@@ -88,11 +87,6 @@ def validate(anchor: Instances, found: Instances, belief: Tensor, enter: float, 
     for index in sorted(further, key=lambda one: -float(belief[one])):
         nested = bool((shared[index, learnt] > SAME * torch.minimum(area[index], area[learnt])).any())
         (learnt if belief[index] >= enter and not nested else ignored).append(index)
-    for own in labels[:count].unique().tolist():
-        if own not in labels[learnt].tolist():
-            best = max((one for one in ignored if one < count and labels[one] == own), key=lambda one: belief[one])
-            ignored.remove(best)
-            learnt.append(best)
     weights = both.weights.clone()
     weights[ignored] = 0
     return both.weighted(weights)[learnt + ignored]
