@@ -31,7 +31,8 @@ from labelpenet.training.run import train_run
 RUNGS: tuple[tuple[str, frozenset[str]], ...] = tuple(
     (name, frozenset(fields.split()))
     for name, fields in (
-        ("the paper's, in the size and length of `best`", "name images proposals steps batch_size warm_up forward_backward"),
+        ("the paper's, in the size and length of `best`",
+         "name images proposals steps batch_size warm_up forward_backward"),
         ("AdamW and Adam, warm-up, clipping", "schedule"),
         ("CRF: narrower, weaker, on a small canvas; small components dropped",
          "side sxy_bilateral srgb compat_bilateral min_component"),
