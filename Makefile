@@ -17,8 +17,9 @@ lint: install
 types: install
 	$(BIN)/mypy
 
+# One file's tests stay together: what they share is made once.
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 slow: install
 	$(BIN)/python -m pytest -m slow

@@ -42,13 +42,13 @@ from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import write_json
 from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.engine.distributed import map_images
-from labelpenet.engine.log import Progress
 from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou, cascade_table, classification_ap, evaluate, mask_iou
 from labelpenet.formats import open_annotated
 from labelpenet.instances import Instances, encode_masks
 from labelpenet.models.cascade import read_run
 from labelpenet.models.classification import Classification
+from labelpenet.progress import Progress
 from labelpenet.training.features import RoIFeatures
 from labelpenet.training.inferred import Inferred
 from labelpenet.training.measure import rank_images
@@ -82,7 +82,7 @@ def last_layers(module: Classification) -> nn.Sequential:
 
 
 def train_classifier(features: Tensor, present: Tensor, weight_decay: float = WEIGHT_DECAY) -> nn.Linear:
-    """A linear classifier: binary cross-entropy, meaned over the images, and L2; convex, hence without a seed.
+    """A linear classifier: mean binary cross-entropy over the images, and L2; convex, hence without a seed.
 
     Args:
         features: (I, D); present: (I, C) 0 or 1.

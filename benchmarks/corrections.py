@@ -62,7 +62,7 @@ def correct(path: Path, chosen: Sequence[str], images: TaggedImages, known: dict
 
 
 def thinned(annotated: AnnotatedImages, every: int, path: Path) -> str:
-    """A file that lists every so-manieth photograph of a split, as the name of a split."""
+    """A file that lists every n-th photograph of a split, as the name of a split."""
     return str(write_text(path, "".join(f"{image.id}\n" for image in annotated.tagged.images[::every])))
 
 
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--classes", type=lambda text: text.split(","))
     parser.add_argument("--counts", type=int, nargs="+", default=[25, 50, 100])
-    parser.add_argument("--every", type=int, default=1, help="take every so-manieth photograph of both splits")
+    parser.add_argument("--every", type=int, default=1, help="take every n-th photograph of both splits")
     parser.add_argument("--recipe", default="best")
     parser.add_argument("--backbone", default="mobilenet_v2")
     parser.add_argument("--weights", type=Path)

@@ -196,13 +196,15 @@ def classified(network: LabelPEnet, pixels: np.ndarray, proposals: Tensor, known
 def detected(network: LabelPEnet, pixels: np.ndarray, proposals: Tensor, known: Tensor, image: TaggedImage) -> Scene:
     """Module 2's detections; module 1 only says how sure it is of each tag."""
     one, two = network.classification, network.detection
-    (found,), _, (pooled,) = two.detect(network.batch([pixels], [image.tags]))
+    batch = network.batch([pixels], [image.tags])
+    (found,), _, _ = two.detect(batch)
+    tail = two.tail(batch.stem)
     scores = torch.zeros(len(found.scores), len(network.classes))
     scores[torch.arange(len(scores)), found.labels] = found.scores
 
     def attend(kind: str, index: Tensor) -> Tensor:
-        own = pooled[found.rois[index]]
-        return roi_attention(two.head, two.classifier, own, found.labels[index] + 1, found.scores[index], kind)
+        pooled = two.pool(tail, [batch.views[0].boxes(found.regions[index])])
+        return roi_attention(two.head, two.classifier, pooled, found.labels[index] + 1, found.scores[index], kind)
 
     tags = tuple(sorted(set(found.labels.tolist())))
     share = scores / scores.sum(0).clamp(min=1e-9)

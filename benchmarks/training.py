@@ -209,17 +209,17 @@ def made_up(boxes: np.ndarray, tags: tuple[int, ...], size: tuple[int, int]) -> 
 
 
 def load_ahead(one: Stage) -> Iterator[list[Future[Any]]]:
-    """For each step the batches of its passes, loaded in threads a little ahead of time."""
+    """For each step the micro-batches, loaded in threads a little ahead of time."""
     load = one.load or (lambda indices, generator: indices)
 
     def begin(step: int) -> list[Future[Any]]:
         drawn = step // one.repeat
         indices = batches(len(one.images), one.batch_size, 0, one.name, drawn)
-        passes = range(0, one.batch_size, one.images_per_pass)
-        seeds = [stream_seed(0, one.name, drawn, position, "load") for position in passes]
+        cuts = range(0, one.batch_size, one.micro_batch)
+        seeds = [stream_seed(0, one.name, drawn, position, "load") for position in cuts]
         return [
-            pool.submit(load, indices[i : i + one.images_per_pass], torch.Generator().manual_seed(seed))
-            for i, seed in zip(passes, seeds, strict=True)
+            pool.submit(load, indices[i : i + one.micro_batch], torch.Generator().manual_seed(seed))
+            for i, seed in zip(cuts, seeds, strict=True)
         ]
 
     with ThreadPoolExecutor(one.workers) as pool:
@@ -247,14 +247,14 @@ def plain_loop(one: Stage, fabric: Fabric, clock: Clock) -> list[float]:
         for number, future in enumerate(futures):
             with clock.part("data"):
                 batch = future.result()
-            seed_step(0, one.name, step, number * one.images_per_pass)
+            seed_step(0, one.name, step, number * one.micro_batch)
             with clock.part("forward"), fabric.autocast():
                 terms = [value.float() for value in one.loss(batch, step).values()]
             total = torch.stack(terms).sum()
             if not bool(torch.isfinite(total)):
                 raise SystemExit(f"{one.name}: the loss is not finite at step {step}; try other weights")
             with clock.part("backward"):
-                (total * (one.images_per_pass / one.batch_size)).backward()
+                (total * (one.micro_batch / one.batch_size)).backward()
         with clock.part("optimiser"):
             if one.schedule.clip is not None:
                 nn.utils.clip_grad_norm_(parameters, one.schedule.clip)
@@ -269,17 +269,17 @@ def plain_loop(one: Stage, fabric: Fabric, clock: Clock) -> list[float]:
 
 def our_loop(one: Stage, fabric: Fabric, folder: Path, clock: Clock) -> tuple[list[float], float]:
     """A stage trained by `train_stage`: the seconds from each step to the next, and those of start and end."""
-    passes = one.batch_size // one.images_per_pass
+    cuts = one.batch_size // one.micro_batch
     calls: list[float] = []
 
     def loss(batch: Any, step: int) -> Mapping[str, Tensor]:
-        calls.append(clock.now() if len(calls) % passes == 0 else 0.0)
+        calls.append(clock.now() if len(calls) % cuts == 0 else 0.0)
         return one.loss(batch, step)
 
     began = clock.now()
     train_stage(replace(one, loss=loss), folder, fabric=fabric, log=lambda line: None)
     whole = clock.now() - began
-    steps = np.diff(calls[::passes]).tolist()
+    steps = np.diff(calls[::cuts]).tolist()
     return steps, max(0.0, whole - statistics.median(steps) * one.steps)
 
 
@@ -367,7 +367,7 @@ def torchvision_stage(setting: Setting, steps: int) -> Stage:
     own = setting.stage(4, steps)
     return replace(
         own, name="torchvision", module=model, loss=lambda batch, step: model(*batch), load=load,
-        images_per_pass=own.batch_size,
+        micro_batch=own.batch_size,
     )  # fmt: skip
 
 

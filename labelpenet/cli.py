@@ -9,10 +9,11 @@ import contextlib
 import errno
 import io
 import json
+import logging
 import os
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -222,7 +223,7 @@ class Evaluate:
     """
 
     predictions: Positional[Path]
-    """predictions.json, or another tool's COCO results list."""
+    """predictions.json, the folder of parts of predict --shard, or another tool's COCO results list."""
     data: Positional[Path]
     """The annotated data set."""
     split: Split = None
@@ -272,7 +273,7 @@ class Export:
     """
 
     predictions: Positional[Path]
-    """predictions.json; for onnx a student's folder."""
+    """predictions.json, or the folder of parts of predict --shard; for onnx a student's folder."""
     data: Positional[Path | None] = None
     """The data set, or the folder of photographs, that the predictions belong to; none for onnx."""
     out: Path = Path("labels")
@@ -414,7 +415,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
-        _run(list(sys.argv[1:] if arguments is None else arguments))
+        with _library_speaks():
+            _run(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()  # here, where a pipe that was closed still ends quietly
     except InputError as error:
         _end(2, str(error))
@@ -426,6 +428,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         remedy = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
         _end(2, f"{error.filename or 'a file'}: {error.strerror or error}; {remedy}")
+
+
+@contextlib.contextmanager
+def _library_speaks() -> Iterator[None]:
+    """What the library logs, progress included, goes to standard error, a line each."""
+    logger, handler = logging.getLogger("labelpenet"), logging.StreamHandler()
+    before = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before
 
 
 def _run(arguments: list[str]) -> None:
@@ -554,7 +571,7 @@ def distill(args: Distill) -> None:
 def predict(args: Predict) -> None:
     """``labelpenet predict``."""
     from labelpenet.data import TaggedImage, read_image
-    from labelpenet.data.files import check_outputs
+    from labelpenet.data.files import check_outputs, real_path
     from labelpenet.data.images import find_images
     from labelpenet.formats import open_tagged
     from labelpenet.formats.parts import parse_shard
@@ -578,7 +595,7 @@ def predict(args: Predict) -> None:
     pictures = overlay_paths(args.overlays, [image.id for image in images]) if args.overlays else {}
     check_outputs(pictures.values(), [*reads, args.out], args.overwrite)
     for folder in (path for path in reads if path.is_dir()):
-        if args.overlays and args.overlays.resolve().is_relative_to(folder.resolve()):
+        if args.overlays and real_path(args.overlays).is_relative_to(real_path(folder)):
             raise InputError(f"{args.overlays}: lies in {folder}, which is read; choose a folder outside for overlays")
     predictor = Predictor(args.run, args.device, args.devices, args.nodes)
 
@@ -625,8 +642,8 @@ def evaluate(args: Evaluate) -> None:
     annotated = open_annotated(args.data, args.split, _names(args.classes))
     tagged = annotated.tagged
     predictions = read_predictions(args.predictions, tagged, tagged.classes, annotated.categories)
-    truths, notes = annotated.readable_truths()
-    result = measure(predictions, truths, tagged.classes, args.protocol)
+    notes: list[str] = []
+    result = measure(predictions, annotated.each(notes), tagged.classes, args.protocol)
     _say(*predictions.notes, *notes)
     if args.json:
         write_bytes(args.json, json.dumps(result, indent=1).encode())
@@ -735,7 +752,7 @@ def review(args: Review) -> None:
 def report(args: Report) -> None:
     """``labelpenet report``."""
     from labelpenet.data import AnnotatedImages
-    from labelpenet.data.files import check_outputs
+    from labelpenet.data.files import check_outputs, real_path
     from labelpenet.formats import open_annotated, open_tagged
     from labelpenet.models.cascade import read_run
     from labelpenet.report import write_report
@@ -743,7 +760,7 @@ def report(args: Report) -> None:
     facts = read_run(args.run)
     source = facts.get("source") or {}
     data = args.data or (Path(source["data"]) if source.get("data") else None)
-    if args.out and args.out.resolve() != (args.run / "report.html").resolve():
+    if args.out and real_path(args.out) != real_path(args.run / "report.html"):
         check_outputs([args.out], [args.run, *([data] if data else [])], args.overwrite)
 
     def opened(split: str | None) -> AnnotatedImages | TaggedImages | None:

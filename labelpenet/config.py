@@ -31,7 +31,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "warmup": (0, 1e9), "clip": (1e-9, 1e9), "batch_size": (1, 100_000), "anchor_sides": (1, 20_000), "rois": _COUNT,
     "rpn_pre_nms_top_n_train": _COUNT, "rpn_pre_nms_top_n_test": _COUNT, "rpn_post_nms_top_n_train": _COUNT,
     "rpn_post_nms_top_n_test": _COUNT, "cells": (1, 28), "score_threshold": _SHARE, "mask_width": (1, 8192),
-    "mask_depth": (0, 64), "beta": _SHARE, "ema": _SHARE, "share": (1e-6, 1),
+    "mask_depth": (0, 64), "mask_margin": (0, 4), "beta": _SHARE, "ema": _SHARE, "share": (1e-6, 1),
     "enter": _SHARE, "doubt": _SHARE, "zoom": (1, 4), "colours": _SHARE, "drift": (1, 1e6), "width": (1, 8192),
     "proposals": _COUNT, "detections": _COUNT, "keep": _SHARE, "nested": _SHARE, "Noise.limit": (0, 1e6),
     "limit_from": _SHARE, "shorten": (1e-6, 100), "seed": (0, 2**63 - 1), "devices": (1, 1024), "nodes": (1, 4096),
@@ -124,7 +124,11 @@ class Calibration(_Ranged):
             widths in pixels of the canvas. Zero iterations leave the CRF out.
         box: where the box comes from: tight around the ``mask``, or that of the kept ``proposal``.
         min_component: components of a mask smaller than this fraction of its largest one are dropped; None keeps all.
+        vote: whether modules 1 and 2, as far as they came before, have a say in the weights (`LabelPEnet.vote`); what
+            follows goes by these weights then.
         mask_nms: IoU above which masks of a class suppress one another; None keeps all.
+        keep: an instance is dropped if its weight is below this fraction of the best one's of its class in its image.
+        nested: an instance of whose box this fraction lies inside a better one of its class is dropped; None keeps all.
     """
 
     nms: float = 0.3
@@ -141,7 +145,10 @@ class Calibration(_Ranged):
     iterations: int = 10
     box: typing.Literal["mask", "proposal"] = "mask"
     min_component: float | None = None
+    vote: bool = False
     mask_nms: float | None = None
+    keep: float = 0.0
+    nested: float | None = None
 
 
 @dataclass(frozen=True)
@@ -225,6 +232,10 @@ class Classification:
     label: AttentionCalibration = AttentionCalibration(per_class=1)
     predict: AttentionCalibration = AttentionCalibration(per_class=1, joint=False)
 
+    def __post_init__(self) -> None:
+        if self.label.vote or self.predict.vote:
+            raise InputError("no module comes before module 1 that could vote on its instances")
+
 
 @dataclass(frozen=True)
 class Detector(_Ranged):
@@ -238,7 +249,6 @@ class Detector(_Ranged):
         cells: cells per side of the pooling behind a convolutional RoI head (`Backbone.roi_head`).
         weighted: whether the instances' weights enter the losses.
         score_threshold: a detection needs this softmax score to be a candidate.
-        vote: in prediction, whether modules 1 and 2 have a say in the scores (`LabelPEnet.vote`).
     """
 
     name: str = field(metadata=_FIXED)
@@ -252,7 +262,6 @@ class Detector(_Ranged):
     cells: int = 1
     weighted: bool = True
     score_threshold: float = 0.05
-    vote: bool = False
     schedule: Schedule = Schedule()
 
 
@@ -273,11 +282,14 @@ class Segmentation(Detector):
     Attributes:
         mask_width: channels of the mask branch.
         mask_depth: convolutions of the mask head before its deconvolution.
+        mask_margin: a RoI is enlarged by this fraction of its side before its mask is predicted; with 0 no mask can
+            leave the detected box, and boxes tight around masks shrink from module to module.
     """
 
     name: str = field(default="segmentation", metadata=_FIXED)
     mask_width: int = 256
     mask_depth: int = 4
+    mask_margin: float = 0.0
     label: MaskCalibration = MaskCalibration()
     predict: MaskCalibration = MaskCalibration(min_score=0.05, box="proposal", joint=False)
 
@@ -439,16 +451,19 @@ def best() -> Recipe:
         decay=((0.6, 0.3), (0.85, 0.1)),
     )  # fmt: skip
     detector: dict[str, Any] = {
-        "anchor_sides": (64, 128, 256), "rois": 64, "pool": "align", "cells": 3, "vote": True,
+        "anchor_sides": (64, 128, 256), "rois": 64, "pool": "align", "cells": 3,
         "rpn_pre_nms_top_n_train": 2000, "rpn_pre_nms_top_n_test": 1000,
         "rpn_post_nms_top_n_train": 200, "rpn_post_nms_top_n_test": 200,
     }  # fmt: skip
     label = AttentionCalibration(combine="mean", members="class", per_class=1, max_attention=120, **crf)
-    detect = AttentionCalibration(combine="mean", max_attention=80, **crf)
-    masks = MaskCalibration(per_class=5, mask_nms=0.5, max_masks=100, **crf)
-    answer = replace(masks, per_class=20, min_score=0.05, nms=0.4, joint=False)
+    # Each instance against the background alone: parts and doubles would take the object's pixels from it.
+    several: dict[str, Any] = {"per_class": 20, "min_score": 0.05, "joint": False}
+    sure: dict[str, Any] = {"keep": 0.5, "nested": 0.85}  # of what is passed on
+    detect = AttentionCalibration(combine="mean", max_attention=80, **several, **crf)
+    masks = MaskCalibration(nms=0.4, mask_nms=0.5, max_masks=100, vote=True, **several, **crf | {"threshold": 0.5})
     segmenter: dict[str, Any] = {
-        **detector, "mask_width": 128, "mask_depth": 2, "schedule": replace(schedule, steps=800),
+        **detector, "mask_width": 128, "mask_depth": 2, "mask_margin": 0.15, "schedule": replace(schedule, steps=800),
+        "label": replace(masks, **sure), "predict": masks,
     }  # fmt: skip
     return Recipe(
         name="best",
@@ -462,17 +477,11 @@ def best() -> Recipe:
             ),
             Detection(
                 **detector, attention="gradient", schedule=schedule,
-                label=replace(detect, per_class=5, mask_nms=0.5),
-                predict=replace(detect, min_score=0.05, box="proposal", joint=False),
+                label=replace(detect, mask_nms=0.5, **sure),
+                predict=replace(detect, vote=True, box="proposal"),
             ),
-            Segmentation(
-                "refinement", **segmenter,
-                label=masks, predict=answer,
-            ),
-            Segmentation(
-                "segmentation", **segmenter, weighted=False,
-                label=masks, predict=answer,
-            ),
+            Segmentation("refinement", **segmenter),
+            Segmentation("segmentation", **segmenter, weighted=False),
         ),
         forward_backward=ForwardBackward(
             train_stem=False, labels="validated", share=0.4, drift=1.6,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from labelpenet.report import write_report
 from labelpenet.training.measure import measure_run, render
 from labelpenet.training.run import train_run
 
+_log = logging.getLogger(__name__)
 TRAIN, HELD_OUT = 200, 60
 BACKBONE = "tiny"
 
@@ -50,7 +52,7 @@ def run_demo(
         results = read_json(run_folder.results(run))
         return f"{render(results)}\n{report}: finished before; remove {out} to start anew"
     if run_folder.facts(run).is_file():
-        print(f"{run}: continued")
+        _log.info("%s: continued", run)
     train_run(
         open_tagged(year, "train"),
         run,

@@ -128,7 +128,7 @@ class Instances:
         weights: (N,) float32 in [0, 1]: confidence of a pseudo-label, score of a prediction, 1 for a true object.
         image_size: (H, W) of the image that boxes and masks refer to.
         masks: (N, H, W) bool, or None where there are none. Those given as `CompactMasks` are kept so, and made
-            dense each time they are read; `compact_masks` and `has_masks` do not.
+            dense each time they are read; `compact_masks` does not.
     """
 
     boxes: Tensor
@@ -155,11 +155,6 @@ class Instances:
     @property
     def _kept(self) -> Tensor | CompactMasks | None:
         return self.__dict__["_masks"]
-
-    @property
-    def has_masks(self) -> bool:
-        """Whether there are masks."""
-        return self._kept is not None
 
     @property
     def compact_masks(self) -> CompactMasks | None:

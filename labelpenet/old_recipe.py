@@ -10,6 +10,7 @@ _GONE = {
     "form": "paper", "contrast": False, "score": "softmax", "extra_proposals": False, "weight": "score",
     "affiliated": True,
 }  # fmt: skip
+_LATER = {"keep": 0.0, "nested": None}  # choices of a calibration that did not exist yet, and what was done then
 _RENAMED = {"background": "threshold", "part": "min_component", "duplicate": "mask_nms"}
 
 
@@ -36,13 +37,13 @@ def modernise(old: dict[str, Any], known: Sequence[tuple[set[str], set[str]]]) -
             own |= {"heat": "all", "initialiser": "gaussian"}
         else:
             own |= {"rpn_pre_nms_top_n_train": 2000, "rpn_pre_nms_top_n_test": 1000}
-            own |= {"score_threshold": predict["score_threshold"], "vote": predict["vote"]}
+            own |= {"score_threshold": predict["score_threshold"], "mask_margin": 0.0}
             own |= dict.fromkeys(("rpn_post_nms_top_n_train", "rpn_post_nms_top_n_test"), own["rpn_proposals"])
             if own.get("freeze_head"):
                 raise ValueError("a frozen RoI head is no choice of modules 2 to 4 any more")
         renamed = _RENAMED | {"attended": "max_attention" if number < 3 else "max_masks"}
         parts = {
-            name: {new: value for key, value in part.items() if (new := renamed.get(key, key)) in calibration}
+            name: _LATER | {new: value for key, value in part.items() if (new := renamed.get(key, key)) in calibration}
             for name, part in (("label", label), ("predict", predict))
         }
         own = {key: value for key, value in own.items() if key in choices}

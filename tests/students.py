@@ -1,17 +1,22 @@
-"""A student that has learnt a few generated scenes, once for all tests that need one."""
+"""Runs that several tests need: a student that has learnt a few generated scenes, a cascade that has learnt nothing."""
 
 from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from labelpenet import config
+from labelpenet.data import run_folder
 from labelpenet.data.scenes import write_scenes
 from labelpenet.formats import open_annotated
+from labelpenet.models.build import build_backbone
+from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.training.distill import distill
+from labelpenet.training.pretrain import save_part
 from labelpenet.training.supervised import read_supervision
 
 SIDE = 96
@@ -30,9 +35,19 @@ def small_student() -> tuple[Path, Path]:
     annotated = open_annotated(year, "train")
     truths = read_supervision("full", annotated).truths
     recipe = config.override(config.StudentRecipe(), CHOICES)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     source = {"data": str(year), "split": "train"}
     distill(annotated.tagged, truths, out / "student", recipe, backbone="tiny", device="cpu", source=source)
-    torch.set_num_threads(threads)
     return out / "student", year
+
+
+def random_run(run: Path, classes: Sequence[str]) -> Path:
+    """A run folder of the demo's recipe and the tiny backbone with random weights, which find one instance a class."""
+    torch.manual_seed(0)
+    recipe = config.override(config.recipe("demo"), ["modules.3.predict.per_class=1", "modules.4.predict.per_class=1"])
+    network = LabelPEnet(build_backbone("tiny", pretrained=False), classes, recipe)
+    facts = {"classes": list(classes), "backbone": "tiny", "normalisation": network.normalisation}
+    run.mkdir()
+    run_folder.start_run(run, {**facts, "recipe": config.to_dict(network.recipe)}, False)
+    for part in ("stem", *MODULES):
+        save_part(network, run, part)
+    return run

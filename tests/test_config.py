@@ -58,7 +58,8 @@ def test_every_choice_of_the_paper_recipe():
     chain = {
         "nms": 0.3, "per_class": 20, "min_score": 0.5, "threshold": None, "joint": True, "side": None,
         "sxy_gaussian": 3.0, "compat_gaussian": 3.0, "sxy_bilateral": 80.0, "srgb": 13.0, "compat_bilateral": 10.0,
-        "iterations": 10, "box": "mask", "min_component": None, "mask_nms": None,
+        "iterations": 10, "box": "mask", "min_component": None, "vote": False, "mask_nms": None, "keep": 0.0,
+        "nested": None,
     }  # fmt: skip
     attention = chain | {"combine": "product", "members": "suppressed", "max_attention": 1000}
     masks = chain | {"max_masks": 1000}
@@ -66,9 +67,15 @@ def test_every_choice_of_the_paper_recipe():
     faster_rcnn = {
         "anchor_sides": (128, 256, 512), "rois": 128, "rpn_pre_nms_top_n_train": 12_000, "rpn_pre_nms_top_n_test": 6000,
         "rpn_post_nms_top_n_train": 2000, "rpn_post_nms_top_n_test": 300, "pool": "max", "cells": 1, "weighted": True,
-        "score_threshold": 0.05, "vote": False, "schedule": schedule,
+        "score_threshold": 0.05, "schedule": schedule,
     }  # fmt: skip
-    mask_rcnn = faster_rcnn | {"mask_width": 256, "mask_depth": 4, "label": masks, "predict": masks | answer}
+    mask_rcnn = faster_rcnn | {
+        "mask_width": 256,
+        "mask_depth": 4,
+        "mask_margin": 0.0,
+        "label": masks,
+        "predict": masks | answer,
+    }
     single = attention | {"per_class": 1}
     adam = {"kind": "adam", "weight_decay": 0.0, "warmup": 50, "batch_size": 8}
     assert to_dict(recipe("paper")) == {
@@ -136,7 +143,7 @@ def test_override_changes_one_choice_and_leaves_the_rest():
         ("modules=3", "modules.2.schedule.steps=800"),
         ("modules.2.schedule=3", "modules.2.schedule.steps=800"),
         ("images.flip.x=true", "takes a value"),
-        ("modules.1.vote=true", "module 1 has no 'vote'"),
+        ("modules.1.predict.vote=true", "no module comes before"),
         ("modules.1.label.max_masks=3", "max_attention"),
         ("modules.3.label.combine=mean", "max_masks"),
         ("modules.4.attention=gradient", "mask_width"),
@@ -209,8 +216,14 @@ def test_runs_of_version_0_1_are_read():
         for ours, theirs in ((module.label, label), (module.predict, predict)):
             assert (ours.threshold, ours.mask_nms) == (theirs["background"], theirs["duplicate"])
             assert (ours.min_component, ours.joint) == (theirs["part"], theirs["joint"])
+            assert (ours.vote, ours.keep, ours.nested) == (theirs["vote"], 0, None)
             assert getattr(ours, "max_attention" if number < 3 else "max_masks") == theirs["attended"]
-    assert one.modules[0].freeze_head and one.modules[3].vote and one.modules[1].rpn_post_nms_top_n_test == 200
+    assert (
+        one.modules[0].freeze_head
+        and one.modules[3].predict.vote
+        and one.modules[3].mask_margin == 0
+        and one.modules[1].rpn_post_nms_top_n_test == 200
+    )
 
 
 @pytest.mark.parametrize(
@@ -234,9 +247,10 @@ def test_recipes_are_values():
     assert config.best() == config.best()
 
 
-def test_one_threshold_serves_all_modules_of_best():
-    """That each module wanted a background of its own was the sign of lopsided unaries."""
-    assert {choice.threshold for m in recipe("best").modules for choice in (m.label, m.predict)} == {0.35}
+def test_best_has_one_threshold_for_attention_maps_and_one_for_masks():
+    """That each module wanted a background of its own was the sign of lopsided unaries and of masks bound to boxes."""
+    thresholds = [{m.label.threshold, m.predict.threshold} for m in recipe("best").modules]
+    assert thresholds == [{0.35}, {0.35}, {0.5}, {0.5}]
     assert {choice.threshold for m in recipe("paper").modules for choice in (m.label, m.predict)} == {None}
 
 

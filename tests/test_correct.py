@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from labelpenet.cli import main
 from labelpenet.data import run_folder
@@ -40,8 +39,6 @@ def test_the_commands_of_the_story_lead_from_tags_to_labels_that_know_the_correc
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("labelpenet.data.proposals._usable_cores", lambda: 1)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     for line in fences((ROOT / "docs" / "correct.md").read_text(encoding="utf-8")):
         words = shlex.split(line)
         if words[0] == "python":
@@ -51,7 +48,6 @@ def test_the_commands_of_the_story_lead_from_tags_to_labels_that_know_the_correc
             review(words[2:])
         else:
             main([*words[1:], *SHORT.get(words[1], [])])
-    torch.set_num_threads(threads)
     runs = [Path("runs", name) for name in ("first", "second", "third")]
     first, second, third = (run_folder.read_facts(run) for run in runs)
     assert (first["images"], second["images"], third["images"]) == (8, 7, 8)

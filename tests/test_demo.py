@@ -20,14 +20,6 @@ from labelpenet.models.cascade import LabelPEnet
 TRAIN, HELD_OUT = 24, 8
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def small_recipe() -> config.Recipe:
     changes = ["warm_up.steps=110", "modules.1.schedule.steps=80"]
     for number in (2, 3, 4):

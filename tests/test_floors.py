@@ -9,7 +9,7 @@ import labelpenet
 
 ROOT = Path(labelpenet.__file__).parent
 FLOORS = (
-    {"errors", "old_recipe"},
+    {"errors", "old_recipe", "progress"},
     {"config"},
     {"instances"},
     {"data", "calibration"},

@@ -81,16 +81,13 @@ def reproduced(tmp_path_factory) -> tuple[Path, list[str]]:
     torch.manual_seed(0)
     torch.save(NarrowVGG().state_dict(), home / "vgg16-397923af.pth")
     commands = noted(home)
-    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
         patch.setitem(build.BACKBONES, "vgg16", (NarrowVGG, NarrowPlug))
         patch.setattr(proposals, "_usable_cores", lambda: 1)  # starting processes would take longer than the work
-        torch.set_num_threads(1)
         for command in commands:
             run(command)
-        torch.set_num_threads(threads)
     return home, [shlex.join(command) for command in commands]
 
 

@@ -30,7 +30,7 @@ from labelpenet.calibration.maps import (
     normalise,
     project_maps,
 )
-from labelpenet.calibration.nms import mask_nms, nms_groups, rank_within_class
+from labelpenet.calibration.nms import confident, mask_nms, nms_groups, rank_within_class
 from labelpenet.config import AttentionCalibration, Calibration, MaskCalibration
 from labelpenet.instances import CompactMasks, Instances
 
@@ -173,7 +173,8 @@ def calibrate(
             candidates' own if None.
 
     Returns:
-        K instances on the CPU, within each class the best first, and the maps behind them.
+        K instances on the CPU, within each class the best first, and the maps behind them; with ``settings.vote``
+        without `select_instances`, which is to follow the vote.
 
     Raises:
         ValueError: shapes that do not fit, or NaN or infinity in scores, boxes or maps.
@@ -199,11 +200,18 @@ def calibrate(
     instances = to_instances(
         marginals.cpu(), found.boxes[kept].float(), found.labels[kept], found.scores[kept], size, settings
     )
-    alive = mask_nms(instances, settings.mask_nms)
-    if len(alive) < len(instances):
-        index = alive.to(maps.device)
-        attention, warmth, confidence, marginals = (one[index] for one in (attention, warmth, confidence, marginals))
-    return instances[alive], Trace(normalise(attention), warmth, confidence, marginals)
+    trace = Trace(normalise(attention), warmth, confidence, marginals)
+    return (instances, trace) if settings.vote else select_instances(instances, trace, settings)
+
+
+def select_instances(found: Instances, trace: Trace, settings: Calibration) -> tuple[Instances, Trace]:
+    """The instances, on the CPU, that neither double a better one nor are too doubtful beside it, and their maps."""
+    alive = mask_nms(found, settings.mask_nms)
+    alive = alive[confident(found[alive], settings.keep, settings.nested)]
+    if len(alive) == len(found):
+        return found, trace
+    index = alive.to(trace.confidence.device)
+    return found[alive], Trace(*(one[index] for one in vars(trace).values()))
 
 
 def _check(image: np.ndarray, found: Candidates, chosen: Chosen, maps: Tensor) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import box_iou, nms
+from torchvision.ops import box_area, box_iou, nms
 
 from labelpenet.instances import Instances
 
@@ -75,3 +75,32 @@ def mask_nms(found: Instances, threshold: float | None) -> Tensor:
         ):
             kept.append(index)
     return torch.tensor(sorted(kept))
+
+
+def confident(found: Instances, keep: float, nested: float | None) -> Tensor:
+    """Which instances are about as sure as the best one of their class, and none inside a better one.
+
+    Args:
+        found: N instances, weights in [0, 1].
+        keep: fraction of the best weight of the class that an instance needs; the best one itself has it.
+        nested: an instance of whose box this fraction lies inside a better one of its class fails; None for none.
+
+    Returns:
+        (N,) bool.
+    """
+    weights, order = found.weights, torch.arange(len(found))
+    same = found.labels[:, None] == found.labels[None]
+    best = torch.where(same, weights[None], 0).amax(1) if len(found) else weights
+    sure = weights >= keep * best
+    if nested is None:
+        return sure
+    # the earlier one of two that are equally sure counts as the better one
+    first = (weights[None] == weights[:, None]) & (order < order[:, None])
+    better = same & ((weights[None] > weights[:, None]) | first)
+    return sure & ~(better & (inside(found.boxes, found.boxes) >= nested)).any(1)
+
+
+def inside(boxes: Tensor, others: Tensor) -> Tensor:
+    """(R, M) the part of each box's area (R, 4) that lies inside each other one (M, 4)."""
+    corners = torch.minimum(boxes[:, None, 2:], others[:, 2:]) - torch.maximum(boxes[:, None, :2], others[:, :2])
+    return corners.clamp(min=0).prod(2) / box_area(boxes).clamp(min=1e-6)[:, None]

@@ -7,7 +7,7 @@ image by image, through `AnnotatedImages`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,19 +106,25 @@ class AnnotatedImages:
         Raises:
             InputError: no annotation can be read.
         """
-        truths: dict[str, Truth] = {}
+        notes: list[str] = []
+        return dict(self.each(notes)), tuple(notes)
+
+    def each(self, notes: list[str]) -> Iterator[tuple[str, Truth]]:
+        """As `readable_truths`, one after the other: they need not fit into memory. Adds the notes in the end."""
         problems: list[str] = []
         remarks: list[str] = []
         for image in self.tagged.images:
             try:
-                truths[image.id] = self.read(image.id)
-                remarks += truths[image.id].notes
+                truth = self.read(image.id)
             except InputError as error:
                 problems.append(str(error))
-        if not truths:
+                continue
+            remarks += truth.notes
+            yield image.id, truth
+        if len(problems) == len(self.tagged.images):
             raise InputError(problems[0] if problems else "the data set holds no image")
-        notes = brief(problems, "images are left out because their annotation is damaged")
-        return truths, (*notes, *brief(remarks, "objects or masks are cut or left out"))
+        notes += brief(problems, "images are left out because their annotation is damaged")
+        notes += brief(remarks, "objects or masks are cut or left out")
 
 
 @dataclass(frozen=True)

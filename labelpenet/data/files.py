@@ -156,9 +156,9 @@ def check_outputs(paths: Iterable[Path], reads: Iterable[Path] = (), overwrite: 
         InputError: one of the files is read, is there already or is no regular file, or its folder cannot be written.
     """
     reads = list(reads)
-    files = {_place(path) for path in reads} | {path.resolve() for path in reads}
+    files = {_place(path) for path in reads} | {real_path(path) for path in reads}
     identities = {_identity(path) for path in reads if path.is_file()}
-    folders = [path.resolve() for path in reads if path.is_dir()]
+    folders = [real_path(path) for path in reads if path.is_dir()]
     probed: set[Path] = set()
     for path in paths:
         try:
@@ -188,7 +188,12 @@ def check_outputs(paths: Iterable[Path], reads: Iterable[Path] = (), overwrite: 
 
 def _place(path: Path) -> Path:
     """Where a file lies, folders' links followed; that of the file itself is not, as writing replaces it."""
-    return path.parent.resolve() / path.name
+    return real_path(path.parent) / path.name
+
+
+def real_path(path: Path) -> Path:
+    """The absolute path, links followed as far as they lead: `Path.resolve` fails where they go in a circle."""
+    return Path(os.path.realpath(path))
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -502,11 +507,11 @@ def check_new_folder(out: Path, reads: Iterable[Path]) -> None:
     Raises:
         InputError: names the two, and what to do.
     """
-    home = out.resolve()
+    home = real_path(out)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError(f"{out}: there is a file or link of that name; choose another folder")
     for path in reads:
-        read = path.resolve()
+        read = real_path(path)
         if read.is_relative_to(home):
             raise InputError(f"{out}: holds {path}, which is read; choose another folder")
         if home.is_relative_to(read) and path.is_dir():

@@ -31,6 +31,7 @@ from labelpenet.config import Proposals as Settings
 from labelpenet.data.files import brief, hash_file, hash_files, read_array, write_array, write_text
 from labelpenet.data.images import read_image
 from labelpenet.errors import InputError, reason
+from labelpenet.progress import Progress
 
 if TYPE_CHECKING:
     from labelpenet.data.dataset import TaggedImage
@@ -247,7 +248,7 @@ def compute_proposals(
         settings, model: as `propose` takes them.
         cache: folder of the cache; made if it does not exist.
         workers: processes; None for one per usable core, 1 to compute in this process.
-        progress: show a bar with the time left on standard error.
+        progress: say how far it is.
 
     Returns:
         The proposals by image id, in the order of ``images``. An image that cannot be read has none, and
@@ -378,9 +379,9 @@ def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _tracked(results: Iterable[T], total: int) -> Iterable[T]:
-    """The results, with a bar on standard error that has the time left."""
-    from rich.console import Console
-    from rich.progress import track
-
-    return track(results, "proposals", total=total, console=Console(stderr=True))
+def _tracked(results: Iterable[T], total: int) -> Iterator[T]:
+    """The results; meanwhile `Progress` tells how many there are."""
+    with Progress("proposals", total) as progress:
+        for done, result in enumerate(results, 1):
+            yield result
+            progress.show(done, {})

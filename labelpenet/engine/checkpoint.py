@@ -65,7 +65,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """The newest checkpoint of a stage that can be read, on the CPU.
 
     Returns:
-        The state, None where the stage has no checkpoint, and one line for each damaged file that was passed over.
+        The state, None where the stage has no checkpoint, and one line for each damaged file that was skipped.
 
     Raises:
         InputError: there are checkpoints, and every one is damaged.

@@ -27,7 +27,7 @@ _STEPS_AHEAD = 2  # how many steps' images are loaded while one is trained on
 
 
 @dataclass(frozen=True)
-class Pass:
+class MicroBatch:
     """Images of a batch that go through the loss together.
 
     Attributes:
@@ -42,7 +42,7 @@ class Pass:
 
 
 class Sampler:
-    """What a process is fed in a stage: its passes of each step."""
+    """What a process is fed in a stage: its micro-batches of each step."""
 
     def __init__(self, stage: Stage, seed: int, rank: int, world: int) -> None:
         self.stage, self.seed, self.rank, self.world = stage, seed, rank, world
@@ -52,8 +52,8 @@ class Sampler:
         return self._draw(step, 0, 1)
 
     @contextmanager
-    def passes(self, start: int) -> Iterator[Iterator[list[Pass]]]:
-        """The passes of each step from ``start`` on; loaded ahead in threads if the stage can load."""
+    def micro_batches(self, start: int) -> Iterator[Iterator[list[MicroBatch]]]:
+        """The micro-batches of each step from ``start`` on; loaded ahead in threads if the stage can load."""
         if self.stage.load is None:
             yield (self._begin(step, None) for step in range(start, self.stage.steps))
             return
@@ -63,24 +63,24 @@ class Sampler:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _ahead(self, steps: range, pool: ThreadPoolExecutor) -> Iterator[list[Pass]]:
+    def _ahead(self, steps: range, pool: ThreadPoolExecutor) -> Iterator[list[MicroBatch]]:
         waiting = deque(self._begin(step, pool) for step in steps[:_STEPS_AHEAD])
         for step in steps:
             if step + _STEPS_AHEAD < steps.stop:
                 waiting.append(self._begin(step + _STEPS_AHEAD, pool))
             yield waiting.popleft()
 
-    def _begin(self, step: int, pool: ThreadPoolExecutor | None) -> list[Pass]:
+    def _begin(self, step: int, pool: ThreadPoolExecutor | None) -> list[MicroBatch]:
         stage, found = self.stage, []
         indices = self._draw(step, self.rank, self.world)
-        for start in range(0, len(indices), stage.images_per_pass):
-            position, share = self.rank * len(indices) + start, indices[start : start + stage.images_per_pass]
+        for start in range(0, len(indices), stage.micro_batch):
+            position, share = self.rank * len(indices) + start, indices[start : start + stage.micro_batch]
             if pool is None or stage.load is None:
-                found.append(Pass(position, share, partial(list, share)))
+                found.append(MicroBatch(position, share, partial(list, share)))
                 continue
             seed = stream_seed(self.seed, stage.name, step // stage.repeat, position, "load")
             loaded = pool.submit(stage.load, share, torch.Generator().manual_seed(seed))
-            found.append(Pass(position, share, loaded.result))
+            found.append(MicroBatch(position, share, loaded.result))
         return found
 
     def _draw(self, step: int, rank: int, world: int) -> list[int]:
@@ -102,8 +102,8 @@ def seed_step(seed: int, stage: str, step: int, position: int = 0) -> None:
         seed: of the run.
         stage: name of the stage.
         step: from 0.
-        position: of the first image of the pass in the batch of all processes; a loss that wants the draws of an image
-            not to depend on its neighbours calls this for each image.
+        position: of the micro-batch's first image in the batch of all processes; a loss that wants the draws of an
+            image not to depend on its neighbours calls this for each image.
     """
     value = stream_seed(seed, stage, step, position)
     torch.manual_seed(value)

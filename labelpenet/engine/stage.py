@@ -46,13 +46,13 @@ class Stage:
         module: what is trained (its parameters with ``requires_grad``) and saved (its whole ``state_dict``).
         schedule: how long and how its parameters are moved.
         images: the name of each training image, by index.
-        loss: ``loss(batch, step)`` gives the named terms, each a mean over the images of the pass; their sum is
+        loss: ``loss(batch, step)`` gives the named terms, each a mean over the images given; their sum is
             minimised. ``batch`` is what `load` returned, or the list of image indices where there is no `load`. Terms
             may be absent. Random numbers are to come from torch's, numpy's or Python's global generators, seeded before
             every call.
-        images_per_pass: images that `loss` gets at a time.
-        load: ``load(indices, generator)`` reads and augments the images of a pass ahead of time, in a thread; all its
-            random numbers must come from ``generator``. An `InputError` skips the step.
+        micro_batch: images that `loss` gets at a time.
+        load: ``load(indices, generator)`` reads and augments the images of a micro-batch ahead of time, in a thread;
+            all its random numbers must come from ``generator``. An `InputError` skips the step.
         workers: threads that `load`.
         repeat: consecutive steps that see the same batch with the same augmentation (the phases of an iteration).
         ema: decay of a moving average of the trained parameters (0.999, say), moved after every `repeat` steps, which
@@ -72,7 +72,7 @@ class Stage:
     schedule: Schedule
     images: Sequence[str]
     loss: Callable[[Any, int], Mapping[str, Tensor]]
-    images_per_pass: int = 1
+    micro_batch: int = 1
     load: Callable[[list[int], torch.Generator], Any] | None = None
     workers: int = 2
     repeat: int = 1
@@ -97,12 +97,12 @@ class Stage:
         """Refuses what ``world`` processes cannot train.
 
         Raises:
-            InputError: no image, or a batch that cannot be cut into passes.
+            InputError: no image, or a batch that cannot be cut into micro-batches.
         """
-        unit = world * self.images_per_pass
-        if self.images_per_pass < 1 or self.batch_size < 1 or self.batch_size % unit:
+        unit = world * self.micro_batch
+        if self.micro_batch < 1 or self.batch_size < 1 or self.batch_size % unit:
             raise InputError(
-                f"a batch of {self.batch_size} cannot be cut into passes of {self.images_per_pass} for {world} "
+                f"a batch of {self.batch_size} cannot be cut into micro-batches of {self.micro_batch} for {world} "
                 f"process(es); make it a multiple of {max(unit, 1)}"
             )
         if not self.images:
@@ -119,7 +119,7 @@ class Stage:
             "steps": steps,
             "images": f"{len(self.images)} ({names})",
             "batch_size": size,
-            "images_per_pass": self.images_per_pass,
+            "images_per_pass": self.micro_batch,  # as checkpoints have always called it
             "repeat": self.repeat,
             "optimiser": optimiser,
             "ema": self.ema,

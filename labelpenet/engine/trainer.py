@@ -1,7 +1,8 @@
 """The training loop, for any module and loss.
 
-The batch of a step is cut into *passes* of `Stage.images_per_pass` images; their gradients are accumulated, then summed
-over the processes. As the cut does not depend on the number of processes, neither does the result, but for rounding.
+The batch of a step is cut into micro-batches of `Stage.micro_batch` images; their gradients are accumulated, then
+summed over the processes. As the cut does not depend on the number of processes, neither does the result, but for
+rounding.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from labelpenet.engine.checkpoint import (
     versions,
 )
 from labelpenet.engine.distributed import Machine
-from labelpenet.engine.log import MetricsLog, Progress, Row, memory_mb, silent, write_environment
-from labelpenet.engine.sampler import Pass, Sampler, seed_step
+from labelpenet.engine.log import MetricsLog, Row, memory_mb, write_environment
+from labelpenet.engine.sampler import MicroBatch, Sampler, seed_step
 from labelpenet.engine.stage import Stage, build_optimiser, learning_rate
 from labelpenet.errors import InputError
+from labelpenet.progress import Progress, silent
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -90,7 +92,7 @@ class _Outcome:
     """What became of a step.
 
     Attributes:
-        problems: a line for each pass that gave nothing to learn from; if there is any, the step is skipped.
+        problems: a line for each micro-batch that gave nothing to learn from; if there is any, the step is skipped.
         stop, save: what the processes have agreed on.
         overflow: the gradient left the range of half precision, and the step is skipped.
     """
@@ -220,10 +222,10 @@ class _Trainer:
         outcome = _Outcome([], stop=False, save=False)
         stage.module.train()
         try:
-            with _signals() as interrupted, self.sampler.passes(self.step) as steps:
-                for passes in steps:
+            with _signals() as interrupted, self.sampler.micro_batches(self.step) as steps:
+                for micro_batches in steps:
                     began = time.monotonic()
-                    outcome = self.advance(passes, interrupted.is_set, checkpoint.over)
+                    outcome = self.advance(micro_batches, interrupted.is_set, checkpoint.over)
                     self.clock["seconds"] += time.monotonic() - began
                     for problem in outcome.problems:
                         progress.say(f"{stage.name}: step {self.step} skipped, {problem}")
@@ -260,18 +262,20 @@ class _Trainer:
         if self.skipped:
             progress.say(f"{stage.name}: {self.skipped} of {stage.steps} steps were skipped")
 
-    def advance(self, passes: Sequence[Pass], stop: Callable[[], bool], save: Callable[[], bool]) -> _Outcome:
+    def advance(
+        self, micro_batches: Sequence[MicroBatch], stop: Callable[[], bool], save: Callable[[], bool]
+    ) -> _Outcome:
         """One optimiser step.
 
         Args:
-            passes: this process's share of the batch.
+            micro_batches: this process's share of the batch.
             stop, save: asked once the gradient is there: whether this process wants to stop, to save.
         """
         self.optimiser.zero_grad(set_to_none=True)
         terms: dict[str, float] = {}
         problem = None
-        for part in passes:
-            problem = self._accumulate(part, terms)
+        for micro_batch in micro_batches:
+            problem = self._accumulate(micro_batch, terms)
             if problem is not None:
                 break
         # Whether to save is for the first process to say: the clocks of the others may differ.
@@ -295,16 +299,16 @@ class _Trainer:
         self.step += 1
         return _Outcome(problems, stopping, saving, overflow)
 
-    def _accumulate(self, part: Pass, terms: dict[str, float]) -> str | None:
-        """Adds the gradient and the loss terms of a pass, in proportion to its share of the batch; or says why not."""
+    def _accumulate(self, micro_batch: MicroBatch, terms: dict[str, float]) -> str | None:
+        """Adds a micro-batch's gradient and loss terms, in proportion to its share of the batch; or says why not."""
         began = time.monotonic()
         try:
-            content = part.batch()
+            content = micro_batch.batch()
         except InputError as error:
-            return f"{self._names(part.indices)} cannot be read: {error}"
+            return f"{self._names(micro_batch.indices)} cannot be read: {error}"
         finally:
             self.clock["waited"] += time.monotonic() - began
-        seed_step(self.seed, self.stage.name, self.step, part.position)
+        seed_step(self.seed, self.stage.name, self.step, micro_batch.position)
         with self.machine.autocast():
             losses = {name: value.float() for name, value in self.stage.loss(content, self.step).items()}
         if not losses:
@@ -313,8 +317,8 @@ class _Trainer:
         values = torch.stack([total, *losses.values()]).tolist()
         if not all(math.isfinite(value) for value in values):
             bad = [name for name, value in zip(losses, values[1:], strict=True) if not math.isfinite(value)]
-            return f"the loss is not finite ({', '.join(bad) or 'total'}): {self._names(part.indices)}"
-        share = len(part.indices) / self.stage.batch_size
+            return f"the loss is not finite ({', '.join(bad) or 'total'}): {self._names(micro_batch.indices)}"
+        share = len(micro_batch.indices) / self.stage.batch_size
         if total.requires_grad:  # it does not where nothing in these images can be learnt from
             self.machine.scaler.scale(total * share).backward()
         for name, value in zip(["total", *losses], values, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -22,7 +22,7 @@ MASK_THRESHOLDS = (0.25, 0.5, 0.75)
 
 def evaluate(
     predictions: Mapping[str, Instances],
-    truths: Mapping[str, Truth],
+    truths: Mapping[str, Truth] | Iterable[tuple[str, Truth]],
     classes: Sequence[str],
     protocol: Protocol = "voc12",
 ) -> dict[str, Any]:
@@ -31,7 +31,8 @@ def evaluate(
     Args:
         predictions: for each image id what was found; an image that is missing has no detection. Predictions for
             other images than those of ``truths`` are not looked at.
-        truths: for each image id what is there. Both mappings are read once, image by image, so they may be lazy.
+        truths: for each image id what is there, as a mapping or as pairs. Both are read once, image by image, so they
+            may be lazy.
         classes: names of the C classes, in label order.
         protocol: ``voc07`` (AP at 11 recalls), ``voc12`` (AP as area) or ``coco`` (AP by pycocotools).
 

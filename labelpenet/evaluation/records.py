@@ -5,7 +5,7 @@ Shape letters: ``D`` detections, ``T`` true objects.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,27 +79,29 @@ def record(prediction: Instances, truth: Truth, every_mask: bool = True) -> Reco
 
 
 def pairs(
-    predictions: Mapping[str, Instances], truths: Mapping[str, Truth], classes: int
+    predictions: Mapping[str, Instances], truths: Mapping[str, Truth] | Iterable[tuple[str, Truth]], classes: int
 ) -> Iterator[tuple[Instances, Truth]]:
     """Each image's prediction (empty where there is none) beside its truth, in the order of the truths.
 
-    Only one image is held at a time, so both mappings may read lazily.
+    Only one image is held at a time, so both may read lazily.
 
     Raises:
         InputError: no image has a prediction though there are predictions; a prediction of another size than its
             image; a class index outside [0, classes); a score or box that is not finite.
     """
-    if len(predictions) and not any(image in predictions for image in truths):
-        raise InputError(
-            f"none of the {len(predictions)} predicted images (first: {next(iter(predictions))}) is among the "
-            f"{len(truths)} annotated ones; check the data set and the split"
-        )
-    for image, truth in truths.items():
+    annotated = matched = 0
+    for image, truth in truths.items() if isinstance(truths, Mapping) else truths:
         prediction = predictions.get(image)
+        annotated, matched = annotated + 1, matched + (prediction is not None)
         if prediction is None:
             prediction = Instances.empty(truth.instances.image_size)
         _check(image, prediction, truth, classes)
         yield prediction, truth
+    if len(predictions) and not matched:
+        raise InputError(
+            f"none of the {len(predictions)} predicted images (first: {next(iter(predictions))}) is among the "
+            f"{annotated} annotated ones; check the data set and the split"
+        )
 
 
 def run_lengths(masks: torch.Tensor) -> RunLengths:

@@ -31,7 +31,7 @@ from labelpenet.formats.selection import Exported, mask_arrays, new_export, sele
 from labelpenet.formats.shapes import PROBE, Shape, checked_size, image_folder, read_truth
 from labelpenet.instances import Instances
 
-# COCO and datumaro, Roboflow, FiftyOne (beside data), Label Studio's COCO export, our own.
+# COCO, datumaro, CVAT and our own; Roboflow, FiftyOne (beside data), Label Studio's COCO export, our own of 0.1.
 _NAMES = (
     "instances.json",
     "instances_*.json",
@@ -204,7 +204,7 @@ def _tagged(content: CocoFile, split: str | None, classes: Sequence[str] | None,
             found.append(NamedImage(_image_id(content.images[key]), path, single, number))
         except InputError as error:
             problems.append(str(error))
-    notes += brief(content.problems, "rows are passed over")
+    notes += brief(content.problems, "rows are skipped")
     if only_crowd:
         notes.append(f"{only_crowd} images show a class only as a crowd, which gives no tag")
     occurring = {name for one in found for name in one.names}
@@ -288,11 +288,12 @@ def export_coco(
     min_score: float = 0.0,
     overwrite: bool = False,
 ) -> Exported:
-    """Writes ``out/annotations.json``: images, categories and annotations with unique ids.
+    """Writes ``out/annotations/instances_default.json``: images, categories and annotations with unique ids.
 
-    CVAT takes the file as "COCO 1.0" (with ``polygons``, as it reads RLE as crowd masks), and so does everything else
-    that reads COCO's instance annotation. Every annotation has ``score`` beside COCO's keys. Polygons run along pixel
-    borders and are rasterised to the same mask; a mask with holes becomes one polygon with bridges of no width.
+    That is where CVAT and datumaro look for it. CVAT takes the file as "COCO 1.0" (with ``polygons``, as it reads RLE
+    as crowd masks), and so does everything else that reads COCO's instance annotation. Every annotation has ``score``
+    beside COCO's keys. Polygons run along pixel borders and are rasterised to the same mask; a mask with holes becomes
+    one polygon with bridges of no width.
 
     Args:
         predictions: by image id.
@@ -331,7 +332,7 @@ def export_coco(
             "categories": [{"id": i, "name": name, "supercategory": ""} for i, name in zip(ids, classes, strict=True)],
             "annotations": annotations,
         }
-        done.paths.append(write_text(folder / "annotations.json", _finite_json(content, out)))
+        done.paths.append(write_text(folder / "annotations/instances_default.json", _finite_json(content, out)))
     return done
 
 

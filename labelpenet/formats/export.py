@@ -1,4 +1,4 @@
-"""One door to all formats, for the command line."""
+"""Writes any format, for the command line."""
 
 from __future__ import annotations
 

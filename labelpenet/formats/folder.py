@@ -333,7 +333,7 @@ def _read_json(path: Path) -> _Table:
             table.add(_name(name), frozenset())  # its place among the others
             cells.append((_name(name), number, [values]))
         elif not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            table.problems.append(f"{path}: the tags of {name[:80]} are no list of names; it is passed over")
+            table.problems.append(f"{path}: the tags of {name[:80]} are no list of names; it is skipped")
         else:
             table.add(_name(name), tag_set(values))
     _add_cells(table, cells, path)

@@ -1,4 +1,4 @@
-"""One door for every kind of data set: DATA is recognised by what it holds."""
+"""Opens every kind of data set: DATA is recognised by what it holds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.files import listing, read_json, read_text
@@ -27,11 +28,16 @@ class NotRecognised(InputError):
 
 
 @dataclass(frozen=True)
-class _Door:
-    """How a recognised data set is opened; ``annotated`` is None where it holds tags only."""
+class _Readers:
+    """What reads a recognised data set; ``annotated`` is None where it holds tags only."""
 
     tagged: Callable[[], TaggedImages]
     annotated: Callable[[], AnnotatedImages] | None
+
+
+def _readers(module: Any, *arguments: Any) -> _Readers:
+    """Those of a format that has annotation."""
+    return _Readers(partial(module.open_tagged, *arguments), partial(module.open_annotated, *arguments))
 
 
 def open_tagged(
@@ -52,7 +58,7 @@ def open_tagged(
             listed), or no image can be used.
     """
     with _readable(data):
-        return _door(Path(data), split, classes, _folder(images)).tagged()
+        return _recognise(Path(data), split, classes, _folder(images)).tagged()
 
 
 def open_annotated(
@@ -64,7 +70,7 @@ def open_annotated(
         InputError: also for a data set that holds tags only.
     """
     with _readable(data):
-        annotated = _door(Path(data), split, classes, _folder(images)).annotated
+        annotated = _recognise(Path(data), split, classes, _folder(images)).annotated
         if annotated is None:
             raise InputError(
                 f"{data}: holds tags but no boxes or masks; measuring needs a VOC, COCO, YOLO or Label Studio data set"
@@ -100,28 +106,25 @@ def _readable(data: Path | str) -> Iterator[None]:
         ) from error
 
 
-def _door(data: Path, split: str | None, classes: Sequence[str] | None, images: Path | None) -> _Door:
+def _recognise(data: Path, split: str | None, classes: Sequence[str] | None, images: Path | None) -> _Readers:
     if data.is_file():
-        return _file_door(data, split, classes, images)
+        return _recognise_file(data, split, classes, images)
     if not data.is_dir():
         raise InputError(f"{data}: no such file or folder; give {KINDS}")
     year = voc.year_folder(data)
     if year is not None:
-        return _Door(partial(voc.open_tagged, year, split, classes), partial(voc.open_annotated, year, split, classes))
+        return _readers(voc, year, split, classes)
     files = coco.json_files(data)
     if files:
-        return _file_door(coco.choose_file(files, split, data), split, classes, images)
+        return _recognise_file(coco.choose_file(files, split, data), split, classes, images)
     settings = yolo.settings_file(data)
     if settings is not None:
-        return _file_door(settings, split, classes, images)
+        return _recognise_file(settings, split, classes, images)
     for name in ("tags.csv", "tags.json", "metadata.csv", "metadata.jsonl"):
         if (data / name).is_file():
-            return _file_door(data / name, split, classes, images)
+            return _recognise_file(data / name, split, classes, images)
     if labelme.json_files(data):
-        return _Door(
-            partial(labelme.open_tagged, data, split, classes, images),
-            partial(labelme.open_annotated, data, split, classes, images),
-        )
+        return _readers(labelme, data, split, classes, images)
     below = sorted(path.name for path in data.iterdir() if path.is_dir() and path.name.lower() in folder.SPLIT_NAMES)
     if below:
         same = next((names for names in _SAME if split in names), {split})
@@ -129,45 +132,36 @@ def _door(data: Path, split: str | None, classes: Sequence[str] | None, images: 
         if len(fitting) != 1:
             wrong = "has sub-folders for splits; name one" if split is None else f"no split {split!r}"
             raise InputError(f"{data}: {wrong}; available are {', '.join(below)}")
-        return _door(data / str(fitting[0]), None, classes, images)
+        return _recognise(data / str(fitting[0]), None, classes, images)
     lone = [path for path in sorted(data.iterdir()) if path.suffix.lower() in (".json", ".jsonl", ".csv", ".yaml")]
     if len(lone) > 1:
         raise InputError(
             f"{data}: holds {listing(path.name for path in lone)}; give the file that holds the annotation"
         )
     if lone and lone[0].is_file():
-        return _file_door(lone[0], split, classes, images)
+        return _recognise_file(lone[0], split, classes, images)
     if folder.class_folders(data):
-        return _Door(partial(folder.open_class_folders, data, split, classes), None)
+        return _Readers(partial(folder.open_class_folders, data, split, classes), None)
     raise NotRecognised(f"{data}: no data set recognised; looked for {KINDS}")
 
 
-def _file_door(path: Path, split: str | None, classes: Sequence[str] | None, images: Path | None) -> _Door:
+def _recognise_file(path: Path, split: str | None, classes: Sequence[str] | None, images: Path | None) -> _Readers:
     suffix = path.suffix.lower()
     if suffix in (".yaml", ".yml") or path.name in ("obj.data", "obj.names", "classes.txt"):
-        return _Door(
-            partial(yolo.open_tagged, path, split, classes, images),
-            partial(yolo.open_annotated, path, split, classes, images),
-        )
-    studio = _Door(
-        partial(label_studio.open_tagged, path, split, classes, images),
-        partial(label_studio.open_annotated, path, split, classes, images),
-    )
+        return _readers(yolo, path, split, classes, images)
+    studio = _readers(label_studio, path, split, classes, images)
     if suffix == ".csv" and label_studio.is_csv(read_text(path)):
         return studio
     if suffix in (".csv", ".jsonl"):
-        return _Door(partial(folder.open_tags_file, path, split, classes, images), None)
+        return _Readers(partial(folder.open_tags_file, path, split, classes, images), None)
     if suffix == ".json":
         content = read_json(path)
         if coco.is_coco(content):
-            return _Door(
-                partial(coco.open_tagged, path, split, classes, images, content),
-                partial(coco.open_annotated, path, split, classes, images, content),
-            )
+            return _readers(coco, path, split, classes, images, content)
         if label_studio.is_label_studio(content):
             return studio
         if path.name == "tags.json" or _is_tags(content):
-            return _Door(partial(folder.open_tags_file, path, split, classes, images), None)
+            return _Readers(partial(folder.open_tags_file, path, split, classes, images), None)
     raise NotRecognised(f"{path}: no data set recognised; give {KINDS}")
 
 

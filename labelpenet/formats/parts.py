@@ -2,8 +2,8 @@
 
 The first line of a part says what it belongs to: ``{"labelpenet": "part", "shard": [i, n], "images": N, ...}``. Each
 further line is a photograph: ``{"image": id, "number": k, "file_name", "width", "height", "instances": [{"category_id",
-"bbox", "score", "segmentation"}]}``, or ``{"image": id, "skipped": true}`` where it could not be read. A part is called
-``part-00001-of-00008.jsonl`` once it is whole and ``.jsonl.partial`` before.
+"bbox", "score", "segmentation"}]}``, or ``{"image": id, "skipped": true}`` where it could not be read. Every line ends
+with its checksum. A part is called ``part-00001-of-00008.jsonl`` once it is whole and ``.jsonl.partial`` before.
 """
 
 from __future__ import annotations
@@ -12,14 +12,27 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from labelpenet.data.dataset import TaggedImage
-from labelpenet.data.files import ROOM, locked, write_bytes
+from labelpenet.data.files import ROOM, is_file, is_whole, locked, sealed, write_bytes
+from labelpenet.data.images import image_size
 from labelpenet.errors import InputError
-from labelpenet.formats.predictions import coco_annotation, file_names, image_numbers
+from labelpenet.formats.predictions import (
+    Predictions,
+    RowReader,
+    Rows,
+    check_same_size,
+    check_size,
+    coco_annotation,
+    file_names,
+    image_numbers,
+    match_categories,
+    match_images,
+)  # fmt: skip
 from labelpenet.instances import Instances
 
 ROWS_A_GROUP = 10_000  # of a Parquet file: about 10 MB in memory
@@ -81,8 +94,11 @@ class Part:
                 raise InputError(f"{self.path}: another process is writing this part; give each its own --shard")
             there = self.path if self.path.exists() else self.partial
             self.done, length = self._already(there) if there.exists() else (set(), 0)
-            self.finished = there == self.path
+            self.finished = there == self.path and not self.left()
             if not self.finished:
+                if there == self.path:
+                    print(f"{self.path} is damaged; what is missing is made again", file=sys.stderr)
+                    self.path.replace(self.partial)
                 self._file: BinaryIO = self._stack.enter_context(self.partial.open("ab"))
                 self._file.truncate(length)
                 if not length:
@@ -124,7 +140,7 @@ class Part:
 
     def _write(self, row: dict[str, Any]) -> None:
         try:
-            self._file.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+            self._file.write(sealed(json.dumps(row, allow_nan=False)).encode() + b"\n")
             self._file.flush()
         except OSError as error:
             raise InputError(f"{self.partial}: cannot be written ({error.strerror or error}); {ROOM}") from error
@@ -135,7 +151,7 @@ class Part:
         with path.open("rb") as file:
             for number, line in enumerate(file):
                 row = _row(line) if line.endswith(b"\n") else None
-                if row is None:
+                if row is None or (number and not isinstance(row.get("image"), str)):
                     break
                 if number == 0 and row != self._header:
                     changed = sorted(key for key in self._header if row.get(key) != self._header[key])
@@ -176,6 +192,57 @@ def merge_parts(paths: Sequence[Path], out: Path) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
+def part_classes(folder: Path) -> list[str]:
+    """The names of the classes that the parts of a folder predict."""
+    return _in_order([folder])[1]["classes"]
+
+
+def read_parts(folder: Path, images: Sequence[TaggedImage], classes: Sequence[str]) -> Predictions:
+    """The predictions of a folder of parts, of which memory holds nothing but where each photograph's line begins.
+
+    Arguments, matching and errors are those of `read_predictions`; a photograph of another size than it was predicted
+    with is refused when it is asked for.
+    """
+    parts, header = _in_order([folder])
+    notes: list[str] = []
+    named = {"categories": [{"id": number, "name": name} for number, name in enumerate(header["classes"], 1)]}
+    labels = match_categories(folder, classes, (), named, notes)
+    found = [(part, place, row["file_name"]) for part in parts for place, row in _photographs(part)]
+    entries = [{"id": number, "file_name": name} for number, (_, _, name) in enumerate(found)]
+    names = match_images(folder, images, entries, notes)
+    lines = {names[number]: (part, place) for number, (part, place, _) in enumerate(found)}
+    asked = {image.id: (image, *lines[image.id]) for image in images if image.id in lines}
+    return Predictions(tuple(classes), tuple(notes), _Lines(asked, labels))
+
+
+class _Lines(Mapping[str, Rows]):
+    """The rows of each image by id, read when asked for, of the categories that have a label."""
+
+    def __init__(self, places: dict[str, tuple[TaggedImage, Path, int]], labels: Mapping[Any, int | None]) -> None:
+        self._places, self._labels = places, labels
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __getitem__(self, name: str) -> Rows:
+        image, part, place = self._places[name]
+        try:
+            with part.open("rb") as file:
+                file.seek(place)
+                row = _row(file.readline())
+        except OSError as error:
+            raise InputError(f"{part}: cannot be read ({error.strerror or error}); check the path") from error
+        if row is None or row.get("file_name") is None:
+            raise InputError(f"{part}: has changed while it was read; start again")
+        size = check_size(row["height"], row["width"], str(part))
+        check_same_size(part, image, size, image_size(image.path))
+        asked = [one for one in enumerate(row["instances"]) if self._labels.get(one[1]["category_id"]) is not None]
+        return RowReader(part, self._labels).rows(asked, name, size)
+
+
 def _in_order(paths: Sequence[Path]) -> tuple[list[Path], dict[str, Any]]:
     """The parts by shard, and the first one's header."""
     files = [file for path in paths for file in (sorted(path.glob("part-*.jsonl")) if path.is_dir() else [path])]
@@ -183,13 +250,7 @@ def _in_order(paths: Sequence[Path]) -> tuple[list[Path], dict[str, Any]]:
         raise InputError(f"{', '.join(map(str, paths))}: no part (part-*.jsonl) here; give the --out of the shards")
     headers: dict[int, tuple[Path, dict[str, Any]]] = {}
     for file in files:
-        try:
-            with file.open("rb") as stream:
-                header = _row(stream.readline())
-        except OSError as error:
-            raise InputError(f"{file}: cannot be read ({error.strerror or error}); check the path") from error
-        if header is None or header.get("labelpenet") != "part":
-            raise InputError(f"{file}: no part of a prediction; give files that predict --shard wrote")
+        header = _header(file)
         index = header["shard"][0]
         if index in headers:
             raise InputError(f"{file}: is shard {index}, and so is {headers[index][0]}; give each once")
@@ -205,17 +266,54 @@ def _in_order(paths: Sequence[Path]) -> tuple[list[Path], dict[str, Any]]:
     return [headers[index][0] for index in sorted(headers)], first
 
 
-def _photographs(parts: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    """The photographs of all parts that could be read, in order."""
-    for part in parts:
-        with part.open("rb") as file:
-            next(file)
-            for number, line in enumerate(file, 2):
-                row = _row(line)
-                if row is None or not (row.get("skipped") or isinstance(row.get("instances"), list)):
-                    raise InputError(f"{part}: line {number} is damaged; delete the part and run its shard again")
-                if not row.get("skipped"):
-                    yield row
+def _header(path: Path) -> dict[str, Any]:
+    """The first line of a part, checked."""
+    if not is_file(path):
+        raise InputError(f"{path}: no such file; give files that predict --shard wrote")
+    try:
+        with path.open("rb") as stream:
+            header = _row(stream.readline(2**27)) or {}
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    shard, classes, total = header.get("shard", 0), header.get("classes", 0), header.get("images", -1)
+    whole = isinstance(shard, list) and [type(one) for one in (*shard, total)] == [int, int, int]
+    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if header.get("labelpenet") != "part" or not (whole and named and 1 <= shard[0] <= shard[1] < 10**6 and total >= 0):
+        raise InputError(f"{path}: no part of a prediction; give files that predict --shard wrote")
+    return header
+
+
+def _photographs(part: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The photographs of a part that could be read, in order, checked, each with the place of its line in the file."""
+    header = _header(part)
+    (i, n), total, number = header["shard"], header["images"], 1
+    labels = dict(enumerate(range(len(header["classes"])), 1))
+    with part.open("rb") as file:
+        place = len(next(file))
+        for number, line in enumerate(file, 2):
+            row = _row(line)
+            if row is None or not (row.get("skipped") is True or _is_photograph(part, row, labels)):
+                raise InputError(f"{part}: line {number} is damaged; delete the part and run its shard again")
+            if not row.get("skipped"):
+                yield place, row
+            place += len(line)
+    if number - 1 != total * i // n - total * (i - 1) // n:
+        raise InputError(f"{part}: damaged, holds {number - 1} photographs; run its shard again")
+
+
+def _rows_of(parts: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    return (row for part in parts for _, row in _photographs(part))
+
+
+def _is_photograph(part: Path, row: dict[str, Any], labels: Mapping[Any, int]) -> bool:
+    try:
+        size = check_size(row["height"], row["width"], "")
+        rows = RowReader(part, labels).rows(list(enumerate(row["instances"])), "", size)
+        scored = all(one["bbox"] and 0 <= one["score"] <= 1 for one in row["instances"])
+        named = isinstance(row["image"], str) and isinstance(row["file_name"], str) and type(row["number"]) is int
+        return named and scored and len(rows.scores) == len(row["instances"])
+    except (InputError, LookupError, TypeError, AttributeError):
+        return False
 
 
 def _write_coco(parts: Sequence[Path], header: dict[str, Any], file: BinaryIO, counts: list[int]) -> None:
@@ -231,9 +329,9 @@ def _write_coco(parts: Sequence[Path], header: dict[str, Any], file: BinaryIO, c
         return {"id": row["number"], "file_name": row["file_name"], "width": row["width"], "height": row["height"]}
 
     file.write(b"{\n")
-    counts[0] = items("images", map(image, _photographs(parts)), ",")
+    counts[0] = items("images", map(image, _rows_of(parts)), ",")
     items("categories", [{"id": i, "name": name} for i, name in enumerate(header["classes"], 1)], ",")
-    found = ({"image_id": row["number"], **one} for row in _photographs(parts) for one in row["instances"])
+    found = ({"image_id": row["number"], **one} for row in _rows_of(parts) for one in row["instances"])
     rows = ({"id": number, **coco_annotation(row)} for number, row in enumerate(found, 1))
     counts[1] = items("annotations", rows, "")
     file.write(b"}\n")
@@ -253,7 +351,7 @@ def _write_parquet(parts: Sequence[Path], header: dict[str, Any], out: Path, cou
     )
 
     def rows() -> Iterator[dict[str, Any]]:
-        for row in _photographs(parts):
+        for row in _rows_of(parts):
             counts[0] += 1
             shared = {key: row[key] for key in ("image", "file_name", "width", "height")}
             for one in row["instances"]:
@@ -277,8 +375,12 @@ def _write_parquet(parts: Sequence[Path], header: dict[str, Any], out: Path, cou
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
+    """A line as it was written, without its checksum; None if it is damaged."""
     try:
-        row = json.loads(line)
+        text = line.decode()
+        row = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) else None
+    if not isinstance(row, dict) or row.pop("checksum", None) is None or not is_whole(text.rstrip("\n")):
+        return None
+    return row

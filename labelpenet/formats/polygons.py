@@ -8,8 +8,6 @@ colour the pixels of the outline too, fill these (`drawn`), as Ultralytics, supe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import cv2
 import numpy as np
 from pycocotools import mask as rle
@@ -156,23 +154,57 @@ def filled(parts: list[np.ndarray], size: tuple[int, int]) -> np.ndarray:
     return rle.decode(rle.frPyObjects([polygon], *size)[0]).astype(bool)
 
 
-def outline(mask: np.ndarray, *, centres: bool = False, tolerance: float = 0.0) -> list[np.ndarray]:
+def bridged(parts: list[np.ndarray], mask: np.ndarray) -> list[np.ndarray]:
+    """Of `contours`, those to keep where all of them have to be drawn as one, `joined`, bridges and all.
+
+    The largest, and what has more pixels than the bridges to it colour outside the (H, W) bool mask: of a mask with a
+    speck at the other end of the photograph that is the mask without the speck.
+    """
+    parts = sorted(parts, key=signed_area, reverse=True)
+    gain = [_pixels(ring) for ring in parts]
+    bridges = _bridges(parts)
+    for ring, (home, here, there) in reversed(bridges.items()):  # those that hang on others first
+        ends = parts[home][here], parts[ring][there]
+        x, y = np.linspace(*ends, int(np.abs(ends[0] - ends[1]).max()) + 1).astype(int).T
+        gain[ring] -= int((~mask[y, x]).sum())
+        gain[home] += max(gain[ring], 0)
+    kept = [0]
+    kept += [ring for ring, (home, _, _) in bridges.items() if gain[ring] > 0 and home in kept]
+    few = [parts[ring] for ring in sorted(kept)]
+    return max(few, parts, key=lambda rings: _overlap(drawn([joined(rings)], mask.shape), mask))
+
+
+def _pixels(ring: np.ndarray) -> int:
+    """The pixels of a part, or of a hole, by Pick's theorem from the ring through them, or around it."""
+    rim, area = np.abs(ring - np.roll(ring, 1, 0)).max(1).sum(), signed_area(ring)
+    return int(abs(area + rim / 2)) + 1
+
+
+def _overlap(one: np.ndarray, other: np.ndarray) -> float:
+    return float((one & other).sum() / (one | other).sum())
+
+
+def outline(
+    mask: np.ndarray, *, centres: bool = False, single: bool = False, tolerance: float = 0.0
+) -> list[np.ndarray]:
     """The rings of a mask with as few corners as wanted.
 
     Args:
         mask: (H, W) bool, not empty.
-        centres: `contours` instead of `rings`.
+        centres: `contours` instead of `rings`; single: only those that are worth being `bridged`.
         tolerance: how far, in pixels, the rings may leave their way, and the side of specks and holes to leave out;
-            less where they would else no longer give the mask with an IoU of .97. 0: they give it exactly.
+            less where they (with ``single``, joined) would no longer give the mask with an IoU of .97. 0: they give it
+            exactly, but for what ``single`` costs.
     """
-    draw: Callable[[list[np.ndarray], tuple[int, int]], np.ndarray] = drawn if centres else filled
     exact = contours(mask) if centres else rings(mask)
+    if single and len(exact) > 1:
+        exact = bridged(exact, mask)
     while tolerance >= 0.25:
         parts = [_simple(ring, tolerance) for ring in exact if abs(signed_area(ring)) >= tolerance**2]
         parts = [ring for ring in parts if len(ring) > 2]
         if parts:
-            again = draw(parts, mask.shape)
-            if (again & mask).sum() >= _SAME * (again | mask).sum():
+            one = [joined(parts)] if single else parts
+            if _overlap(drawn(one, mask.shape) if centres else filled(one, mask.shape), mask) >= _SAME:
                 return parts
         tolerance /= 2
     return exact

@@ -119,17 +119,13 @@ def image_numbers(images: Sequence[TaggedImage]) -> dict[str, int]:
     return {image.id: position + 1 for position, image in enumerate(images)}
 
 
-def file_name(image: TaggedImage) -> str:
-    """The name of an image in COCO files: its id where that is a path, else the name of its file."""
-    return image.id if image.id.endswith(image.path.name) else image.path.name
-
-
 def file_names(images: Sequence[TaggedImage]) -> dict[str, str]:
     """For each image id the name of its file in what is written, different for every image.
 
-    `file_name`, or where two images have the same one, the path below the folder that all lie in.
+    The image's id where that is a path, else the file's own; where two images have the same one, the path below the
+    folder that all lie in.
     """
-    names = {image.id: file_name(image) for image in images}
+    names = {image.id: image.id if image.id.endswith(image.path.name) else image.path.name for image in images}
     if len(set(names.values())) == len(names):
         return names
     paths = {image.id: Path(os.path.abspath(image.path)) for image in images}  # noqa: PTH100 links stay as they are
@@ -138,7 +134,7 @@ def file_names(images: Sequence[TaggedImage]) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """What was found in one image, not yet decoded."""
 
     size: tuple[int, int]
@@ -161,7 +157,7 @@ class Predictions(Mapping[str, Instances]):
 
     classes: tuple[str, ...]
     notes: tuple[str, ...]
-    _rows: dict[str, _Rows] = field(repr=False)
+    _rows: Mapping[str, Rows] = field(repr=False)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -191,6 +187,10 @@ def class_names(path: Path) -> list[str]:
     Raises:
         InputError: it cannot be read or names none, as a bare results list.
     """
+    if path.is_dir():
+        from labelpenet.formats.parts import part_classes
+
+        return part_classes(path)
     content = read_json(path)
     entries = _entries(path, content, "categories") if isinstance(content, dict) else None
     if not entries or not all(isinstance(entry.get("name"), str) for entry in entries):
@@ -201,7 +201,7 @@ def class_names(path: Path) -> list[str]:
 def read_predictions(
     path: Path | str, images: TaggedImages | Sequence[TaggedImage], classes: Sequence[str], category_ids: Sequence[int]
 ) -> Predictions:
-    """Reads predictions.json, a bare COCO results list or a COCO annotation file.
+    """Reads predictions.json, a folder of parts, a bare COCO results list or a COCO annotation file.
 
     Images are matched by ``file_name`` (the id, the name or the stem of an image's file) where the file lists its
     images, else by ``image_id``: the image's COCO number, its id, file name or stem, or the digits of the stem.
@@ -212,7 +212,7 @@ def read_predictions(
     mapped linearly onto it, all alike, which changes no order.
 
     Args:
-        path: the file.
+        path: the file, or a folder with all parts of `predict --shard`, whose lines are read when they are asked for.
         images: the photographs that predictions are wanted for.
         classes: names of the C classes, in label order.
         category_ids: (C,) the id of each class where the file names no categories.
@@ -228,6 +228,10 @@ def read_predictions(
     """
     path = Path(path)
     images = images.images if isinstance(images, TaggedImages) else images
+    if path.is_dir():
+        from labelpenet.formats.parts import read_parts
+
+        return read_parts(path, images, classes)
     content = read_json(path)
     listed = isinstance(content, dict)
     rows = content.get("annotations") if listed else content
@@ -235,8 +239,8 @@ def read_predictions(
         raise InputError(f"{path}: expected a COCO results list, or an object with images, categories and annotations")
     notes: list[str] = []
     entries = _entries(path, content, "images") if listed else None
-    names = _match_images(path, images, entries, notes)
-    labels = _match_categories(path, classes, category_ids, content if listed else None, notes)
+    names = match_images(path, images, entries, notes)
+    labels = match_categories(path, classes, category_ids, content if listed else None, notes)
     kept: dict[str, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
     known = listing(map(str, labels))
     for index, row in enumerate(rows):
@@ -245,8 +249,8 @@ def read_predictions(
         if name is not None and label is not None:
             kept[name].append((index, row))
     sizes = _sizes(path, entries, names)
-    read = _Reader(path, labels)
-    by_name: dict[str, _Rows] = {}
+    read = RowReader(path, labels)
+    by_name: dict[str, Rows] = {}
     unreadable: list[str] = []
     for image in images:
         size = sizes.get(image.id)
@@ -256,30 +260,35 @@ def read_predictions(
             except InputError as error:
                 unreadable.append(str(error))
                 continue
-            if size not in (None, true):  # seen before a mask is decoded, which may be of any size that the file says
-                raise InputError(
-                    f"{path}: says {size[1]} x {size[0]} pixels of {image.id}, but {image.path} has "
-                    f"{true[1]} x {true[0]} (upright); predict on this photograph, or give the one that was predicted"
-                )
+            check_same_size(path, image, true if size is None else size, true)  # before a mask of any size is decoded
             size = true
         if size is not None:
-            by_name[image.id] = read.rows(kept[image.id], image, size)
+            by_name[image.id] = read.rows(kept[image.id], image.id, size)
     notes += brief(unreadable, "photographs cannot be read; what was found in them is left out")
     _rescale(by_name, notes)
     return Predictions(tuple(classes), tuple(notes), by_name)
 
 
-class _Reader:
-    """Reads the rows of one image after another, with the file's name for messages."""
+class RowReader:
+    """Reads the rows of one image after another, with the file's name for messages.
+
+    Args:
+        path: the file; labels: for each ``category_id`` of it the label.
+    """
 
     def __init__(self, path: Path, labels: Mapping[Any, int | None]) -> None:
         self.path = path
         self.labels = labels
 
-    def rows(self, rows: list[tuple[int, dict[str, Any]]], image: TaggedImage, size: tuple[int, int]) -> _Rows:
+    def rows(self, rows: list[tuple[int, dict[str, Any]]], image_id: str, size: tuple[int, int]) -> Rows:
+        """The numbered rows of one image of size (H, W), checked.
+
+        Raises:
+            InputError: names file, row and fault.
+        """
         boxes, scores, segmentations = np.zeros((len(rows), 4)), np.ones(len(rows)), []
         for i, (index, row) in enumerate(rows):
-            where = f"{self.path}: row {index} (image {image.id})"
+            where = f"{self.path}: row {index} (image {image_id})"
             segmentation = row.get("segmentation") or None
             if segmentation is not None:
                 check_segmentation(segmentation, size, where)
@@ -293,7 +302,16 @@ class _Reader:
             if row.get("score") is not None:
                 scores[i] = _number(row["score"], f"{where}: score")
         labels = np.array([self.labels[row["category_id"]] for _, row in rows], dtype=np.int64)
-        return _Rows(size, boxes, labels, scores, segmentations)
+        return Rows(size, boxes, labels, scores, segmentations)
+
+
+def check_same_size(path: Path, image: TaggedImage, size: tuple[int, int], true: tuple[int, int]) -> None:
+    """Raises InputError if the size (H, W) that the file gives an image is not that of the photograph."""
+    if size != true:
+        raise InputError(
+            f"{path}: says {size[1]} x {size[0]} pixels of {image.id}, but {image.path} has "
+            f"{true[1]} x {true[0]} (upright); predict on this photograph, or give the one that was predicted"
+        )
 
 
 def check_segmentation(segmentation: Any, size: tuple[int, int], where: str) -> None:
@@ -363,7 +381,7 @@ def _entries(path: Path, content: dict[str, Any], key: str) -> list[dict[str, An
     return entries
 
 
-def _match_images(
+def match_images(
     path: Path, images: Sequence[TaggedImage], entries: list[dict[str, Any]] | None, notes: list[str]
 ) -> dict[Any, str | None]:
     """For every ``image_id`` that a row may carry the image it means; None for one that is not asked for."""
@@ -399,7 +417,7 @@ def _match_images(
     return matched
 
 
-def _match_categories(
+def match_categories(
     path: Path,
     classes: Sequence[str],
     category_ids: Sequence[int],
@@ -435,11 +453,11 @@ def _sizes(
         if name is None:
             continue
         known = entry.get("height") is not None and entry.get("width") is not None
-        sizes[name] = _size(entry["height"], entry["width"], f"{path}: image {entry['id']}") if known else None
+        sizes[name] = check_size(entry["height"], entry["width"], f"{path}: image {entry['id']}") if known else None
     return sizes
 
 
-def _rescale(rows: Mapping[str, _Rows], notes: list[str]) -> None:
+def _rescale(rows: Mapping[str, Rows], notes: list[str]) -> None:
     scores = np.concatenate([np.zeros(0), *(one.scores for one in rows.values())])
     low, high = scores.min(initial=0.0), scores.max(initial=1.0)
     if low < 0 or high > 1:
@@ -461,7 +479,8 @@ def _box(value: Any, size: tuple[int, int], where: str) -> list[float]:
     return [x, y, x + width, y + height]
 
 
-def _size(height: Any, width: Any, where: str) -> tuple[int, int]:
+def check_size(height: Any, width: Any, where: str) -> tuple[int, int]:
+    """(H, W), if that is a photograph's size; else raises InputError, which starts with ``where``."""
     if type(height) is not int or type(width) is not int or height < 1 or width < 1 or height * width > PIXEL_LIMIT:
         raise InputError(f"{where}: height {height!r} and width {width!r} are no size of an image in pixels")
     return height, width

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import listing, read_json, write_text
 from labelpenet.errors import InputError
-from labelpenet.formats.predictions import coco_annotation, file_name, image_numbers
+from labelpenet.formats.predictions import coco_annotation, file_names, image_numbers
 from labelpenet.instances import Instances
 
 Status = Literal["accepted", "rejected", "dropped", "open"]
@@ -63,7 +63,7 @@ def write_review(
     Raises:
         InputError: the file cannot be written.
     """
-    numbers = image_numbers(images)
+    numbers, names = image_numbers(images), file_names(images)
     entries: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image in images:
@@ -73,7 +73,7 @@ def write_review(
         entries.append(
             {
                 "id": numbers[image.id],
-                "file_name": file_name(image),
+                "file_name": names[image.id],
                 "height": one.size[0],
                 "width": one.size[1],
                 "image": image.id,

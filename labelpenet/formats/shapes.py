@@ -54,7 +54,7 @@ def read_truth(
     ``source``; what overhangs by no more than a pixel is not worth a word. Masks are kept where every object has one.
 
     Args:
-        label: the index of each class that is asked for; other objects are passed over.
+        label: the index of each class that is asked for; other objects are skipped.
         semantic, notes: taken over.
     """
     said = list(notes)

@@ -313,7 +313,7 @@ def _name(one: object, path: Path) -> str:
 
 
 def _all_names(year: Path) -> set[str]:
-    """Every class name that an annotation of the year uses; unreadable annotations are passed over."""
+    """Every class name that an annotation of the year uses; unreadable annotations are skipped."""
     names: set[str] = set()
     for path in (year / "Annotations").glob("*.xml"):
         try:

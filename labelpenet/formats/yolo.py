@@ -24,7 +24,7 @@ from labelpenet.data.dataset import (
 from labelpenet.data.files import inside, is_file, listing, read_text, safe_name, write_text
 from labelpenet.data.images import find_images
 from labelpenet.errors import InputError
-from labelpenet.formats.polygons import joined, outline, straight
+from labelpenet.formats.polygons import contours, joined, outline, straight
 from labelpenet.formats.selection import (
     Exported,
     clipped_boxes,
@@ -90,8 +90,8 @@ def export_yolo(
                 if mask is None:
                     values = np.concatenate([(box[:2] + box[2:]) / 2 / scale, (box[2:] - box[:2]) / scale])
                 else:
-                    parts = outline(mask, centres=True, tolerance=tolerance)
-                    bridged += len(parts) > 1
+                    parts = outline(mask, centres=True, single=True, tolerance=tolerance)
+                    bridged += len(parts) > 1 or len(contours(mask)) > 1
                     values = (straight(joined(parts)) / scale).flatten()
                 lines.append(" ".join([str(label), *(f"{value:.6f}" for value in values.tolist())]) + "\n")
             done.paths.append(write_text(labels / f"{names[image.id]}.txt", "".join(lines)))
@@ -104,7 +104,10 @@ def export_yolo(
         )
     done.notes.append("YOLO labels hold no scores")
     if bridged:
-        done.notes.append(f"{bridged} masks of several parts or with holes became one outline with bridges")
+        done.notes.append(
+            f"{bridged} masks of several parts or with holes became one outline with bridges, without what has fewer "
+            "pixels than its bridge"
+        )
     return done
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from labelpenet.calibration import excitation_backprop, forward_with_activations
+from labelpenet.models.layers import by_rois
 
 CHUNK = 64
 
@@ -21,24 +22,52 @@ def roi_attention(
     Args:
         head: the RoI head, ending in (R, D') features.
         classifier: the class branch on top of it.
-        pooled: (R, D, P, P) RoI features.
+        pooled: (R, D, P, P) from the RoI pooling.
         outputs: (R,) index of the classifier's output that each map explains.
         scores: (R,) the activation vector's entry: the class score of the RoI, >= 0.
         kind: ``excitation``: excitation backprop to the RoI features, summed over channels (a = P); ``gradient``:
             activation times gradient of the logit at the head's last spatial layer, summed over channels, negative
             sums cut off; for a linear classifier on averaged features these are its exact contributions.
     """
-    if kind not in ("excitation", "gradient"):
+    if kind not in _KINDS:
         raise ValueError(f"attention must be 'excitation' or 'gradient', but got {kind!r}")
-    explain = _excitation if kind == "excitation" else _gradient
-    outputs = outputs.to(pooled.device)
+    with torch.no_grad():
+        evidence = roi_evidence(head, pooled, kind)[1]
+    return explain_rois(head, classifier, evidence, outputs, scores, kind)
+
+
+def roi_evidence(head: nn.Sequential, pooled: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """RoI features (R, D'), and what `explain_rois` explains them by.
+
+    Args:
+        head: the RoI head, ending in (R, D') features.
+        pooled: (R, D, P, P) from the RoI pooling.
+        kind: see `roi_attention`.
+    """
+    if kind == "excitation":
+        return by_rois(head, pooled), pooled
+    split = _last_spatial(head)
+    maps = by_rois(head[:split], pooled)
+    return head[split:](maps), maps
+
+
+def explain_rois(
+    head: nn.Sequential, classifier: nn.Linear, evidence: Tensor, outputs: Tensor, scores: Tensor, kind: str
+) -> Tensor:
+    """As `roi_attention`, from the evidence (R, ...) of `roi_evidence`."""
+    outputs = outputs.to(evidence.device)
     parts = [
-        explain(head, classifier, pooled[start : start + CHUNK], outputs[start : start + CHUNK])
-        for start in range(0, len(pooled), CHUNK)
+        _KINDS[kind](head, classifier, evidence[start : start + CHUNK], outputs[start : start + CHUNK])
+        for start in range(0, len(evidence), CHUNK)
     ]
     if not parts:
-        return pooled.new_zeros(0, pooled.shape[-2], pooled.shape[-1])
+        return evidence.new_zeros(0, evidence.shape[-2], evidence.shape[-1])
     return torch.cat(parts) * scores.to(parts[0])[:, None, None]
+
+
+def _last_spatial(head: nn.Sequential) -> int:
+    """Where in a RoI head the layers end that keep the RoI's cells apart."""
+    return next(i for i, layer in enumerate(head) if isinstance(layer, (nn.Flatten, nn.AdaptiveAvgPool2d)))
 
 
 def _excitation(head: nn.Sequential, classifier: nn.Linear, pooled: Tensor, outputs: Tensor) -> Tensor:
@@ -49,13 +78,13 @@ def _excitation(head: nn.Sequential, classifier: nn.Linear, pooled: Tensor, outp
     return excitation_backprop(layers, pooled.float(), top, activations).sum(1)
 
 
-def _gradient(head: nn.Sequential, classifier: nn.Linear, pooled: Tensor, outputs: Tensor) -> Tensor:
-    split = next(i for i, layer in enumerate(head) if isinstance(layer, (nn.Flatten, nn.AdaptiveAvgPool2d)))
-    with torch.no_grad():
-        spatial = head[:split](pooled)
+def _gradient(head: nn.Sequential, classifier: nn.Linear, maps: Tensor, outputs: Tensor) -> Tensor:
     with torch.enable_grad():
-        leaf = spatial.detach().float().requires_grad_()
-        logits = classifier(head[split:](leaf))
+        leaf = maps.detach().float().requires_grad_()
+        logits = classifier(head[_last_spatial(head) :](leaf))
         chosen = logits[torch.arange(len(logits), device=logits.device), outputs].sum()
         (gradient,) = torch.autograd.grad(chosen, leaf)
     return (leaf.detach() * gradient).sum(1).clamp(min=0)
+
+
+_KINDS = {"excitation": _excitation, "gradient": _gradient}

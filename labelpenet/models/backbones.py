@@ -26,7 +26,7 @@ the last stage of stride 16, and what follows it becomes RoI head and, dilated, 
 from __future__ import annotations
 
 import copy
-import itertools
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
@@ -36,6 +36,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torchvision.ops import FrozenBatchNorm2d
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -140,7 +141,7 @@ class MobileNetV2(Backbone):
     pool_size = 14
 
     def __init__(self, network: torchvision.models.MobileNetV2):
-        fold_batch_norm(network)
+        fix_batch_norm(network.eval(), torch.zeros(1, 3, 32, 32))
         self._network = network
         self.stem = Part(copy.deepcopy(network.features[:14]), 96, 16)
 
@@ -311,18 +312,54 @@ class FullPrecisionConv2d(SameConv2d):
         return y.reshape(images, h * rows, w * columns, -1)[:, :height, :width].permute(0, 3, 1, 2)
 
 
-def fold_batch_norm(module: nn.Module) -> None:
-    """Folds every batch norm that follows a convolution in a Sequential into it, exactly as it acts in evaluation mode.
+@torch.no_grad()
+def fix_batch_norm(network: nn.Module, image: Tensor, kinds: tuple[type[nn.Conv2d], ...] = (nn.Conv2d,)) -> None:
+    """Folds every batch norm into the convolution whose output it alone reads, and freezes the others, in place.
 
     Statistics of a few images would ruin pretrained ones, so batch norms stay fixed in every module; folded, they cost
-    nothing (unfolded, a third of a RoI head's time on a CPU).
+    nothing (unfolded, a third of a RoI head's time on a CPU). Which convolution a norm reads shows when the network
+    runs: there are too many kinds of blocks for names to tell. An activation that belongs to the norm stays.
+
+    Args:
+        network: in evaluation mode; image: (1, 3, H, W), what it runs on.
+        kinds: of the convolutions that may be folded into.
     """
-    for child in module.modules():
-        if not isinstance(child, nn.Sequential):
-            continue
-        names = list(child._modules)
-        for first, second in itertools.pairwise(names):
-            convolution, norm = child._modules[first], child._modules[second]
-            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                child._modules[first] = fuse_conv_bn_eval(convolution.eval(), norm.eval())
-                child._modules[second] = nn.Identity()
+    convolutions = [layer for layer in network.modules() if type(layer) in kinds]
+    norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    made: list[tuple[nn.Module, Tensor]] = []
+    read: list[tuple[nn.Module, nn.Module]] = []
+
+    def note(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        read.extend((norm, maker) for maker, output in made if output is inputs[0])
+
+    handles = [
+        layer.register_forward_hook(lambda layer, _, output: made.append((layer, output))) for layer in convolutions
+    ]
+    handles += [norm.register_forward_pre_hook(note) for norm in norms]
+    network(image)
+    for handle in handles:
+        handle.remove()
+    runs = Counter(maker for maker, _ in made)
+    readers = Counter(maker for _, maker in read)
+    folded = {norm: maker for norm, maker in read if runs[maker] == readers[maker] == 1}
+
+    def fixed(layer: nn.Module) -> nn.Module | None:
+        if not isinstance(layer, nn.BatchNorm2d):
+            return None
+        act = getattr(layer, "act", nn.Identity())
+        if layer not in folded:
+            return nn.Sequential(_frozen(layer), act)
+        convolution: Any = folded[layer]
+        plain = nn.BatchNorm2d(layer.num_features, layer.eps).eval()
+        plain.load_state_dict(layer.state_dict(), strict=False)
+        fused = fuse_conv_bn_eval(convolution, plain)
+        convolution.weight, convolution.bias = fused.weight, fused.bias
+        return act
+
+    replace(network, fixed)
+
+
+def _frozen(norm: nn.BatchNorm2d) -> FrozenBatchNorm2d:
+    one = FrozenBatchNorm2d(norm.num_features, norm.eps)
+    one.load_state_dict(norm.state_dict(), strict=False)
+    return one

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 
 from labelpenet import config
-from labelpenet.calibration.calibrate import Trace
+from labelpenet.calibration.calibrate import Trace, select_instances
 from labelpenet.calibration.excitation import layer_without_rule
 from labelpenet.config import MODULES, Recipe
 from labelpenet.data import run_folder
@@ -181,8 +181,7 @@ class LabelPEnet(nn.Module):
     @torch.no_grad()
     def infer(self, number: int, batch: Batch) -> list[tuple[Instances, Trace]]:
         """What module ``number`` passes on for training images: instances of their tags only, and the maps behind."""
-        module: Any = self.module(number)
-        return module.infer(batch, module.settings.label)
+        return self._instances(number, batch, self.module(number).settings.label)
 
     @overload
     def predict(self, image: Photograph, module: int = 4, proposals: Tensor | None = None) -> Instances: ...
@@ -225,11 +224,16 @@ class LabelPEnet(nn.Module):
         """As `predict`, for photographs that go through the network together."""
         self.require(module)
         batch = self.batch(images, None, self._proposed(images, module, proposals))
-        predictor: Any = self.module(module)
-        found = [one for one, _ in predictor.infer(batch, predictor.settings.predict)]
-        if getattr(predictor.settings, "vote", False):
-            found = self.vote(module, found, batch)
-        return [one[one.weights.argsort(descending=True, stable=True)] for one in found]
+        found = self._instances(module, batch, self.module(module).settings.predict)
+        return [one[one.weights.argsort(descending=True, stable=True)] for one, _ in found]
+
+    def _instances(self, number: int, batch: Batch, settings: config.Calibration) -> list[tuple[Instances, Trace]]:
+        module: Any = self.module(number)
+        found = module.infer(batch, settings)
+        if not settings.vote:
+            return found
+        voted = self.vote(number, [one for one, _ in found], batch)
+        return [select_instances(one, trace, settings) for one, (_, trace) in zip(voted, found, strict=True)]
 
     def vote(self, number: int, found: Sequence[Instances], batch: Batch) -> list[Instances]:
         """The instances of module ``number``, weighted by what modules 1 and 2, as far as they came before, think too.

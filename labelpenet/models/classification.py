@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labelpenet import config
-from labelpenet.calibration.calibrate import Trace, calibrate, choose_instances, proposal_candidates
+from labelpenet.calibration.calibrate import Candidates, Trace, calibrate, choose_instances, proposal_candidates
 from labelpenet.data.transforms import Batch
 from labelpenet.instances import Instances
-from labelpenet.models.attention import roi_attention
+from labelpenet.models.attention import explain_rois, roi_attention, roi_evidence
 from labelpenet.models.backbones import Backbone
-from labelpenet.models.layers import RoIPooling, initialise
+from labelpenet.models.layers import RoIPooling, by_rois, initialise
 
 
 class Classification(nn.Module):
@@ -50,7 +50,8 @@ class Classification(nn.Module):
         if batch.features is not None:
             return list(batch.features)
         regions = self._regions(batch)
-        return list(self.head(self.pool(self.tail(batch.stem), regions)).split([len(boxes) for boxes in regions]))
+        pooled = self.pool(self.tail(batch.stem), regions)
+        return list(by_rois(self.head, pooled).split([len(boxes) for boxes in regions]))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """``x^c`` (R, C + 1), the background first, and ``x^p`` (R, C), from RoI features (R, D)."""
@@ -96,31 +97,44 @@ class Classification(nn.Module):
 
         Where tags are not known every class gets an instance, its weight multiplied by the image's probability of it.
         """
+        kind, heat = self.settings.attention, self.settings.heat == "all"
         tail, regions = self.tail(batch.stem), self._regions(batch)
+        known = batch.features
+        if known is None:
+            features, maps = roi_evidence(self.head, self.pool(tail, regions), kind)
+            known = features.split([len(boxes) for boxes in regions])
+            evidence = maps.split([len(boxes) for boxes in regions])
+        scored = [self._candidates(*one) for one in zip(known, batch.proposals, batch.tags, strict=True)]
+        chosen = [choose_instances(candidates, settings, each_class=True) for candidates, _, _ in scored]
+        which = [one.rois[own.mapped].to(tail.device) for (one, _, _), own in zip(scored, chosen, strict=True)]
+        labels, weights = (
+            torch.cat([getattr(one, name)[own.mapped] for (one, _, _), own in zip(scored, chosen, strict=True)])
+            for name in ("labels", "scores")
+        )
+        if batch.features is None:
+            parts = torch.cat([own[rois] for own, rois in zip(evidence, which, strict=True)])
+            attention = explain_rois(self.head, self.classifier, parts, labels + 1, weights, kind)
+        else:
+            pooled = self.pool(tail, [own[rois] for own, rois in zip(regions, which, strict=True)])
+            attention = roi_attention(self.head, self.classifier, pooled, labels + 1, weights, kind)
         found = []
-        for index, features in enumerate(self.features(batch)):
-            x_c, x_p = self(features)
-            both = torch.cat([x_c[:, 1:].softmax(1), self.image_probabilities(x_c, x_p)[None]]).cpu()
-            scores, probabilities, tags = both[:-1], both[-1], batch.tags[index]
-            boxes = batch.proposals[index].cpu()
-            candidates = proposal_candidates(boxes, scores, tuple(range(self.num_classes)) if tags is None else tags)
-            chosen = choose_instances(candidates, settings, each_class=True)
-            rois = candidates.rois[chosen.mapped]
-            pooled = self.pool(tail[index : index + 1], [regions[index][rois.to(tail.device)]])
-            maps = roi_attention(
-                self.head,
-                self.classifier,
-                pooled,
-                candidates.labels[chosen.mapped] + 1,
-                candidates.scores[chosen.mapped],
-                self.settings.attention,
-            )
-            heat = (boxes, scores) if self.settings.heat == "all" else None
-            instances, trace = calibrate(batch.images[index], candidates, chosen, maps, settings, heat)
-            if tags is None:
+        for index, maps in enumerate(attention.split([len(rois) for rois in which])):
+            candidates, scores, probabilities = scored[index]
+            heated = (batch.proposals[index].cpu(), scores) if heat else None
+            instances, trace = calibrate(batch.images[index], candidates, chosen[index], maps, settings, heated)
+            if batch.tags[index] is None:
                 instances = instances.weighted(instances.weights * probabilities[instances.labels])
             found.append((instances, trace))
         return found
+
+    def _candidates(
+        self, features: Tensor, boxes: Tensor, tags: tuple[int, ...] | None
+    ) -> tuple[Candidates, Tensor, Tensor]:
+        """Of an image's proposals (R, 4) the candidates, the class scores (R, C) and the image's probabilities (C,)."""
+        x_c, x_p = self(features)
+        both = torch.cat([x_c[:, 1:].softmax(1), self.image_probabilities(x_c, x_p)[None]]).cpu()
+        classes = tuple(range(self.num_classes)) if tags is None else tags
+        return proposal_candidates(boxes.cpu(), both[:-1], classes), both[:-1], both[-1]
 
     def _regions(self, batch: Batch) -> list[Tensor]:
         """The proposals (R, 4) of each image in pixels of its view."""

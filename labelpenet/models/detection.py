@@ -16,15 +16,16 @@ from torchvision.models.detection._utils import BalancedPositiveNegativeSampler,
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork
-from torchvision.ops import box_area, box_iou, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops import box_iou, clip_boxes_to_image, remove_small_boxes
 
 from labelpenet import config
 from labelpenet.calibration.calibrate import Candidates, Trace, calibrate, choose_instances
+from labelpenet.calibration.nms import inside
 from labelpenet.data.transforms import Batch, View
 from labelpenet.instances import Instances
-from labelpenet.models.attention import roi_attention
+from labelpenet.models.attention import explain_rois, roi_evidence
 from labelpenet.models.backbones import Backbone, Part
-from labelpenet.models.layers import RoIPooling, initialise
+from labelpenet.models.layers import RoIPooling, by_rois, initialise
 
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)
 
@@ -117,12 +118,6 @@ def covered(boxes: Tensor, doubtful: Tensor) -> Tensor:
     if not len(doubtful):
         return torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
     return inside(boxes, doubtful).amax(1) >= 0.5
-
-
-def inside(boxes: Tensor, others: Tensor) -> Tensor:
-    """(R, M) the part of each box's area (R, 4) that lies inside each other one (M, 4)."""
-    corners = torch.minimum(boxes[:, None, 2:], others[:, 2:]) - torch.maximum(boxes[:, None, :2], others[:, :2])
-    return corners.clamp(min=0).prod(2) / box_area(boxes).clamp(min=1e-6)[:, None]
 
 
 def rcnn_loss(
@@ -257,21 +252,21 @@ class Detector(nn.Module):
 
     def probabilities(self, batch: Batch, boxes: Sequence[Tensor]) -> list[Tensor]:
         """Class probabilities (R, C) of boxes (R, 4) in pixels of each view."""
-        logits, _ = self.classify(self.head(self.pool(self.tail(batch.stem), list(boxes))))
+        logits, _ = self.classify(by_rois(self.head, self.pool(self.tail(batch.stem), list(boxes))))
         return list(logits.float().softmax(1)[:, 1:].split([len(one) for one in boxes]))
 
     def detect(self, batch: Batch) -> tuple[list[Candidates], list[Tensor], list[Tensor]]:
         """What the detector believes of each image before NMS.
 
         Returns:
-            for each image its candidates, their boxes (M, 4) in pixels of the view, and the pooled features
-            (R, D, P, P) of its RoIs.
+            for each image its candidates, their boxes (M, 4) in pixels of the view, and what explains its RoIs
+            (`roi_evidence`), where they are to be explained.
         """
         features = self.tail(batch.stem)
         rois, _ = self.propose(features, batch.sizes)
         counts = [len(boxes) for boxes in rois]
-        pooled = self.pool(features, rois)
-        logits, deltas = self.classify(self.head(pooled))
+        roi_features, evidence = self.look(self.pool(features, rois))
+        logits, deltas = self.classify(roi_features)
         scores = logits.float().softmax(1)[:, 1:]
         regressed = self.coder.decode(deltas.float(), rois).reshape(len(scores), -1, 4)[:, 1:]
         # to the host in one piece: what follows works on a few hundred boxes
@@ -283,7 +278,11 @@ class Detector(nn.Module):
             candidates, seen_boxes = self.candidates(seen, own, others.reshape(len(own), -1, 4), view, tags)
             found.append(candidates)
             boxes.append(seen_boxes)
-        return found, boxes, list(pooled.split(counts))
+        return found, boxes, list(evidence.split(counts))
+
+    def look(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """RoI features (R, D') of pooled RoIs (R, D, P, P), and what explains them; here nobody asks."""
+        return by_rois(self.head, pooled), pooled
 
     def candidates(
         self, rois: Tensor, scores: Tensor, boxes: Tensor, view: View, tags: tuple[int, ...] | None, limit: int = 400
@@ -323,17 +322,22 @@ class Detection(Detector):
 
     def infer(self, batch: Batch, settings: config.AttentionCalibration) -> list[tuple[Instances, Trace]]:
         """The instances of each image, several of a class, and the maps behind them."""
-        found = []
-        for index, (candidates, _, pooled) in enumerate(zip(*self.detect(batch), strict=True)):
-            chosen = choose_instances(candidates, settings, each_class=True)
-            mapped = chosen.mapped
-            maps = roi_attention(
-                self.head,
-                self.classifier,
-                pooled[candidates.rois[mapped].to(pooled.device)],
-                candidates.labels[mapped] + 1,
-                candidates.scores[mapped],
-                self.settings.attention,
+        found, _, evidence = self.detect(batch)
+        chosen = [choose_instances(candidates, settings, each_class=True) for candidates in found]
+        parts, labels, scores = [], [], []
+        for candidates, own, seen in zip(found, chosen, evidence, strict=True):
+            parts.append(seen[candidates.rois[own.mapped].to(seen.device)])
+            labels.append(candidates.labels[own.mapped])
+            scores.append(candidates.scores[own.mapped])
+        together = torch.cat(parts), torch.cat(labels) + 1, torch.cat(scores)
+        maps = explain_rois(self.head, self.classifier, *together, self.settings.attention)
+        return [
+            calibrate(image, candidates, own, attention, settings)
+            for image, candidates, own, attention in zip(
+                batch.images, found, chosen, maps.split([len(part) for part in parts]), strict=True
             )
-            found.append(calibrate(batch.images[index], candidates, chosen, maps, settings))
-        return found
+        ]
+
+    def look(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """RoI features (R, D') of pooled RoIs (R, D, P, P), and what `explain_rois` explains them by."""
+        return roi_evidence(self.head, pooled, self.settings.attention)

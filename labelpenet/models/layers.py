@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import roi_align, roi_pool
 
+AT_A_TIME = 64
+
 
 class RoIPooling(nn.Module):
     """RoI pooling of one feature map.
@@ -37,6 +39,17 @@ class RoIPooling(nn.Module):
 
     def extra_repr(self) -> str:
         return f"size={self.size}, stride={self.stride}, kind={self.kind}"
+
+
+def by_rois(layers: nn.Module, pooled: Tensor) -> Tensor:
+    """Layers that see each RoI by itself, applied to RoIs (R, ...), on a CPU without gradients a part at a time.
+
+    The maps of `AT_A_TIME` RoIs are made in memory that is used again; those of hundreds are fetched from the system
+    and given back, which costs a third of the time (64 of MobileNetV2's RoIs 246 ms, 128 at once 720 ms).
+    """
+    if torch.is_grad_enabled() or pooled.device.type != "cpu" or len(pooled) <= AT_A_TIME:
+        return layers(pooled)
+    return torch.cat([layers(part) for part in pooled.split(AT_A_TIME)])
 
 
 def initialise(*layers: nn.Module, std: float | None = 0.01) -> None:

@@ -19,7 +19,7 @@ from labelpenet.data.transforms import Batch
 from labelpenet.instances import Instances
 from labelpenet.models.backbones import Backbone
 from labelpenet.models.detection import Detector
-from labelpenet.models.layers import RoIPooling, initialise
+from labelpenet.models.layers import RoIPooling, by_rois, initialise
 
 MASK_POOL = 14
 MASK_SIDE = 2 * MASK_POOL
@@ -88,7 +88,7 @@ class Segmentation(Detector):
         """
         if not len(labels):
             return mask_features.new_zeros(0, MASK_SIDE, MASK_SIDE, dtype=torch.float32)
-        logits = self.mask_head(self.mask_pool(mask_features, boxes))
+        logits = by_rois(self.mask_head, self.mask_pool(mask_features, boxes))
         return logits[torch.arange(len(labels), device=logits.device), labels].float().sigmoid()
 
     def losses(self, batch: Batch, targets: Sequence[Instances]) -> dict[str, Tensor]:
@@ -100,9 +100,10 @@ class Segmentation(Detector):
             positive = torch.where(labels > 0)[0]
             if target.masks is None:
                 positive = positive[:0]
-            chosen.append((boxes[positive], labels[positive] - 1, weights[positive]))
+            regions = enlarge(boxes[positive], self.settings.mask_margin)
+            chosen.append((regions, labels[positive] - 1, weights[positive]))
             if target.masks is not None and len(positive):
-                inside.append(crop_masks(target.masks, boxes[positive], matched[positive], MASK_SIDE))
+                inside.append(crop_masks(target.masks, regions, matched[positive], MASK_SIDE))
         if not inside:  # keeps the graph of every parameter, which distributed training needs
             return {**losses, "mask": mask_features.float().sum() * 0}
         labels, weights = (torch.cat([one[part] for one in chosen]) for part in (1, 2))
@@ -114,20 +115,28 @@ class Segmentation(Detector):
         """The instances of each image and the maps behind them: the masks of the detections that a kept one suppressed
         are summed into its own. All masks of the batch are predicted together."""
         detected, boxes, _ = self.detect(batch)
-        found = [replace(one, regions=one.boxes) for one in detected]  # masks lie in the boxes, not in their RoIs
+        margin = self.settings.mask_margin
+        # masks lie in the boxes, not in the RoIs that these were regressed from
+        found = [replace(one, regions=enlarge(one.boxes, margin)) for one in detected]
         chosen = [
             choose_instances(candidates, settings, tags is not None)
             for candidates, tags in zip(found, batch.tags, strict=True)
         ]
         mapped = [one.mapped for one in chosen]
         device = batch.stem.device
-        regions = [own[index].to(device) for own, index in zip(boxes, mapped, strict=True)]
+        regions = [enlarge(own[index], margin).to(device) for own, index in zip(boxes, mapped, strict=True)]
         labels = torch.cat([one.labels[index] for one, index in zip(found, mapped, strict=True)]).to(device)
         maps = self.masks(self.mask_features(batch.stem), regions, labels).split([len(index) for index in mapped])
         return [
             calibrate(image, candidates, own, masks, settings)
             for image, candidates, own, masks in zip(batch.images, found, chosen, maps, strict=True)
         ]
+
+
+def enlarge(boxes: Tensor, margin: float) -> Tensor:
+    """Boxes (R, 4) with sides ``1 + margin`` times as long about the same centres; they may leave the image."""
+    grown = (boxes[:, 2:] - boxes[:, :2]) * (margin / 2)
+    return torch.cat([boxes[:, :2] - grown, boxes[:, 2:] + grown], 1)
 
 
 def crop_masks(masks: Tensor, boxes: Tensor, matched: Tensor, side: int) -> Tensor:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +24,10 @@ from timm.layers import Conv2dSame, ConvNormAct
 from timm.models import _efficientnet_blocks as mobile
 from timm.models import regnet, resnet
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.ops import FrozenBatchNorm2d
 
 from labelpenet.calibration.excitation import Residual
 from labelpenet.errors import InputError, reason
-from labelpenet.models.backbones import Backbone, Part, SameConv2d, for_training, replace
+from labelpenet.models.backbones import Backbone, Part, SameConv2d, fix_batch_norm, for_training, replace
 from labelpenet.models.weights import load_weights
 
 STRIDE = 16
@@ -88,7 +85,7 @@ class Staged(Backbone):
         image = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
         try:
             with torch.no_grad():
-                fix_batch_norm(network, image)
+                fix_batch_norm(network, image, (nn.Conv2d, Conv2dSame))
                 replace(network, lambda layer: SameConv2d.like(layer, True) if isinstance(layer, Conv2dSame) else None)
                 self._cut = cut(network, image)
                 self._end = end_of(network, self._cut.features)
@@ -130,53 +127,6 @@ class PadToStride(nn.Module):
         """(N, 3, H, W) to the same with H and W rounded up."""
         right, bottom = -images.shape[-1] % STRIDE, -images.shape[-2] % STRIDE
         return F.pad(images, (0, right, 0, bottom)) if right or bottom else images
-
-
-def fix_batch_norm(network: nn.Module, image: Tensor) -> None:
-    """Folds every batch norm into the convolution whose output it alone reads, and freezes the others, in place.
-
-    Which one that is shows when the network runs: timm has too many kinds of blocks for names to tell. An activation
-    that belongs to the norm stays.
-    """
-    convolutions = [layer for layer in network.modules() if type(layer) in (nn.Conv2d, Conv2dSame)]
-    norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
-    made: list[tuple[nn.Module, Tensor]] = []
-    read: list[tuple[nn.Module, nn.Module]] = []
-
-    def note(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        read.extend((norm, maker) for maker, output in made if output is inputs[0])
-
-    handles = [
-        layer.register_forward_hook(lambda layer, _, output: made.append((layer, output))) for layer in convolutions
-    ]
-    handles += [norm.register_forward_pre_hook(note) for norm in norms]
-    network(image)
-    for handle in handles:
-        handle.remove()
-    runs = Counter(maker for maker, _ in made)
-    readers = Counter(maker for _, maker in read)
-    folded = {norm: maker for norm, maker in read if runs[maker] == readers[maker] == 1}
-
-    def fixed(layer: nn.Module) -> nn.Module | None:
-        if not isinstance(layer, nn.BatchNorm2d):
-            return None
-        act = getattr(layer, "act", nn.Identity())
-        if layer not in folded:
-            return nn.Sequential(_frozen(layer), act)
-        convolution: Any = folded[layer]
-        plain = nn.BatchNorm2d(layer.num_features, layer.eps).eval()
-        plain.load_state_dict(layer.state_dict(), strict=False)
-        fused = fuse_conv_bn_eval(convolution, plain)
-        convolution.weight, convolution.bias = fused.weight, fused.bias
-        return act
-
-    replace(network, fixed)
-
-
-def _frozen(norm: nn.BatchNorm2d) -> FrozenBatchNorm2d:
-    one = FrozenBatchNorm2d(norm.num_features, norm.eps)
-    one.load_state_dict(norm.state_dict(), strict=False)
-    return one
 
 
 @dataclass(frozen=True)

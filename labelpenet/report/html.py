@@ -17,7 +17,7 @@ from markupsafe import Markup
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.files import read_json, read_text, write_text
-from labelpenet.engine.log import Progress, Row, read_metrics
+from labelpenet.engine.log import Row, read_metrics
 from labelpenet.errors import InputError
 from labelpenet.evaluation import Table, cascade_table, summary_table
 from labelpenet.formats import read_predictions
@@ -25,6 +25,7 @@ from labelpenet.instances import Instances
 from labelpenet.models.cascade import MODULES, LabelPEnet, read_run
 from labelpenet.models.student import KIND as STUDENT
 from labelpenet.models.student import Student, load
+from labelpenet.progress import Progress
 from labelpenet.report.plots import Curves, curves, loss_plot, number_of
 from labelpenet.report.strips import (
     MIN_SCORE,
@@ -60,21 +61,6 @@ _LEARNT_FROM = {
     "mixed": "image tags and, where they are known, true boxes and masks",
 }
 _BYTES = 13_000_000  # of pictures; with the rest the file stays below 15 MB
-
-
-@dataclass(frozen=True)
-class ResultTable:
-    """A table as the page shows it: headings with their meaning, rows of cells as text, and which are a column's best.
-
-    Attributes:
-        headings: of the K columns of numbers; meanings: a line for each, or empty.
-        rows: name, K cells, and for each cell whether it is the best of its column.
-    """
-
-    title: str
-    headings: tuple[str, ...]
-    meanings: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[tuple[str, bool], ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -173,48 +159,48 @@ def gather(run: Path) -> Facts:
         InputError: not a run folder (no readable ``run.json``).
     """
     facts = read_run(run)
-    missing = []
+    missing: list[str] = []
     if facts.get("kind") == STUDENT:
-        done: tuple[int, ...] = (len(MODULES),) if run_folder.weights(run, STUDENT).is_file() else ()
-        missing += [] if done else ["the student is not trained yet; go on with labelpenet distill ... --resume"]
-        return _facts(run, facts, done, (), missing)
-    trained = tuple(k for k, name in enumerate(MODULES, 1) if run_folder.weights(run, name).is_file())
-    labelled = tuple(k for k in range(1, len(MODULES) + 1) if run_folder.instances(run, f"module{k}").is_file())
-    for number, name in enumerate(MODULES, 1):
-        if facts.get("supervision") == "full" and number < len(MODULES):
-            continue  # which trains the last module alone
-        if number not in trained:
-            missing.append(f"module {number} ({name}) is not trained yet; go on with labelpenet train ... --resume")
-        elif number not in labelled:
-            missing.append(f"module {number} ({name}) is trained but has not labelled all training images yet")
-    return _facts(run, facts, trained, labelled, missing)
-
-
-def _facts(
-    run: Path, facts: dict[str, Any], trained: tuple[int, ...], labelled: tuple[int, ...], missing: list[str]
-) -> Facts:
-    environment = _optional(run / "environment.json", "the environment of the run is not known", missing)
+        trained: tuple[int, ...] = (len(MODULES),) if run_folder.weights(run, STUDENT).is_file() else ()
+        labelled: tuple[int, ...] = ()
+        if not trained:
+            missing.append("the student is not trained yet; go on with labelpenet distill ... --resume")
+    else:
+        trained = tuple(k for k, name in enumerate(MODULES, 1) if run_folder.weights(run, name).is_file())
+        labelled = tuple(k for k in range(1, len(MODULES) + 1) if run_folder.instances(run, f"module{k}").is_file())
+        last = len(MODULES)
+        for number in (last,) if facts.get("supervision") == "full" else range(1, last + 1):
+            name = MODULES[number - 1]
+            if number not in trained:
+                missing.append(f"module {number} ({name}) is not trained yet; go on with labelpenet train ... --resume")
+            elif number not in labelled:
+                missing.append(f"module {number} ({name}) is trained but has not labelled all training images yet")
+    environment = _optional(run_folder.environment(run), "the environment of the run is not known", missing)
     results = _optional(run_folder.results(run), "the run is not measured yet", missing)
     return Facts(facts, environment, results, trained, labelled, tuple(missing))
 
 
-def result_table(table: Table, names: Mapping[str, str] | None = None) -> ResultTable:
-    """A table of numbers as the page shows it, with the best number of each column marked where there are several."""
-    columns = list(zip(*(values for _, values in table.rows), strict=True)) or [() for _ in table.columns]
-    best = [max((one for one in column if one is not None), default=None) for column in columns]
+def marked(table: Table) -> list[tuple[str, list[tuple[str, bool]]]]:
+    """The rows of a table as text, each number with whether it is the best of its column, where there are several."""
+    best = [
+        max((one for one in column if one is not None), default=None)
+        for column in zip(*(values for _, values in table.rows), strict=True)
+    ]
     several = len(table.rows) > 1
-    rows = []
-    for name, values in table.rows:
-        cells = tuple(
-            ("–" if value is None else f"{value:.1f}", several and value is not None and value == top)
-            for value, top in zip(values, best, strict=True)
+    return [
+        (
+            name,
+            [(_figure(one), several and one is not None and one == top) for one, top in zip(values, best, strict=True)],
         )
-        rows.append(((names or {}).get(name, name), cells))
-    meanings = tuple(_MEANINGS.get(heading, "") for heading in table.columns)
-    return ResultTable(table.title, table.columns, meanings, tuple(rows))
+        for name, values in table.rows
+    ]
 
 
-def module_table(results: Mapping[str, Any]) -> ResultTable | None:
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def module_table(results: Mapping[str, Any]) -> Table | None:
     """The table per module from ``results.json``, with a row for each module that is missing; None if nothing is there.
 
     Module 1 before calibration, where it was measured, is the first row.
@@ -222,30 +208,24 @@ def module_table(results: Mapping[str, Any]) -> ResultTable | None:
     train, val = _by_module(results.get("train")), _by_module(results.get("val"))
     if not train and not val:
         return None
-    names = {str(k): f"{k}  {purpose}" for k, purpose in enumerate(_PURPOSES, 1)}
     if STUDENT in val:
-        return result_table(cascade_table({}, {STUDENT: val[STUDENT]}))
+        return cascade_table({}, {STUDENT: val[STUDENT]})
+    names = {str(k): f"{k}  {purpose}" for k, purpose in enumerate(_PURPOSES, 1)}
     before = results.get("uncalibrated")
     if isinstance(before, dict) and before:
         train, val = ({"0": before.get(split) or {}} | of for split, of in (("train", train), ("val", val)))
-        names["0"] = "1  multi-label classification, before calibration"
-    order = [number for number in ("0", "1", "2", "3", "4") if number in names]
-    table = cascade_table({k: train.get(k, {}) for k in order}, {k: val.get(k, {}) for k in order})
-    return result_table(table, names)
+        names = {"0": "1  multi-label classification, before calibration"} | names
+    return cascade_table(*({name: of.get(number, {}) for number, name in names.items()} for of in (train, val)))
 
 
-def class_table(results: Mapping[str, Any]) -> ResultTable | None:
+def class_table(results: Mapping[str, Any]) -> Table | None:
     """Class by class, what the last measured module reaches on held-out images; None if nothing is measured."""
     val = {number: result for number, result in _by_module(results.get("val")).items() if result}
     if not val:
         return None
     number = max(val)
-    table = summary_table(
-        val[number], f"{number if number == STUDENT else f'module {number}'} class by class on held-out images, in %"
-    )
-    rows = result_table(table)
-    plain = tuple((name, tuple((cell, False) for cell, _ in cells)) for name, cells in rows.rows)
-    return ResultTable(rows.title, rows.headings, rows.meanings, plain)
+    title = f"{number if number == STUDENT else f'module {number}'} class by class on held-out images, in %"
+    return summary_table(val[number], title)
 
 
 def _by_module(part: Any) -> dict[str, Any]:
@@ -381,7 +361,8 @@ def _render(run: Path, facts: Facts, sections: Sequence[Section], problems: Sequ
         recipe_name=recipe.get("name", "") if isinstance(recipe, dict) else "",
         recipe=_recipe_parts(recipe),
         written=time.strftime("%Y-%m-%d %H:%M"),
-        zip=zip,
+        marked=marked,
+        meanings=_MEANINGS,
     )
 
 

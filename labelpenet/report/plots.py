@@ -47,7 +47,7 @@ def curves(rows: Sequence[Row]) -> list[Curves]:
     """The losses of every stage, in the order in which the stages first appear.
 
     Args:
-        rows: from `engine.log.read_metrics`; rows without a stage, step or loss are passed over.
+        rows: from `engine.log.read_metrics`; rows without a stage, step or loss are skipped.
     """
     stages: dict[str, dict[int, Row]] = {}
     for row in rows:

@@ -130,7 +130,7 @@ def mean_best_overlap(found: Instances, truth: Truth) -> float | None:
 def worst_images(
     images: Sequence[TaggedImage], found: Mapping[str, Instances], read: ReadTruth, count: int
 ) -> list[tuple[TaggedImage, float]]:
-    """The images with the lowest `mean_best_overlap`, worst first; those that cannot be measured are passed over."""
+    """The images with the lowest `mean_best_overlap`, worst first; those that cannot be measured are skipped."""
     measured = []
     for image in images:
         if image.id not in found:

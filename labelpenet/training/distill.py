@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from labelpenet import config
+from labelpenet.calibration.nms import confident
 from labelpenet.config import Images, Noise, StudentRecipe
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImages
@@ -33,7 +34,6 @@ from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
 from labelpenet.formats import open_annotated, read_predictions
 from labelpenet.instances import Instances
-from labelpenet.models.detection import inside
 from labelpenet.models.student import KIND, Lesson, Student
 from labelpenet.training.pretrain import digest
 from labelpenet.training.run import open_run
@@ -115,7 +115,7 @@ def read_labels(run: Path, path: Path | None, images: TaggedImages) -> tuple[Map
         InputError: there are none, or the file cannot be used.
     """
     path = path or run_folder.instances(run, "module4")
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"{path}: not there; train the run's module 4, or give labels with --labels")
     labels = read_predictions(path, images, images.classes, list(range(1, len(images.classes) + 1)))
     return labels, labels.notes
@@ -176,17 +176,8 @@ def lesson(image: np.ndarray, labels: Instances, images: Images, noise: Noise, g
 
 def sort_out(labels: Instances, noise: Noise) -> tuple[Instances, Tensor]:
     """The instances that are taught, and the boxes (M, 4) of the doubtful ones (see `config.Noise`)."""
-    same = labels.labels[:, None] == labels.labels[None]
-    weights = labels.weights
-    best = torch.where(same, weights[None], 0).amax(1) if len(labels) else weights
-    # the earlier one of two that are equally sure counts as the better one
-    order = torch.arange(len(labels))
-    better = same & (
-        (weights[None] > weights[:, None]) | ((weights[None] == weights[:, None]) & (order < order[:, None]))
-    )
-    nested = (better & (inside(labels.boxes, labels.boxes) >= noise.nested)).any(1)
     area = labels.boxes[:, 2:] - labels.boxes[:, :2]
-    sure = (weights >= noise.keep * best) & ~nested & (area > 0).all(1)
+    sure = confident(labels, noise.keep, noise.nested) & (area > 0).all(1)
     taught = labels[sure]
     if not noise.weighted:
         taught = Instances(taught.boxes, taught.labels, torch.ones(len(taught)), taught.image_size, taught.masks)

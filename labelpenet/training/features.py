@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,9 +24,11 @@ from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import hash_file, read_array, write_array
 from labelpenet.data.images import read_image
 from labelpenet.engine.distributed import map_images
-from labelpenet.engine.log import Progress
 from labelpenet.errors import InputError
 from labelpenet.models.cascade import LabelPEnet
+from labelpenet.progress import Progress
+
+_log = logging.getLogger(__name__)
 
 
 class RoIFeatures:
@@ -120,7 +123,7 @@ class RoIFeatures:
         path = self.path(image)
         found = read_array(path)
         if found is None and path.is_file():
-            print(f"note: {path} is damaged; the RoI features of {image.id} are computed again")
+            _log.warning("note: %s is damaged; the RoI features of %s are computed again", path, image.id)
         return found
 
 

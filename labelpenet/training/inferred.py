@@ -126,8 +126,9 @@ def infer_all(
     barrier()
     if rank == 0:
         by_id = {line["id"]: line for line in _read_parts(target)}
-        lines = ((image.id, tuple(by_id[image.id]["size"]), by_id[image.id]["rows"]) for image in images.images)
-        text = coco_text(lines, images.images, images.classes, categories, with_ids=True)
+        ordered = (by_id[image.id] for image in images.images)
+        found = ((line["id"], tuple(line["size"]), line["rows"]) for line in ordered)
+        text = coco_text(found, images.images, images.classes, categories, with_ids=True)
         write_text(target, sealed(text) + "\n", "free some space and use --resume")
         for old in target.parent.glob(f"{target.stem}.part*.jsonl"):
             old.unlink()

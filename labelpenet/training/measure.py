@@ -18,13 +18,13 @@ from labelpenet.data.files import hash_file, hash_files, read_json, write_json
 from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.engine.checkpoint import versions
 from labelpenet.engine.distributed import map_images
-from labelpenet.engine.log import Progress
 from labelpenet.errors import InputError
 from labelpenet.evaluation import cascade_table, classification_ap, evaluate
 from labelpenet.formats import open_annotated, open_tagged, read_predictions, write_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import read_run
 from labelpenet.models.student import Student
+from labelpenet.progress import Progress
 from labelpenet.training.features import RoIFeatures
 from labelpenet.training.inferred import read_inferred
 from labelpenet.training.predict import Predictor

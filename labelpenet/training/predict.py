@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import sys
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,13 +14,15 @@ from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.images import read_image
 from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.engine.distributed import build_fabric, gather, map_images, peers, together
-from labelpenet.engine.log import Progress, silent
 from labelpenet.errors import InputError
 from labelpenet.formats import read_predictions, write_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet, read_run
 from labelpenet.models.student import Student, load
+from labelpenet.progress import Progress, silent
 from labelpenet.training.pretrain import Boxes
+
+_log = logging.getLogger(__name__)
 
 
 class Predictor:
@@ -89,7 +91,7 @@ class Predictor:
         ):
             for done, (image, found, note) in enumerate(results):
                 if found is None:
-                    progress.say(note) if self.first else print(note, file=sys.stderr)
+                    progress.say(note) if self.first else _log.warning("%s", note)
                     skipped.append(image.id)
                     continue
                 yield image, found

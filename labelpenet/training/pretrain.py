@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,18 +23,20 @@ from labelpenet.data.files import write_tensors
 from labelpenet.data.images import read_image
 from labelpenet.data.transforms import Batch, View
 from labelpenet.engine.distributed import gather
-from labelpenet.engine.log import Progress
 from labelpenet.engine.stage import Stage
 from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import DamagedError
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet
+from labelpenet.progress import Progress
 from labelpenet.training.features import RoIFeatures
 from labelpenet.training.inferred import infer_all, read_inferred
 from labelpenet.training.supervised import with_masks
 
 if TYPE_CHECKING:
     from labelpenet.training.observe import Observer
+
+_log = logging.getLogger(__name__)
 
 Boxes = Mapping[str, np.ndarray]
 
@@ -100,9 +103,7 @@ class Training:
         )
 
 
-def pretrain(
-    training: Training, until: int = 4, say: Callable[[str], None] = print, observer: Observer | None = None
-) -> None:
+def pretrain(training: Training, until: int = 4, observer: Observer | None = None) -> None:
     """Trains modules 1 to ``until``; what is finished already in the run folder is only loaded.
 
     Raises:
@@ -110,7 +111,7 @@ def pretrain(
     """
     freeze_stem(training)
     for number in range(1, until + 1):
-        train_module(training, number, say=say, observer=observer)
+        train_module(training, number, observer=observer)
 
 
 def freeze_stem(training: Training) -> None:
@@ -127,7 +128,6 @@ def train_module(
     training: Training,
     number: int,
     targets: Mapping[str, Instances] | None = None,
-    say: Callable[[str], None] = print,
     observer: Observer | None = None,
 ) -> None:
     """Trains one module and lets it label the training images; loads what is finished already in the run folder.
@@ -141,11 +141,11 @@ def train_module(
     """
     network, name = training.network, MODULES[number - 1]
     if load_trained(training, name):
-        say(f"module {number} ({name}): trained before, loaded")
+        _log.info("module %d (%s): trained before, loaded", number, name)
     else:
         one = stage(training, number, targets)
         training.train(one if observer is None else observer.watch(one, [number]))
-        if observer is not None:  # before the part is saved, so that an interruption does not pass it over
+        if observer is not None:  # before the part is saved, so that an interruption does not skip it
             observer.conclude(one, [number])
         if training.fabric.global_rank == 0:
             save_part(network, training.run, name)
@@ -162,7 +162,7 @@ def load_trained(training: Training, part: str) -> bool:
     try:
         found = training.network.load_part(training.run, part)
     except DamagedError:
-        print(f"note: {path} is damaged; it is made again")
+        _log.warning("note: %s is damaged; it is made again", path)
     return all(gather(training.fabric.world_size, found))
 
 
@@ -284,7 +284,7 @@ def to_batch(network: LabelPEnet, samples: Sequence[Sample]) -> Batch:
 
 
 def module_loss(training: Training, number: int) -> Callable[[Any, int], dict[str, Tensor]]:
-    """The losses of a module, each a mean over the images of the pass."""
+    """The losses of a module, each a mean over the images given."""
     network = training.network
 
     def loss(samples: list[Sample], step: int) -> dict[str, Tensor]:
@@ -295,7 +295,7 @@ def module_loss(training: Training, number: int) -> Callable[[Any, int], dict[st
 
 
 def cached_loss(training: Training) -> Callable[[Any, int], dict[str, Tensor]]:
-    """Module 1's loss on cached RoI features, a mean over the images of the pass that could be read."""
+    """Module 1's loss on cached RoI features, a mean over the images given that could be read."""
     network = training.network
 
     def loss(indices: list[int], step: int) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from labelpenet.training.observe import HeldOut, Observer, check_held_out
 from labelpenet.training.pretrain import Boxes, Training, freeze_stem, pretrain, run_facts, train_module
 from labelpenet.training.supervised import Supervision, fully_supervised
 from labelpenet.training.warmup import warm_up
+
+_log = logging.getLogger(__name__)
 
 
 def train_run(
@@ -91,8 +94,9 @@ def train_run(
         if supervision is not None and full:
             if fabric.global_rank == 0:
                 steps, size = recipe.modules[3].schedule.steps, recipe.modules[3].schedule.batch_size
-                print(
-                    f"module 4 alone: {steps * size} image presentations ({steps} steps of {size}), as modules 2 to 4"
+                _log.info(
+                    "module 4 alone: %d image presentations (%d steps of %d), as modules 2 to 4",
+                    *(steps * size, steps, size),
                 )
             freeze_stem(training)
             train_module(training, 4, supervision.truths, observer=observer)
@@ -124,7 +128,7 @@ def open_run(run: Path, facts: Mapping[str, Any], resume: bool, images: TaggedIm
                 run, {name: one if isinstance(one, str) else None for name, one in contents.items()}
             )
             if note:
-                print(f"note: {note}")
+                _log.warning("note: %s", note)
 
         try:
             with peers(fabric.world_size):
@@ -160,7 +164,7 @@ def read_proposals(
         fabric.barrier()
     boxes = compute_proposals(images.images, settings, folder, progress=fabric.global_rank == 0)
     for note in boxes.notes if fabric.global_rank == 0 else ():
-        print(f"note: {note}")
+        _log.warning("note: %s", note)
     readable = tuple(image for image in images.images if image.id in boxes)
     if not readable:
         raise InputError("no image can be read; see the notes above")

@@ -51,8 +51,9 @@ def label(
     for number, anchor in enumerate(anchors, 1):
         ((found, _),) = teacher.infer(number, batch)
         together = Instances.cat([anchor, found])
-        (voted,) = teacher.vote(number, [together], batch)
-        labels.append(validate(anchor, found, voted.weights, enter, doubt))
+        if not teacher.module(number).settings.label.vote:  # else the weights are the vote's already
+            (together,) = teacher.vote(number, [together], batch)
+        labels.append(validate(anchor, found, together.weights, enter, doubt))
     return labels
 
 

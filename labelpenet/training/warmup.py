@@ -57,7 +57,7 @@ def warm_up(training: Training, backbone: Backbone) -> Backbone:
         images=[image.id for image in training.images.images],
         loss=tag_loss(module, training.fabric.device),
         load=load_samples(training),
-        images_per_pass=TOGETHER,
+        micro_batch=TOGETHER,
     )
     training.train(stage)
     return type(backbone)(module.network.cpu())  # type: ignore[call-arg]

@@ -12,14 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from labelpenet.engine.log import (
     MetricsLog,
-    Progress,
-    describe,
-    duration,
     memory_mb,
     read_metrics,
     write_environment,
 )
 from labelpenet.errors import InputError
+from labelpenet.progress import Progress, describe, duration
 
 
 def log_steps(run_dir, stage, steps, rows=(), start=0):
@@ -129,14 +127,18 @@ def test_plain_progress_says_what_a_reader_needs(monkeypatch):
     assert lines[0] == (
         "module1 130/1100: loss 1.5 (rpn 1, roi 0.5), 2 images/s, 512 MB, 16 min left"  # 970 steps at one a second
     )
+    progress.show(301, {})  # too soon
+    now[0] += 30
+    progress.show(302, {})
+    assert lines[-1] == "module1 302/1100: 0.878/s, 15 min left"
     progress.say("a message")
     assert lines[-1] == "a message"
 
 
-def test_the_live_line_is_used_on_a_terminal_only(monkeypatch, capsys):
-    with Progress("module1", 10) as progress:
-        progress.say("to standard error")
-    assert capsys.readouterr().err == "to standard error\n"
+def test_the_live_line_is_used_on_a_terminal_only(monkeypatch, capsys, caplog):
+    with caplog.at_level("INFO", "labelpenet"), Progress("module1", 10) as progress:
+        progress.say("to Python's logging")
+    assert caplog.messages == ["to Python's logging"] and not capsys.readouterr().err
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     with Progress("module1", 10, start=2) as progress:
         progress._shown = -1e9
@@ -154,7 +156,7 @@ def test_duration(seconds, text):
 
 
 def test_describe_is_silent_about_what_is_missing():
-    assert describe({}) == "starting"
+    assert describe({}) == ""
     assert describe({"loss/total": 0.25, "loss/mil": 0.25, "skipped": 2}) == "loss 0.25, 2 skipped"
 
 

@@ -127,7 +127,7 @@ def reference(net: Net, steps: int, kind: str, clip: float | None, ema: float | 
     ("kind", "clip", "ema"), [("sgd", None, None), ("sgd", 0.05, None), ("sgd", None, 0.5), ("adamw", None, None)]
 )
 def test_a_stage_trains_as_a_plain_loop_does(tmp_path, kind, clip, ema):
-    stage = make_stage(images_per_pass=2, kind=kind, clip=clip, ema=ema)
+    stage = make_stage(micro_batch=2, kind=kind, clip=clip, ema=ema)
     train_stage(stage, tmp_path, seed=3, **QUIET)
     expected = reference(Net(), 12, kind, clip, ema)
     for name, value in stage.module.state_dict().items():
@@ -135,7 +135,7 @@ def test_a_stage_trains_as_a_plain_loop_does(tmp_path, kind, clip, ema):
     assert torch.equal(stage.module.stem.weight, Net().stem.weight)
 
 
-def test_the_cut_into_passes_does_not_matter_where_nothing_is_random(tmp_path):
+def test_the_cut_into_micro_batches_does_not_matter_where_nothing_is_random(tmp_path):
     results = []
     for size in (1, 2, 4):
         net = nn.Linear(4, 1)
@@ -145,7 +145,7 @@ def test_the_cut_into_passes_does_not_matter_where_nothing_is_random(tmp_path):
         def loss(indices, step, net=net):
             return {"square": torch.stack([net(pixels(i)).square().mean() for i in indices]).mean()}
 
-        stage = Stage("m", net, Schedule(8, 0.01, decay=(), batch_size=4), IMAGES, loss, images_per_pass=size)
+        stage = Stage("m", net, Schedule(8, 0.01, decay=(), batch_size=4), IMAGES, loss, micro_batch=size)
         train_stage(stage, tmp_path / str(size), log_every=4, **QUIET)
         results.append((net.weight, [row["loss/square"] for row in read_metrics(tmp_path / str(size))]))
     for weight, losses in results[1:]:
@@ -183,7 +183,7 @@ def test_images_with_nothing_to_learn_from_are_no_error(tmp_path):
 
 def test_what_cannot_be_trained_is_named(tmp_path):
     with pytest.raises(InputError, match="make it a multiple of 3"):
-        train_stage(make_stage(images_per_pass=3), tmp_path)
+        train_stage(make_stage(micro_batch=3), tmp_path)
     with pytest.raises(InputError, match="known are sgd, adam and adamw"):
         train_stage(make_stage(kind="lamb"), tmp_path)
 
@@ -205,7 +205,7 @@ def test_loaded_images_and_their_draws_are_those_of_the_step(tmp_path, workers):
         seen.setdefault(step, []).append((batch[0], batch[1].tolist()))
         return {"a": net.weight.sum()}
 
-    stage = Stage("m", net, Schedule(9, batch_size=4), IMAGES, loss, images_per_pass=2, load=load, workers=workers)
+    stage = Stage("m", net, Schedule(9, batch_size=4), IMAGES, loss, micro_batch=2, load=load, workers=workers)
     train_stage(stage, tmp_path, seed=5, **QUIET)
     draws = set()
     for step in range(9):
@@ -229,7 +229,7 @@ def test_repeated_steps_see_the_same_batch_and_draws(tmp_path):
         seen.append((step, batch))
         return {"body": net.body.weight.square().mean()}
 
-    train_stage(make_stage(6, net, load=load, loss=loss, repeat=2, images_per_pass=4), tmp_path, **QUIET)
+    train_stage(make_stage(6, net, load=load, loss=loss, repeat=2, micro_batch=4), tmp_path, **QUIET)
     assert [step for step, _ in seen] == list(range(6))
     batches_seen = [batch for _, batch in seen]
     assert batches_seen[0::2] == batches_seen[1::2] and len(set(batches_seen)) == 3
@@ -323,7 +323,7 @@ def interrupting(stage: Stage, step: int, number: int = signal.SIGTERM, times: i
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_run_saves_and_goes_on_bit_for_bit(tmp_path, number):
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    options = {"images_per_pass": 2, "ema": 0.9}
+    options = {"micro_batch": 2, "ema": 0.9}
     whole = make_stage(**options)
     train_stage(whole, tmp_path / "whole", log_every=5, **QUIET)
     with pytest.raises(KeyboardInterrupt, match="module1 stopped after step 7 of 12; continue with --resume"):
@@ -338,7 +338,7 @@ def test_an_interrupted_run_saves_and_goes_on_bit_for_bit(tmp_path, number):
 
 
 def test_a_second_interrupt_does_not_wait(tmp_path):
-    stage = interrupting(make_stage(images_per_pass=2), 6, times=2)
+    stage = interrupting(make_stage(micro_batch=2), 6, times=2)
     with pytest.raises(KeyboardInterrupt):
         train_stage(stage, tmp_path, **QUIET)
     assert checkpoints(run_folder.checkpoints(tmp_path, "module1")) == []
@@ -561,7 +561,7 @@ class HalfFabric:
 
 
 def test_the_loss_scale_finds_its_value_and_survives_an_interruption(tmp_path):
-    options = {"decay": (), "warmup": 0, "clip": 0.1, "images_per_pass": 2}
+    options = {"decay": (), "warmup": 0, "clip": 0.1, "micro_batch": 2}
     said = []
     whole = make_stage(**options)
     train_stage(whole, tmp_path / "whole", fabric=HalfFabric(), log=said.append)

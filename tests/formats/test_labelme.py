@@ -141,7 +141,7 @@ def test_photographs_without_tags_are_exported_and_a_bare_list_of_theirs_is_refu
     images = replace(images, images=tuple(TaggedImage(one.path.name, one.path, ()) for one in images.images))
     file = write_predictions(tmp_path / "p.json", predictions(images), images, CLASSES)
     main(["export", str(file), str(tmp_path / "photos"), "--out", str(tmp_path / "out")])
-    content = json.loads((tmp_path / "out/annotations.json").read_text())
+    content = json.loads((tmp_path / "out/annotations/instances_default.json").read_text())
     assert [row["name"] for row in content["categories"]] == list(CLASSES)
     file.write_text(json.dumps(json.loads(file.read_text())["annotations"]))
     with pytest.raises(SystemExit):

@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models.vgg import VGG, cfgs, make_layers
 
 from labelpenet.errors import InputError
-from labelpenet.models.backbones import VGG16, FullPrecisionConv2d, MobileNetV2, fold_batch_norm
+from labelpenet.models.backbones import VGG16, FullPrecisionConv2d, MobileNetV2, fix_batch_norm
 from labelpenet.models.build import build_backbone
 
 SHARED = Path(__file__).parents[2] / "../shared/weights/mobilenet_v2_imagenet.safetensors"
@@ -177,7 +177,7 @@ def test_folding_leaves_no_batch_norm_that_training_could_move(mobilenet):
     x = torch.rand(2, 3, 64, 64)
     expected = mobilenet.features(x)
     folded = copy.deepcopy(mobilenet)
-    fold_batch_norm(folded)
+    fix_batch_norm(folded.eval(), x)
     assert not any(isinstance(layer, nn.BatchNorm2d) for layer in folded.modules())
     torch.testing.assert_close(folded.train().features(x), expected, atol=1e-4, rtol=1e-4)
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from labelpenet.calibration.nms import confident
 from labelpenet.config import Recipe, override, recipe, to_dict
 from labelpenet.data.transforms import View
 from labelpenet.errors import InputError
@@ -207,7 +208,8 @@ def test_every_kept_detection_has_a_mask_of_its_own():
     """However few masks are asked for: one that many better detections precede must not fall back to its box."""
     choices = ("max_masks=1", "per_class=50", "min_score=0.01", "iterations=0", "threshold=0.01", "min_component=none",
                "mask_nms=none", "box=proposal")  # fmt: skip
-    one = build("modules.4.score_threshold=0.01", *(f"modules.4.predict.{choice}" for choice in choices))
+    choices = ["modules.4.mask_margin=0", *(f"modules.4.predict.{choice}" for choice in choices)]
+    one = build("modules.4.score_threshold=0.01", *choices)
     with torch.no_grad():  # masks of the left half of each box
         one.segmentation.masks = lambda features, boxes, labels: (  # type: ignore[method-assign]
             torch.cat([torch.ones(len(labels), 28, 14), torch.zeros(len(labels), 28, 14)], 2)
@@ -256,6 +258,23 @@ def test_modules_1_and_2_have_a_say_in_a_weight(network, number):
     assert torch.equal(voted.boxes, found.boxes) and torch.equal(voted.labels, found.labels)
 
 
+def test_the_vote_decides_what_is_passed_on():
+    """Labels are what is left of all candidates once the vote has weighed them: neither doubtful nor nested."""
+    low = ["modules.*.score_threshold=0.01", "modules.3.label.min_score=0.01", "modules.3.label.mask_nms=none"]
+    whole = build(*low, "modules.3.label.keep=0", "modules.3.label.nested=none")
+    image = photograph(60, 60)
+    ((candidates, maps),) = whole.infer(3, whole.batch([image], [(0, 1)]))
+    assert len(candidates) == len(maps.marginals) > 2
+    strict = [*low, "modules.3.label.keep=0.9", "modules.3.label.nested=0.4"]
+    ((found, trace),) = build(*strict).infer(3, whole.batch([image], [(0, 1)]))
+    sure = confident(candidates, 0.9, 0.4)
+    assert 0 < int(sure.sum()) < len(candidates)
+    assert torch.equal(found.boxes, candidates.boxes[sure]) and torch.equal(found.weights, candidates.weights[sure])
+    assert torch.equal(trace.marginals, maps.marginals[sure])
+    ((alone, _),) = build(*strict, "modules.3.label.vote=false").infer(3, whole.batch([image], [(0, 1)]))
+    assert not torch.equal(alone.weights.sort()[0], found.weights.sort()[0])
+
+
 def test_modules_without_weights_abstain():
     one = build()
     seen = one.batch([photograph(48, 70)])
@@ -271,7 +290,7 @@ def test_the_recipe_decides_whether_there_is_a_vote():
     boxes = some_boxes(60, 60, 30)
     choices = ["modules.4.score_threshold=0.01", "modules.4.predict.min_score=0.01", "modules.4.predict.per_class=4"]
     alone, voted = (
-        build(*choices, f"modules.4.vote={vote}").predict(photograph(60, 60), proposals=boxes)
+        build(*choices, f"modules.4.predict.vote={vote}").predict(photograph(60, 60), proposals=boxes)
         for vote in ("false", "true")
     )
     assert len(alone) == len(voted) > 1

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from labelpenet.calibration.nms import nms_groups
-from labelpenet.models.layers import RoIPooling, initialise
+from labelpenet.models import layers
+from labelpenet.models.layers import RoIPooling, by_rois, initialise
 
 
 def slow_iou(a: list[float], b: list[float]) -> float:
@@ -153,3 +154,13 @@ def test_pooling_of_bfloat16_features_does_not_round_the_boxes(kind: str) -> Non
     boxes = torch.tensor([[0.0, 0.0, 100.0, 80.0], [517.3, 301.7, 611.1, 395.9]])
     pool = RoIPooling(7, 8, kind)
     assert torch.equal(pool(features, [boxes]), pool(features.float(), [boxes]))
+
+
+@pytest.mark.parametrize("rois", [0, 3, 8])
+def test_rois_a_part_at_a_time(rois, monkeypatch):
+    monkeypatch.setattr(layers, "AT_A_TIME", 3)
+    torch.manual_seed(0)
+    head, pooled = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten()), torch.rand(rois, 2, 5, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(by_rois(head, pooled), head(pooled))
+    assert by_rois(head, pooled).requires_grad

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from labelpenet.models.segmentation import (
     Segmentation,
     SpatialPyramid,
     crop_masks,
+    enlarge,
     mask_loss,
 )
 from tests.models.tiny import CHANNELS, TinyBackbone
@@ -108,6 +110,25 @@ def test_each_box_gets_the_mask_of_its_class():
     expected = torch.tensor([-2.0, 0.0, 2.0]).sigmoid()[labels]
     torch.testing.assert_close(found, expected[:, None, None].expand(4, MASK_SIDE, MASK_SIDE))
     assert one.masks(one.mask_features(stem_map()), [boxes[:0]], labels[:0]).shape == (0, MASK_SIDE, MASK_SIDE)
+
+
+def test_a_margin_lets_a_mask_leave_its_box():
+    """Full masks fill the enlarged boxes, and what is learnt is the object's mask inside them."""
+    grown = enlarge(torch.tensor([[10.0, 20, 30, 60]]), 0.5)
+    assert grown.tolist() == [[5, 10, 35, 70]] and torch.equal(enlarge(grown, 0.0), grown)
+    areas, seen = [], []
+    for margin in (0.0, 0.2):
+        one = segmenter(mask_margin=margin, score_threshold=0.0)
+        one.masks = lambda features, boxes, labels: torch.ones(len(labels), MASK_SIDE, MASK_SIDE)  # type: ignore[method-assign]
+        photograph = np.zeros((H, W, 3), np.uint8)
+        batch = Batch([VIEW], stem_map(), [photograph], [(0,)])
+        choice = config.MaskCalibration(per_class=1, iterations=0, threshold=0.5, min_score=0.0, nms=0.0)
+        areas.append(int(one.eval().infer(batch, choice)[0][0].masks.sum()))
+        one.mask_pool.register_forward_pre_hook(lambda _, given: seen.append(given[1][0]))
+        torch.manual_seed(5)
+        one.train().losses(Batch([VIEW], stem_map()), [target()])
+    assert areas[1] > areas[0]
+    assert len(seen[0]) and torch.equal(enlarge(seen[0], 0.2), seen[1])
 
 
 def test_detection_and_mask_branch_have_tails_of_their_own():

@@ -24,7 +24,7 @@ from labelpenet.evaluation import Table, evaluate
 from labelpenet.formats import write_predictions
 from labelpenet.instances import Instances
 from labelpenet.report import html, write_report
-from labelpenet.report.html import class_table, flatten, module_table, result_table
+from labelpenet.report.html import class_table, flatten, marked, module_table
 from labelpenet.report.plots import curves, loss_plot, smoothed
 from labelpenet.report.strips import choose_images, mean_best_overlap, worst_images
 
@@ -307,14 +307,13 @@ def test_the_table_has_a_row_for_each_module_and_marks_the_best() -> None:
     table = module_table({"train": {"1": part(0.2, 0.3)}, "val": {"1": part(0.2, 0.3), "2": part(0.5, 0.1)}})
     assert table is not None
     assert [name[0] for name, _ in table.rows] == ["1", "2", "3", "4"]
-    cells = {name[0]: dict(zip(table.headings, row, strict=True)) for name, row in table.rows}
+    cells = {name[0]: dict(zip(table.columns, row, strict=True)) for name, row in marked(table)}
     assert cells["1"]["train CorLoc"] == ("10.0", True) and cells["2"]["train CorLoc"] == ("–", False)
     assert cells["1"]["box mAP"] == ("20.0", False) and cells["2"]["box mAP"] == ("50.0", True)
     assert cells["1"]["mask mAP .25"] == ("30.0", True) and cells["4"]["ABO"] == ("–", False)
-    assert all(table.meanings)
     before = module_table({"val": {"1": part(0.2, 0.3)}, "uncalibrated": {"val": part(0.15, 0.1)}})
     assert before is not None and before.rows[0][0].endswith("before calibration")
-    assert before.rows[0][1][1][0] == "15.0"
+    assert marked(before)[0][1][1][0] == "15.0"
 
 
 @pytest.mark.parametrize("results", [{}, {"train": {}, "val": {}}, {"val": None}, {"val": []}])
@@ -323,8 +322,8 @@ def test_no_results_give_no_table(results: dict[str, Any]) -> None:
 
 
 def test_a_table_without_rows_or_with_one_has_no_best() -> None:
-    assert result_table(Table("empty", ("a", "b"), ())).rows == ()
-    assert result_table(Table("one", ("a",), (("x", (1.0,)),))).rows == (("x", (("1.0", False),)),)
+    assert marked(Table("empty", ("a", "b"), ())) == []
+    assert marked(Table("one", ("a",), (("x", (1.0,)),))) == [("x", [("1.0", False)])]
 
 
 def test_what_evaluate_returns_can_be_shown(tmp_path: Path) -> None:
@@ -333,7 +332,7 @@ def test_what_evaluate_returns_can_be_shown(tmp_path: Path) -> None:
     results = {"train": {"1": result}, "val": {"1": result}}
     table, by_class = module_table(results), class_table(results)
     assert table is not None and by_class is not None
-    shown = dict(zip(table.headings, (cell for cell, _ in table.rows[0][1]), strict=True))
+    shown = dict(zip(table.columns, (cell for cell, _ in marked(table)[0][1]), strict=True))
     assert shown["ABO"] == f"{100 * result['mask']['ABO']:.1f}"
     assert [name for name, _ in by_class.rows] == [*CLASSES, "mean"]
 

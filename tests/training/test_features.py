@@ -25,14 +25,6 @@ from tests.training.test_pretrain import boxes_of, results, tiny_recipe, train
 N = 4
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def images(tmp_path) -> TaggedImages:
     return open_tagged(write_scenes(tmp_path / "scenes", train=N, val=0, size=(64, 80), seed=3), "train")

@@ -34,14 +34,6 @@ RECIPE = tiny_recipe(
 )  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
     return write_scenes(tmp_path_factory.mktemp("data") / "scenes", train=6, val=5, size=(96, 96), seed=3)

@@ -49,14 +49,6 @@ def boxes_of(images: TaggedImages) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
     return write_scenes(tmp_path_factory.mktemp("data") / "scenes", train=N, val=0, size=(96, 96), seed=3)
@@ -72,7 +64,7 @@ def train(year: Path, run: Path, *changes: str, until: int = 4, resume: bool = F
         start_run(run, facts, resume)
     options = RunOptions(resume, seed, checkpoint_minutes=0.0)
     training = Training(network, images, boxes_of(images), run, fabric, options, facts)
-    pretrain(training, until, say=lambda message: None)
+    pretrain(training, until)
     return network
 
 

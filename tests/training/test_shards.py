@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from labelpenet import config
 from labelpenet.cli import main
-from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage
+from labelpenet.data.files import sealed
 from labelpenet.data.scenes import render_scene
 from labelpenet.errors import InputError
+from labelpenet.formats import read_predictions
 from labelpenet.formats.parts import Part, merge_parts, parse_shard, share
+from labelpenet.formats.predictions import class_names
 from labelpenet.instances import Instances, masks_to_boxes
 from labelpenet.training.shards import BatchPredictor
+from tests.formats.kits import photograph
+from tests.formats.test_reader_fuzz import ODD, deadline, mutated, paths_of
+from tests.students import random_run
 
 FACTS = {"weights": "w", "module": 4}
 CLASSES = ("cat", "dog")
@@ -115,6 +122,94 @@ def test_parts_that_do_not_belong_together_are_refused_by_name(tmp_path: Path) -
     assert not out.exists()
 
 
+@pytest.mark.parametrize("count", [60, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["damaged", "forged"])
+def test_a_part_that_is_not_as_it_was_written_is_refused(tmp_path: Path, kind: str, count: int) -> None:
+    """Any damage gives one line or no other result; rows of anybody's making, with a right checksum, no traceback."""
+    images, rng = photographs(5), random.Random(kind)
+    write(tmp_path / "parts", images, 2)
+    merge_parts([tmp_path / "parts"], tmp_path / "out.json")
+    whole = (tmp_path / "out.json").read_bytes()
+    parts, refused = sorted((tmp_path / "parts").iterdir()), 0
+    for _ in range(count):
+        part = rng.choice(parts)
+        good = part.read_bytes()
+        if kind == "damaged":
+            part.write_bytes(mutated(good, rng))
+        else:
+            lines = good.decode().splitlines()
+            index = rng.randrange(len(lines))
+            row = {key: value for key, value in json.loads(lines[index]).items() if key != "checksum"}
+            *way, last = rng.choice(list(paths_of(row))[1:])
+            home: Any = row
+            for key in way:
+                home = home[key]
+            home[last] = rng.choice(ODD)
+            lines[index] = sealed(json.dumps(row))
+            part.write_text("\n".join(lines) + "\n")
+        with deadline():
+            try:
+                merge_parts([tmp_path / "parts"], tmp_path / "out.json")
+                assert kind == "forged" or (tmp_path / "out.json").read_bytes() == whole
+            except InputError as error:
+                refused += 1
+                assert str(error).isprintable()
+        part.write_bytes(good)
+    assert refused > count / 2
+
+
+def test_a_finished_part_that_is_damaged_is_mended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = photographs(6)
+    write(tmp_path, images, 2)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for path, content in before.items():
+        path.write_bytes(content[: len(content) * 2 // 3])
+    write(tmp_path, images, 2)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    said = capsys.readouterr().err
+    assert all(f"{path} is damaged" in said for path in before)
+
+
+def test_parts_are_read_like_the_file_that_they_merge_to(tmp_path: Path) -> None:
+    images = [TaggedImage(f"sub/{i}.png", tmp_path / f"sub/{i}.png", ()) for i in range(9)]
+    for image in images:
+        photograph(image.path, (12, 16))
+    parts, merged = tmp_path / "parts", tmp_path / "merged.json"
+    write(parts, images, 3, bad=(4,))
+    merge_parts([parts], merged)
+    asked, classes = images[::-2], ("dog", "bird", "cat")
+    lazy, whole = (read_predictions(path, asked, classes, (1, 2, 3)) for path in (parts, merged))
+    assert class_names(parts) == class_names(merged) == list(CLASSES)
+    assert list(lazy) == list(whole) == [image.id for image in asked if image != images[4]]
+    assert [note.split(": ")[1] for note in lazy.notes] == [note.split(": ")[1] for note in whole.notes]
+    for name, one in whole.items():
+        other = lazy[name]
+        assert torch.equal(one.boxes, other.boxes) and torch.equal(one.labels, other.labels)
+        assert torch.equal(one.weights, other.weights) and one.image_size == other.image_size
+        assert one.masks is None or torch.equal(one.masks, other.masks)
+    photograph(images[8].path, (12, 17))
+    with pytest.raises(InputError, match="12"):
+        lazy["sub/8.png"]
+
+
+def test_what_memory_holds_of_parts_does_not_grow_with_what_was_found(tmp_path: Path) -> None:
+    images, held = photographs(200), []
+    masks = torch.rand(4, 12, 16) > 0.5
+    for count in (1, 4):
+        folder = tmp_path / str(count)
+        some = Instances(masks_to_boxes(masks), torch.zeros(4).long(), torch.ones(4), (12, 16), masks)[:count]
+        with Part(folder, (1, 1), FACTS, images, CLASSES) as part:
+            for image in images:
+                part.add(image, some)
+            part.finish()
+        tracemalloc.start()
+        kept = read_predictions(folder, images, CLASSES, (1, 2))
+        held.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        assert len(kept) == 200
+    assert held[1] < 1.1 * held[0]
+
+
 def test_one_part_has_one_writer(tmp_path: Path) -> None:
     images = photographs(2)
     with (
@@ -138,21 +233,7 @@ def test_parquet_has_a_row_for_each_instance(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with random weights."""
-    from labelpenet.models.build import build_backbone
-    from labelpenet.models.cascade import MODULES, LabelPEnet
-    from labelpenet.training.pretrain import save_part
-
-    torch.manual_seed(0)
-    recipe = config.override(config.recipe("demo"), ["modules.3.predict.per_class=1"])  # random weights find hundreds
-    network = LabelPEnet(build_backbone("tiny", pretrained=False), CLASSES, recipe)
-    folder = tmp_path_factory.mktemp("run") / "run"
-    facts = {"classes": list(CLASSES), "backbone": "tiny", "normalisation": network.normalisation}
-    folder.mkdir()
-    run_folder.start_run(folder, {**facts, "recipe": config.to_dict(network.recipe)}, False)
-    for part in ("stem", *MODULES):
-        save_part(network, folder, part)
-    return folder
+    return random_run(tmp_path_factory.mktemp("run") / "run", CLASSES)
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +279,44 @@ def test_batches_of_columns_give_the_same_instances(run: Path, photos: Path, tmp
     assert good.sum() == len(content["annotations"])
     counts = sorted(row["segmentation"]["counts"] for row in content["annotations"])
     assert sorted(found["counts"][good]) == counts
+
+
+class Mortal(BatchPredictor):
+    """Its process is killed once, in the batch with the fourth photograph, before it gives its answer."""
+
+    def __init__(self, run: str, killed: str):
+        super().__init__(run, 3, 0.0, "cpu")
+        self.killed = Path(killed)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = super().__call__(batch)
+        if any(path.endswith("03.png") for path in batch["path"]) and not self.killed.exists():
+            self.killed.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+
+@pytest.mark.slow
+def test_two_ray_workers_of_which_one_is_killed_give_what_one_process_gives(
+    run: Path, photos: Path, tmp_path: Path
+) -> None:
+    ray = pytest.importorskip("ray")
+    paths, killed = [{"path": str(path)} for path in sorted(photos.iterdir())], tmp_path / "killed"
+    alone = BatchPredictor(str(run), 3, 0.0, "cpu")({"path": np.array([one["path"] for one in paths], object)})
+    expected = [dict(zip(alone, row, strict=True)) for row in zip(*alone.values(), strict=True)]
+    ray.init(
+        num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}}
+    )
+    try:
+        found = ray.data.from_items(paths, override_num_blocks=3).map_batches(
+            Mortal, fn_constructor_args=(str(run), str(killed)), batch_size=2, concurrency=2, num_cpus=1
+        )
+        rows = found.take_all()
+    finally:
+        ray.shutdown()
+    assert killed.exists() and sum(bool(row["error"]) for row in rows) == 1
+
+    def order(row: dict[str, Any]) -> tuple:
+        return tuple(str(row[name]) for name in sorted(row))
+
+    assert sorted(map(order, rows)) == sorted(map(order, expected))

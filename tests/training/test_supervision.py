@@ -46,14 +46,6 @@ MASKED, BOXED = ("train_00000", "train_00001", "train_00002"), ("train_00003", "
 SUPERVISED = (*MASKED, *BOXED)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory) -> Path:
     """Eight scenes: three with masks, two with boxes only, and three whose annotation nobody may look at."""
@@ -404,7 +396,9 @@ def test_corrections_of_other_tools_are_matched_by_file_and_their_classes_by_nam
         for name, one in truth.items()
     }
     export_coco(turned, chosen, images.classes[::-1], tmp_path / "labels")
-    found = open_supervision("mixed", kit, "train", images, None, [tmp_path / "labels" / "annotations.json"])
+    found = open_supervision(
+        "mixed", kit, "train", images, None, [tmp_path / "labels/annotations/instances_default.json"]
+    )
     assert found is not None and set(found.truths) == set(truth)
     for name, one in truth.items():
         assert found.truths[name].labels.tolist() == one.labels.tolist()
