@@ -43,8 +43,9 @@ RUNGS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ("module 1: RoI head frozen, Gaussian initialiser", "freeze_head initialiser"),
         ("gradient instead of excitation backprop", "attention max_attention"),
         ("heat-maps of all proposals, mean instead of product, all maps of a class", "heat combine members"),
-        ("labels and answers: number, mask NMS, box of the mask", "label predict"),
+        ("a margin around the box where its mask is predicted", "mask_margin"),
         ("vote", "vote"),
+        ("labels and answers: number, mask NMS, box of the mask, doubtful ones dropped", "label predict"),
     )
 )  # fmt: skip
 """Each rung's name, and the fields, wherever they stand in a recipe, that it takes from `best`."""
