@@ -14,9 +14,9 @@ import os
 import sys
 import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
@@ -34,6 +34,7 @@ TrainingSplit = Annotated[
     str | None,
     arg(help="VOC: train, val, trainval or a file of image names. Default: train where there is one, else all."),
 ]
+ImageFolder = Annotated[Path | None, arg(help="Folder of the photographs, where DATA's file lies elsewhere.")]
 HeldOut = Annotated[
     str | None,
     arg(help="A split of DATA that is held out and annotated: measure the modules on it while they are trained."),
@@ -78,6 +79,7 @@ class Train:
     weights: Path | None = None
     """ImageNet weights of the backbone (.safetensors or .pth); without it torchvision downloads its own."""
     split: TrainingSplit = None
+    images: ImageFolder = None
     evaluate: HeldOut = None
     classes: Classes = None
     until: Literal[1, 2, 3, 4] = 4
@@ -117,6 +119,7 @@ class ForwardBackward:
     out: Path
     """Run folder to write."""
     split: TrainingSplit = None
+    images: ImageFolder = None
     evaluate: HeldOut = None
     shorten: Shorten = 1.0
     set: tuple[str, ...] = ()
@@ -154,6 +157,7 @@ class Distill:
     weights: Path | None = None
     """ImageNet weights of the backbone, as for `train`."""
     split: TrainingSplit = None
+    images: ImageFolder = None
     shorten: Shorten = 1.0
     set: tuple[str, ...] = ()
     """Change single choices: network, noise, images or schedule, as schedule.steps=800 noise.weighted=false ..."""
@@ -187,7 +191,7 @@ class Predict:
     """i/n: only the i-th of n parts, into the folder --out; see labelpenet merge."""
     overwrite: Overwrite = False
     data: Path | None = None
-    """Instead of images: a data set."""
+    """Instead of images: a data set; its photographs lie in the folder IMAGES, where that is given."""
     split: Split = None
     device: Device = "auto"
     devices: int = 1
@@ -227,6 +231,7 @@ class Evaluate:
     data: Positional[Path]
     """The annotated data set."""
     split: Split = None
+    images: ImageFolder = None
     protocol: Protocol = "voc12"
     classes: Classes = None
     json: Path | None = None
@@ -248,6 +253,7 @@ class Proposals:
     data: Positional[Path]
     """Photographs."""
     split: Split = None
+    images: ImageFolder = None
     classes: Classes = None
     method: Literal["selective-search-fast", "selective-search-quality", "edge-boxes"] = "selective-search-fast"
     """How."""
@@ -269,6 +275,7 @@ class Export:
     Try:
       labelpenet export runs/student --to onnx --out student.onnx
       labelpenet export predictions.json photos/ --to coco --out labels/
+      labelpenet export runs/mine/instances/module4.json photos/ --to labelme --top 100 --tolerance 2 --copy-images
       labelpenet export runs/voc/instances/module4.json VOCdevkit/VOC2012 --split train --to yolo --out labels/
     """
 
@@ -290,8 +297,9 @@ class Export:
     """Instances below are left out."""
     copy_images: bool = False
     """Copy the photographs beside the labels (voc, yolo, labelme)."""
-    images: Path | None = None
-    """Folder of the photographs, where the data set's file lies elsewhere."""
+    images: ImageFolder = None
+    top: int | None = None
+    """Only the N most doubtful photographs, first those that a person should check first; for RUN/instances/*.json."""
     tolerance: float = 0.0
     """Pixels by which polygons may differ from the masks, for corners that a person can drag (2 is a good start)."""
     overwrite: bool = False
@@ -316,6 +324,7 @@ class Measure:
     """Held-out split."""
     train_split: str = "train"
     """The split that the run was trained on."""
+    images: ImageFolder = None
     modules: tuple[int, ...] = (1, 2, 3, 4)
     """Which modules."""
     protocol: Protocol = "voc12"
@@ -341,6 +350,7 @@ class Review:
     out: Path | None = None
     """File of the verdicts; an earlier one is continued. Default: RUN/review.json."""
     split: TrainingSplit = None
+    images: ImageFolder = None
     port: int = 8765
     """Of 127.0.0.1; 0 for any free one."""
 
@@ -477,14 +487,17 @@ def _say(*notes: str) -> None:
         print(f"note: {note}", file=sys.stderr)
 
 
-def _open_training(data: Path, split: str | None, classes: Sequence[str] | None) -> tuple[TaggedImages, str | None]:
-    """The photographs of a training and the split that they are; says what there is to say of them."""
+def _open_training(
+    args: Train | ForwardBackward | Distill | Review, classes: Sequence[str] | None
+) -> tuple[TaggedImages, dict[str, Any]]:
+    """The photographs of a training and where they come from; says what there is to say of them."""
     from labelpenet.formats import open_tagged, training_split
 
-    split = split or training_split(data)
-    images = open_tagged(data, split, classes)
+    split = args.split or training_split(args.data)
+    images = open_tagged(args.data, split, classes, args.images)
     _say(*images.notes)
-    return images, split
+    source = {"data": str(args.data), "split": split}
+    return images, source | ({"images": str(args.images)} if args.images else {})
 
 
 def train(args: Train) -> None:
@@ -493,12 +506,13 @@ def train(args: Train) -> None:
     from labelpenet.formats import open_annotated
 
     recipe = config.override(config.shorten(config.recipe(args.recipe), args.shorten), args.set)
-    images, split = _open_training(args.data, args.split, _names(args.classes))
-    held_out = open_annotated(args.data, args.evaluate, images.classes) if args.evaluate else None
+    images, source = _open_training(args, _names(args.classes))
+    held_out = open_annotated(args.data, args.evaluate, images.classes, args.images) if args.evaluate else None
     from labelpenet.training.run import train_run  # loads torch, for which a mistake above need not wait
     from labelpenet.training.supervised import open_supervision
 
-    supervision = open_supervision(args.supervision, args.data, split, images, args.supervised, args.corrected)
+    where = args.data, source["split"], images
+    supervision = open_supervision(args.supervision, *where, args.supervised, args.corrected, args.images)
     _say(*(supervision.notes if supervision is not None else ()))
     train_run(
         images,
@@ -507,7 +521,7 @@ def train(args: Train) -> None:
         backbone=args.backbone,
         weights=args.weights,
         until=args.until,
-        source={"data": str(args.data), "split": split},
+        source=source,
         supervision=supervision,
         held_out=held_out,
         options=args.training,
@@ -524,14 +538,14 @@ def forward_backward(args: ForwardBackward) -> None:
 
     facts = read_run(args.run)
     recipe = config.override(config.shorten(config.from_dict(facts["recipe"]), args.shorten), args.set)
-    images, split = _open_training(args.data, args.split, facts["classes"])
-    held_out = open_annotated(args.data, args.evaluate, images.classes) if args.evaluate else None
+    images, source = _open_training(args, facts["classes"])
+    held_out = open_annotated(args.data, args.evaluate, images.classes, args.images) if args.evaluate else None
     curriculum.forward_backward(
         images,
         args.run,
         args.out,
         recipe,
-        source={"data": str(args.data), "split": split},
+        source=source,
         held_out=held_out,
         options=args.training,
     )
@@ -541,16 +555,17 @@ def forward_backward(args: ForwardBackward) -> None:
 def distill(args: Distill) -> None:
     """``labelpenet distill``."""
     from labelpenet import config
+    from labelpenet.formats import open_annotated
     from labelpenet.models.cascade import read_run
     from labelpenet.training import distill as training
 
     facts = read_run(args.run)
     recipe = config.shorten(config.override(config.StudentRecipe(), args.set), args.shorten)
-    images, split = _open_training(args.data, args.split, facts["classes"])
+    images, source = _open_training(args, facts["classes"])
     if args.supervision == "full":
         if args.labels:
             raise InputError("--labels and --supervision full exclude each other: the labels are DATA's own")
-        labels, notes = training.read_truths(args.data, split, images)
+        labels, notes = training.read_truths(open_annotated(args.data, source["split"], images.classes, args.images))
     else:
         labels, notes = training.read_labels(args.run, args.labels, images)
     _say(*notes)
@@ -561,7 +576,7 @@ def distill(args: Distill) -> None:
         recipe,
         backbone=args.backbone or facts["backbone"],
         weights=args.weights,
-        source={"data": str(args.data), "split": split, "teacher": str(args.run)},
+        source={**source, "teacher": str(args.run)},
         supervision=args.supervision,
         **vars(args.training),
     )
@@ -583,11 +598,13 @@ def predict(args: Predict) -> None:
 
     if args.shard and (args.devices, args.nodes) != (1, 1):
         raise InputError("--shard is for one process each; leave --devices and --nodes out")
-    if bool(args.images) == bool(args.data):
-        raise InputError("give either photographs (or folders of them) or --data DATA")
+    if not args.images and not args.data:
+        raise InputError("give photographs (or folders of them) or --data DATA")
+    if args.data and len(args.images) > 1:
+        raise InputError("with --data, at most one folder is given: that of DATA's photographs")
     classes = read_run(args.run)["classes"]
     if args.data:
-        images: Sequence[TaggedImage] = open_tagged(args.data, args.split, classes).images
+        images: Sequence[TaggedImage] = open_tagged(args.data, args.split, classes, *args.images).images
     else:
         images = [TaggedImage(name, path, ()) for name, path in find_images(args.images)]
     reads = [args.run, *([args.data] if args.data else args.images), *(image.path for image in images)]
@@ -639,7 +656,7 @@ def evaluate(args: Evaluate) -> None:
     from labelpenet.formats import open_annotated, read_predictions
 
     check_outputs([args.json] if args.json else [], [args.predictions, args.data], args.overwrite)
-    annotated = open_annotated(args.data, args.split, _names(args.classes))
+    annotated = open_annotated(args.data, args.split, _names(args.classes), args.images)
     tagged = annotated.tagged
     predictions = read_predictions(args.predictions, tagged, tagged.classes, annotated.categories)
     notes: list[str] = []
@@ -660,7 +677,7 @@ def proposals(args: Proposals) -> None:
     from labelpenet.evaluation.recall import recall, recall_table
     from labelpenet.formats import open_annotated, open_tagged
 
-    images = open_tagged(args.data, args.split, _names(args.classes))
+    images = open_tagged(args.data, args.split, _names(args.classes), args.images)
     settings = config.Proposals(args.method, args.side)
     cache = args.cache or default_cache()
     boxes = compute_proposals(images.images, settings, cache, args.workers, progress=True, model=args.model)
@@ -669,7 +686,7 @@ def proposals(args: Proposals) -> None:
     mean = sum(counts) / max(len(counts), 1)
     print(f"{len(counts)} images, {mean:.0f} proposals each on average, cached in {cache}")
     if args.recall:
-        annotated = open_annotated(args.data, args.split, _names(args.classes))
+        annotated = open_annotated(args.data, args.split, _names(args.classes), args.images)
         print(recall_table(recall(boxes, annotated.readable_truths()[0], annotated.tagged.classes)))
 
 
@@ -700,6 +717,8 @@ def export(args: Export) -> None:
     except NotRecognised:
         images = open_photographs(args.data, _names(args.classes) or class_names(args.predictions))
         notes = images.notes
+    if args.top is not None:
+        images = _doubtful(args, images)
     predictions = read_predictions(args.predictions, images, images.classes, ids)
     written = write(
         predictions,
@@ -718,6 +737,22 @@ def export(args: Export) -> None:
     print(f"{args.out}: {len(written.paths)} files")
 
 
+def _doubtful(args: Export, images: TaggedImages) -> TaggedImages:
+    """The photographs that a person should look at first, the most doubtful first."""
+    from labelpenet.data import run_folder
+    from labelpenet.formats import open_tagged
+    from labelpenet.formats.predictions import class_names
+    from labelpenet.review.doubt import rank_run
+
+    run, name = args.predictions.parent.parent, args.predictions.stem
+    if name not in ("module1", "module2", "module3", "module4") or run_folder.instances(run, name) != args.predictions:
+        raise InputError(f"{args.predictions}: --top asks the modules of a run: give RUN/instances/module4.json")
+    tagged = open_tagged(args.data or run, args.split, class_names(args.predictions), args.images)
+    ranked, _ = rank_run(run, tagged, int(name[-1]))
+    own = {image.id: image for image in images.images}
+    return replace(images, images=tuple(own[image.id] for image, _ in ranked if image.id in own)[: args.top])
+
+
 def measure(args: Measure) -> None:
     """``labelpenet measure``."""
     from labelpenet.training.measure import measure_run
@@ -734,6 +769,7 @@ def measure(args: Measure) -> None:
             args.protocol,
             args.device,
             args.cache,
+            args.images,
         )
     )
 
@@ -745,7 +781,7 @@ def review(args: Review) -> None:
     from labelpenet.review import serve
 
     classes = read_run(args.run)["classes"]
-    images, _ = _open_training(args.data, args.split, classes)
+    images, _ = _open_training(args, classes)
     serve(args.run, images, args.out or run_folder.review(args.run), args.port)
 
 
@@ -767,9 +803,9 @@ def report(args: Report) -> None:
         if data is None or not data.exists():
             return None
         try:
-            return open_annotated(data, split, facts["classes"])
+            return open_annotated(data, split, facts["classes"], source.get("images"))
         except InputError:
-            return open_tagged(data, split, facts["classes"])
+            return open_tagged(data, split, facts["classes"], source.get("images"))
 
     held_out = None
     if args.split != source.get("split"):

@@ -5,7 +5,8 @@ from labelpenet.formats.export import Format, export
 from labelpenet.formats.label_studio import export_label_studio
 from labelpenet.formats.labelme import export_labelme
 from labelpenet.formats.open import open_annotated, open_tagged, training_split
-from labelpenet.formats.predictions import Predictions, read_predictions, write_predictions
+from labelpenet.formats.predictions import read_predictions, write_predictions
+from labelpenet.formats.rows import Predictions
 from labelpenet.formats.selection import Exported
 from labelpenet.formats.supervision import from_supervision, to_supervision
 from labelpenet.formats.voc import export_voc

@@ -26,7 +26,7 @@ from labelpenet.data.dataset import (
 from labelpenet.data.files import brief, excerpt, inside, is_file, listing, read_json, read_names, write_text
 from labelpenet.errors import InputError
 from labelpenet.formats.polygons import coco_polygons
-from labelpenet.formats.predictions import file_names, image_numbers
+from labelpenet.formats.rows import file_names, image_numbers
 from labelpenet.formats.selection import Exported, mask_arrays, new_export, selected
 from labelpenet.formats.shapes import PROBE, Shape, checked_size, image_folder, read_truth
 from labelpenet.instances import Instances

@@ -27,7 +27,7 @@ from labelpenet.data.images import SUFFIXES
 from labelpenet.errors import InputError
 from labelpenet.formats.folder import exists, tag_names, tag_set
 from labelpenet.formats.polygons import joined, outline
-from labelpenet.formats.predictions import file_names
+from labelpenet.formats.rows import file_names
 from labelpenet.formats.selection import Exported, clipped_boxes, mask_arrays, new_export, selected
 from labelpenet.formats.shapes import Shape, checked_size, read_truth
 from labelpenet.instances import Instances

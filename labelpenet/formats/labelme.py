@@ -33,7 +33,7 @@ from labelpenet.data.files import inside, is_file, read_json, unchanged, write_t
 from labelpenet.data.images import image_size
 from labelpenet.errors import InputError
 from labelpenet.formats.polygons import drawn, joined, outline, signed_area, straight
-from labelpenet.formats.predictions import file_names
+from labelpenet.formats.rows import file_names
 from labelpenet.formats.selection import (
     Exported,
     clipped_boxes,

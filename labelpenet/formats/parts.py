@@ -21,7 +21,7 @@ from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import ROOM, is_file, is_whole, locked, sealed, write_bytes
 from labelpenet.data.images import image_size
 from labelpenet.errors import InputError
-from labelpenet.formats.predictions import (
+from labelpenet.formats.rows import (
     Predictions,
     RowReader,
     Rows,

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import listing, read_json, write_text
 from labelpenet.errors import InputError
-from labelpenet.formats.predictions import coco_annotation, file_names, image_numbers
+from labelpenet.formats.rows import coco_annotation, file_names, image_numbers
 from labelpenet.instances import Instances
 
 Status = Literal["accepted", "rejected", "dropped", "open"]

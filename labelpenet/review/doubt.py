@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from pycocotools import mask as rle
 
-from labelpenet.data.dataset import TaggedImage
-from labelpenet.training.inferred import Inferred, Rows
+from labelpenet.data import run_folder
+from labelpenet.data.dataset import TaggedImage, TaggedImages
+from labelpenet.errors import InputError
+from labelpenet.training.inferred import Inferred, Rows, read_inferred
 
 
 def rank(images: Sequence[TaggedImage], found: Mapping[int, Inferred]) -> list[tuple[TaggedImage, float]]:
@@ -27,6 +30,22 @@ def rank(images: Sequence[TaggedImage], found: Mapping[int, Inferred]) -> list[t
         for image in known
     ]
     return sorted(judged, key=lambda pair: -pair[1])
+
+
+def rank_run(run: Path, images: TaggedImages, last: int = 4) -> tuple[list[tuple[TaggedImage, float]], Inferred]:
+    """`rank` of what the modules of a run up to ``last`` inferred, and what the last of these did.
+
+    Raises:
+        InputError: none has labelled the photographs.
+    """
+    numbers = [number for number in range(1, last + 1) if run_folder.instances(run, f"module{number}").is_file()]
+    if not numbers:
+        raise InputError(f"{run}: no module has labelled the training photographs yet; train it first")
+    found = {number: read_inferred(run, f"module{number}", len(images.classes)) for number in numbers}
+    ranked = rank(images.images, found)
+    if not ranked:
+        raise InputError(f"{run}: has labelled none of these photographs; give the data that it was trained on")
+    return ranked, found[numbers[-1]]
 
 
 def doubt(tags: Sequence[int], rows: Rows, others: Sequence[Rows]) -> float:

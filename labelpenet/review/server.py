@@ -19,7 +19,6 @@ from urllib.parse import urlsplit
 
 import cv2
 
-from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.files import read_json
 from labelpenet.data.images import read_image
@@ -27,8 +26,8 @@ from labelpenet.errors import InputError
 from labelpenet.formats.polygons import rings
 from labelpenet.formats.review import Reviewed, Status, is_review, read_review, write_review
 from labelpenet.instances import Instances
-from labelpenet.review.doubt import rank
-from labelpenet.training.inferred import Inferred, read_inferred
+from labelpenet.review.doubt import rank_run
+from labelpenet.training.inferred import Inferred
 from labelpenet.visualize import PALETTE, encode_picture
 
 LOOPBACK = "127.0.0.1"
@@ -72,15 +71,7 @@ class Review:
         Raises:
             InputError: no module has labelled the photographs, or the file belongs to something else.
         """
-        numbers = [number for number in (1, 2, 3, 4) if run_folder.instances(run, f"module{number}").is_file()]
-        if not numbers:
-            raise InputError(f"{run}: no module has labelled the training photographs yet; train it first")
-        ranked = rank(
-            images.images, {number: read_inferred(run, f"module{number}", len(images.classes)) for number in numbers}
-        )
-        if not ranked:
-            raise InputError(f"{run}: has labelled none of these photographs; give the data that it was trained on")
-        found = read_inferred(run, f"module{numbers[-1]}", len(images.classes))
+        ranked, found = rank_run(run, images)
         one = cls(run.resolve().name, images.classes, ranked, images.images, found, path)
         if path.exists():
             one.reviewed, notes = read_review(path, images.images, images.classes)

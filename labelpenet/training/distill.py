@@ -24,7 +24,7 @@ from labelpenet import config
 from labelpenet.calibration.nms import confident
 from labelpenet.config import Images, Noise, StudentRecipe
 from labelpenet.data import run_folder
-from labelpenet.data.dataset import TaggedImages
+from labelpenet.data.dataset import AnnotatedImages, TaggedImages
 from labelpenet.data.files import write_tensors
 from labelpenet.data.images import read_image
 from labelpenet.engine.distributed import build_fabric
@@ -32,7 +32,7 @@ from labelpenet.engine.sampler import seed_step
 from labelpenet.engine.stage import Stage
 from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
-from labelpenet.formats import open_annotated, read_predictions
+from labelpenet.formats import read_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.student import KIND, Lesson, Student
 from labelpenet.training.pretrain import digest
@@ -121,9 +121,9 @@ def read_labels(run: Path, path: Path | None, images: TaggedImages) -> tuple[Map
     return labels, labels.notes
 
 
-def read_truths(data: Path, split: str | None, images: TaggedImages) -> tuple[Mapping[str, Instances], tuple[str, ...]]:
+def read_truths(annotated: AnnotatedImages) -> tuple[Mapping[str, Instances], tuple[str, ...]]:
     """The true objects of the images, for the yardstick; and notes about them."""
-    found = read_supervision("full", open_annotated(data, split, images.classes))
+    found = read_supervision("full", annotated)
     return found.truths, found.notes
 
 

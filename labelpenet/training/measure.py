@@ -40,6 +40,7 @@ def measure_run(
     protocol: str = "voc12",
     device: str = "auto",
     cache: Path | None = None,
+    photographs: Path | None = None,
 ) -> str:
     """Predicts a held-out split with every module and measures it, and the instances of the training images.
 
@@ -54,8 +55,8 @@ def measure_run(
     predictor = Predictor(run, device)
     student = isinstance(predictor.network, Student)
     modules = (4,) if student else modules
-    held_out = open_annotated(data, split, classes)
-    train = open_annotated(data, train_split, classes)
+    held_out = open_annotated(data, split, classes, photographs)
+    train = open_annotated(data, train_split, classes, photographs)
     images = held_out.tagged.images
     boxes: Boxes = {}
     if not student:
@@ -84,7 +85,7 @@ def measure_run(
         ranked, probabilities = rank_images(predictor, readable, boxes)
         tags = np.array([[label in image.tags for label in range(len(classes))] for image in readable])
         results["classification_mAP"] = float(np.nanmean(classification_ap(probabilities, tags)))
-        training = open_tagged(data, train_split, classes).images
+        training = open_tagged(data, train_split, classes, photographs).images
         train_boxes = compute_proposals(
             training, predictor.cascade.recipe.proposals, cache or default_cache(), progress=True
         )

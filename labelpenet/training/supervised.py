@@ -81,6 +81,7 @@ def open_supervision(
     images: TaggedImages,
     supervised: Path | None = None,
     corrected: Sequence[Path] = (),
+    photographs: Path | None = None,
 ) -> Supervision | None:
     """What a run may know beyond tags; nothing of it is opened for ``tags``.
 
@@ -90,6 +91,7 @@ def open_supervision(
         images: its photographs that are trained on.
         supervised: a file with the names of the images whose annotation may be read; None for all.
         corrected: files and folders of corrected labels.
+        photographs: the folder of the data set's images, where that is another one.
 
     Raises:
         InputError: choices that do not go together; and as `read_supervision`, `read_corrected`.
@@ -102,9 +104,9 @@ def open_supervision(
         return None
     listed = read_names(supervised) if supervised else None
     if corrected:
-        annotated = open_annotated(data, split, images.classes) if supervised else None
+        annotated = open_annotated(data, split, images.classes, photographs) if supervised else None
         return read_corrections(images, read_corrected(corrected, images), annotated, listed)
-    return read_supervision(kind, open_annotated(data, split, images.classes), listed)
+    return read_supervision(kind, open_annotated(data, split, images.classes, photographs), listed)
 
 
 def read_supervision(kind: Kind, annotated: AnnotatedImages, listed: Collection[str] | None = None) -> Supervision:

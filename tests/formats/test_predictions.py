@@ -17,7 +17,7 @@ from pycocotools.coco import COCO
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.errors import InputError
 from labelpenet.formats import Predictions, read_predictions, write_predictions
-from labelpenet.formats.predictions import _run_total
+from labelpenet.formats.rows import _run_total
 from labelpenet.instances import Instances, encode_masks
 
 from .photographs import CLASSES, assert_same, instances, photographs, predictions

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-from labelpenet.data import TaggedImage
+from labelpenet.cli import main
+from labelpenet.data import TaggedImage, run_folder
+from labelpenet.formats import open_tagged
 from labelpenet.review.doubt import best_overlaps, doubt, rank
-from labelpenet.training.inferred import Inferred, Rows
+from labelpenet.training.inferred import Inferred, Rows, infer_all
 from tests.report.test_html import square
 
 SIZE = (40, 40)
@@ -48,6 +53,40 @@ def test_overlaps_are_those_of_masks_and_of_boxes_where_a_mask_is_missing() -> N
     without = [{key: value for key, value in row.items() if key != "segmentation"} for row in one]
     np.testing.assert_allclose(best_overlaps(without, other), [1 / 3])
     assert best_overlaps(one, []).tolist() == [0] and best_overlaps([], other).shape == (0,)
+
+
+def test_the_command_exports_the_most_doubtful_first_of_photographs_that_lie_elsewhere(tmp_path, capsys):
+    rows = [{"id": n, "file_name": f"{n}.png", "height": 40, "width": 40} for n in (1, 2, 3)]
+    found = [{"id": n, "image_id": n, "category_id": 1, "bbox": [0, 0, 9, 9], "iscrowd": 0} for n in (1, 2, 3)]
+    categories = [{"id": 1, "name": "cat"}, {"id": 7, "name": "dog"}]
+    (tmp_path / "data").mkdir()
+    data = tmp_path / "data" / "labels.json"
+    data.write_text(json.dumps({"images": rows, "annotations": found, "categories": categories}))
+    (tmp_path / "photographs").mkdir()
+    for n in (1, 2, 3):
+        Image.new("RGB", SIZE).save(tmp_path / "photographs" / f"{n}.png")
+    images = open_tagged(data, images=tmp_path / "photographs")
+    run, sure = tmp_path / "run", {"1.png": 0.9, "2.png": 0.2, "3.png": 0.5}
+    for number in (1, 4):
+        infer_all(
+            run,
+            f"module{number}",
+            images,
+            lambda image: square(0, 0, 9, 9, 0, sure[image.id], SIZE),
+            torch.device("cpu"),
+        )
+    labels, elsewhere = str(run_folder.instances(run, "module4")), ["--images", str(tmp_path / "photographs")]
+    main(["export", labels, str(data), *elsewhere, "--top", "2", "--out", str(tmp_path / "out")])
+    content = json.loads((tmp_path / "out/annotations/instances_default.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == ["2.png", "3.png"]
+    main(["evaluate", labels, str(data), *elsewhere])
+    copy = tmp_path / "labels.json"
+    copy.write_bytes(Path(labels).read_bytes())
+    for wrong in ([str(copy), "--top", "2"], [labels, "--top", "0"]):
+        with pytest.raises(SystemExit):
+            main(["export", wrong[0], str(data), *elsewhere, *wrong[1:], "--out", str(tmp_path / "no")])
+    said = capsys.readouterr().err.splitlines()[-2:]
+    assert "give RUN/instances/module4.json" in said[0] and "--top must be from 1" in said[1]
 
 
 def test_the_ranking_is_by_doubt_then_in_the_order_of_the_data_set() -> None:

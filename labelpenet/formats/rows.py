@@ -1,0 +1,331 @@
+"""The rows of COCO files: checked as they are read, matched to photographs and classes, decoded when asked for.
+
+Shape letters: ``N`` instances, ``C`` classes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pycocotools import mask as rle
+
+from labelpenet.data.dataset import TaggedImage
+from labelpenet.data.files import brief, listing
+from labelpenet.data.images import PIXEL_LIMIT
+from labelpenet.errors import InputError
+from labelpenet.instances import Instances, decode_mask, masks_to_boxes
+
+_COORDINATE_LIMIT = 1e6  # pixels; beyond, float32 loses whole pixels
+
+
+def coco_annotation(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a COCO results list with what readers of annotations ask for, too: ``area`` and ``iscrowd``."""
+    mask = row.get("segmentation")
+    area = row["bbox"][2] * row["bbox"][3] if mask is None else int(rle.area(mask))
+    return {**row, "area": area, "iscrowd": 0}
+
+
+def image_numbers(images: Sequence[TaggedImage]) -> dict[str, int]:
+    """For each image id its number in COCO files: its own where every image has a different one, else 1, 2, ..."""
+    own = [image.number for image in images if image.number is not None]
+    if len(set(own)) == len(images):
+        return {image.id: number for image, number in zip(images, own, strict=True)}
+    return {image.id: position + 1 for position, image in enumerate(images)}
+
+
+def file_names(images: Sequence[TaggedImage]) -> dict[str, str]:
+    """For each image id the name of its file in what is written, different for every image.
+
+    The image's id where that is a path, else the file's own; where two images have the same one, the path below the
+    folder that all lie in.
+    """
+    names = {image.id: image.id if image.id.endswith(image.path.name) else image.path.name for image in images}
+    if len(set(names.values())) == len(names):
+        return names
+    paths = {image.id: Path(os.path.abspath(image.path)) for image in images}  # noqa: PTH100 links stay as they are
+    home = os.path.commonpath([path.parent for path in paths.values()])
+    return {name: path.relative_to(home).as_posix() for name, path in paths.items()}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What was found in one image, not yet decoded."""
+
+    size: tuple[int, int]
+    boxes: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+    segmentations: list[Any]
+
+
+@dataclass(frozen=True)
+class Predictions(Mapping[str, Instances]):
+    """The content of a predictions file by image id: a read-only mapping that decodes an image's masks when asked.
+
+    So thousands of images fit into memory; hold on to one image's `Instances` at a time.
+
+    Attributes:
+        classes: names of the C classes that the labels count.
+        notes: one line each about what was left out or changed in reading.
+    """
+
+    classes: tuple[str, ...]
+    notes: tuple[str, ...]
+    _rows: Mapping[str, Rows] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __contains__(self, image: object) -> bool:
+        return image in self._rows
+
+    def __getitem__(self, image: str) -> Instances:
+        rows = self._rows[image]
+        masks = None
+        if any(segmentation is not None for segmentation in rows.segmentations):
+            empty = torch.zeros(rows.size, dtype=torch.bool)
+            masks = torch.stack([empty if one is None else decode_mask(one, rows.size) for one in rows.segmentations])
+        boxes = torch.from_numpy(rows.boxes).float()
+        missing = torch.isnan(boxes[:, 0])
+        if masks is not None and bool(missing.any()):
+            boxes[missing] = masks_to_boxes(masks[missing])
+        return Instances(boxes, torch.from_numpy(rows.labels), torch.from_numpy(rows.scores).float(), rows.size, masks)
+
+
+class RowReader:
+    """Reads the rows of one image after another, with the file's name for messages.
+
+    Args:
+        path: the file; labels: for each ``category_id`` of it the label.
+    """
+
+    def __init__(self, path: Path, labels: Mapping[Any, int | None]) -> None:
+        self.path = path
+        self.labels = labels
+
+    def rows(self, rows: list[tuple[int, dict[str, Any]]], image_id: str, size: tuple[int, int]) -> Rows:
+        """The numbered rows of one image of size (H, W), checked.
+
+        Raises:
+            InputError: names file, row and fault.
+        """
+        boxes, scores, segmentations = np.zeros((len(rows), 4)), np.ones(len(rows)), []
+        for i, (index, row) in enumerate(rows):
+            where = f"{self.path}: row {index} (image {image_id})"
+            segmentation = row.get("segmentation") or None
+            if segmentation is not None:
+                check_segmentation(segmentation, size, where)
+            segmentations.append(segmentation)
+            if row.get("bbox") is not None:
+                boxes[i] = _box(row["bbox"], size, where)
+            elif segmentation is not None:
+                boxes[i] = np.nan  # the mask's tight box, once it is decoded
+            else:
+                raise InputError(f"{where}: neither bbox nor segmentation; give at least one")
+            if row.get("score") is not None:
+                scores[i] = _number(row["score"], f"{where}: score")
+        labels = np.array([self.labels[row["category_id"]] for _, row in rows], dtype=np.int64)
+        return Rows(size, boxes, labels, scores, segmentations)
+
+
+def check_same_size(path: Path, image: TaggedImage, size: tuple[int, int], true: tuple[int, int]) -> None:
+    """Raises InputError if the size (H, W) that the file gives an image is not that of the photograph."""
+    if size != true:
+        raise InputError(
+            f"{path}: says {size[1]} x {size[0]} pixels of {image.id}, but {image.path} has "
+            f"{true[1]} x {true[0]} (upright); predict on this photograph, or give the one that was predicted"
+        )
+
+
+def check_segmentation(segmentation: Any, size: tuple[int, int], where: str) -> None:
+    """Refuses a COCO ``segmentation`` that does not describe a mask of ``size`` (H, W).
+
+    pycocotools itself decodes run lengths that end early into whatever lies in memory, and polygons of any extent.
+
+    Raises:
+        InputError: starts with ``where``, names the fault.
+    """
+    height, width = size
+    if isinstance(segmentation, list):
+        for ring in segmentation:
+            if not isinstance(ring, list) or len(ring) < 6 or len(ring) % 2:
+                raise InputError(f"{where}: a polygon must be a list [x1, y1, x2, y2, x3, y3, ...]")
+            values = [_number(value, f"{where}: polygon") for value in ring]
+            if min(values) < -max(size) or max(values) > 2 * max(size):
+                raise InputError(f"{where}: a polygon leaves the image of {width} x {height} pixels")
+        return
+    counts = segmentation.get("counts") if isinstance(segmentation, dict) else None
+    if not isinstance(counts, (str, list)):
+        raise InputError(f"{where}: segmentation must be polygons, or RLE with size and counts")
+    if segmentation.get("size") != [height, width]:
+        raise InputError(
+            f"{where}: RLE of size {segmentation.get('size')} on an image of [{height}, {width}]; "
+            "predict on the photographs at their original size"
+        )
+    if _run_total(counts) != height * width:
+        raise InputError(f"{where}: damaged RLE, its runs do not add up to {height * width} pixels; write it again")
+
+
+def _run_total(counts: str | list) -> int | None:
+    """The sum of all runs of an RLE, compressed (text) or not; None if it is none."""
+    if isinstance(counts, list):
+        whole = all(type(run) is int and 0 <= run < 2**32 for run in counts)
+        return sum(counts) if whole else None
+    try:
+        codes = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
+    except UnicodeEncodeError:
+        return None
+    # Digits of 5 bits, least first; bit 6 says that another follows, bit 5 of the last one is the sign.
+    ends = np.flatnonzero(codes < 32)
+    if not len(codes) or codes.min() < 0 or codes.max() > 63 or not len(ends) or ends[-1] != len(codes) - 1:
+        return None
+    starts = np.append(0, ends[:-1] + 1)
+    lengths = ends - starts + 1
+    if lengths.max() > 7:
+        return None
+    position = np.arange(len(codes)) - np.repeat(starts, lengths)
+    runs = np.add.reduceat((codes & 31) << (5 * position), starts)
+    runs -= np.where(codes[ends] & 16, 1 << (5 * lengths), 0)
+    # From the fourth on, a run is stored as its difference from the one before the last.
+    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
+    return int(runs.sum()) if runs.min() >= 0 else None
+
+
+def read_entries(path: Path, content: dict[str, Any], key: str) -> list[dict[str, Any]] | None:
+    """The images or categories that the file lists, None if it does not."""
+    entries = content.get(key)
+    if entries is None:
+        return None
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
+        raise InputError(f"{path}: {key} must be a list of objects with an id")
+    ids = [check_id(entry["id"], f"{path}: {key}: id") for entry in entries]
+    for double in _doubles(ids):
+        raise InputError(f"{path}: two {key} have the id {double}; ids must differ")
+    return entries
+
+
+def match_images(
+    path: Path, images: Sequence[TaggedImage], entries: list[dict[str, Any]] | None, notes: list[str]
+) -> dict[Any, str | None]:
+    """For every ``image_id`` that a row may carry the image it means; None for one that is not asked for."""
+    by_id = {image.id: image for image in images}
+    by_file = {name: by_id[one] for one, name in file_names(images).items()}
+    by_name = _unique(*((image.path.name, image) for image in images))
+    by_stem = _unique(*((image.path.stem, image) for image in images))
+    by_number = _unique(*((image.number, image) for image in images if image.number is not None))
+    if entries is None:
+        digits = _unique(*((int(text), image) for image in images if (text := _digits(image.path.stem))))
+        return {key: image.id for key, image in (digits | by_stem | by_name | by_id | by_number).items()}
+    matched: dict[Any, str | None] = {}
+    for entry in entries:
+        name = entry.get("file_name")
+        if name is None:
+            name = str(entry["id"])
+            image = by_number.get(entry["id"]) or by_id.get(name) or by_name.get(name) or by_stem.get(name)
+        elif isinstance(name, str):
+            name = name.replace("\\", "/")
+            base = name.rsplit("/", 1)[-1]
+            # The whole path first: beside a/x.jpg, x.jpg is a photograph of its own.
+            image = by_id.get(name) or by_file.get(name) or by_name.get(base) or by_stem.get(base.rsplit(".", 1)[0])
+        else:
+            raise InputError(f"{path}: file_name of image {entry['id']} is no text")
+        matched[entry["id"]] = None if image is None else image.id
+    for double in _doubles([name for name in matched.values() if name is not None]):
+        raise InputError(f"{path}: two of its images are both {double}; list every image once")
+    strangers = [str(entry.get("file_name", entry["id"])) for entry in entries if matched[entry["id"]] is None]
+    if strangers and len(strangers) == len(entries):
+        raise InputError(f"{path}: none of its images (first: {strangers[0]}) is in the data set; check data and split")
+    if strangers:
+        notes.append(f"{path}: {len(strangers)} of its {len(entries)} images are not asked for and left out")
+    return matched
+
+
+def match_categories(
+    path: Path,
+    classes: Sequence[str],
+    category_ids: Sequence[int],
+    content: dict[str, Any] | None,
+    notes: list[str],
+) -> dict[Any, int | None]:
+    """For every ``category_id`` that a row may carry the label it means; None for one that is not asked for."""
+    entries = None if content is None else read_entries(path, content, "categories")
+    if entries is None:
+        return {category: label for label, category in enumerate(category_ids)}
+    index = {name: label for label, name in enumerate(classes)}
+    by_id = {category: label for label, category in enumerate(category_ids)}
+    matched: dict[Any, int | None] = {}
+    for entry in entries:
+        name = entry.get("name")
+        if name is not None and not isinstance(name, str):
+            raise InputError(f"{path}: the name of category {entry['id']} is no text")
+        matched[entry["id"]] = by_id.get(entry["id"]) if name is None else index.get(name)
+    strangers = [str(entry.get("name", entry["id"])) for entry in entries if matched[entry["id"]] is None]
+    if strangers and len(strangers) == len(entries):
+        raise InputError(f"{path}: none of its categories ({listing(strangers)}) is among {listing(classes)}")
+    notes += brief([f"{path}: category {name} is not asked for, left out" for name in strangers], "categories left out")
+    return matched
+
+
+def _box(value: Any, size: tuple[int, int], where: str) -> list[float]:
+    if not isinstance(value, list) or len(value) != 4:
+        raise InputError(f"{where}: bbox must be four numbers [x, y, width, height]")
+    x, y, width, height = (_number(part, f"{where}: bbox") for part in value)
+    if width < 0 or height < 0:
+        raise InputError(f"{where}: bbox {value} has a negative side; give [x, y, width, height]")
+    if max(abs(x), abs(y), width, height) > _COORDINATE_LIMIT:
+        raise InputError(f"{where}: bbox {value} is far outside the image of {size[1]} x {size[0]} pixels")
+    if width and height and not (x < size[1] and y < size[0] and x + width > 0 and y + height > 0):
+        raise InputError(f"{where}: bbox {value} lies outside the image of {size[1]} x {size[0]} pixels")
+    return [x, y, x + width, y + height]
+
+
+def check_size(height: Any, width: Any, where: str) -> tuple[int, int]:
+    """(H, W), if that is a photograph's size; else raises InputError, which starts with ``where``."""
+    if type(height) is not int or type(width) is not int or height < 1 or width < 1 or height * width > PIXEL_LIMIT:
+        raise InputError(f"{where}: height {height!r} and width {width!r} are no size of an image in pixels")
+    return height, width
+
+
+def _number(value: Any, where: str) -> float:
+    try:
+        number = float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:  # JSON's integers have no limit
+        number = math.inf
+    if not math.isfinite(number):
+        raise InputError(f"{where}: {str(value)[:40]!r} is no finite number")
+    return number
+
+
+def check_id(value: Any, where: str) -> int | str:
+    if type(value) not in (int, str):
+        raise InputError(f"{where}: {str(value)[:40]!r} is neither a whole number nor text")
+    return value
+
+
+def _unique(*pairs: tuple[Any, TaggedImage]) -> dict[Any, TaggedImage]:
+    """The pairs as a table, without the keys that mean several images."""
+    table: dict[Any, TaggedImage | None] = {}
+    for key, image in pairs:
+        table[key] = image if table.setdefault(key, image) is image else None
+    return {key: image for key, image in table.items() if image is not None}
+
+
+def _doubles(values: Sequence[Any]) -> list[Any]:
+    return [value for value, count in Counter(values).items() if count > 1]
+
+
+def _digits(stem: str) -> str:
+    """The digits of a stem such as 2008_000001, which VOC converters use as a number."""
+    digits = stem.replace("_", "")
+    return digits if digits.isascii() and digits.isdigit() and len(digits) < 19 else ""
