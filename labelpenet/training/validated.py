@@ -78,7 +78,8 @@ def validate(anchor: Instances, found: Instances, belief: Tensor, enter: float, 
     shared = shared_pixels(both)
     area = shared.diagonal()
     partner = pairs((shared / (area[:, None] + area - shared).clamp(min=1))[:count, count:])
-    learnt, ignored = [], []
+    learnt: list[int] = []
+    ignored: list[int] = []
     for index, other in enumerate(partner.tolist()):
         if other >= 0:
             learnt.append(count + other if belief[count + other] > belief[index] else index)
