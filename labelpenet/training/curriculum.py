@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from labelpenet.models.cascade import LabelPEnet, read_run
 from labelpenet.models.classification import present_classes
 from labelpenet.models.detection import covered
 from labelpenet.training import validated
-from labelpenet.training.inferred import Inferred, read_inferred
+from labelpenet.training.inferred import read_inferred
 from labelpenet.training.observe import check_held_out
 from labelpenet.training.pretrain import (
     Sample,
@@ -117,8 +117,8 @@ def forward_backward(
         return network
 
 
-Anchors = tuple[Inferred, ...]
-"""What modules 1 to 4 of the cascade inferred."""
+Anchors = Sequence[Mapping[str, Instances]]
+"""What modules 1 to 4 of the cascade inferred, by image id."""
 
 
 def read_anchors(start: Path, images: TaggedImages) -> Anchors:
