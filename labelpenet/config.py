@@ -439,6 +439,9 @@ class CascadeOptions(RunOptions):
     """Minutes between pictures (and measurements) of the module that is being trained, for TensorBoard."""
     cache: Path | None = None
     """Folder of the proposals' cache. Default: the user's cache folder."""
+    proposals: Path | None = None
+    """Proposals that another tool has computed, instead of our own: a .mat, .npz, .pkl or .json file, or a folder of
+    masks (docs/proposals.md)."""
 
 
 def best() -> Recipe:

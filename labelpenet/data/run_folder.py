@@ -114,8 +114,8 @@ def start_run(run: Path, given: Mapping[str, Any], resume: bool) -> None:
         raise InputError(f"{run}: holds a run already; continue it with --resume or choose another --out")
     saved = read_facts(run)
     # where the images were read from may be spelt differently; which images they are may not differ
-    # and a run on tags says nothing of its supervision
-    compared = [key for key in dict.fromkeys([*given, "supervision"]) if key != "source"]
+    # and a run on tags says nothing of its supervision, one on our own proposals nothing of those
+    compared = [key for key in dict.fromkeys([*given, "supervision", "proposals"]) if key != "source"]
     differing = [key for key in compared if json.dumps(saved.get(key)) != json.dumps(given.get(key))]
     if differing:
         raise InputError(

@@ -49,7 +49,7 @@ from labelpenet.training.pretrain import (
     save_part,
     to_batch,
 )
-from labelpenet.training.run import build_observer, open_run, read_proposals
+from labelpenet.training.run import build_observer, given_proposals, open_run, read_proposals
 
 STAGE = "forward-backward"
 WATCHED = 12  # photographs whose labels are compared with the cascade's
@@ -98,9 +98,11 @@ def forward_backward(
     anchors = read_anchors(start, images)
     weights = digest(value.numpy().tobytes() for value in network.state_dict().values())
     own = {**run_facts(network, images, options.seed, str(fabric._precision.precision)), "start": weights}
+    given, known = given_proposals(images, options)
+    own |= known
     with open_run(run, {**own, "source": source or {}}, options.resume, images, fabric):
         network.to(fabric.device)
-        images, boxes = read_proposals(images, recipe, options.cache, fabric)
+        images, boxes = read_proposals(images, recipe, options.cache, fabric, given)
         training = Training(network, images, boxes, run, fabric, options, own)
         observer = build_observer(training, held_out, options)
         parts = ("stem", *MODULES)

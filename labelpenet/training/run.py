@@ -12,7 +12,7 @@ import torch
 from lightning_fabric import Fabric
 
 from labelpenet.config import CascadeOptions, Recipe
-from labelpenet.data import run_folder
+from labelpenet.data import precomputed, run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImages
 from labelpenet.data.files import hash_files
 from labelpenet.data.proposals import compute_proposals, default_cache
@@ -22,7 +22,7 @@ from labelpenet.errors import InputError
 from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.training.observe import HeldOut, Observer, check_held_out
-from labelpenet.training.pretrain import Boxes, Training, freeze_stem, pretrain, run_facts, train_module
+from labelpenet.training.pretrain import Boxes, Training, digest, freeze_stem, pretrain, run_facts, train_module
 from labelpenet.training.supervised import Supervision, fully_supervised
 from labelpenet.training.warmup import warm_up
 
@@ -81,9 +81,11 @@ def train_run(
     facts = run_facts(network, images, options.seed, str(fabric._precision.precision))
     if supervision is not None:
         facts |= supervision.facts()
+    given, known = given_proposals(images, options)
+    facts |= known
     with open_run(run, {**facts, "source": source or {}}, options.resume, images, fabric):
         network.to(fabric.device)
-        images, boxes = read_proposals(images, recipe, options.cache, fabric)
+        images, boxes = read_proposals(images, recipe, options.cache, fabric, given)
         training = Training(network, images, boxes, run, fabric, options, facts)
         torch.backends.cudnn.benchmark = False
         if body.untrained is not None:
@@ -149,15 +151,42 @@ def build_observer(training: Training, held_out: AnnotatedImages | None, options
     return Observer(training, options.observe_minutes, HeldOut(held_out, boxes))
 
 
+def given_proposals(images: TaggedImages, options: CascadeOptions) -> tuple[Boxes | None, dict[str, Any]]:
+    """The proposals that another tool has computed, None where none are given, and what ``run.json`` holds of them.
+
+    Raises:
+        InputError: see `precomputed.read_proposals`.
+    """
+    if options.proposals is None:
+        return None, {}
+    given = precomputed.read_proposals(options.proposals, images.images)
+    for note in given.notes:
+        _log.warning("note: %s", note)
+    return given, {"proposals": digest(name.encode() + given[name].tobytes() for name in given)}
+
+
 def read_proposals(
-    images: TaggedImages, recipe: Recipe, cache: Path | None, fabric: Fabric
+    images: TaggedImages, recipe: Recipe, cache: Path | None, fabric: Fabric, given: Boxes | None = None
 ) -> tuple[TaggedImages, Boxes]:
     """The proposals of the images, computed where the cache does not hold them, and the images that can be read.
+
+    Args:
+        given: proposals of another tool, which take the place of computed ones.
 
     Raises:
         InputError: none of them can.
     """
-    settings, folder = recipe.proposals, cache or default_cache()
+    boxes = given
+    if boxes is None:
+        boxes = _computed(images, recipe, cache or default_cache(), fabric)
+    readable = tuple(image for image in images.images if image.id in boxes)
+    if not readable:
+        raise InputError("no image can be read; see the notes above")
+    return TaggedImages(images.classes, readable, images.notes), boxes
+
+
+def _computed(images: TaggedImages, recipe: Recipe, folder: Path, fabric: Fabric) -> Boxes:
+    settings = recipe.proposals
     if fabric.world_size > 1:  # each process its share, into the cache that all of them read
         share = images.images[fabric.global_rank :: fabric.world_size]
         compute_proposals(share, settings, folder, torch.get_num_threads(), progress=fabric.global_rank == 0)
@@ -165,7 +194,4 @@ def read_proposals(
     boxes = compute_proposals(images.images, settings, folder, progress=fabric.global_rank == 0)
     for note in boxes.notes if fabric.global_rank == 0 else ():
         _log.warning("note: %s", note)
-    readable = tuple(image for image in images.images if image.id in boxes)
-    if not readable:
-        raise InputError("no image can be read; see the notes above")
-    return TaggedImages(images.classes, readable, images.notes), boxes
+    return boxes

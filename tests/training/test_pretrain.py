@@ -13,15 +13,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from labelpenet.config import Recipe, RunOptions, override, recipe
+from labelpenet.config import CascadeOptions, Recipe, RunOptions, override, recipe
 from labelpenet.data.dataset import TaggedImages
 from labelpenet.data.images import read_image
 from labelpenet.data.run_folder import claimed, start_run
 from labelpenet.data.scenes import write_scenes
+from labelpenet.errors import InputError
 from labelpenet.formats.voc import open_tagged
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.training.inferred import read_inferred
 from labelpenet.training.pretrain import Training, cached_loss, pretrain, run_facts
+from labelpenet.training.run import train_run
 from tests.models.tiny import lively_mobilenet
 
 N = 6
@@ -240,3 +242,23 @@ def test_nothing_is_learnt_from_an_image_that_could_not_be_read(tmp_path):
     assert loss([2], 0) == {}
     for others in ([1], [1, 4]):
         assert torch.equal(loss([*others, 2], 0)["multi_label"], loss(others, 0)["multi_label"])
+
+
+def test_a_run_learns_from_the_proposals_of_another_tool_and_resumes_with_no_others(scenes, tmp_path):
+    images = open_tagged(scenes, "train")
+    boxes, files = boxes_of(images), (tmp_path / "boxes.npz", tmp_path / "other.npz")
+    np.savez(files[0], **boxes)
+    np.savez(files[1], **{name: one[::-1] for name, one in boxes.items()})
+
+    def start(given: Path | None, resume: bool = True) -> None:
+        options = CascadeOptions(resume, device="cpu", proposals=given, cache=tmp_path / "cache")
+        train_run(images, tmp_path / "run", tiny_recipe("warm_up.steps=1"), backbone="tiny", until=1, options=options)
+
+    start(files[0], resume=False)
+    assert not (tmp_path / "cache").exists(), "none of our own were computed"
+    before = results(tmp_path / "run")
+    start(files[0])
+    assert results(tmp_path / "run") == before
+    for other in (files[1], None):
+        with pytest.raises(InputError, match="another proposals"):
+            start(other)
