@@ -295,7 +295,7 @@ class Export:
     min_score: float = 0.0
     """Instances below are left out."""
     copy_images: bool = False
-    """Copy the photographs beside the labels (voc, yolo, labelme)."""
+    """Copy the photographs beside the labels, upright (not for coco-results and label-studio)."""
     images: ImageFolder = None
     top: int | None = None
     """Only the N most doubtful photographs, first those that a person should check first; for RUN/instances/*.json."""

@@ -1,6 +1,7 @@
 """The scripts in benchmarks/ that the figures of README and docs come from: their pure functions."""
 
 import importlib.util
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -263,3 +264,25 @@ def test_the_parts_of_an_answer(tmp_path):
         assert {"stem", "RPN", "RoI head", "masks", "dense CRF"} <= set(one.parts.seconds)
         assert sum(one.parts.seconds.values()) <= one.processor[0] + 0.01
         assert one.row().count("|") == 5 and "other" in one.row()
+
+
+def test_a_client_is_compared_object_by_object_and_what_is_missing_or_foreign_is_named(tmp_path):
+    clients = script("clients")
+    masks = np.zeros((3, 8, 9), bool)
+    masks[0, :4, :4], masks[1, 2:6, 2:6], masks[2, 6:, 6:] = True, True, True
+    coded = [clients.rle.encode(np.asfortranarray(mask, np.uint8)) for mask in masks]
+    objects = [[name, {**one, "counts": one["counts"].decode()}] for name, one in zip("aab", coded, strict=True)]
+    images = [{"file": f"{n}/x.jpg", "stem": f"{n}_x", "nested": f"{n}/x", "objects": objects} for n in "pq"]
+    (tmp_path / "truth.json").write_text(json.dumps({"classes": ["a", "b"], "images": images}))
+    shown = [("a", masks[1]), ("b", masks[2]), ("a", masks[0])]  # in another order
+    assert clients.compare(tmp_path, "coco", [("p/x.jpg", shown), ("q/x", shown)]) == ([1.0] * 6, False)
+    boxes = [("a", np.array([0, 0, 4, 2.0])), ("a", np.array([2, 2, 6, 6.0])), ("a", np.array([6, 6, 9, 8.0]))]
+    overlaps, are_boxes = clients.compare(tmp_path, "yolo", [("p_x", boxes), ("q_x", boxes)])
+    assert are_boxes and sorted(overlaps) == [0, 0, 0.5, 0.5, 1, 1]  # another class is no match
+    for wrong in ([("p/x", shown)], [("p/x", shown), ("q/x", shown[:2])], [("z", shown)]):
+        with pytest.raises(ValueError, match=r"missing|2 objects instead of 3|unknown"):
+            clients.compare(tmp_path, "coco", wrong)
+    in_front = [masks[0], masks[1] & ~masks[0], masks[2]]  # as an index map holds them
+    assert clients.compare(tmp_path, "voc", [(f"{n}_x", list(zip("aab", in_front, strict=True))) for n in "pq"])[0] == (
+        [1.0] * 6
+    )

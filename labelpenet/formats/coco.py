@@ -27,7 +27,7 @@ from labelpenet.data.files import brief, excerpt, inside, is_file, listing, read
 from labelpenet.errors import InputError
 from labelpenet.formats.polygons import coco_polygons
 from labelpenet.formats.rows import file_names, image_numbers
-from labelpenet.formats.selection import Exported, mask_arrays, new_export, selected
+from labelpenet.formats.selection import Exported, copy_photograph, mask_arrays, new_export, selected, stems
 from labelpenet.formats.shapes import PROBE, Shape, checked_size, image_folder, read_truth
 from labelpenet.instances import Instances
 
@@ -284,16 +284,17 @@ def export_coco(
     *,
     category_ids: Sequence[int] | None = None,
     polygons: bool = False,
+    copy_images: bool = False,
     tolerance: float = 0.0,
     min_score: float = 0.0,
     overwrite: bool = False,
 ) -> Exported:
     """Writes ``out/annotations/instances_default.json``: images, categories and annotations with unique ids.
 
-    That is where CVAT and datumaro look for it. CVAT takes the file as "COCO 1.0" (with ``polygons``, as it reads RLE
-    as crowd masks), and so does everything else that reads COCO's instance annotation. Every annotation has ``score``
-    beside COCO's keys. Polygons run along pixel borders and are rasterised to the same mask; a mask with holes becomes
-    one polygon with bridges of no width.
+    That is where CVAT and datumaro look for it, datumaro only beside ``images`` (``copy_images``). CVAT takes the file
+    as "COCO 1.0" (with ``polygons``, as it reads RLE as crowd masks), and so does everything else that reads COCO's
+    instance annotation. Every annotation has ``score`` beside COCO's keys. Polygons run along pixel borders and are
+    rasterised to the same mask; a mask with holes becomes one polygon with bridges of no width.
 
     Args:
         predictions: by image id.
@@ -302,6 +303,7 @@ def export_coco(
         out: the folder.
         category_ids: (C,) ids of the categories; None for 1..C.
         polygons: segmentations as polygons instead of RLE.
+        copy_images: copies the photographs to ``out/images``; the file calls them as the copies.
         tolerance: pixels by which polygons may differ from the masks, for fewer corners.
         min_score: instances below are left out.
         overwrite: replaces an earlier export.
@@ -309,15 +311,20 @@ def export_coco(
     Raises:
         InputError: ``out`` is taken, the file cannot be written, or a score or box is not finite.
     """
-    numbers, names = image_numbers(images), file_names(images)
+    numbers, names, plain = image_numbers(images), file_names(images), stems(images, folders=True)
     ids = list(range(1, len(classes) + 1) if category_ids is None else category_ids)
     entries: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     with new_export(out, images, overwrite, {"format": "coco"}) as (folder, done):
         for image, found in selected(predictions, images, min_score, done.notes):
             height, width = found.image_size
-            number = numbers[image.id]
-            entries.append({"id": number, "file_name": names[image.id], "width": width, "height": height})
+            number, name = numbers[image.id], names[image.id]
+            if copy_images:
+                place = folder / "images" / plain[image.id]
+                name = (
+                    place.parent.relative_to(folder / "images").joinpath(copy_photograph(image, place, done)).as_posix()
+                )
+            entries.append({"id": number, "file_name": name, "width": width, "height": height})
             for row, mask in zip(found.to_coco(number, ids), mask_arrays(found), strict=True):
                 area = row["bbox"][2] * row["bbox"][3] if mask is None else int(mask.sum())
                 if polygons and mask is not None:

@@ -19,7 +19,7 @@ from labelpenet.instances import Instances
 
 Format = Literal["coco", "coco-polygons", "coco-results", "voc", "yolo", "labelme", "label-studio", "voc-submission"]
 _POLYGONS = ("coco-polygons", "yolo", "labelme", "label-studio")
-_COPIES = ("voc", "yolo", "labelme")
+_COPIES = ("coco", "coco-polygons", "voc", "yolo", "labelme")
 
 
 def export(
@@ -50,7 +50,7 @@ def export(
         category_ids: for COCO: the C ids of the classes; None for 1..C.
         split: for VOC and YOLO: what the images are called as a whole.
         min_score: instances below are left out; not for ``voc-submission``.
-        copy_images: copies the photographs beside the annotation; for ``voc``, ``yolo`` and ``labelme``.
+        copy_images: copies the photographs beside the annotation; not for ``coco-results`` and ``label-studio``.
         tolerance: pixels by which polygons may differ from the masks, for fewer corners; IoU stays above .97.
         overwrite: replaces an earlier export that nobody has changed.
 
@@ -75,7 +75,8 @@ def export(
     args = (predictions, photographs, classes, out)
     if to == "coco" or to == "coco-polygons":
         polygons = to == "coco-polygons"
-        return export_coco(*args, category_ids=category_ids, polygons=polygons, tolerance=tolerance, **common)
+        common |= {"copy_images": copy_images, "tolerance": tolerance}
+        return export_coco(*args, category_ids=category_ids, polygons=polygons, **common)
     if to == "coco-results":
         return export_coco_results(*args, category_ids=category_ids, **common)
     if to == "voc":

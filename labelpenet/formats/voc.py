@@ -454,6 +454,10 @@ def export_voc(
         done.notes.append(
             "put the photographs into JPEGImages under the names of the XML files, as JPEG, or export with copies"
         )
+    if colons := [name for name in classes if ":" in name]:
+        done.notes.append(
+            f"labelmap.txt cannot hold the colon of {listing(colons)}: CVAT and datumaro know no such class"
+        )
     done.notes.append("VOC holds no scores")
     if rounded:
         done.notes.append(f"{rounded} boxes are rounded to whole pixels")

@@ -26,6 +26,7 @@ from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import safe_name
 from labelpenet.data.images import voc_palette
 from labelpenet.errors import InputError
+from labelpenet.formats import coco as coco_format
 from labelpenet.formats import (
     export,
     export_coco,
@@ -90,6 +91,17 @@ def test_coco_round_trip(tmp_path, polygons, masks):
     read = read_predictions(done.paths[0], images, CLASSES, (1, 2, 3))
     for name in found:
         assert_same(read[name], found[name])
+
+
+def test_a_coco_export_with_copies_is_a_data_set(tmp_path):
+    images = photographs(tmp_path / "in", ("a/x.jpg", "b/x.png", 'odd: "name".jpg'))
+    found = predictions(images)
+    export(found, images, CLASSES, tmp_path / "out", "coco", copy_images=True)
+    again = coco_format.open_annotated(tmp_path / "out/annotations/instances_default.json", classes=CLASSES)
+    assert [image.id for image in again.tagged.images] == ["a/x.jpg", "b/x.png", "odd___name.jpg"]
+    for old, new in zip(images.images, again.tagged.images, strict=True):
+        assert new.path.read_bytes() == old.path.read_bytes()
+        assert torch.equal(again.read(new.id).instances.labels, found[old.id].labels)
 
 
 def read_voc_box(item: ElementTree.Element) -> list[int]:
@@ -297,8 +309,8 @@ def test_what_a_format_cannot_take_is_an_input_error(tmp_path):
     images = photographs(tmp_path, NAMES)
     with pytest.raises(InputError, match="unknown format csv; valid are coco, coco-polygons, coco-results, voc"):
         export({}, images, CLASSES, tmp_path / "out", "csv")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="coco holds no photographs"):
-        export({}, images, CLASSES, tmp_path / "out", "coco", copy_images=True)
+    with pytest.raises(InputError, match="coco-results holds no photographs"):
+        export({}, images, CLASSES, tmp_path / "out", "coco-results", copy_images=True)
     with pytest.raises(InputError, match="takes every score"):
         export({}, images, CLASSES, tmp_path / "out", "voc-submission", min_score=0.1)
     many = [f"class {i}" for i in range(300)]
