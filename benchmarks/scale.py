@@ -35,7 +35,10 @@ CLASSES = ("cat", "dog")
 def random_run(run: Path) -> Path:
     """A run folder of random weights that find one instance a class."""
     torch.manual_seed(0)
-    recipe = config.override(config.recipe("demo"), ["modules.2.predict.per_class=1"])
+    small = [f"modules.2.predict.{one}" for one in ("per_class=1", "side=64", "iterations=1")]
+    recipe = config.override(
+        config.recipe("demo"), ["images.test_side=64", "modules.*.rpn_post_nms_top_n_test=20", *small]
+    )
     network = LabelPEnet(build_backbone("tiny", pretrained=False), CLASSES, recipe)
     run.mkdir()
     facts = {"classes": list(CLASSES), "backbone": "tiny", "normalisation": network.normalisation}

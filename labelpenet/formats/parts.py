@@ -283,8 +283,11 @@ def _header(path: Path) -> dict[str, Any]:
     return header
 
 
-def _photographs(part: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The photographs of a part that could be read, in order, checked, each with the place of its line in the file."""
+def _photographs(part: Path, check: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The photographs of a part that could be read, in order, each with the place of its line in the file.
+
+    ``check`` is False where their content was checked before; their checksums are looked at all the same.
+    """
     header = _header(part)
     (i, n), total, number = header["shard"], header["images"], 1
     labels = dict(enumerate(range(len(header["classes"])), 1))
@@ -292,7 +295,7 @@ def _photographs(part: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         place = len(next(file))
         for number, line in enumerate(file, 2):
             row = _row(line)
-            if row is None or not (row.get("skipped") is True or _is_photograph(part, row, labels)):
+            if row is None or not (row.get("skipped") is True or not check or _is_photograph(part, row, labels)):
                 raise InputError(f"{part}: line {number} is damaged; delete the part and run its shard again")
             if not row.get("skipped"):
                 yield place, row
@@ -301,8 +304,8 @@ def _photographs(part: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise InputError(f"{part}: damaged, holds {number - 1} photographs; run its shard again")
 
 
-def _rows_of(parts: Iterable[Path]) -> Iterator[dict[str, Any]]:
-    return (row for part in parts for _, row in _photographs(part))
+def _rows_of(parts: Iterable[Path], check: bool = True) -> Iterator[dict[str, Any]]:
+    return (row for part in parts for _, row in _photographs(part, check))
 
 
 def _is_photograph(part: Path, row: dict[str, Any], labels: Mapping[Any, int]) -> bool:
@@ -331,7 +334,7 @@ def _write_coco(parts: Sequence[Path], header: dict[str, Any], file: BinaryIO, c
     file.write(b"{\n")
     counts[0] = items("images", map(image, _rows_of(parts)), ",")
     items("categories", [{"id": i, "name": name} for i, name in enumerate(header["classes"], 1)], ",")
-    found = ({"image_id": row["number"], **one} for row in _rows_of(parts) for one in row["instances"])
+    found = ({"image_id": row["number"], **one} for row in _rows_of(parts, check=False) for one in row["instances"])
     rows = ({"id": number, **coco_annotation(row)} for number, row in enumerate(found, 1))
     counts[1] = items("annotations", rows, "")
     file.write(b"}\n")
