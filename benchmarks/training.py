@@ -164,7 +164,7 @@ class Setting:
         """So many steps of module ``number``, or of forward-backward learning for 5."""
         short = replace(self.schedule(number), steps=steps, warmup=0)
         if number == 5:
-            return replace(curriculum.stage(self.training), schedule=short)
+            return replace(curriculum.stage(self.training, [self.targets] * 4), schedule=short, guard=None)
         self.network.recipe = config.change(self.recipe, number, schedule=short)
         return stage(self.training, number, self.targets if number > 1 else None)
 

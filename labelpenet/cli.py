@@ -103,12 +103,13 @@ class ForwardBackward:
     """Train a cascade further by forward-backward learning, the second stage of the paper.
 
     Takes the run folder of `labelpenet train` and writes a new one, which every other command reads like the first: all
-    four modules and the stem, trained end to end, and the instances that they now infer for the photographs.
+    four modules, trained together, and the instances that they now infer for the photographs. Recipe `paper` trains
+    the stem too and learns what the modules infer; `best` learns labels that were validated, and stops if they drift.
 
     Try:
       labelpenet forward-backward runs/voc VOCdevkit/VOC2012 --out runs/voc-fb
       labelpenet forward-backward runs/voc VOCdevkit/VOC2012 --out runs/voc-fb --resume
-      labelpenet forward-backward runs/mine photos/ --out runs/mine-fb --set forward_backward.schedule.steps=100
+      labelpenet forward-backward runs/mine photos/ --out runs/mine-fb --set forward_backward.labels=inferred
     """
 
     run: Positional[Path]

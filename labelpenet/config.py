@@ -31,7 +31,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "warmup": (0, 1e9), "clip": (1e-9, 1e9), "batch_size": (1, 100_000), "anchor_sides": (1, 20_000), "rois": _COUNT,
     "rpn_pre_nms_top_n_train": _COUNT, "rpn_pre_nms_top_n_test": _COUNT, "rpn_post_nms_top_n_train": _COUNT,
     "rpn_post_nms_top_n_test": _COUNT, "cells": (1, 28), "score_threshold": _SHARE, "mask_width": (1, 8192),
-    "mask_depth": (0, 64), "mask_margin": (0, 4), "beta": _SHARE, "ema": _SHARE, "width": (1, 8192),
+    "mask_depth": (0, 64), "mask_margin": (0, 4), "beta": _SHARE, "ema": _SHARE, "share": (1e-6, 1),
+    "enter": _SHARE, "doubt": _SHARE, "zoom": (1, 4), "colours": _SHARE, "drift": (1, 1e6), "width": (1, 8192),
     "proposals": _COUNT, "detections": _COUNT, "keep": _SHARE, "nested": _SHARE, "Noise.limit": (0, 1e6),
     "limit_from": _SHARE,
     "shorten": (1e-6, 100), "seed": (0, 2**63 - 1), "devices": (1, 1024), "nodes": (1, 4096), "workers": (1, 256),
@@ -306,14 +307,29 @@ class ForwardBackward(_Ranged):
         phases: what an iteration does: ``both``, or ``forward`` or ``backward`` alone, to see what each is good for.
         beta: IoU with a detection of module 2 above which a proposal of module 1 gets its class, else background.
         train_stem: whether the stem, frozen in the cascade, is trained too.
-        ema: decay of a moving average of the weights, which are the result; None for the weights themselves.
+        labels: what the modules learn from: instances as another module has just ``inferred`` them, as the paper says,
+            or ``validated`` ones (`training.validated`).
+        enter, doubt: validated labels: belief from which an instance that the cascade had not is learnt, and below
+            which one of the cascade that the teacher does not confirm is ignored.
+        zoom, colours: validated labels: the photograph's side is changed by up to this factor either way, and its
+            brightness, contrast and saturation by up to this fraction.
+        share: the part of the cascade's weights that their moving average still holds at the end; the average is the
+            result, and the teacher of validated labels. None for the weights themselves.
+        drift: factor by which the labels' median area and number may leave the cascade's before the stage ends with the
+            weights that were within it; None only shows them (see `training.validated.drift`).
         schedule: a step is an iteration, that is, one update a phase.
     """
 
     phases: typing.Literal["both", "forward", "backward"] = "both"
     beta: float = 0.5
     train_stem: bool = True
-    ema: float | None = None
+    labels: typing.Literal["inferred", "validated"] = "inferred"
+    enter: float = 0.6
+    doubt: float = 0.7
+    zoom: float = 1.25
+    colours: float = 0.2
+    share: float | None = None
+    drift: float | None = None
     schedule: Schedule = Schedule(steps=80_000, lr=1e-4, decay=())
 
 
@@ -471,7 +487,10 @@ def best() -> Recipe:
             Segmentation("refinement", **segmenter),
             Segmentation("segmentation", **segmenter, weighted=False),
         ),
-        forward_backward=ForwardBackward(ema=0.99, schedule=replace(schedule, steps=100, lr=2e-5, warmup=20)),
+        forward_backward=ForwardBackward(
+            train_stem=False, labels="validated", share=0.4, drift=1.6,
+            schedule=replace(schedule, steps=800, lr=2e-5, warmup=20),
+        ),
     )  # fmt: skip
 
 
@@ -635,7 +654,9 @@ def from_dict(values: dict[str, Any]) -> Recipe:
         if "modules" not in values:
             known = [(set(vars(module)), set(vars(module.label))) for module in base.modules]
             values = modernise(values, known)
-        return _build(base, values)
+        # how forward-backward learning once averaged its weights, which says nothing of those that a run holds
+        learning = {key: one for key, one in values.get("forward_backward", {}).items() if key != "ema"}
+        return _build(base, {**values, "forward_backward": learning})
     except (TypeError, KeyError, AttributeError, ValueError, InputError) as error:
         raise InputError(f"the run's recipe cannot be read ({error}); it was made by another version") from error
 

@@ -1,6 +1,7 @@
 """The scripts in benchmarks/ that the figures of README and docs come from: their pure functions."""
 
 import importlib.util
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -12,8 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from labelpenet.config import Calibration
+from labelpenet.config import Calibration, recipe, shorten
 from labelpenet.evaluation import Record
+from labelpenet.models.cascade import LabelPEnet
+from tests.students import random_run
 
 
 def script(name: str) -> ModuleType:
@@ -27,7 +30,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-diagnosis, baselines = script("diagnosis"), script("baselines")
+diagnosis, baselines, answers = script("diagnosis"), script("baselines"), script("answers")
 
 
 def one_image(boxes, labels, scores, objects, classes, difficult=None) -> Record:
@@ -230,6 +233,58 @@ def test_whole_image_covers_it():
     found = baselines.whole_image((20, 30), torch.tensor([1, 0]), torch.tensor([0.9, 0.2]))
     assert found.boxes.tolist() == [[0, 0, 30, 20]] * 2
     assert found.masks is not None and bool(found.masks.all())
+
+
+def test_the_ladder_leads_from_paper_to_best_and_each_rung_changes_something():
+    rungs = script("ablation").ladder(0.25)
+    best, paper = shorten(recipe("best"), 0.25), recipe("paper")
+    assert rungs[-1][1] == best
+    assert all(one != other for (_, one), (_, other) in itertools.pairwise(rungs))
+    first = rungs[0][1]
+    assert first.modules[2].schedule.lr == paper.modules[2].schedule.lr and first.modules[2].schedule.kind == "sgd"
+    assert first.modules[2].schedule.steps == best.modules[2].schedule.steps and first.images == best.images
+    assert first.modules[0].attention == "excitation" and first.modules[1].label == paper.modules[1].label
+    assert rungs[3][1].modules[1].label.threshold == best.modules[1].label.threshold
+    assert rungs[3][1].modules[1].label.combine == paper.modules[1].label.combine
+
+
+def test_the_ablation_table_shows_what_is_measured():
+    ablation = script("ablation")
+    values = {"box mAP@.5": 0.5, "mask mAP@.5": 0.25, "mask mAP@.75": None, "mIoU": 0.333}
+    text = ablation.table({"first": {"module 2": values, "module 4": values}})
+    assert text.splitlines()[-1] == "| first | 50.0 / 25.0 / - / 33.3 | 50.0 / 25.0 / - / 33.3 |"
+
+
+def test_the_time_of_a_part_is_without_that_of_the_parts_inside():
+    class Network:
+        def stem(self):
+            clock[0] += 1.0
+
+        def whole(self):
+            clock[0] += 2.0
+            self.stem()
+            self.stem()
+
+    clock, network = [0.0], Network()
+    parts = answers.Parts(lambda: clock[0])
+    with parts.watch({"stem": [(network, "stem")], "whole": [(network, "whole")]}):
+        network.whole()
+        network.stem()
+    network.whole()  # no longer watched
+    assert dict(parts.seconds) == {"whole": 2.0, "stem": 3.0}
+
+
+def test_the_parts_of_an_answer(tmp_path):
+    """They are within the whole, and only an answer with vote has a part for it."""
+    network = LabelPEnet.from_run(random_run(tmp_path / "run", ["ball", "box"]))
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 80, 3)).astype(np.uint8)
+    for vote in (True, False):
+        one = answers.cascade(network, vote)
+        one.ask(pixels)
+        assert ("RoI heads that vote" in one.parts.seconds) == vote
+        assert {"stem", "RPN", "RoI head", "masks", "dense CRF"} <= set(one.parts.seconds)
+        assert sum(one.parts.seconds.values()) <= one.processor[0] + 0.01
+        assert one.row().count("|") == 5 and "other" in one.row()
 
 
 def test_a_client_is_compared_object_by_object_and_what_is_missing_or_foreign_is_named(tmp_path):

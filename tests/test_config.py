@@ -92,7 +92,8 @@ def test_every_choice_of_the_paper_recipe():
             {"name": "refinement", **mask_rcnn},
             {"name": "segmentation", **mask_rcnn, "weighted": False},
         ),
-        "forward_backward": {"phases": "both", "beta": 0.5, "train_stem": True, "ema": None,
+        "forward_backward": {"phases": "both", "beta": 0.5, "train_stem": True, "labels": "inferred",
+                             "enter": 0.6, "doubt": 0.7, "zoom": 1.25, "colours": 0.2, "share": None, "drift": None,
                              "schedule": {"steps": 80_000, "lr": 1e-4, "decay": (), **sgd}},
     }  # fmt: skip
 
@@ -240,6 +241,12 @@ def test_a_choice_that_a_run_does_not_know_yet_is_that_of_its_recipe():
     assert from_dict(values) == override(recipe("best"), ["images.sides=320", "modules.4.schedule.steps=7"])
 
 
+def test_how_an_earlier_second_stage_averaged_is_passed_over():
+    values = to_dict(recipe("best"))
+    values["forward_backward"]["ema"] = 0.99
+    assert from_dict(values) == recipe("best")
+
+
 def test_recipes_are_values():
     assert Recipe() == recipe("paper") != recipe("best")
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -261,7 +268,7 @@ def test_best_has_one_threshold_for_attention_maps_and_one_for_masks():
         "modules.1.schedule.lr=nan", "modules.2.schedule.steps=0", "modules.2.schedule.lr=inf",
         "modules.3.schedule.batch_size=0", "modules.*.schedule.decay=0.5:nan", "modules.4.predict.threshold=1",
         "modules.4.predict.nms=1.5", "modules.1.label.iterations=-1", "modules.2.rois=0", "modules.3.mask_width=0",
-        "warm_up.momentum=2", "forward_backward.ema=-1", "modules.2.anchor_sides=0",
+        "warm_up.momentum=2", "forward_backward.share=0", "modules.2.anchor_sides=0",
     ],
 )  # fmt: skip
 def test_a_number_out_of_its_range_is_refused_with_the_range(change: str) -> None:

@@ -55,11 +55,16 @@ class Stage:
             all its random numbers must come from ``generator``. An `InputError` skips the step.
         workers: threads that `load`.
         repeat: consecutive steps that see the same batch with the same augmentation (the phases of an iteration).
-        ema: decay of a moving average of the trained parameters (0.999, say), which the module holds once the stage is
-            done; None keeps the parameters themselves.
+        ema: decay of a moving average of the trained parameters (0.999, say), moved after every `repeat` steps, which
+            the module holds once the stage is done; None keeps the parameters themselves.
+        teacher: a copy of `module` that holds that average all the time, for `loss` to ask; None for none.
         observe: ``observe(step, metrics)`` is called every `observe_minutes` without gradients, on the first process
             alone, to show what the module now does.
         observe_minutes: see `observe`.
+        guard: called in all processes, after every `guard_steps` steps and the last one, without gradients: figures for
+            the metrics, and None or a line that ends the stage. It then goes back to the parameters, or their average,
+            that passed last; those that it began with count as passed.
+        guard_steps: see `guard`.
     """
 
     name: str
@@ -72,8 +77,11 @@ class Stage:
     workers: int = 2
     repeat: int = 1
     ema: float | None = None
+    teacher: nn.Module | None = None
     observe: Callable[[int, MetricsLog], None] | None = None
     observe_minutes: float = 5.0
+    guard: Callable[[], tuple[dict[str, float], str | None]] | None = None
+    guard_steps: int = 100
 
     @property
     def steps(self) -> int:

@@ -119,11 +119,13 @@ class _Trainer:
         self.parameters = [p for p in stage.module.parameters() if p.requires_grad]
         self.optimiser = build_optimiser(stage.schedule, self.parameters)
         trained = {id(p) for p in self.parameters}
-        self.average = {
-            name: p.detach().clone()
-            for name, p in stage.module.named_parameters()
-            if stage.ema is not None and id(p) in trained
-        }
+        named = {name: p.detach() for name, p in stage.module.named_parameters() if id(p) in trained}
+        taught = {} if stage.teacher is None else dict(stage.teacher.to(machine.device).named_parameters())
+        self.average = {} if stage.ema is None else {
+            name: taught[name].detach() if taught else value.clone() for name, value in named.items()
+        }  # fmt: skip
+        self.result = self.average or named  # what the stage is for
+        self.kept = {name: value.clone() for name, value in self.result.items()} if stage.guard else {}
         self.step = 0
         self.skipped = 0
         self.rows: list[Row] = []
@@ -153,6 +155,8 @@ class _Trainer:
             self.optimiser.load_state_dict(state["optimiser"])
             for name, value in self.average.items():
                 value.copy_(state["average"][name])
+            for name, value in self.kept.items():
+                value.copy_(state["kept"][name])
         except (RuntimeError, ValueError, KeyError) as error:
             raise InputError(
                 f"the newest checkpoint in {self.folder} does not fit this model; use the version and settings "
@@ -187,6 +191,7 @@ class _Trainer:
                 "optimiser": self.optimiser.state_dict(),
                 "scaler": self.machine.scaler.state_dict(),
                 "average": self.average,
+                "kept": self.kept,
                 "skipped": self.skipped,
                 "window": self.window,
                 "metrics": self.rows,
@@ -229,13 +234,17 @@ class _Trainer:
                         self._write_row(metrics)
                     # an observer's rows, between those of the losses, have no speed to tell the time left from
                     progress.show(self.step, next((row for row in reversed(self.rows) if "images_per_s" in row), {}))
+                    ended = self._guard(metrics)
+                    if ended is not None:
+                        progress.say(f"{stage.name}: {ended}")
+                        self.step = stage.steps
                     hopeless = in_a_row >= MAX_SKIPPED_IN_A_ROW
                     if outcome.save or outcome.stop or hopeless or self.step == stage.steps:
                         self.save()
                         checkpoint.restart()
                     if hopeless:
                         raise InputError(_hopeless(stage.name, self.step, in_a_row, outcome))
-                    if outcome.stop:
+                    if outcome.stop or ended is not None:
                         break
                     if metrics and stage.observe and observation.over():
                         with torch.no_grad():
@@ -345,8 +354,23 @@ class _Trainer:
             machine.share(b for b in self.stage.module.buffers() if b.is_floating_point())
         return norm
 
+    def _guard(self, metrics: MetricsLog | None) -> str | None:
+        """Lets the stage's guard look; keeps the parameters that pass, or goes back to those kept and says why."""
+        stage, step = self.stage, self.step
+        if stage.guard is None or (step % stage.guard_steps and step < stage.steps):
+            return None
+        with torch.no_grad():
+            figures, problem = stage.guard()
+        stage.module.train()
+        if metrics is not None:
+            metrics.write({"step": step, **figures, "time": round(time.time(), 3)})
+        source, target = (self.result, self.kept) if problem is None else (self.kept, self.result)
+        for name, value in target.items():
+            value.copy_(source[name])
+        return problem
+
     def _update_average(self) -> None:
-        if self.stage.ema is None:
+        if self.stage.ema is None or (self.step + 1) % self.stage.repeat:
             return
         for name, parameter in self.stage.module.named_parameters():
             if name in self.average:

@@ -168,7 +168,7 @@ class LabelPEnet(nn.Module):
         Args:
             images: N photographs, (H, W, 3) uint8 RGB, of any sizes.
             targets: the instances of each in pixels of its photograph. Module 1 reads their labels alone, module 2
-                needs no masks.
+                needs no masks. To modules 2 to 4 one of weight 0 is neither object nor background.
             module: which one learns.
             proposals: (R, 4) of each photograph; computed if the module needs them and they are not given.
         """

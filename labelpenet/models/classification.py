@@ -80,9 +80,9 @@ class Classification(nn.Module):
 
         Args:
             x_c: (R, C + 1).
-            labels: (R,) 0 for background, 1 + class index otherwise.
+            labels: (R,) 0 for background, -1 for what is left out, 1 + class index otherwise.
         """
-        return F.cross_entropy(x_c, labels)
+        return F.cross_entropy(x_c, labels, ignore_index=-1, reduction="sum") / (labels >= 0).sum().clamp(min=1)
 
     def losses(self, batch: Batch, targets: Sequence[Instances] | None = None) -> dict[str, Tensor]:
         """Equation 2, a mean over the images; it learns from ``batch.tags`` alone and reads no target."""

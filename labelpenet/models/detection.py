@@ -20,6 +20,7 @@ from torchvision.ops import box_iou, clip_boxes_to_image, remove_small_boxes
 
 from labelpenet import config
 from labelpenet.calibration.calibrate import Candidates, Trace, calibrate, choose_instances
+from labelpenet.calibration.nms import inside
 from labelpenet.data.transforms import Batch, View
 from labelpenet.instances import Instances
 from labelpenet.models.attention import explain_rois, roi_evidence
@@ -69,18 +70,23 @@ class WeightedRPN(RegionProposalNetwork):
     """torchvision's RPN with the instance's weight as soft target and regression weight (equation 3).
 
     The weights travel as the anchors' labels: -1 is ignored, 0 background, and a value in (0, 1] is the weight of the
-    instance that a positive anchor was matched to.
+    instance that a positive anchor was matched to. An instance of weight 0 is doubtful: nothing is matched to it, and
+    the background that it covers is ignored.
     """
 
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Labels (A,) in {-1} or [0, 1] and matched boxes (A, 4) of every image."""
-        labels, boxes = super().assign_targets_to_anchors(anchors, targets)
+        sure = [target["weights"] > 0 for target in targets]
+        known = [{"boxes": target["boxes"][own]} for target, own in zip(targets, sure, strict=True)]
+        labels, boxes = super().assign_targets_to_anchors(anchors, known)
         for index, (own, target) in enumerate(zip(anchors, targets, strict=True)):
-            if len(target["boxes"]):
-                weights = target["weights"][box_iou(target["boxes"], own).argmax(0)].clamp(min=1e-3)
-                labels[index] = torch.where(labels[index] > 0, weights.to(labels[index]), labels[index])
+            objects, weights = known[index]["boxes"], target["weights"][sure[index]]
+            if len(objects):
+                matched = weights[box_iou(objects, own).argmax(0)].to(labels[index])
+                labels[index] = torch.where(labels[index] > 0, matched, labels[index])
+            labels[index][(labels[index] == 0) & covered(own, target["boxes"][~sure[index]])] = -1
         return labels, boxes
 
     def compute_loss(
@@ -105,6 +111,13 @@ class WeightedRPN(RegionProposalNetwork):
             pred_bbox_deltas[positive], torch.cat(regression_targets)[positive], beta=1 / 9, reduction="none"
         ).sum(1)
         return loss_objectness, (distance * target[positive]).sum() / count
+
+
+def covered(boxes: Tensor, doubtful: Tensor) -> Tensor:
+    """(R,) whether half of a box (R, 4) lies inside a doubtful one (M, 4)."""
+    if not len(doubtful):
+        return torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+    return inside(boxes, doubtful).amax(1) >= 0.5
 
 
 def rcnn_loss(
@@ -182,23 +195,29 @@ class Detector(nn.Module):
         return proposals, {"rpn_objectness": losses["loss_objectness"], "rpn_box": losses["loss_rpn_box_reg"]}
 
     def _weights(self, target: Instances) -> Tensor:
-        return target.weights if self.weighted else torch.ones_like(target.weights)
+        return target.weights if self.weighted else (target.weights > 0).to(target.weights)
 
     def sample(self, proposals: Tensor, target: Instances) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """RoIs to train on: boxes (R, 4), labels (R,), encoded targets (R, 4), weights (R,), matched instance (R,).
 
-        A negative RoI carries the weight of the instance that it overlaps most, or 1 if it overlaps none.
+        A negative RoI carries the weight of the instance that it overlaps most, or 1 if it overlaps none. Nothing is
+        matched to a doubtful instance, one of weight 0, and no RoI that it covers is taken for background.
         """
-        if not len(target):
+        sure = torch.where(target.weights > 0)[0]
+        doubtful = target.boxes[target.weights == 0]
+        if not len(sure):
+            proposals = proposals[~covered(proposals, doubtful)]
             count = min(len(proposals), self.rois)
             chosen = proposals[torch.randperm(len(proposals), device=proposals.device)[:count]]
             zeros = torch.zeros(count, dtype=torch.long, device=chosen.device)
             return chosen, zeros, torch.zeros_like(chosen), torch.ones(count, device=chosen.device), zeros
-        proposals = torch.cat([proposals, target.boxes])
-        overlap = box_iou(target.boxes, proposals)
-        best, matched = overlap.max(0)
+        proposals = torch.cat([proposals, target.boxes[sure]])
+        overlap = box_iou(target.boxes[sure], proposals)
+        best, nearest = overlap.max(0)
+        matched = sure[nearest]
         positive = self.matcher(overlap) >= 0
         labels = torch.where(positive, target.labels[matched] + 1, 0)
+        labels[~positive & covered(proposals, doubtful)] = -1
         taken, left = self.sampler([labels])
         chosen = torch.where((taken[0] + left[0]) > 0)[0]
         weights = torch.where(best > 0, self._weights(target)[matched], torch.ones_like(best))

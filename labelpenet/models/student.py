@@ -33,7 +33,6 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou
 
 from labelpenet import config
-from labelpenet.calibration.nms import inside
 from labelpenet.config import StudentRecipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
@@ -42,7 +41,7 @@ from labelpenet.errors import InputError, reason
 from labelpenet.instances import Instances
 from labelpenet.models.build import BACKBONES, build_backbone
 from labelpenet.models.cascade import LabelPEnet, read_run
-from labelpenet.models.detection import ANCHOR_RATIOS, rcnn_loss
+from labelpenet.models.detection import ANCHOR_RATIOS, covered, rcnn_loss
 from labelpenet.models.segmentation import crop_masks, mask_loss
 from labelpenet.models.weights import load_weights, torchvision_weights
 
@@ -347,13 +346,6 @@ class DoubtingRPN(RegionProposalNetwork):
         for label, own, target in zip(labels, anchors, targets, strict=True):
             label[(label == 0) & covered(own, target["doubtful"])] = -1
         return labels, boxes
-
-
-def covered(boxes: Tensor, doubtful: Tensor) -> Tensor:
-    """(R,) whether half of a box (R, 4) lies inside a doubtful one (M, 4)."""
-    if not len(doubtful):
-        return torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-    return inside(boxes, doubtful).amax(1) >= 0.5
 
 
 def roi_loss(logits: Tensor, deltas: Tensor, labels: Tensor, encoded: Tensor) -> Tensor:

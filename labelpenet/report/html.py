@@ -17,7 +17,7 @@ from markupsafe import Markup
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.files import read_json, read_text, write_text
-from labelpenet.engine.log import read_metrics
+from labelpenet.engine.log import Row, read_metrics
 from labelpenet.errors import InputError
 from labelpenet.evaluation import Table, cascade_table, summary_table
 from labelpenet.formats import read_predictions
@@ -26,7 +26,7 @@ from labelpenet.models.cascade import MODULES, LabelPEnet, read_run
 from labelpenet.models.student import KIND as STUDENT
 from labelpenet.models.student import Student, load
 from labelpenet.progress import Progress
-from labelpenet.report.plots import Curves, curves, loss_plot
+from labelpenet.report.plots import Curves, curves, loss_plot, number_of
 from labelpenet.report.strips import (
     MIN_SCORE,
     Panel,
@@ -337,7 +337,8 @@ def _render(run: Path, facts: Facts, sections: Sequence[Section], problems: Sequ
     environment.filters["picture"] = _picture
     recipe = facts.run["recipe"]
     script = read_text(Path(__file__).parent / "report.js")
-    stages = curves(read_metrics(run))
+    rows = read_metrics(run)
+    stages = curves(rows)
     return environment.get_template("report.html").render(
         folder=run.resolve().name,
         learnt=_learnt(facts.run["classes"]),
@@ -352,6 +353,7 @@ def _render(run: Path, facts: Facts, sections: Sequence[Section], problems: Sequ
         protocol=facts.results.get("protocol"),
         key_figures=_key_figures(facts),
         stages=[(one, Markup(loss_plot(one)), _stage_line(one)) for one in stages],
+        drift=_drift(rows),
         labels=_label_counts(run, facts),
         sections=sections,
         facts=flatten({key: value for key, value in facts.run.items() if key != "recipe"}),
@@ -413,6 +415,16 @@ def _stage_line(one: Curves) -> str:
     if one.images_per_s:
         parts.append(f"{one.images_per_s:.3g} images/s")
     return ", ".join(parts)
+
+
+def _drift(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """How far the labels of modules 2 to 4 have left the cascade's: each time the step, then module by module."""
+    names = [[f"drift/module{number}_{key}" for key in ("area", "number", "agreement")] for number in (2, 3, 4)]
+    return [
+        (str(row["step"]), *(" / ".join(f"{number_of(row.get(name)):.2f}" for name in own) for own in names))
+        for row in rows
+        if any(key.startswith("drift/") for key in row) and "step" in row
+    ]
 
 
 def _label_counts(run: Path, facts: Facts) -> list[tuple[str, str, str, str]]:

@@ -59,7 +59,7 @@ def curves(rows: Sequence[Row]) -> list[Curves]:
 
 def _curves(stage: str, rows: Sequence[Row]) -> Curves:
     names = dict.fromkeys(key for row in rows for key in row if key.startswith("loss/"))
-    values = {name.removeprefix("loss/"): np.array([_number(row.get(name)) for row in rows]) for name in names}
+    values = {name.removeprefix("loss/"): np.array([number_of(row.get(name)) for row in rows]) for name in names}
     total = values.pop("total", None)
     if total is None:
         total = np.sum(list(values.values()), axis=0)
@@ -141,5 +141,6 @@ def _repeated(count: int) -> list[str]:
     return [_COLOURS[index % len(_COLOURS)] for index in range(count)]
 
 
-def _number(value: Any) -> float:
+def number_of(value: Any) -> float:
+    """A number as it is, NaN for anything else."""
     return float(value) if isinstance(value, (int, float)) else float("nan")

@@ -5,12 +5,17 @@ to 4 are trained in order, each on the instances that the one before has just in
 only infers; its instances train module 3 with full supervision, module 3's boxes train module 2, and module 2's
 detections label the proposals of module 1 for a single-label loss beside its multi-label one. The stem's map is
 computed once a phase and shared; what a phase infers, it infers with the weights that it began with.
+
+With validated labels (`training.validated`) the same module infers for the same other one, but a teacher's, for both
+phases at once, and its instances are checked before they are learnt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import copy
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +28,16 @@ from labelpenet import config
 from labelpenet.config import MODULES, CascadeOptions, Recipe
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.images import read_image
-from labelpenet.engine.distributed import build_fabric
+from labelpenet.engine.distributed import build_fabric, gather
+from labelpenet.engine.sampler import stream_seed
 from labelpenet.engine.stage import Stage
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet, read_run
 from labelpenet.models.classification import present_classes
+from labelpenet.models.detection import covered
+from labelpenet.training import validated
+from labelpenet.training.inferred import read_inferred
 from labelpenet.training.observe import check_held_out
 from labelpenet.training.pretrain import (
     Sample,
@@ -43,6 +52,8 @@ from labelpenet.training.pretrain import (
 from labelpenet.training.run import build_observer, given_proposals, open_run, read_proposals
 
 STAGE = "forward-backward"
+WATCHED = 12  # photographs whose labels are compared with the cascade's
+GUARD = 50  # iterations between two comparisons
 
 
 def forward_backward(
@@ -63,8 +74,8 @@ def forward_backward(
         source, held_out, options: as for `train_run`.
 
     Raises:
-        InputError: ``start`` is not a run of these classes with all four modules, or something else that was given
-            cannot be used; KeyboardInterrupt: the state is saved.
+        InputError: ``start`` is not a run of these classes with all four modules and labels of the photographs, or
+            something else that was given cannot be used; KeyboardInterrupt: the state is saved.
     """
     facts = read_run(start)
     if list(images.classes) != list(facts["classes"]):
@@ -84,6 +95,7 @@ def forward_backward(
     network = LabelPEnet.from_run(start, recipe=recipe)
     for number in range(1, len(MODULES) + 1):
         network.require(number)
+    anchors = read_anchors(start, images)
     weights = digest(value.numpy().tobytes() for value in network.state_dict().values())
     own = {**run_facts(network, images, options.seed, str(fabric._precision.precision)), "start": weights}
     given, known = given_proposals(images, options)
@@ -95,7 +107,7 @@ def forward_backward(
         observer = build_observer(training, held_out, options)
         parts = ("stem", *MODULES)
         if not all(load_trained(training, part) for part in parts):
-            one = stage(training)
+            one = stage(training, anchors)
             training.train(observer.watch(one, range(1, len(MODULES) + 1)))
             observer.conclude(one, range(1, len(MODULES) + 1))
             if fabric.global_rank == 0:
@@ -107,7 +119,36 @@ def forward_backward(
         return network
 
 
-def stage(training: Training) -> Stage:
+Anchors = Sequence[Mapping[str, Instances]]
+"""What modules 1 to 4 of the cascade inferred, by image id."""
+
+
+def read_anchors(start: Path, images: TaggedImages) -> Anchors:
+    """The labels of the run ``start``.
+
+    Raises:
+        InputError: they are damaged, or a photograph has none.
+    """
+    anchors = tuple(read_inferred(start, f"module{number + 1}", len(images.classes)) for number in range(len(MODULES)))
+    known = set.intersection(*(set(one) for one in anchors))
+    missing = [image.id for image in images.images if image.id not in known]
+    if missing:
+        raise InputError(
+            f"{start}: has no labels of {len(missing)} of the photographs, such as {missing[0]}; give those that it was"
+            " trained on (--split)"
+        )
+    return anchors
+
+
+@dataclass
+class Shown(Sample):
+    """A sample with the photograph's ``id`` and what the cascade's modules inferred for it, in its pixels."""
+
+    id: str = ""
+    anchors: tuple[Instances, ...] = ()
+
+
+def stage(training: Training, anchors: Anchors) -> Stage:
     """Forward-backward learning as the loop sees it: each phase of an iteration is a step on the same photographs."""
     choice = training.recipe.forward_backward
     schedule = choice.schedule
@@ -115,9 +156,27 @@ def stage(training: Training) -> Stage:
     network.stem.requires_grad_(choice.train_stem)
     phases = {"both": (forward, backward), "forward": (forward,), "backward": (backward,)}[choice.phases]
     count = len(phases)
+    if choice.labels == "validated" and choice.share is None:
+        raise InputError("validated labels need a teacher; choose --set forward_backward.share=0.4, say")
+    teacher = None if choice.share is None else copy.deepcopy(network).requires_grad_(False).eval()
+    asked = teacher or network
+    labels: dict[tuple[int, str], list[Instances]] = {}
 
-    def loss(samples: list[Sample], step: int) -> dict[str, Tensor]:
-        return phases[step % count](network, samples)
+    def validate(one: Shown, iteration: int) -> list[Instances]:
+        """The teacher does not move within an iteration, so both phases have the same labels."""
+        if (iteration, one.id) not in labels:
+            for old in [key for key in labels if key[0] != iteration]:
+                del labels[old]
+            asked.eval()
+            labels[iteration, one.id] = validated.label(
+                asked, one.image, one.tags, one.proposals, one.anchors, choice.enter, choice.doubt
+            )
+            network.train()
+        return labels[iteration, one.id]
+
+    def loss(samples: list[Shown], step: int) -> dict[str, Tensor]:
+        given = [validate(one, step // count) for one in samples] if choice.labels == "validated" else None
+        return phases[step % count](network, samples, given)
 
     return Stage(
         name=STAGE,
@@ -125,42 +184,94 @@ def stage(training: Training) -> Stage:
         schedule=replace(schedule, steps=schedule.steps * count, warmup=schedule.warmup * count),
         images=[image.id for image in training.images.images],
         loss=loss,
-        load=load(training),
+        load=load(training, anchors),
         repeat=count,
-        ema=choice.ema,
+        ema=None if choice.share is None else choice.share ** (1 / schedule.steps),
+        teacher=teacher,
+        guard=guard(training, asked, anchors),
+        guard_steps=GUARD * count,
     )
 
 
-def load(training: Training) -> Callable[[list[int], torch.Generator], list[Sample]]:
-    """Photographs and proposals at a scale and mirroring drawn for each."""
+def guard(training: Training, asked: LabelPEnet, anchors: Anchors) -> Callable[[], tuple[dict[str, float], str | None]]:
+    """How far the labels of modules 2 to 4 have left the cascade's, on a few photographs that the seed chooses."""
+    bound, fabric = training.recipe.forward_backward.drift, training.fabric
+    tagged = [image for image in training.images.images if image.tags]
+    chosen = random.Random(stream_seed(training.options.seed, STAGE, 0, use="drift")).sample(
+        tagged, min(WATCHED, len(tagged))
+    )
 
-    def one(image: TaggedImage, generator: torch.Generator) -> Sample:
-        choice = training.recipe.images
+    def look() -> tuple[dict[str, float], str | None]:
+        asked.eval()
+        rows: dict[int, list[validated.Comparison]] = {2: [], 3: [], 4: []}
+        for image in chosen[fabric.global_rank :: fabric.world_size]:
+            try:
+                batch = asked.batch([read_image(image.path)], [image.tags])
+            except InputError:  # whoever loads it for training says so
+                continue
+            for number, own in rows.items():
+                ((found, _),) = asked.infer(number, batch)
+                own.append(validated.compare(found, anchors[number - 1][image.id]))
+        shares, figures, problem = gather(fabric.world_size, rows), {}, None
+        for number in rows:
+            together = [one for share in shares for one in share[number]]
+            if together:
+                found = validated.drift(together)
+                figures |= {f"drift/module{number}_{key}": value for key, value in found.items()}
+                problem = problem or (validated.beyond(number, found, bound) if bound else None)
+        return figures, f"stopped, for {problem}; what was within the bound is kept" if problem else None
+
+    return look
+
+
+def load(training: Training, anchors: Anchors) -> Callable[[list[int], torch.Generator], list[Shown]]:
+    """Photographs and proposals at a scale and mirroring drawn for each."""
+    choice, learning = training.recipe.images, training.recipe.forward_backward
+
+    def one(image: TaggedImage, generator: torch.Generator) -> Shown:
         pixels = read_image(image.path)
         boxes = training.boxes(image, pixels.shape)
         side = choice.sides[int(torch.randint(len(choice.sides), (1,), generator=generator))]
-        if choice.flip and bool(torch.rand((), generator=generator) < 0.5):
-            # The photograph itself is mirrored, for what the modules infer is in its pixels.
-            pixels = np.ascontiguousarray(pixels[:, ::-1])
-            width = pixels.shape[1]
-            boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
-        return Sample(pixels, training.network.view(pixels, side), image.tags, boxes)
+        flip = choice.flip and bool(torch.rand((), generator=generator) < 0.5)
+        if learning.labels == "inferred":
+            if flip:
+                # The photograph itself is mirrored, for what the modules infer is in its pixels.
+                pixels = np.ascontiguousarray(pixels[:, ::-1])
+                width = pixels.shape[1]
+                boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
+            return Shown(pixels, training.network.view(pixels, side), image.tags, boxes, id=image.id)
+        labels = tuple(module[image.id] for module in anchors)
+        if any(label.image_size != pixels.shape[:2] for label in labels):
+            raise InputError(f"{image.path}: has another size than when the cascade labelled it; train that anew")
+        zoom = learning.zoom ** (2 * float(torch.rand((), generator=generator)) - 1)
+        seen = validated.recolour(pixels, learning.colours, generator)
+        view = training.network.view(seen, round(side * zoom), flip)
+        return Shown(pixels, view, image.tags, boxes, id=image.id, anchors=labels)
 
-    def batch(indices: list[int], generator: torch.Generator) -> list[Sample]:
+    def batch(indices: list[int], generator: torch.Generator) -> list[Shown]:
         return [one(training.images.images[index], generator) for index in indices]
 
     return batch
 
 
-class Phase:
-    """What the two phases share: the photographs with their stem map, what a module infers on it, what it loses."""
+Labels = Sequence[Sequence[Instances]] | None
 
-    def __init__(self, network: LabelPEnet, samples: Sequence[Sample]):
-        self.network, self.batch = network, to_batch(network, samples)
+
+class Phase:
+    """What the two phases share: the photographs with their stem map, what a module infers on it, what it loses.
+
+    Args:
+        labels: what modules 1 to 4 are taken to infer for each photograph; None to let them infer.
+    """
+
+    def __init__(self, network: LabelPEnet, samples: Sequence[Sample], labels: Labels = None):
+        self.network, self.batch, self.labels = network, to_batch(network, samples), labels
         self.features: list[Tensor] | None = None
 
     def infer(self, number: int) -> list[Instances]:
         """What module ``number`` passes on, in pixels of each photograph; without gradients, without dropout."""
+        if self.labels is not None:
+            return [one[number - 1] for one in self.labels]
         self.network.eval()
         try:
             batch = replace(self.batch, stem=self.batch.stem.detach(), features=self.features)
@@ -196,19 +307,19 @@ class Phase:
         return torch.stack([value.float() for value in module.losses(self.batch, seen).values()]).sum()
 
 
-def forward(network: LabelPEnet, samples: Sequence[Sample]) -> dict[str, Tensor]:
+def forward(network: LabelPEnet, samples: Sequence[Sample], labels: Labels = None) -> dict[str, Tensor]:
     """The forward phase of some photographs: the loss of each module on what the one before has just inferred."""
-    phase = Phase(network, samples)
+    phase = Phase(network, samples, labels)
     terms = {"forward_1": phase.multi_label(phase.classify())}
     for number in (2, 3, 4):
         terms[f"forward_{number}"] = phase.learn(number, phase.infer(number - 1))
     return terms
 
 
-def backward(network: LabelPEnet, samples: Sequence[Sample]) -> dict[str, Tensor]:
+def backward(network: LabelPEnet, samples: Sequence[Sample], labels: Labels = None) -> dict[str, Tensor]:
     """The backward phase of some photographs: the losses of modules 3, 2 and 1 on what the next one infers."""
-    phase = Phase(network, samples)
-    certain = [replace(found, weights=torch.ones_like(found.weights)) for found in phase.infer(4)]
+    phase = Phase(network, samples, labels)
+    certain = [found.weighted((found.weights > 0).float()) for found in phase.infer(4)]
     terms = {"backward_3": phase.learn(3, certain), "backward_2": phase.learn(2, phase.infer(3))}
     scores = phase.classify()
     beta, single = network.recipe.forward_backward.beta, []
@@ -225,10 +336,12 @@ def proposal_labels(proposals: Tensor, found: Instances, beta: float) -> Tensor:
 
     Args:
         proposals: (R, 4).
-        found: module 2's detections in the same pixels.
+        found: module 2's detections in the same pixels. Background that one of weight 0 covers is left out: -1.
         beta: IoU above which a proposal belongs to the detection that it overlaps most.
     """
-    if not len(found):
-        return torch.zeros(len(proposals), dtype=torch.long)
-    overlap, which = box_iou(proposals.cpu().float(), found.boxes.cpu().float()).max(1)
-    return torch.where(overlap > beta, found.labels.cpu()[which] + 1, 0)
+    proposals, boxes, sure = proposals.cpu().float(), found.boxes.cpu().float(), found.weights.cpu() > 0
+    labels = torch.zeros(len(proposals), dtype=torch.long)
+    if bool(sure.any()):
+        overlap, which = box_iou(proposals, boxes[sure]).max(1)
+        labels = torch.where(overlap > beta, found.labels.cpu()[sure][which] + 1, 0)
+    return torch.where((labels == 0) & covered(proposals, boxes[~sure]), -1, labels)

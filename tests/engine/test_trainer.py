@@ -1,6 +1,7 @@
 """The loop. Runs of several processes and runs that get killed start from one fresh interpreter, which forks: this
 process has threads, and starting an interpreter for each would take seconds."""
 
+import copy
 import errno
 import itertools
 import json
@@ -463,6 +464,69 @@ def test_observing_changes_nothing(tmp_path):
 
 
 # Precision, processes, kills.
+
+
+def guarded(ema: float | None, fails_at: int) -> tuple[Stage, list[dict[str, torch.Tensor]]]:
+    """A stage whose guard passes but for one time; and the state that the guard saw each time."""
+    stage, seen = make_stage(ema=ema, guard_steps=3), []
+    if ema is not None:
+        stage.teacher = copy.deepcopy(stage.module)
+
+    def guard() -> tuple[dict[str, float], str | None]:
+        seen.append(weights(stage.teacher or stage.module))
+        return {"calls": float(len(seen))}, "too far" if len(seen) == fails_at else None
+
+    stage.guard = guard
+    return stage, seen
+
+
+@pytest.mark.parametrize("ema", [None, 0.6])
+def test_a_guard_ends_a_stage_with_the_weights_that_passed_last(tmp_path, ema):
+    said: list[str] = []
+    stage, seen = guarded(ema, fails_at=3)
+    train_stage(stage, tmp_path, log=said.append)
+    trained = [name for name, parameter in stage.module.named_parameters() if parameter.requires_grad]
+    assert len(seen) == 3 and "module1: too far" in said
+    for name in trained:
+        assert torch.equal(stage.module.state_dict()[name], seen[1][name])
+        assert not torch.equal(stage.module.state_dict()[name], seen[2][name])
+    rows = [row for row in read_metrics(tmp_path) if "calls" in row]
+    assert [(row["step"], row["calls"]) for row in rows] == [(3, 1), (6, 2), (9, 3)]
+    again, called = guarded(ema, fails_at=0)
+    train_stage(again, tmp_path, resume=True, **QUIET)  # it is done, so it is only loaded
+    assert not called and same(weights(again.module), weights(stage.module))
+
+
+def test_the_teacher_is_the_average_and_what_passed_survives_an_interruption(tmp_path):
+    whole, seen = guarded(0.6, fails_at=4)
+    train_stage(whole, tmp_path / "whole", **QUIET)
+    with pytest.raises(KeyboardInterrupt):
+        train_stage(interrupting(guarded(0.6, 0)[0], 10), tmp_path / "parts", **QUIET)
+    rest, later = guarded(0.6, fails_at=1)
+    train_stage(rest, tmp_path / "parts", resume=True, **QUIET)
+    assert len(later) == 1 and same(later[0], seen[3])
+    assert same(weights(rest.module), weights(whole.module))
+    plain = make_stage(ema=0.6, steps=12)
+    train_stage(plain, tmp_path / "plain", **QUIET)
+    for name, parameter in plain.module.named_parameters():
+        assert torch.equal(parameter, seen[3][name])  # looking changed nothing
+
+
+def test_the_average_moves_once_for_repeated_steps(tmp_path):
+    """After every two steps that see the same batch, so that a teacher says the same to both."""
+    stage, states = make_stage(ema=0.6, repeat=2), []
+    stage.teacher = copy.deepcopy(stage.module)
+    loss = stage.loss
+
+    def recorded(indices: list[int], step: int) -> dict[str, torch.Tensor]:
+        states.append(stage.teacher.body.weight.clone())
+        return loss(indices, step)
+
+    stage.loss = recorded
+    train_stage(stage, tmp_path, **QUIET)
+    each = states[:: len(states) // 12]
+    assert all(torch.equal(each[step], each[step + 1]) for step in range(0, 12, 2))
+    assert not any(torch.equal(each[step], each[step + 1]) for step in range(1, 11, 2))
 
 
 def test_half_precision_on_the_cpu(tmp_path):

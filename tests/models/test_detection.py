@@ -119,6 +119,48 @@ def test_the_rpn_learns_from_an_image_without_instances():
     assert float(losses["rpn_objectness"]) > 0 and float(losses["rpn_box"]) == 0
 
 
+# ------------------------------------------------------------------------------------------------- doubtful instances
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_doubtful_instances_are_neither_object_nor_background(weighted):
+    """As if they were not there, but for the background that lies in them, which is ignored."""
+    one = detector(weighted=weighted)
+    anchors = one.rpn.anchor_generator(ImageList(IMAGE, [(H, W)]), [stem_map()])
+    both, alone = target((0.6, 0.0)), target((0.6, 0.0))[:1]
+
+    def labels(instances: Instances) -> torch.Tensor:
+        given = [{"boxes": instances.boxes, "weights": one._weights(instances)}]
+        return one.rpn.assign_targets_to_anchors(anchors, given)[0][0]
+
+    x1, y1, x2, y2 = anchors[0].T
+    width, height = (
+        (torch.minimum(x2, torch.tensor(120.0)) - x1.clamp(min=70)).clamp(min=0),
+        (torch.minimum(y2, torch.tensor(60.0)) - y1.clamp(min=20)).clamp(min=0),
+    )
+    within = width * height / ((x2 - x1) * (y2 - y1)) >= 0.5
+    plain = labels(alone)
+    assert torch.equal(labels(both), torch.where((plain == 0) & within, -1, plain))
+    assert ((plain == 0) & within).sum() > 3 and ((plain == 0) & ~within).sum() > 3
+
+    proposals = torch.tensor([[12.0, 12, 60, 66], [70, 20, 118, 60], [75, 22, 100, 50], [0, 80, 30, 96]])
+    boxes, classes, _, _, matched = one.sample(proposals, both)
+    found = {tuple(box): (label, which) for box, label, which in zip(
+        boxes.tolist(), classes.tolist(), matched.tolist(), strict=True)}  # fmt: skip
+    assert found == {(12, 12, 60, 66): (1, 0), (0, 80, 30, 96): (0, 0), (10, 12, 60, 70): (1, 0)}
+
+
+def test_where_all_is_doubtful_the_rest_is_background():
+    one = detector()
+    proposals = torch.tensor([[70.0, 20, 118, 60], [0, 80, 30, 96], [12, 12, 58, 60]])
+    boxes, labels, _, weights, _ = one.sample(proposals, target((0.0, 0.0)))
+    assert boxes.tolist() == [[0, 80, 30, 96]] and labels.tolist() == [0] and weights.tolist() == [1]
+    everywhere = Instances(torch.tensor([[0.0, 0, W, H]]), torch.tensor([1]), torch.zeros(1), (H, W))
+    losses = one.losses(batch(), [everywhere])
+    assert all(float(losses[name].detach()) == 0 for name in ("class", "box"))
+    torch.stack(list(losses.values())).sum().backward()
+
+
 # -------------------------------------------------------------------------------------------------------- equation 4
 
 

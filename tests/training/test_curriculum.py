@@ -27,8 +27,17 @@ from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.models.classification import present_classes
 from labelpenet.models.detection import Detector
 from labelpenet.training import curriculum
-from labelpenet.training.curriculum import STAGE, Phase, backward, forward, forward_backward, proposal_labels
+from labelpenet.training.curriculum import (
+    STAGE,
+    Phase,
+    backward,
+    forward,
+    forward_backward,
+    proposal_labels,
+    read_anchors,
+)
 from labelpenet.training.pretrain import Sample, Training, pretrain, run_facts, to_batch
+from labelpenet.training.validated import validate
 from tests.models.tiny import lively_mobilenet
 from tests.training.test_pretrain import boxes_of, results, tiny_recipe
 
@@ -37,7 +46,10 @@ CHANGES = (
     "forward_backward.schedule.batch_size=2",
     "forward_backward.schedule.warmup=0",
     "forward_backward.schedule.lr=0.001",
+    "forward_backward.train_stem=true",
+    "forward_backward.drift=none",
 )
+INFERRED = "forward_backward.labels=inferred"
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +176,56 @@ def test_backward_each_module_learns_what_the_next_one_infers(start, images, mon
     )
 
 
+def training_on(start: Path, images: TaggedImages, *changes: str) -> Training:
+    network = LabelPEnet.from_run(start, recipe=tiny_recipe(*CHANGES, *changes))
+    return Training(network, images, boxes_of(images), start, Fabric(accelerator="cpu", devices=1))
+
+
+def test_validated_labels_teach_whom_inferred_ones_would(start, images, monkeypatch):
+    """The teacher labels the photograph as it is, however the network sees it, and says the same to both phases."""
+    training, anchors = training_on(start, images), read_anchors(start, images)
+    network, one = training.network, curriculum.stage(training, read_anchors(start, images))
+    draws = (one.load([0], torch.Generator().manual_seed(draw))[0] for draw in range(20))
+    shown = next(sample for sample in draws if sample.view.flipped)
+    pixels = read_image(images.images[0].path)
+    assert np.array_equal(shown.image, pixels) and shown.view.size not in {(64, 64), (80, 80)}
+    torch.testing.assert_close(shown.view.pixels, network.view(pixels, shown.view.size[0], True).pixels, atol=1, rtol=0)
+    batch = one.teacher.batch([pixels], [shown.tags], [shown.proposals])
+    expected = []
+    for number in range(1, 5):
+        anchor, ((found, _),) = anchors[number - 1]["train_00000"], one.teacher.infer(number, batch)
+        together = Instances.cat([anchor, found])
+        voted = together if number > 2 else one.teacher.vote(number, [together], batch)[0]  # modules 3 and 4 have voted
+        expected.append(shown.view.instances(validate(anchor, found, voted.weights, 0.6, 0.7)))
+    network.train()
+    seen = spy(monkeypatch, network)
+    one.loss([shown], 0)
+    assert all(same(seen[number], expected[number - 2]) for number in (2, 3, 4))
+    with torch.no_grad():  # as the optimiser would between the two
+        network.detection.classifier.weight.add_(1.0)
+    one.loss([shown], 1)
+    assert same(seen[3], expected[3].weighted((expected[3].weights > 0).float())) and same(seen[2], expected[2])
+
+
+def test_labels_that_drift_are_told_without_annotation(start, images):
+    training, anchors = training_on(start, images, "forward_backward.drift=1.6"), read_anchors(start, images)
+    figures, problem = curriculum.guard(training, training.network, anchors)()
+    kinds = ("area", "number", "agreement")
+    assert figures == {f"drift/module{number}_{kind}": pytest.approx(1) for number in (2, 3, 4) for kind in kinds}
+    assert problem is None
+
+    class Halved(dict):
+        def __missing__(self, name: str) -> Instances:
+            one = anchors[2][name]
+            assert one.masks is not None
+            half = one.masks.clone()
+            half[:, ::2] = False
+            return Instances(one.boxes, one.labels, one.weights, one.image_size, half)
+
+    figures, problem = curriculum.guard(training, training.network, (*anchors[:2], Halved(), anchors[3]))()
+    assert figures["drift/module3_area"] == pytest.approx(2, rel=0.1) and "module 3 (refinement)" in str(problem)
+
+
 def test_the_background_of_module_one_learns_only_backward(start, images):
     network = trainable(start)
     bias = network.classification.classifier.bias
@@ -199,6 +261,17 @@ def test_proposal_labels_against_a_loop(beta):
     assert 0 in expected and max(expected) > 0
     assert proposal_labels(torch.from_numpy(proposals), found, beta).tolist() == expected
     assert proposal_labels(torch.from_numpy(proposals), found[:0], beta).tolist() == [0] * 70
+    doubted = found.weighted(torch.tensor([0.0] * 5 + [1.0] * 5))
+    rest = proposal_labels(torch.from_numpy(proposals), found[5:], beta)
+    for proposal, label, plain in zip(
+        proposals, proposal_labels(torch.from_numpy(proposals), doubted, beta), rest, strict=True
+    ):
+        x1, y1, x2, y2 = (
+            np.maximum(proposal, objects[:5]).T[:2].tolist() + np.minimum(proposal, objects[:5]).T[2:].tolist()
+        )
+        within = np.maximum(np.subtract(x2, x1), 0) * np.maximum(np.subtract(y2, y1), 0)
+        hidden = (within >= 0.5 * np.prod(proposal[2:] - proposal[:2])).any()
+        assert label == (-1 if plain == 0 and hidden else plain)
 
 
 def test_mirrored_photographs_carry_their_proposals_along(start, images):
@@ -206,8 +279,8 @@ def test_mirrored_photographs_carry_their_proposals_along(start, images):
     boxes = boxes_of(images)
     seen = set()
     for flip in ("true", "false"):
-        network = LabelPEnet(lively_mobilenet(7), images.classes, tiny_recipe(f"images.flip={flip}"))
-        load = curriculum.load(Training(network, images, boxes, start, fabric))
+        network = LabelPEnet(lively_mobilenet(7), images.classes, tiny_recipe(f"images.flip={flip}", INFERRED))
+        load = curriculum.load(Training(network, images, boxes, start, fabric), ())
         for draw in range(6):
             (one,) = load([1], torch.Generator().manual_seed(draw))
             pixels = read_image(images.images[1].path)
@@ -236,9 +309,9 @@ def test_both_phases_of_an_iteration_see_the_same_photographs(start, images, tmp
     seen: list[tuple[str, bytes]] = []
     for phase in (forward, backward):
 
-        def recorded(network: LabelPEnet, samples: list[Sample], phase=phase) -> dict[str, Tensor]:
+        def recorded(network: LabelPEnet, samples: list[Sample], labels, phase=phase) -> dict[str, Tensor]:
             seen.extend((phase.__name__, one.view.pixels.numpy().tobytes()) for one in samples)
-            return phase(network, samples)
+            return phase(network, samples, labels)
 
         monkeypatch.setattr(curriculum, phase.__name__, recorded)
     improve(images, start, tmp_path / "run")
@@ -282,7 +355,7 @@ def test_single_phases_and_a_frozen_stem(start, images, tmp_path, phases, still)
 
 
 def test_the_average_of_the_weights_moves_less(improved, start, images, tmp_path):
-    improve(images, start, tmp_path / "run", "forward_backward.ema=none")
+    improve(images, start, tmp_path / "run", "forward_backward.share=none", INFERRED)
     first, averaged, plain = (LabelPEnet.from_run(run) for run in (start, improved, tmp_path / "run"))
 
     def distance(one: LabelPEnet) -> float:
@@ -296,6 +369,11 @@ def test_what_it_cannot_start_from_is_named(improved, start, images, tmp_path):
     part = cascade(images, tmp_path / "part", 2)
     with pytest.raises(InputError, match="module 3 is not trained"):
         improve(images, part, tmp_path / "run")
+    more = TaggedImages(images.classes, (*images.images, replace(images.images[0], id="other")))
+    with pytest.raises(InputError, match="no labels of 1 of the photographs, such as other"):
+        improve(more, start, tmp_path / "run")
+    with pytest.raises(InputError, match="need a teacher"):
+        improve(images, start, tmp_path / "none", "forward_backward.share=none")
     with pytest.raises(InputError, match="not a run folder"):
         improve(images, tmp_path, tmp_path / "run")
     other = TaggedImages(images.classes[::-1], images.images)
