@@ -28,7 +28,7 @@ class Progress:
     ) -> None:
         self._stage, self._steps, self._start, self._every = stage, steps, start, every
         self._began = self._shown = time.monotonic()
-        self._log = log or _log.info
+        self._log, self._warn = log or _log.info, log or _log.warning
         self._bar = _live_bar(stage, steps, start) if log is None and sys.stderr.isatty() else None
 
     def __enter__(self) -> Progress:
@@ -43,11 +43,11 @@ class Progress:
             self._bar.stop()
 
     def say(self, message: str) -> None:
-        """Prints a line of its own, above the live one."""
+        """Prints a warning in a line of its own, above the live one."""
         if self._bar is not None:
             self._bar.console.print(message, markup=False, highlight=False)
         else:
-            self._log(message)
+            self._warn(message)
 
     def show(self, step: int, row: Mapping[str, Any]) -> None:
         """Shows the state after ``step`` steps with the values of ``row``, if the last time is long enough ago."""

@@ -33,7 +33,7 @@ def small(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "demo"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(proposals, "_usable_cores", lambda: 1)  # starting processes would take longer than the work
-        patch.setattr(demo, "_write_report", lambda run, report, year: report.write_text("report"))
+        patch.setattr(demo, "write_report", lambda run, report, *data, images: report.write_text("report"))
         with patch.context() as interrupted:
             interrupted.setattr(demo, "measure_run", _interrupt)
             with pytest.raises(KeyboardInterrupt):

@@ -70,7 +70,7 @@ def test_other_weights_and_proposals_have_other_features(tmp_path, images):
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "flip"])
-def test_damaged_features_are_computed_again_and_told(tmp_path, images, capsys, damage):
+def test_damaged_features_are_computed_again_and_told(tmp_path, images, caplog, damage):
     features, before = kept(tmp_path, images, boxes_of(images))
     for image in images.images[:2]:
         garble(features.path(image), damage)
@@ -79,7 +79,7 @@ def test_damaged_features_are_computed_again_and_told(tmp_path, images, capsys, 
     assert torch.equal(found, before[images.images[0].id]) and features.network.classification.training
     _, after = kept(tmp_path, images, boxes_of(images))
     assert all(torch.equal(after[name], before[name]) for name in before)
-    said = capsys.readouterr().out
+    said = caplog.text
     assert all(f"{features.path(image)} is damaged" in said for image in images.images[:2])
 
 
@@ -91,7 +91,7 @@ def garble(path: Path, damage: str, where: float = 0.6) -> None:
     path.write_bytes(b"" if damage == "empty" else content if damage == "flip" else content[:place])
 
 
-def test_a_finished_module_that_is_damaged_comes_back_bit_for_bit(tmp_path, capsys):
+def test_a_finished_module_that_is_damaged_comes_back_bit_for_bit(tmp_path, caplog):
     year = write_scenes(tmp_path / "scenes", train=N, val=0, size=(64, 80), seed=3)
     run = tmp_path / "run"
     train(year, run, until=1)
@@ -104,7 +104,7 @@ def test_a_finished_module_that_is_damaged_comes_back_bit_for_bit(tmp_path, caps
         garble(run / name, damage)
         train(year, run, until=1, resume=True)
         assert results(run) == whole
-        assert f"{run / name} is damaged" in "".join(capsys.readouterr())
+        assert f"{run / name} is damaged" in caplog.text
 
 
 def test_predictions_are_kept_for_what_they_were_made_from_alone(tmp_path, images):

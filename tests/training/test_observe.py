@@ -56,7 +56,7 @@ def held_out(year: Path) -> HeldOut:
 def observed(scenes, tmp_path_factory) -> Training:
     """A run that is looked at after every step."""
     training = a_training(scenes, tmp_path_factory.mktemp("observed") / "run")
-    pretrain(training, UNTIL, lambda message: None, Observer(training, 0.0, held_out(scenes)))
+    pretrain(training, UNTIL, Observer(training, 0.0, held_out(scenes)))
     return training
 
 
@@ -67,7 +67,7 @@ def rows_of(run: Path, part: str, number: int = 2) -> list[dict]:
 def test_training_does_not_notice(scenes, observed, tmp_path):
     """Bit for bit the weights and instances of a run that nothing looks at."""
     training = a_training(scenes, tmp_path / "run")
-    pretrain(training, UNTIL, lambda message: None)
+    pretrain(training, UNTIL)
     assert results(training.run) == results(observed.run)
     assert not (tmp_path / "run/metrics.jsonl").read_text().count("val")
 
@@ -183,11 +183,11 @@ def test_after_an_interruption_the_figures_are_there_once(scenes, tmp_path, monk
     training = a_training(scenes, run)
     monkeypatch.setattr(Observer, "conclude", torn)
     with pytest.raises(KeyboardInterrupt):
-        pretrain(training, 1, lambda message: None, Observer(training, 60.0, held_out(scenes)))
+        pretrain(training, 1, Observer(training, 60.0, held_out(scenes)))
     before = read_metrics(run)
     monkeypatch.setattr(Observer, "conclude", conclude)
     training = a_training(scenes, run, resume=True)
-    pretrain(training, 1, lambda message: None, Observer(training, 60.0, held_out(scenes)))
+    pretrain(training, 1, Observer(training, 60.0, held_out(scenes)))
     after = read_metrics(run)
     assert len(rows_of(run, "val", 1)) == 1
     assert [{**row, "time": 0} for row in after] == [{**row, "time": 0} for row in before]
