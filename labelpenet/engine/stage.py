@@ -57,6 +57,8 @@ class Stage:
         repeat: consecutive steps that see the same batch with the same augmentation (the phases of an iteration).
         ema: decay of a moving average of the trained parameters (0.999, say), moved after every `repeat` steps, which
             the module holds once the stage is done; None keeps the parameters themselves.
+        ema_from_start: whether the parameters that the stage began with have a share in the average. Where they are
+            random they must not: after 640 steps at .998 they would still be 28 % of it.
         teacher: a copy of `module` that holds that average all the time, for `loss` to ask; None for none.
         observe: ``observe(step, metrics)`` is called every `observe_minutes` without gradients, on the first process
             alone, to show what the module now does.
@@ -77,6 +79,7 @@ class Stage:
     workers: int = 2
     repeat: int = 1
     ema: float | None = None
+    ema_from_start: bool = True
     teacher: nn.Module | None = None
     observe: Callable[[int, MetricsLog], None] | None = None
     observe_minutes: float = 5.0

@@ -370,11 +370,15 @@ class _Trainer:
         return problem
 
     def _update_average(self) -> None:
-        if self.stage.ema is None or (self.step + 1) % self.stage.repeat:
+        ema, (updates, between) = self.stage.ema, divmod(self.step + 1, self.stage.repeat)
+        if ema is None or between:
             return
+        share = 1 - ema
+        if not self.stage.ema_from_start:
+            share /= 1 - ema**updates  # the first update replaces the start, and the shares of all add up to 1
         for name, parameter in self.stage.module.named_parameters():
             if name in self.average:
-                self.average[name].lerp_(parameter.detach(), 1 - self.stage.ema)
+                self.average[name].lerp_(parameter.detach(), share)
 
     def _names(self, indices: Sequence[int]) -> str:
         return ", ".join(self.stage.images[index] for index in indices)

@@ -148,6 +148,7 @@ def stage(student: Student, images: TaggedImages, labels: Mapping[str, Instances
         loss=loss,
         load=load,
         ema=noise.ema,
+        ema_from_start=False,
     )
 
 
