@@ -85,7 +85,8 @@ def measure(
     held_out, predictor = open_annotated(data, split, classes), Predictor(run, device)
     truths, figures = held_out.readable_truths()[0], {}
     for module in (2, 4):
-        rows, sizes, skipped = {}, {}, []
+        rows, sizes = {}, {}
+        skipped: list[Any] = []
         for image, found in predictor.run(held_out.tagged.images, module, skipped):
             rows[image.id] = found.to_coco(image.id, list(range(1, len(classes) + 1)))
             sizes[image.id] = found.image_size

@@ -212,13 +212,15 @@ def guard(training: Training, asked: LabelPEnet, anchors: Anchors) -> Callable[[
             for number, own in rows.items():
                 ((found, _),) = asked.infer(number, batch)
                 own.append(validated.compare(found, anchors[number - 1][image.id]))
-        shares, figures, problem = gather(fabric.world_size, rows), {}, None
+        shares = gather(fabric.world_size, rows)
+        figures: dict[str, float] = {}
+        problem: str | None = None
         for number in rows:
             together = [one for share in shares for one in share[number]]
             if together:
-                found = validated.drift(together)
-                figures |= {f"drift/module{number}_{key}": value for key, value in found.items()}
-                problem = problem or (validated.beyond(number, found, bound) if bound else None)
+                moved = validated.drift(together)
+                figures |= {f"drift/module{number}_{key}": value for key, value in moved.items()}
+                problem = problem or (validated.beyond(number, moved, bound) if bound else None)
         return figures, f"stopped, for {problem}; what was within the bound is kept" if problem else None
 
     return look
@@ -324,8 +326,8 @@ def backward(network: LabelPEnet, samples: Sequence[Sample], labels: Labels = No
     scores = phase.classify()
     beta, single = network.recipe.forward_backward.beta, []
     for sample, found, (x_c, _) in zip(samples, phase.infer(2), scores, strict=True):
-        labels = proposal_labels(sample.proposals, found, beta)
-        single.append(network.classification.single_label_loss(x_c, labels.to(x_c.device)))
+        own = proposal_labels(sample.proposals, found, beta)
+        single.append(network.classification.single_label_loss(x_c, own.to(x_c.device)))
     terms["backward_1_multi"] = phase.multi_label(scores)
     terms["backward_1_single"] = torch.stack(single).mean()
     return terms
