@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from labelpenet.errors import InputError
-from labelpenet.old_recipe import modernise
+from labelpenet.old_recipe import inferred_second_stage, modernise, vote_in_calibrations
 
 Pool = typing.Literal["max", "align"]
 Attention = typing.Literal["excitation", "gradient"]
@@ -654,9 +654,10 @@ def from_dict(values: dict[str, Any]) -> Recipe:
         if "modules" not in values:
             known = [(set(vars(module)), set(vars(module.label))) for module in base.modules]
             values = modernise(values, known)
-        # how forward-backward learning once averaged its weights, which says nothing of those that a run holds
-        learning = {key: one for key, one in values.get("forward_backward", {}).items() if key != "ema"}
-        return _build(base, {**values, "forward_backward": learning})
+        learning = inferred_second_stage(values.get("forward_backward", {}))
+        return _build(
+            base, {**values, "modules": vote_in_calibrations(values["modules"]), "forward_backward": learning}
+        )
     except (TypeError, KeyError, AttributeError, ValueError, InputError) as error:
         raise InputError(f"the run's recipe cannot be read ({error}); it was made by another version") from error
 

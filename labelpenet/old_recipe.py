@@ -1,8 +1,8 @@
-"""Recipes as version 0.1 wrote them into run.json: schedules and calibrations stood beside the modules."""
+"""Recipes as earlier versions wrote them into run.json: in 0.1 schedules and calibrations stood beside the modules."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Choices that are gone, and the only value of each that can still be followed.
@@ -10,7 +10,9 @@ _GONE = {
     "form": "paper", "contrast": False, "score": "softmax", "extra_proposals": False, "weight": "score",
     "affiliated": True,
 }  # fmt: skip
-_LATER = {"keep": 0.0, "nested": None}  # choices of a calibration that did not exist yet, and what was done then
+# Choices that did not exist yet, and what was done then.
+_LATER = {"keep": 0.0, "nested": None}
+_NO_MARGIN = {"mask_margin": 0.0}
 _RENAMED = {"background": "threshold", "part": "min_component", "duplicate": "mask_nms"}
 
 
@@ -37,7 +39,7 @@ def modernise(old: dict[str, Any], known: Sequence[tuple[set[str], set[str]]]) -
             own |= {"heat": "all", "initialiser": "gaussian"}
         else:
             own |= {"rpn_pre_nms_top_n_train": 2000, "rpn_pre_nms_top_n_test": 1000}
-            own |= {"score_threshold": predict["score_threshold"], "mask_margin": 0.0}
+            own |= {"score_threshold": predict["score_threshold"]} | _NO_MARGIN
             own |= dict.fromkeys(("rpn_post_nms_top_n_train", "rpn_post_nms_top_n_test"), own["rpn_proposals"])
             if own.get("freeze_head"):
                 raise ValueError("a frozen RoI head is no choice of modules 2 to 4 any more")
@@ -51,3 +53,28 @@ def modernise(old: dict[str, Any], known: Sequence[tuple[set[str], set[str]]]) -
     together = {key: old[key] for key in ("name", "images", "proposals")}
     learning = {**old["forward_backward"], "schedule": old["schedule5"]}
     return {**together, "warm_up": old["schedule0"], "modules": modules, "forward_backward": learning}
+
+
+def vote_in_calibrations(modules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The modules as they are written now, of a time when a module had one choice of a vote, for its predictions."""
+    found = []
+    for module in modules:
+        own = dict(module)
+        if "vote" in own:
+            margin = _NO_MARGIN if "mask_width" in own else {}
+            before = {**_LATER, "vote": False}
+            own["label"] = before | own["label"]
+            own["predict"] = before | {"vote": own.pop("vote")} | own["predict"]
+            own |= margin
+        found.append(own)
+    return found
+
+
+def inferred_second_stage(learning: Mapping[str, Any]) -> dict[str, Any]:
+    """The choices of forward-backward learning from a time when it had no validated labels, and ``ema`` was a decay."""
+    if "ema" not in learning:
+        return dict(learning)
+    own = dict(learning)
+    decay, updates = own.pop("ema"), own["schedule"]["steps"] * (2 if own["phases"] == "both" else 1)
+    share = None if decay is None else min(1.0, max(1e-6, decay**updates))
+    return {**own, "labels": "inferred", "drift": None, "share": share}

@@ -241,10 +241,26 @@ def test_a_choice_that_a_run_does_not_know_yet_is_that_of_its_recipe():
     assert from_dict(values) == override(recipe("best"), ["images.sides=320", "modules.4.schedule.steps=7"])
 
 
-def test_how_an_earlier_second_stage_averaged_is_passed_over():
+def test_a_recipe_from_before_labels_had_a_vote_says_what_it_said_then():
+    """No choice of today slips into a run that knew another: its masks never left their boxes."""
     values = to_dict(recipe("best"))
-    values["forward_backward"]["ema"] = 0.99
-    assert from_dict(values) == recipe("best")
+    for module in values["modules"][1:]:
+        for part in ("label", "predict"):
+            for name in ("vote", "keep", "nested"):
+                del module[part][name]
+        module.pop("mask_margin", None)
+        module["vote"] = True
+    values["forward_backward"] = values["forward_backward"] | {"ema": 0.99}
+    for name in ("labels", "share", "drift"):
+        del values["forward_backward"][name]
+    one = from_dict(json.loads(json.dumps(values)))
+    for module in one.modules[1:]:
+        assert (module.label.vote, module.predict.vote) == (False, True)
+        assert (module.label.keep, module.label.nested) == (module.predict.keep, module.predict.nested) == (0, None)
+    assert [module.mask_margin for module in one.modules[2:]] == [0, 0]
+    learning = one.forward_backward
+    assert (learning.labels, learning.drift) == ("inferred", None)
+    assert learning.share == pytest.approx(0.99 ** (2 * learning.schedule.steps), abs=1e-6)
 
 
 def test_recipes_are_values():

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,6 +34,8 @@ from labelpenet.formats.rows import (
     match_images,
 )  # fmt: skip
 from labelpenet.instances import Instances
+
+_log = logging.getLogger(__name__)
 
 ROWS_A_GROUP = 10_000  # of a Parquet file: about 10 MB in memory
 
@@ -97,7 +99,7 @@ class Part:
             self.finished = there == self.path and not self.left()
             if not self.finished:
                 if there == self.path:
-                    print(f"{self.path} is damaged; what is missing is made again", file=sys.stderr)
+                    _log.warning("note: %s is damaged; what is missing is made again", self.path)
                     self.path.replace(self.partial)
                 self._file: BinaryIO = self._stack.enter_context(self.partial.open("ab"))
                 self._file.truncate(length)

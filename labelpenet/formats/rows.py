@@ -308,6 +308,7 @@ def _number(value: Any, where: str) -> float:
 
 
 def check_id(value: Any, where: str) -> int | str:
+    """The value, if it can be the id of an image or category; else raises InputError, which starts with ``where``."""
     if type(value) not in (int, str):
         raise InputError(f"{where}: {str(value)[:40]!r} is neither a whole number nor text")
     return value

@@ -66,7 +66,27 @@ class StrideAnchors(AnchorGenerator):
         return [torch.cat(anchors)] * len(image_list.image_sizes)
 
 
-class WeightedRPN(RegionProposalNetwork):
+class DoubtingRPN(RegionProposalNetwork):
+    """torchvision's RPN whose targets may hold ``doubtful`` boxes (M, 4): negative anchors on them are ignored."""
+
+    @classmethod
+    def like(cls, other: RegionProposalNetwork) -> DoubtingRPN:
+        """The same network, with the same parameters."""
+        one = cls(other.anchor_generator, other.head, 0.7, 0.3, 256, 0.5, {}, {}, 0.7)
+        one.__dict__.update(other.__dict__)
+        return one
+
+    def assign_targets_to_anchors(
+        self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Labels (A,) 1, 0 or -1 for ignored, and matched boxes (A, 4) of every image."""
+        labels, boxes = super().assign_targets_to_anchors(anchors, targets)
+        for label, own, target in zip(labels, anchors, targets, strict=True):
+            label[(label == 0) & covered(own, target["doubtful"])] = -1
+        return labels, boxes
+
+
+class WeightedRPN(DoubtingRPN):
     """torchvision's RPN with the instance's weight as soft target and regression weight (equation 3).
 
     The weights travel as the anchors' labels: -1 is ignored, 0 background, and a value in (0, 1] is the weight of the
@@ -79,14 +99,16 @@ class WeightedRPN(RegionProposalNetwork):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Labels (A,) in {-1} or [0, 1] and matched boxes (A, 4) of every image."""
         sure = [target["weights"] > 0 for target in targets]
-        known = [{"boxes": target["boxes"][own]} for target, own in zip(targets, sure, strict=True)]
+        known = [
+            {"boxes": target["boxes"][own], "doubtful": target["boxes"][~own]}
+            for target, own in zip(targets, sure, strict=True)
+        ]
         labels, boxes = super().assign_targets_to_anchors(anchors, known)
-        for index, (own, target) in enumerate(zip(anchors, targets, strict=True)):
-            objects, weights = known[index]["boxes"], target["weights"][sure[index]]
+        for index, own in enumerate(anchors):
+            objects, weights = known[index]["boxes"], targets[index]["weights"][sure[index]]
             if len(objects):
                 matched = weights[box_iou(objects, own).argmax(0)].to(labels[index])
                 labels[index] = torch.where(labels[index] > 0, matched, labels[index])
-            labels[index][(labels[index] == 0) & covered(own, target["boxes"][~sure[index]])] = -1
         return labels, boxes
 
     def compute_loss(

@@ -29,7 +29,6 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import box_iou
 
 from labelpenet import config
@@ -41,7 +40,7 @@ from labelpenet.errors import InputError, reason
 from labelpenet.instances import Instances
 from labelpenet.models.build import BACKBONES, build_backbone
 from labelpenet.models.cascade import LabelPEnet, read_run
-from labelpenet.models.detection import ANCHOR_RATIOS, covered, rcnn_loss
+from labelpenet.models.detection import ANCHOR_RATIOS, DoubtingRPN, covered, rcnn_loss
 from labelpenet.models.segmentation import crop_masks, mask_loss
 from labelpenet.models.weights import load_weights, torchvision_weights
 
@@ -326,26 +325,6 @@ class Rois:
     weights: Tensor
     encoded: Tensor
     matched: Tensor
-
-
-class DoubtingRPN(RegionProposalNetwork):
-    """torchvision's RPN whose targets may hold ``doubtful`` boxes (M, 4): negative anchors on them are ignored."""
-
-    @classmethod
-    def like(cls, other: RegionProposalNetwork) -> DoubtingRPN:
-        """The same network, with the same parameters."""
-        one = cls(other.anchor_generator, other.head, 0.7, 0.3, 256, 0.5, {}, {}, 0.7)
-        one.__dict__.update(other.__dict__)
-        return one
-
-    def assign_targets_to_anchors(
-        self, anchors: list[Tensor], targets: list[dict[str, Tensor]]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Labels (A,) 1, 0 or -1 for ignored, and matched boxes (A, 4) of every image."""
-        labels, boxes = super().assign_targets_to_anchors(anchors, targets)
-        for label, own, target in zip(labels, anchors, targets, strict=True):
-            label[(label == 0) & covered(own, target["doubtful"])] = -1
-        return labels, boxes
 
 
 def roi_loss(logits: Tensor, deltas: Tensor, labels: Tensor, encoded: Tensor) -> Tensor:

@@ -91,6 +91,8 @@ def forward_backward(
     if held_out is not None:
         check_held_out(images, held_out)
     recipe = recipe or config.from_dict(facts["recipe"])
+    if recipe.forward_backward.labels == "validated" and recipe.forward_backward.share is None:
+        raise InputError("validated labels need a teacher; choose --set forward_backward.share=0.4, say")
     fabric = build_fabric(options.device, options.devices, options.nodes, options.precision)
     network = LabelPEnet.from_run(start, recipe=recipe)
     for number in range(1, len(MODULES) + 1):
@@ -156,8 +158,6 @@ def stage(training: Training, anchors: Anchors) -> Stage:
     network.stem.requires_grad_(choice.train_stem)
     phases = {"both": (forward, backward), "forward": (forward,), "backward": (backward,)}[choice.phases]
     count = len(phases)
-    if choice.labels == "validated" and choice.share is None:
-        raise InputError("validated labels need a teacher; choose --set forward_backward.share=0.4, say")
     teacher = None if choice.share is None else copy.deepcopy(network).requires_grad_(False).eval()
     asked = teacher or network
     labels: dict[tuple[int, str], list[Instances]] = {}

@@ -10,6 +10,7 @@ Shape letters: ``A`` instances of the anchor, ``T`` of the teacher.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -96,12 +97,13 @@ def validate(anchor: Instances, found: Instances, belief: Tensor, enter: float, 
 
 def shared_pixels(one: Instances) -> Tensor:
     """(N, N) the number of pixels that two masks have in common, 0 for two of different classes."""
-    if not len(one):
-        return torch.zeros(0, 0)
-    masks = one.masks
-    assert masks is not None
-    flat = masks.flatten(1).float()
-    return flat @ flat.T * (one.labels[:, None] == one.labels)
+    shared, masks, labels = torch.zeros(len(one), len(one)), one.compact_masks, one.labels.tolist()
+    if masks is None:
+        raise ValueError("instances without masks cannot be compared")
+    for first, second in itertools.combinations_with_replacement(range(len(one)), 2):
+        if labels[first] == labels[second]:
+            shared[first, second] = shared[second, first] = masks.overlap(first, second)
+    return shared
 
 
 def pairs(iou: Tensor) -> Tensor:

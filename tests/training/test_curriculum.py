@@ -374,6 +374,7 @@ def test_what_it_cannot_start_from_is_named(improved, start, images, tmp_path):
         improve(more, start, tmp_path / "run")
     with pytest.raises(InputError, match="need a teacher"):
         improve(images, start, tmp_path / "none", "forward_backward.share=none")
+    assert not (tmp_path / "none").exists(), "nothing is half written"
     with pytest.raises(InputError, match="not a run folder"):
         improve(images, tmp_path, tmp_path / "run")
     other = TaggedImages(images.classes[::-1], images.images)
