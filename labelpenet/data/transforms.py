@@ -15,6 +15,8 @@ from torch import Tensor
 
 from labelpenet.instances import Instances
 
+GRID = 128  # pixels; on a GPU the sides of what a network sees are multiples of it
+
 
 @dataclass
 class View:
@@ -40,8 +42,7 @@ class View:
         scaled = boxes.to(self.pixels.device).float() * self.pixels.new_tensor([*self.scale, *self.scale])
         if not self.flipped:
             return scaled
-        width = self.pixels.shape[-1]
-        return torch.stack([width - scaled[:, 2], scaled[:, 1], width - scaled[:, 0], scaled[:, 3]], 1)
+        return mirror(scaled, self.pixels.shape[-1])
 
     def back(self, boxes: Tensor) -> Tensor:
         """The inverse of `boxes`, for a view that is not flipped."""
@@ -52,12 +53,26 @@ class View:
         height, width = self.size
         device, masks = self.pixels.device, None
         if one.masks is not None:
-            masks = torch.zeros(len(one), height, width, dtype=torch.bool)
-            for index, mask in enumerate(one.masks.cpu().numpy()):
-                resized = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
-                masks[index] = torch.from_numpy(resized.astype(bool))
+            masks = resize_masks(one.masks, (height, width))
             masks = (masks.flip(-1) if self.flipped else masks).to(device)
         return Instances(self.boxes(one.boxes), one.labels.to(device), one.weights.to(device), (height, width), masks)
+
+
+def mirror(boxes: Tensor, width: int) -> Tensor:
+    """Boxes (R, 4) of a picture so many pixels wide, mirrored left to right with it."""
+    return torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
+
+
+def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, H, W) bool masks at another size (h, w), on the CPU, each pixel from the one that lies under its centre.
+
+    OpenCV's plain nearest neighbour takes another, and would move masks against their boxes by half a pixel to one.
+    """
+    resized = torch.zeros(len(masks), *size, dtype=torch.bool)
+    for index, mask in enumerate(masks.cpu().numpy()):
+        one = cv2.resize(mask.astype(np.uint8), (size[1], size[0]), interpolation=cv2.INTER_NEAREST_EXACT)
+        resized[index] = torch.from_numpy(one.astype(bool))
+    return resized
 
 
 @dataclass
@@ -90,11 +105,22 @@ class Batch:
 
 
 def stack(views: Sequence[View]) -> Tensor:
-    """The views' pixels (N, 3, h, w), padded with the mean colour right and below to the largest."""
-    height, width = (max(sizes) for sizes in zip(*(view.size for view in views), strict=True))
+    """The views' pixels (N, 3, h, w), padded with the mean colour right and below to the largest, and `divisible`."""
+    multiple = divisible(views[0].pixels.device)
+    height, width = (
+        -(-max(sizes) // multiple) * multiple for sizes in zip(*(view.size for view in views), strict=True)
+    )
     if all(view.size == (height, width) for view in views):
         return torch.cat([view.pixels for view in views])
     stacked = views[0].pixels.new_zeros(len(views), 3, height, width)
     for target, view in zip(stacked, views, strict=True):
         target[:, : view.size[0], : view.size[1]] = view.pixels[0]
     return stacked
+
+
+def divisible(device: torch.device, least: int = 1) -> int:
+    """What the sides of a network's input are multiples of: at least ``least``, `GRID` on a GPU.
+
+    Photographs come in hundreds of sizes, and cuDNN plans every convolution anew for a size that it has not seen.
+    """
+    return max(least, GRID if device.type == "cuda" else 1)

@@ -75,6 +75,12 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
+def images_together(batch_size: int, fabric: Fabric) -> int:
+    """Images of a batch that go through the network at a time in training: one on a CPU, on a GPU all of a process."""
+    share, rest = divmod(batch_size, fabric.world_size)
+    return 1 if fabric.device.type == "cpu" or rest else share
+
+
 class Machine:
     """Where a process computes, and its place among the processes."""
 

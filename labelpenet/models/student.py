@@ -36,6 +36,7 @@ from labelpenet.config import StudentRecipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
 from labelpenet.data.images import read_image
+from labelpenet.data.transforms import divisible
 from labelpenet.errors import InputError, reason
 from labelpenet.instances import Instances
 from labelpenet.models.build import BACKBONES, build_backbone
@@ -175,7 +176,8 @@ class Student(nn.Module):
         network = self.network
         images = [network.transform.normalize(lesson.pixels.to(self.device)) for lesson in lessons]
         sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
-        batch = ImageList(network.transform.batch_images(images).contiguous(memory_format=torch.channels_last), sizes)
+        together = network.transform.batch_images(images, divisible(self.device, network.transform.size_divisible))
+        batch = ImageList(together.contiguous(memory_format=torch.channels_last), sizes)
         maps = {name: features.float() for name, features in network.backbone(batch.tensors).items()}
         targets = [{"boxes": one.target.boxes, "doubtful": one.doubtful} for one in lessons]
         proposals, found = network.rpn(batch, maps, targets)

@@ -28,7 +28,8 @@ from labelpenet import config
 from labelpenet.config import MODULES, CascadeOptions, Recipe
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.images import read_image
-from labelpenet.engine.distributed import build_fabric, gather
+from labelpenet.data.transforms import mirror
+from labelpenet.engine.distributed import build_fabric, gather, images_together
 from labelpenet.engine.sampler import stream_seed
 from labelpenet.engine.stage import Stage
 from labelpenet.errors import InputError
@@ -185,6 +186,7 @@ def stage(training: Training, anchors: Anchors) -> Stage:
         images=[image.id for image in training.images.images],
         loss=loss,
         load=load(training, anchors),
+        micro_batch=images_together(schedule.batch_size, training.fabric),
         repeat=count,
         ema=None if choice.share is None else choice.share ** (1 / schedule.steps),
         teacher=teacher,
@@ -239,8 +241,7 @@ def load(training: Training, anchors: Anchors) -> Callable[[list[int], torch.Gen
             if flip:
                 # The photograph itself is mirrored, for what the modules infer is in its pixels.
                 pixels = np.ascontiguousarray(pixels[:, ::-1])
-                width = pixels.shape[1]
-                boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
+                boxes = mirror(boxes, pixels.shape[1])
             return Shown(pixels, training.network.view(pixels, side), image.tags, boxes, id=image.id)
         labels = tuple(module[image.id] for module in anchors)
         if any(label.image_size != pixels.shape[:2] for label in labels):

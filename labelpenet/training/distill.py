@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,8 @@ from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImages
 from labelpenet.data.files import write_tensors
 from labelpenet.data.images import read_image
-from labelpenet.engine.distributed import build_fabric
+from labelpenet.data.transforms import mirror, resize_masks
+from labelpenet.engine.distributed import build_fabric, images_together
 from labelpenet.engine.sampler import seed_step
 from labelpenet.engine.stage import Stage
 from labelpenet.engine.trainer import train_stage
@@ -94,7 +94,7 @@ def distill(
     with open_run(out, {**facts, "source": dict(source or {})}, resume, taught, fabric):
         if not weights_file.is_file():
             train_stage(
-                stage(student, taught, labels),
+                stage(student, taught, labels, images_together(recipe.schedule.batch_size, fabric)),
                 out,
                 seed=seed,
                 config=facts,
@@ -127,8 +127,8 @@ def read_truths(annotated: AnnotatedImages) -> tuple[Mapping[str, Instances], tu
     return found.truths, found.notes
 
 
-def stage(student: Student, images: TaggedImages, labels: Mapping[str, Instances]) -> Stage:
-    """The student's training."""
+def stage(student: Student, images: TaggedImages, labels: Mapping[str, Instances], micro_batch: int = 1) -> Stage:
+    """The student's training, ``micro_batch`` images at a time."""
     recipe = student.recipe
     schedule, noise = recipe.schedule, recipe.noise
 
@@ -147,6 +147,7 @@ def stage(student: Student, images: TaggedImages, labels: Mapping[str, Instances
         images=[image.id for image in images.images],
         loss=loss,
         load=load,
+        micro_batch=micro_batch,
         ema=noise.ema,
         ema_from_start=False,
     )
@@ -164,14 +165,11 @@ def lesson(image: np.ndarray, labels: Instances, images: Images, noise: Noise, g
     # as torchvision's own transform resizes, so that the student sees in training what it sees later
     pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)[0]
     scale = torch.tensor([size[1] / width, size[0] / height] * 2)
-    masks = torch.zeros(len(taught), *size, dtype=torch.bool)
-    for index, mask in enumerate([] if taught.masks is None else taught.masks.numpy()):
-        resized = cv2.resize(mask.astype(np.uint8), (size[1], size[0]), interpolation=cv2.INTER_NEAREST)
-        masks[index] = torch.from_numpy(resized.astype(bool))
+    masks = resize_masks(torch.zeros(len(taught), height, width) if taught.masks is None else taught.masks, size)
     boxes, doubtful = taught.boxes * scale, doubtful * scale
     if flip:
         pixels, masks = pixels.flip(-1), masks.flip(-1)
-        boxes, doubtful = (_mirror(one, size[1]) for one in (boxes, doubtful))
+        boxes, doubtful = (mirror(one, size[1]) for one in (boxes, doubtful))
     return Lesson(pixels, Instances(boxes, taught.labels, taught.weights, size, masks), doubtful)
 
 
@@ -183,10 +181,6 @@ def sort_out(labels: Instances, noise: Noise) -> tuple[Instances, Tensor]:
     if not noise.weighted:
         taught = Instances(taught.boxes, taught.labels, torch.ones(len(taught)), taught.image_size, taught.masks)
     return taught, labels.boxes[~sure]
-
-
-def _mirror(boxes: Tensor, width: int) -> Tensor:
-    return torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
 
 
 def _fingerprint(name: str, one: Instances) -> bytes:

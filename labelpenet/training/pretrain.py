@@ -22,7 +22,7 @@ from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.files import write_tensors
 from labelpenet.data.images import read_image
 from labelpenet.data.transforms import Batch, View
-from labelpenet.engine.distributed import gather
+from labelpenet.engine.distributed import gather, images_together
 from labelpenet.engine.stage import Stage
 from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import DamagedError
@@ -222,6 +222,7 @@ def stage(training: Training, number: int, targets: Mapping[str, Instances] | No
         "images": images,
     }
     module = training.network.module(number)
+    common["micro_batch"] = images_together(common["schedule"].batch_size, training.fabric)
     if getattr(module.settings, "freeze_head", False):
         training.features.compute_all(training.images.images)
         return Stage(**common, loss=cached_loss(training))

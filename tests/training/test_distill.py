@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -59,6 +60,16 @@ def test_labels_follow_their_photograph():
         shown = found.pixels[0] > 0.5
         assert (shown == found.target.masks.any(0)).float().mean() > 0.98
     assert len(seen) == 4, "two sizes, mirrored or not"
+
+
+def test_masks_do_not_move_against_their_boxes():
+    corners = [[8 + 11 * index, 4 + 13 * index] for index in range(12)]
+    one = labels([[x, y, x + 37, y + 41] for x, y in corners], [1.0] * 12, size=(200, 200))
+    image = np.zeros((200, 200, 3), np.uint8)
+    choice = Images(sides=(67,), longest=1000, flip=False)
+    found = lesson(image, one, choice, Noise(nested=1.0), torch.Generator()).target
+    moved = (masks_to_boxes(found.masks) - found.boxes).mean(0)
+    assert moved.abs().max() < 0.15, "of 0.33 where the corner of a pixel stands for it"
 
 
 def test_a_student_learns_from_labels():
