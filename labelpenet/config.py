@@ -464,7 +464,7 @@ def best() -> Recipe:
     several: dict[str, Any] = {"per_class": 20, "min_score": 0.05, "joint": False}
     sure: dict[str, Any] = {"keep": 0.5, "nested": 0.85}  # of what is passed on
     detect = AttentionCalibration(combine="mean", max_attention=80, **several, **crf)
-    masks = MaskCalibration(nms=0.4, mask_nms=0.5, max_masks=100, vote=True, **several, **crf | {"threshold": 0.38})
+    masks = MaskCalibration(nms=0.4, mask_nms=0.5, max_masks=100, vote=True, **several, **crf)
     segmenter: dict[str, Any] = {
         **detector, "mask_width": 128, "mask_depth": 2, "mask_margin": 0.15, "schedule": replace(schedule, steps=800),
         "label": replace(masks, **sure), "predict": masks,
