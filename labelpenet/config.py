@@ -464,11 +464,13 @@ def best() -> Recipe:
     several: dict[str, Any] = {"per_class": 20, "min_score": 0.05, "joint": False}
     sure: dict[str, Any] = {"keep": 0.5, "nested": 0.85}  # of what is passed on
     detect = AttentionCalibration(combine="mean", max_attention=80, **several, **crf)
-    masks = MaskCalibration(nms=0.4, mask_nms=0.5, max_masks=100, vote=True, **several, **crf)
+    masks = MaskCalibration(nms=0.4, mask_nms=0.5, max_masks=100, vote=True, **several, **crf | {"threshold": 0.38})
     segmenter: dict[str, Any] = {
         **detector, "mask_width": 128, "mask_depth": 2, "mask_margin": 0.15, "schedule": replace(schedule, steps=800),
         "label": replace(masks, **sure), "predict": masks,
     }  # fmt: skip
+    # What attention maps enlarged is cut back once, where it is first passed on as a mask.
+    refiner = segmenter | {"label": replace(masks, **sure | {"threshold": 0.5})}
     return Recipe(
         name="best",
         images=Images(sides=(480,), longest=800, flip=True, test_side=480),
@@ -484,7 +486,7 @@ def best() -> Recipe:
                 label=replace(detect, mask_nms=0.5, **sure),
                 predict=replace(detect, vote=True, box="proposal"),
             ),
-            Segmentation("refinement", **segmenter),
+            Segmentation("refinement", **refiner),
             Segmentation("segmentation", **segmenter, weighted=False),
         ),
         forward_backward=ForwardBackward(

@@ -14,6 +14,7 @@ from labelpenet.training.curriculum import backward, forward
 from labelpenet.training.pretrain import Sample
 from tests.device import DEVICE, There, move, pretended
 from tests.models.test_cascade import CLASSES, photograph, some_boxes, tiny_recipe
+from tests.models.test_student import lesson, untaught
 from tests.models.tiny import TinyBackbone
 
 MOST = 30
@@ -121,6 +122,21 @@ def test_losses(number, host, there):
     expected, wanted = learn(host)
     assert found == pytest.approx(expected, rel=1e-4)
     torch.testing.assert_close(gradients, wanted, atol=1e-4, rtol=1e-3)
+
+
+def test_a_students_losses():
+    """Lessons are made on the host."""
+    lessons = [lesson([[5, 5, 40, 60]], [[20, 20, 64, 64]]), lesson([[10, 10, 50, 50], [0, 30, 30, 60]])]
+    host, other = untaught().train(), untaught().train()
+    with pretended() as waits:
+        move(other)
+        torch.manual_seed(0)
+        losses = other.losses(lessons, limit=4.0)
+        sum(losses.values()).backward()
+        assert sum(waits.values()) <= MOST * len(lessons), waits.most_common()
+        found = {name: value.item() for name, value in losses.items()}
+    torch.manual_seed(0)
+    assert found == pytest.approx({name: value.item() for name, value in host.losses(lessons, 4.0).items()}, rel=1e-4)
 
 
 @pytest.mark.parametrize("phase", [forward, backward])

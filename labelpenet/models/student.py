@@ -64,6 +64,10 @@ class Lesson:
     target: Instances
     doubtful: Tensor
 
+    def to(self, device: torch.device) -> Lesson:
+        """The same on another device."""
+        return Lesson(self.pixels.to(device), self.target.to(device), self.doubtful.to(device))
+
 
 @dataclass(frozen=True)
 class Levels:
@@ -174,7 +178,8 @@ class Student(nn.Module):
             limit: a RoI whose class or box loss exceeds it is left out (`trusted`); None for none.
         """
         network = self.network
-        images = [network.transform.normalize(lesson.pixels.to(self.device)) for lesson in lessons]
+        lessons = [lesson.to(self.device) for lesson in lessons]
+        images = [network.transform.normalize(lesson.pixels) for lesson in lessons]
         sizes = [(int(image.shape[-2]), int(image.shape[-1])) for image in images]
         together = network.transform.batch_images(images, divisible(self.device, network.transform.size_divisible))
         batch = ImageList(together.contiguous(memory_format=torch.channels_last), sizes)
