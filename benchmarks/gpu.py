@@ -210,7 +210,8 @@ def main() -> None:
                 found.append(row)
                 print(line(row), flush=True)
         table += found
-        footer.append(f"{setting.backbone.name}, recipe {setting.recipe.name}: {hours(setting, found):.2f} hours on VOC 2007")
+        name = f"{setting.backbone.name}, recipe {setting.recipe.name}"
+        footer.append(f"{name}: {hours(setting, found):.2f} hours on VOC 2007")
     print(
         f"\n{torch.cuda.get_device_name(device)}, {setting.fabric._precision.precision}, torch {torch.__version__}, "
         f"{one.images} images, {one.steps} steps, {'trained' if one.run else 'random'} weights; "
