@@ -21,7 +21,7 @@ from torch import Tensor
 from labelpenet.calibration.calibrate import drop_components, segment
 from labelpenet.config import Calibration
 
-CHOICES = tuple(round(0.25 + 0.05 * step, 2) for step in range(10))
+CHOICES = tuple(round(0.3 + 0.05 * step, 2) for step in range(9))
 """The thresholds that are compared, T of them."""
 
 START = 0.4
@@ -30,7 +30,7 @@ START = 0.4
 _REACH = 2  # steps to either side over which a mask is to hold still
 _GRID = tuple(round(CHOICES[0] + 0.05 * step, 2) for step in range(-_REACH, len(CHOICES) + _REACH))
 _STRONG_EDGE = 6.0  # times the median gradient: an edge stronger than that counts no more
-_OTHERS = 5.0  # instances of its own at which a class hears itself as much as all classes together
+_OTHERS = 20.0  # instances of its own at which a class hears itself as much as all classes together
 
 
 def judge(canvas: np.ndarray, confidence: Tensor, settings: Calibration) -> Tensor:
@@ -45,12 +45,14 @@ def judge(canvas: np.ndarray, confidence: Tensor, settings: Calibration) -> Tens
         settings: of the dense CRF and of what is dropped from its masks.
     """
     count, height, width = confidence.shape
+    if not count:
+        return torch.zeros(0, len(CHOICES))
     wanted = torch.tensor(_GRID, device=confidence.device).repeat(count)
     alone = replace(settings, joint=False, threshold="auto")
     repeated = confidence.repeat_interleave(len(_GRID), 0)
     masks = (segment(canvas, repeated, alone, None, wanted) > 0.5).cpu()
     kept = [drop_components(mask, settings.min_component).numpy() for mask in masks]
-    of_instance = np.stack(kept).reshape(count, len(_GRID), height, width) if count else np.zeros((0, 0, 0, 0))
+    of_instance = np.stack(kept).reshape(count, len(_GRID), height, width)
     gradient = _gradient(canvas)
     fits = torch.zeros(count, len(CHOICES))
     for row, own in zip(fits, of_instance, strict=True):

@@ -215,8 +215,9 @@ def find_thresholds(training: Training, number: int) -> None:
             progress.show(done, {})
     everyone = [one for share in gather(fabric.world_size, judged) for one in share]
     module.thresholds.copy_(choose_thresholds(everyone, module.num_classes))
-    chosen = zip(training.images.classes, module.thresholds.tolist(), strict=True)
-    _log.info("module %d: thresholds %s", number, ", ".join(f"{name} {value:.2f}" for name, value in chosen))
+    if fabric.global_rank == 0:
+        chosen = zip(training.images.classes, module.thresholds.tolist(), strict=True)
+        _log.info("module %d: thresholds %s", number, ", ".join(f"{name} {value:.2f}" for name, value in chosen))
 
 
 def some_of_each_class(images: TaggedImages, count: int, seed: int) -> list[TaggedImage]:
