@@ -88,7 +88,8 @@ def open_tags_file(
     notes = [*table.notes, *said, *brief(table.problems, "rows look odd")]
     occurring = set().union(*tags.values()) if tags else set()
     if occurring and all(name.isdigit() for name in occurring):
-        notes.append(f"{path.name} calls the classes by numbers: {listing(sorted(occurring, key=int))}")
+        numbers = sorted(occurring, key=lambda name: (len(name), name))  # int takes neither ² nor 5,000 digits
+        notes.append(f"{path.name} calls the classes by numbers: {listing(numbers)}")
     untagged = sum(name not in tags for name in _image_files(home))
     if untagged:
         notes.append(f"{untagged} images of {home} do not stand in {path.name}; they are not used")

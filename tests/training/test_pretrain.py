@@ -114,7 +114,8 @@ def test_each_module_finds_thresholds_and_labels_by_them(straight, scenes, tmp_p
         assert masks is not None and len(masks)
         areas.append(float(masks.flatten(1).sum(1).float().mean()))
     assert areas[0] > areas[1]
-    named = train(scenes, tmp_path / "named", "modules.*.label.threshold=0.4", "modules.*.predict.threshold=0.4", until=1)
+    by_hand = [f"modules.*.{use}.threshold=0.4" for use in ("label", "predict")]
+    named = train(scenes, tmp_path / "named", *by_hand, until=1)
     assert named.classification.thresholds is None
     assert "thresholds" not in load_file(tmp_path / "named" / "weights" / "classification.safetensors")
 
