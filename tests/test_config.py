@@ -108,14 +108,13 @@ def test_override_changes_one_choice_and_leaves_the_rest():
             "images.flip=false",
             "images.test_side=320",
             "modules.1.label.threshold=0.25",
-            "modules.2.label.threshold=auto",
             "modules.3.schedule.decay=0.5:0.1,0.9:0.01",
             "modules.3.schedule.kind=adamw",
         ],
     )
     assert after.modules[1].schedule.steps == 800
     assert after.images.sides == (480, 576) and after.images.flip is False and after.images.test_side == 320
-    assert after.modules[0].label.threshold == 0.25 and after.modules[1].label.threshold == "auto"
+    assert after.modules[0].label.threshold == 0.25
     assert after.modules[2].schedule.decay == ((0.5, 0.1), (0.9, 0.01)) and after.modules[2].schedule.kind == "adamw"
     assert after.modules[3] == before.modules[3] and after.modules[0].schedule == before.modules[0].schedule
     assert override(after, ["images.test_side=none"]).images.test_side is None
@@ -271,8 +270,10 @@ def test_recipes_are_values():
     assert config.best() == config.best()
 
 
-def test_best_needs_no_threshold_by_hand_and_paper_has_none():
-    assert {choice.threshold for m in recipe("best").modules for choice in (m.label, m.predict)} == {"auto"}
+def test_best_cuts_masks_at_these_thresholds():
+    """Of labels and of answers: `docs/studies.md` says what they do to the area that is passed on."""
+    thresholds = [(m.label.threshold, m.predict.threshold) for m in recipe("best").modules]
+    assert thresholds == [(0.35, 0.35), (0.35, 0.35), (0.5, 0.38), (0.38, 0.38)]
     assert {choice.threshold for m in recipe("paper").modules for choice in (m.label, m.predict)} == {None}
 
 
