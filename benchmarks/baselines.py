@@ -44,8 +44,9 @@ from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou, cascade_table, classification_ap, evaluate, mask_iou
+from labelpenet.evaluation.records import run_lengths
 from labelpenet.formats import open_annotated
-from labelpenet.instances import Instances, encode_masks
+from labelpenet.instances import Instances
 from labelpenet.models.cascade import read_run
 from labelpenet.models.classification import Classification
 from labelpenet.progress import Progress
@@ -246,7 +247,7 @@ def qualities(found: Instances, truth: Instances) -> list[float]:
     assert found.masks is not None and truth.masks is not None
     same = (found.labels[:, None] == truth.labels[None]).numpy()
     boxes = np.where(same, box_iou(found.boxes.numpy(), truth.boxes.numpy()), 0).max(1, initial=0.0)
-    masks = np.where(same, mask_iou(encode_masks(found.masks), encode_masks(truth.masks)), 0).max(1, initial=0.0)
+    masks = np.where(same, mask_iou(run_lengths(found.masks), run_lengths(truth.masks)), 0).max(1, initial=0.0)
     return ((boxes >= 0.5) + masks).tolist()
 
 

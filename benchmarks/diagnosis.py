@@ -70,8 +70,9 @@ from labelpenet.evaluation import (
     match_masks,
     record,
 )
+from labelpenet.evaluation.records import run_lengths
 from labelpenet.formats import open_annotated, read_predictions
-from labelpenet.instances import Instances, encode_masks
+from labelpenet.instances import Instances
 from labelpenet.models.cascade import read_run
 from labelpenet.training.inferred import read_inferred
 from labelpenet.training.predict import Predictor
@@ -478,7 +479,7 @@ def oracle_masks(predictor: Predictor, image: np.ndarray, truth: Instances) -> t
 
 def _mask_ious(masks: Tensor, truth: Instances) -> np.ndarray:
     assert truth.masks is not None
-    return mask_iou(encode_masks(masks), encode_masks(truth.masks)).diagonal()
+    return mask_iou(run_lengths(masks), run_lengths(truth.masks)).diagonal()
 
 
 def oracle_table(title: str, ious: Mapping[str, np.ndarray], labels: np.ndarray, classes: Sequence[str]) -> Table:

@@ -41,8 +41,9 @@ from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou, mask_iou
+from labelpenet.evaluation.records import run_lengths
 from labelpenet.formats import open_annotated
-from labelpenet.instances import Instances, encode_masks
+from labelpenet.instances import Instances
 from labelpenet.models.attention import roi_attention
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.training.features import RoIFeatures
@@ -246,7 +247,7 @@ def judge(found: Instances, truth: Truth, tags: tuple[int, ...]) -> list[tuple[i
         right = box_iou(mine.boxes.numpy(), objects.boxes.numpy()).max(1) >= 0.5
         overlap = np.full(len(mine), np.nan)
         if objects.masks is not None and mine.masks is not None:
-            overlap = mask_iou(encode_masks(mine.masks), encode_masks(objects.masks)).max(1)
+            overlap = mask_iou(run_lengths(mine.masks), run_lengths(objects.masks)).max(1)
         rows += [(tag, i == 0, bool(right[i]), float(overlap[i])) for i in range(len(mine))]
     return rows
 

@@ -83,7 +83,7 @@ class CompactMasks:
         return int(np.count_nonzero(a[y1 - ay : y2 - ay, x1 - ax : x2 - ax] & b[y1 - by : y2 - by, x1 - bx : x2 - bx]))
 
     def encode(self) -> list[dict[str, Any]]:
-        """The masks as compressed COCO RLE, as `encode_masks` gives them."""
+        """The masks as compressed COCO RLE, ``{"size": [H, W], "counts": str}`` each."""
         height, width = self.image_size
         rows = []
         for crop, (x, y) in self:
@@ -293,36 +293,49 @@ class Instances:
         return cls(boxes, labels, weights, image_size, masks)
 
 
-def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
-    """(N, H, W) bool masks as compressed COCO RLE, ``{"size": [H, W], "counts": str}`` each."""
-    packed = np.asfortranarray(masks.cpu().numpy().astype(np.uint8).transpose(1, 2, 0))
-    return [{"size": list(row["size"]), "counts": row["counts"].decode("ascii")} for row in rle.encode(packed)]
-
-
 def decode_mask(segmentation: Any, image_size: tuple[int, int]) -> Tensor:
     """One COCO ``segmentation`` (polygons, or RLE compressed or not) as an (H, W) bool mask.
 
     Raises:
-        InputError: the segmentation is malformed, or an RLE of another size than ``image_size``.
+        InputError: as `check_segmentation`.
     """
     height, width = image_size
-    try:
-        if isinstance(segmentation, list):
-            _check_polygons(segmentation, image_size)
-            encoded = rle.merge(rle.frPyObjects(segmentation, height, width))
-            return torch.from_numpy(rle.decode(encoded).astype(bool))
-        if tuple(segmentation["size"]) != (height, width):
-            raise InputError(f"a mask of size {tuple(segmentation['size'])} lies on an image of size {(height, width)}")
-        counts = segmentation["counts"]
-        runs = np.array(counts if isinstance(counts, list) else _runs(counts), dtype=np.int64)
-        # Checked here because pycocotools hands out uninitialised memory where the runs end early.
-        if (runs < 0).any() or (runs > height * width).any() or runs.sum() != height * width:
-            raise InputError(f"the runs of a mask do not add up to its {height} x {width} pixels; write it again")
-        return torch.from_numpy(np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T.copy())
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"a segmentation cannot be decoded ({error}); expected COCO polygons or RLE") from error
+    runs = check_segmentation(segmentation, image_size)
+    if runs is None:
+        encoded = rle.merge(rle.frPyObjects(segmentation, height, width))
+        return torch.from_numpy(rle.decode(encoded).astype(bool))
+    return torch.from_numpy(np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T.copy())
+
+
+def check_segmentation(segmentation: Any, image_size: tuple[int, int]) -> np.ndarray | None:
+    """Refuses a COCO ``segmentation`` that does not describe a mask of ``image_size`` (H, W).
+
+    pycocotools itself decodes run lengths that end early into whatever lies in memory, and polygons of any extent.
+
+    Returns:
+        The lengths of an RLE's runs, None for polygons.
+
+    Raises:
+        InputError: the fault.
+    """
+    height, width = image_size
+    if isinstance(segmentation, list) and segmentation:
+        for polygon in segmentation:
+            _check_polygon(polygon, image_size)
+        return None
+    counts = segmentation.get("counts") if isinstance(segmentation, dict) else None
+    if not isinstance(counts, (str, bytes, list)):
+        raise InputError("segmentation must be polygons, or RLE with size and counts")
+    size = segmentation.get("size")
+    if not isinstance(size, (list, tuple)) or list(size) != [height, width]:
+        raise InputError(
+            f"RLE of size {size} on an image of [{height}, {width}]; predict on the photographs at their original size"
+        )
+    runs = _runs(counts)
+    # each by itself, too: the sum may overflow
+    if runs is None or (runs < 0).any() or (runs > height * width).any() or runs.sum() != height * width:
+        raise InputError(f"damaged RLE, its runs do not add up to {height * width} pixels; write it again")
+    return runs
 
 
 def masks_to_boxes(masks: Tensor) -> Tensor:
@@ -340,42 +353,44 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
     return torch.where((x2 > 0)[:, None], boxes, torch.zeros_like(boxes))
 
 
-def _runs(counts: str | bytes) -> np.ndarray:
-    """The run lengths in COCO's compressed text: five bits a character, the sixth says that more follow, the sign in
-    the last one's fifth bit, and from the fourth run on the difference to the run two before."""
-    letters = np.frombuffer(counts.encode("ascii") if isinstance(counts, str) else counts, np.uint8).astype(np.int64)
+def _runs(counts: str | bytes | list[Any]) -> np.ndarray | None:
+    """The run lengths of an RLE, compressed (text) or not; None if it is none.
+
+    In COCO's text five bits a character, least first; the sixth says that more follow, the sign is in the last one's
+    fifth bit, and from the fourth run on it is the difference to the run two before.
+    """
+    if isinstance(counts, list):
+        return np.array(counts, np.int64) if all(type(run) is int and abs(run) < 2**32 for run in counts) else None
+    letters = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8).astype(np.int64)
     bits = letters - 48
     if not len(bits) or (bits < 0).any() or (bits > 63).any() or bits[-1] & 32:
-        raise InputError("the runs of a mask are no COCO run-length text; write it again")
+        return None
     last = np.flatnonzero((bits & 32) == 0)
     first = np.concatenate([[0], last[:-1] + 1])
     place = np.arange(len(bits)) - np.repeat(first, last - first + 1)
     if place.max() > 6:  # 35 bits: more than any image has pixels
-        raise InputError("a run of a mask is longer than any image; write it again")
-    values = np.add.reduceat((bits & 31) << (5 * place), first)
-    values -= np.where(bits[last] & 16, np.int64(1) << (5 * (last - first + 1)), 0)
+        return None
+    runs = np.add.reduceat((bits & 31) << (5 * place), first)
+    runs -= np.where(bits[last] & 16, np.int64(1) << (5 * (last - first + 1)), 0)
     # Undoing the differences: the runs 1, 3, 5, ... and 2, 4, 6, ... are running sums; run 0 stands alone.
-    runs = values.copy()
-    runs[1::2] = np.cumsum(values[1::2])
-    runs[2::2] = np.cumsum(values[2::2])
+    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
     return runs
 
 
-def _check_polygons(polygons: list[Any], image_size: tuple[int, int]) -> None:
+def _check_polygon(polygon: Any, image_size: tuple[int, int]) -> None:
     """Refuses what makes pycocotools slow or wrong: other things than x, y lists, and outlines without end."""
-    longest = max(image_size)
-    if not polygons:
-        raise InputError("a segmentation without polygons; remove it")
-    for polygon in polygons:
+    try:
         values = np.asarray(polygon, dtype=np.float64)
-        if values.ndim != 1 or len(values) < 6 or len(values) % 2:
-            raise InputError("a polygon needs x, y of at least three points in one list; mend it")
-        # Not-a-number fails this comparison too.
-        if not ((values >= -longest) & (values <= 2 * longest)).all():
-            raise InputError("a polygon leaves its image by more than the image's size; mend it")
-        outline = np.abs(np.diff(values.reshape(-1, 2), axis=0)).sum()
-        if outline > 1e7:
-            raise InputError("a polygon's outline is more than ten million pixels long; simplify it")
+    except (TypeError, ValueError, OverflowError):
+        values = np.zeros(0)
+    if not isinstance(polygon, list) or values.ndim != 1 or len(values) < 6 or len(values) % 2:
+        raise InputError("a polygon must be a list [x1, y1, x2, y2, x3, y3, ...]; mend it")
+    longest = max(image_size)
+    # Not-a-number fails this comparison too.
+    if not ((values >= -longest) & (values <= 2 * longest)).all():
+        raise InputError(f"a polygon leaves the image of {image_size[1]} x {image_size[0]} pixels; mend it")
+    if np.abs(np.diff(values.reshape(-1, 2), axis=0)).sum() > 1e7:
+        raise InputError("a polygon's outline is more than ten million pixels long; simplify it")
 
 
 def _round(values: Tensor) -> list[float]:

@@ -2,7 +2,7 @@
 
 from labelpenet.calibration.calibrate import Candidates, Chosen, Trace, calibrate, choose_instances, proposal_candidates
 from labelpenet.calibration.crf import DenseCRF, dense_crf
-from labelpenet.calibration.excitation import excitation_backprop, excitation_roi, forward_with_activations
+from labelpenet.calibration.excitation import excitation_backprop, forward_with_activations
 from labelpenet.calibration.maps import (
     background_map,
     confidence_map,
@@ -22,7 +22,6 @@ __all__ = [
     "confidence_map",
     "dense_crf",
     "excitation_backprop",
-    "excitation_roi",
     "forward_with_activations",
     "heat_map",
     "normalise",

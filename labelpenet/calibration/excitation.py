@@ -17,8 +17,6 @@ BatchNorm1d/2d, FrozenBatch-    in eval mode only: the positive per-channel scal
 Norm2d                          of an active input on, and stops it where the scale is not positive
 AvgPool2d, AdaptiveAvgPool2d    the averaging itself
 MaxPool2d, AdaptiveMaxPool2d    the largest entry of each window, which gets the whole signal
-`RegionPool` of RoIAlign        its bilinear weights
-`RegionPool` of RoIPool         the largest entry of each bin, which gets the whole signal
 `Residual`, InvertedResidual    ``y = g(x) + f(x)``: the signal is split between the two in the ratio of max(g(x), 0)
 (torchvision; g(x) = x)         to max(f(x), 0), and each share goes on through its own layers
 Sequential (hence torchvision's its layers, one after the other
@@ -48,7 +46,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torchvision.models.mobilenetv2 import InvertedResidual
-from torchvision.ops import FrozenBatchNorm2d, RoIAlign, RoIPool
+from torchvision.ops import FrozenBatchNorm2d
 
 Layers = nn.Module | Iterable[nn.Module]
 Step = tuple[nn.Module, nn.Module | None]
@@ -56,27 +54,6 @@ Step = tuple[nn.Module, nn.Module | None]
 
 NORMS = (_BatchNorm, FrozenBatchNorm2d)
 PASSING = (nn.ReLU, nn.ReLU6, nn.Flatten, _DropoutNd)
-
-
-class RegionPool(nn.Module):
-    """RoI pooling at given regions as a layer of one input, so that it can stand in a chain.
-
-    Args:
-        pool: torchvision's RoIPool or RoIAlign.
-        rois: (R, 5) ``image index, x1, y1, x2, y2`` or, for each image, (R_n, 4), as torchvision takes them.
-    """
-
-    def __init__(self, pool: RoIPool | RoIAlign, rois: Tensor | list[Tensor]) -> None:
-        super().__init__()
-        self.pool, self.rois = pool, rois
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(N, D, h, w) feature maps to (R, D, *pool.output_size)."""
-        # A copy, because tensors made under inference_mode cannot take part in the transpose.
-        rois = self.rois if isinstance(self.rois, Tensor) else list(self.rois)
-        if isinstance(rois, Tensor):
-            return self.pool(features, rois.to(features.dtype, copy=True))
-        return self.pool(features, [boxes.to(features.dtype, copy=True) for boxes in rois])
 
 
 class Residual(nn.Module):
@@ -132,21 +109,6 @@ def excitation_backprop(layers: Layers, x: Tensor, top: Tensor, activations: Seq
         return signal.reshape(x.shape)
 
 
-def excitation_roi(pool: RoIPool | RoIAlign, features: Tensor, rois: Tensor | list[Tensor], top: Tensor) -> Tensor:
-    """Brings excitation of RoI features back to the feature map, summed over the regions.
-
-    Args:
-        pool: torchvision's RoIPool (each bin's signal goes to its largest entry) or RoIAlign (bilinear weights).
-        features: (N, D, h, w) feature maps that were pooled.
-        rois: the regions, as torchvision takes them.
-        top: (R, D, *pool.output_size) signal at the RoI features, >= 0.
-
-    Returns:
-        (N, D, h, w), >= 0.
-    """
-    return excitation_backprop([RegionPool(pool, rois)], features, top)
-
-
 def forward_with_activations(layers: Layers, x: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Runs a chain of layers and keeps what `excitation_backprop` will ask for.
 
@@ -157,8 +119,7 @@ def forward_with_activations(layers: Layers, x: Tensor) -> tuple[Tensor, list[Te
         x: (R, ...) input of the first layer.
 
     Returns:
-        The output of the last layer, and the kept tensors: references to inputs of layers, no copies, each (R, ...)
-        unless the chain holds a `RegionPool`.
+        The output of the last layer, and the kept tensors: references to inputs of layers, no copies, each (R, ...).
 
     Raises:
         TypeError: a layer without a rule.
@@ -207,7 +168,6 @@ def _(layer: nn.Module, norm: nn.Module | None = None) -> Callable[[Tensor], Ten
 @excitatory.register(nn.AdaptiveAvgPool2d)
 @excitatory.register(nn.MaxPool2d)
 @excitatory.register(nn.AdaptiveMaxPool2d)
-@excitatory.register(RegionPool)
 def _(layer: nn.Module, norm: nn.Module | None = None) -> Callable[[Tensor], Tensor]:
     return partial(type(layer).forward, layer)
 

@@ -172,19 +172,26 @@ def choose_classes(classes: Sequence[str] | None, known: Iterable[str], source: 
 
 
 def tag_images(
-    found: Sequence[NamedImage], classes: Sequence[str], problems: Sequence[str], source: Path
+    found: Sequence[NamedImage],
+    classes: Sequence[str] | None,
+    known: Iterable[str],
+    problems: Sequence[str],
+    source: Path,
+    said: Sequence[str] = (),
 ) -> TaggedImages:
-    """The images of a data set with the chosen ``classes`` as tags.
+    """The images of a data set with the chosen classes as tags; other names of an image are left out.
 
     Args:
         found: the images that can be used, in order.
-        classes: the chosen class names; other names of an image are left out.
+        classes, known: as in `choose_classes`.
         problems: one line each about images that cannot be used.
         source: the data set, for messages.
+        said: notes that come before those from here.
 
     Raises:
-        InputError: no image can be used.
+        InputError: no image can be used, or as `choose_classes`.
     """
+    classes = choose_classes(classes, known, source) if found else ()
     problems = [*problems, *(f"{source}: unprintable image id {one.id!r}" for one in found if not one.id.isprintable())]
     found = [one for one in found if one.id.isprintable()]
     if not found:
@@ -203,4 +210,21 @@ def tag_images(
     absent = [name for name in classes if label[name] not in present]
     if absent:
         notes.append(f"no image shows {listing(absent)}")
-    return TaggedImages(tuple(classes), images, tuple(notes))
+    return TaggedImages(classes, images, (*said, *notes))
+
+
+def with_truth(
+    tagged: TaggedImages,
+    source: Path,
+    truth: Callable[[TaggedImage], Truth],
+    categories: Sequence[int] | None = None,
+) -> AnnotatedImages:
+    """The images together with what reads their truth; ``categories`` are their classes' COCO ids, None for 1..C."""
+    images = {image.id: image for image in tagged.images}
+
+    def read(image_id: str) -> Truth:
+        if image_id not in images:
+            raise InputError(f"{source}: no image {image_id!r} in this split; check the ids of the predictions")
+        return truth(images[image_id])
+
+    return AnnotatedImages(tagged, read, tuple(categories or range(1, len(tagged.classes) + 1)))

@@ -121,12 +121,14 @@ def _quiet() -> Iterator[None]:
 
 def _open(path: Path) -> Image.Image:
     """The image, not yet decoded, once its size is known to be harmless."""
-    if not path.exists():
-        raise InputError(f"{path}: no such image; check the path")
-    if not path.is_file():
-        raise InputError(f"{path}: not a file; give an image file")
     try:
+        if not path.exists():
+            raise InputError(f"{path}: no such image; check the path")
+        if not path.is_file():
+            raise InputError(f"{path}: not a file; give an image file")
         image = Image.open(path, formats=FORMATS)
+    except InputError:
+        raise
     except Image.DecompressionBombError as error:
         raise InputError(f"{path}: more than {PIXEL_LIMIT // 10**6} million pixels; make it smaller") from error
     except OSError as error:

@@ -15,7 +15,7 @@ from labelpenet.evaluation.detection import (
 from labelpenet.evaluation.masks import average_best_overlap, mask_iou, match_masks
 from labelpenet.evaluation.protocols import Protocol, evaluate
 from labelpenet.evaluation.records import Record, record
-from labelpenet.evaluation.semantic import class_ious, confusion, mean_iou, paint
+from labelpenet.evaluation.semantic import class_ious, confusion, paint
 from labelpenet.evaluation.tables import Table, beside_paper, cascade_table, paper_table, paper_tables, summary_table
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "match_boxes",
     "match_detections",
     "match_masks",
-    "mean_iou",
     "paint",
     "paper_table",
     "paper_tables",

@@ -49,13 +49,3 @@ def class_ious(counts: np.ndarray) -> np.ndarray:
     right, true = counts.diagonal().astype(np.float64), counts.sum(1)
     union = true + counts.sum(0) - right
     return np.divide(right, union, out=np.full(len(counts), np.nan), where=true > 0)
-
-
-def mean_iou(counts: np.ndarray) -> float:
-    """Mean over background and the classes that occur in the truth, in [0, 1]; NaN if no pixel counts.
-
-    A class without a true pixel is left out, as it is from every other mean (the kit, measured on all 20 classes
-    with truth, does not meet the case).
-    """
-    values = class_ious(counts)
-    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")

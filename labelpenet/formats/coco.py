@@ -20,8 +20,8 @@ from labelpenet.data.dataset import (
     TaggedImage,
     TaggedImages,
     Truth,
-    choose_classes,
     tag_images,
+    with_truth,
 )
 from labelpenet.data.files import brief, excerpt, inside, is_file, listing, read_json, read_names, write_text
 from labelpenet.errors import InputError
@@ -92,14 +92,14 @@ def choose_file(files: Sequence[Path], split: str | None, data: Path) -> Path:
     return fitting[0]
 
 
-def open_tagged(
+def open_annotated(
     path: Path,
     split: str | None = None,
     classes: Sequence[str] | None = None,
     images: Path | None = None,
     content: Any = None,
-) -> TaggedImages:
-    """The tagged images of an instances file: a tag for each category of its annotations that are no crowds.
+) -> AnnotatedImages:
+    """The images of an instances file, with a tag for each category of their annotations that are no crowds, and truth.
 
     Args:
         path: the JSON file.
@@ -112,37 +112,19 @@ def open_tagged(
     Raises:
         InputError: the file is no instances file, a class is unknown, or no image can be used.
     """
-    return _tagged(_read(path, content), split, classes, images)
-
-
-def open_annotated(
-    path: Path,
-    split: str | None = None,
-    classes: Sequence[str] | None = None,
-    images: Path | None = None,
-    content: Any = None,
-) -> AnnotatedImages:
-    """The same images with their truth, for measuring. Arguments and errors as `open_tagged`."""
     instances = _read(path, content)
     tagged = _tagged(instances, split, classes, images)
     number = {name: category for category, name in instances.names.items()}
-    label = {name: index for index, name in enumerate(tagged.classes)}
     keys = {_image_id(row): key for key, row in instances.images.items()}
-    files = {image.id: image.path for image in tagged.images}
 
-    def read(image_id: str) -> Truth:
-        if image_id not in files:
-            raise InputError(f"{path}: no image {image_id!r}; check the ids of the predictions")
-        row = instances.images[keys[image_id]]
-        source = f"{path}: image {image_id}"
-        try:
-            size = checked_size(files[image_id], (row.get("height"), row.get("width")))
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from error
-        shapes = (_shape(one, instances.names) for one in instances.annotations.get(keys[image_id], []))
-        return read_truth(shapes, size, label, source)
+    def truth(image: TaggedImage) -> Truth:
+        row = instances.images[keys[image.id]]
+        source = f"{path}: image {image.id}"
+        size = checked_size(image.path, (row.get("height"), row.get("width")), source)
+        shapes = (_shape(one, instances.names) for one in instances.annotations.get(keys[image.id], []))
+        return read_truth(shapes, size, tagged.classes, source)
 
-    return AnnotatedImages(tagged, read, tuple(number[name] for name in tagged.classes))
+    return with_truth(tagged, path, truth, [number[name] for name in tagged.classes])
 
 
 def _read(path: Path, content: Any) -> CocoFile:
@@ -209,9 +191,7 @@ def _tagged(content: CocoFile, split: str | None, classes: Sequence[str] | None,
         notes.append(f"{only_crowd} images show a class only as a crowd, which gives no tag")
     occurring = {name for one in found for name in one.names}
     known = content.names.values() if classes is not None else occurring
-    names = choose_classes(classes, known, content.path) if found else ()
-    tagged = tag_images(found, names, problems, content.path)
-    return TaggedImages(tagged.classes, tagged.images, (*notes, *tagged.notes))
+    return tag_images(found, classes, known, problems, content.path, notes)
 
 
 def _chosen(content: CocoFile, split: str | None) -> tuple[list[int | str], list[str]]:
@@ -296,20 +276,11 @@ def export_coco(
     instance annotation. Every annotation has ``score`` beside COCO's keys. Polygons run along pixel borders and are
     rasterised to the same mask; a mask with holes becomes one polygon with bridges of no width.
 
-    Args:
-        predictions: by image id.
-        images: the photographs; those without a prediction are not listed.
-        classes: names of the C classes, in label order.
-        out: the folder.
-        category_ids: (C,) ids of the categories; None for 1..C.
-        polygons: segmentations as polygons instead of RLE.
-        copy_images: copies the photographs to ``out/images``; the file calls them as the copies.
-        tolerance: pixels by which polygons may differ from the masks, for fewer corners.
-        min_score: instances below are left out.
-        overwrite: replaces an earlier export.
+    Arguments and errors as `export`, and ``polygons``: segmentations as polygons instead of RLE. Copies of the
+    photographs lie in ``out/images``, and the file calls them as these.
 
     Raises:
-        InputError: ``out`` is taken, the file cannot be written, or a score or box is not finite.
+        InputError: also if a score or box is not finite.
     """
     numbers, names, plain = image_numbers(images), file_names(images), stems(images, folders=True)
     ids = list(range(1, len(classes) + 1) if category_ids is None else category_ids)
@@ -355,7 +326,7 @@ def export_coco_results(
 ) -> Exported:
     """Writes ``out/results.json``: the bare list that pycocotools' ``loadRes`` and evaluation servers take.
 
-    Arguments and errors as `export_coco`. What the list cannot hold: the names of images and classes.
+    Arguments as `export`, errors as `export_coco`. What the list cannot hold: the names of images and classes.
     """
     numbers = image_numbers(images)
     ids = list(range(1, len(classes) + 1) if category_ids is None else category_ids)

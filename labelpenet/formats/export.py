@@ -40,7 +40,7 @@ def export(
 
     Args:
         predictions: by image id; read once, so the mapping may be lazy.
-        images: the photographs.
+        images: the photographs; those without a prediction are left out.
         classes: names of the C classes, in label order.
         out: the folder; nothing is written outside it, whatever images and classes are called, and nothing that was
             there before is written over.
@@ -48,7 +48,7 @@ def export(
             ``yolo``, ``labelme`` (also for X-AnyLabeling), ``label-studio`` or ``voc-submission`` (which takes every
             score).
         category_ids: for COCO: the C ids of the classes; None for 1..C.
-        split: for VOC and YOLO: what the images are called as a whole.
+        split: for VOC and YOLO: the name of the list or sub-folders; a folder may hold several.
         min_score: instances below are left out; not for ``voc-submission``.
         copy_images: copies the photographs beside the annotation; not for ``coco-results`` and ``label-studio``.
         tolerance: pixels by which polygons may differ from the masks, for fewer corners; IoU stays above .97.

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from labelpenet.data.dataset import NamedImage, TaggedImages, choose_classes, tag_images
+from labelpenet.data.dataset import NamedImage, TaggedImages, tag_images
 from labelpenet.data.files import brief, excerpt, inside, is_file, listing, read_json, read_text
 from labelpenet.data.images import SUFFIXES
 from labelpenet.errors import InputError
@@ -88,7 +88,8 @@ def open_tags_file(
     notes = [*table.notes, *said, *brief(table.problems, "rows look odd")]
     occurring = set().union(*tags.values()) if tags else set()
     if occurring and all(name.isdigit() for name in occurring):
-        notes.append(f"{path.name} calls the classes by numbers: {listing(sorted(occurring, key=int))}")
+        numbers = sorted(occurring, key=lambda name: (len(name), name))  # int takes neither ² nor 5,000 digits
+        notes.append(f"{path.name} calls the classes by numbers: {listing(numbers)}")
     untagged = sum(name not in tags for name in _image_files(home))
     if untagged:
         notes.append(f"{untagged} images of {home} do not stand in {path.name}; they are not used")
@@ -165,8 +166,7 @@ def tag_names(
         except InputError as error:
             problems.append(str(error))
     known = {tag for names in tags.values() for tag in names}
-    tagged = tag_images(found, choose_classes(classes, known, source) if found else (), problems, source)
-    return TaggedImages(tagged.classes, tagged.images, (*notes, *split_notes, *tagged.notes))
+    return tag_images(found, classes, known, problems, source, [*notes, *split_notes])
 
 
 def tag_set(values: Iterable[Any]) -> frozenset[str]:

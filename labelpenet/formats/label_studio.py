@@ -21,14 +21,14 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, Truth
+from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, Truth, with_truth
 from labelpenet.data.files import brief, excerpt, listing, read_json, read_text, write_text
 from labelpenet.data.images import SUFFIXES
 from labelpenet.errors import InputError
 from labelpenet.formats.folder import exists, tag_names, tag_set
 from labelpenet.formats.polygons import joined, outline
 from labelpenet.formats.rows import file_names
-from labelpenet.formats.selection import Exported, clipped_boxes, mask_arrays, new_export, selected
+from labelpenet.formats.selection import Exported, new_export, objects, selected
 from labelpenet.formats.shapes import Shape, checked_size, read_truth
 from labelpenet.instances import Instances
 
@@ -66,10 +66,10 @@ def is_csv(text: str) -> bool:
     return {"annotation_id", "lead_time"} <= {name.strip('"\r') for name in text.split("\n", 1)[0].split(",")}
 
 
-def open_tagged(
+def open_data(
     path: Path, split: str | None = None, classes: Sequence[str] | None = None, images: Path | None = None
-) -> TaggedImages:
-    """The tagged images of an export.
+) -> AnnotatedImages | TaggedImages:
+    """The images of an export with the shapes that were drawn on them; tags alone where there is no shape.
 
     Args:
         path: the exported JSON or CSV file.
@@ -81,41 +81,24 @@ def open_tagged(
         InputError: the file is no such export, a class is unknown, or no image can be used.
     """
     tasks = _read(path, images)
-    return tag_names(tasks.tags, tasks.home, path, split, classes, tasks.notes)
-
-
-def open_annotated(
-    path: Path, split: str | None = None, classes: Sequence[str] | None = None, images: Path | None = None
-) -> AnnotatedImages:
-    """The same images with the shapes that were drawn on them. Arguments and errors as `open_tagged`.
-
-    Raises:
-        InputError: also if there is no shape.
-    """
-    tasks = _read(path, images)
-    if not any(_drawn(result) for results in tasks.results.values() for result in results):
-        raise InputError(f"{path}: holds tags but no boxes or masks; measuring needs shapes")
     tagged = tag_names(tasks.tags, tasks.home, path, split, classes, tasks.notes)
-    label = {name: index for index, name in enumerate(tagged.classes)}
-    files = {image.id: image.path for image in tagged.images}
+    if not any(_drawn(result) for results in tasks.results.values() for result in results):
+        return tagged
 
-    def read(image_id: str) -> Truth:
-        if image_id not in files:
-            raise InputError(f"{path}: no image {image_id!r}; check the ids of the predictions")
-        results = [result for result in tasks.results[image_id] if _drawn(result)]
-        source = f"{path}: image {image_id}"
-        try:
-            size = checked_size(files[image_id], (None, None))
-            for result in results:
-                checked_size(files[image_id], (result.get("original_height"), result.get("original_width")))
-                if result.get("image_rotation"):
-                    raise InputError("its shapes were drawn on the turned photograph; turn it back in Label Studio")
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from error
+    def truth(image: TaggedImage) -> Truth:
+        results = [result for result in tasks.results[image.id] if _drawn(result)]
+        source = f"{path}: image {image.id}"
+        size = checked_size(image.path, (None, None), source)
+        for result in results:
+            checked_size(image.path, (result.get("original_height"), result.get("original_width")), source)
+            if result.get("image_rotation"):
+                raise InputError(
+                    f"{source}: its shapes were drawn on the turned photograph; turn it back in Label Studio"
+                )
         shapes = [shape for index, result in enumerate(results, 1) for shape in _shapes(result, size, f"shape {index}")]
-        return read_truth(shapes, size, label, source)
+        return read_truth(shapes, size, tagged.classes, source)
 
-    return AnnotatedImages(tagged, read, tuple(range(1, len(tagged.classes) + 1)))
+    return with_truth(tagged, path, truth)
 
 
 def _read(path: Path, images: Path | None) -> _Tasks:
@@ -360,31 +343,15 @@ def export_label_studio(
     An instance with a mask becomes a polygon, one without a rectangle; each has its score. What a polygon cannot hold:
     several outlines (parts and holes are joined by bridges of no width).
 
-    Args:
-        predictions: by image id.
-        images: the photographs; those without a prediction are left out.
-        classes: names of the C classes, in label order.
-        out: the folder.
-        url: what comes before an image's name (percent-encoded) in its task; by default Label Studio's local storage.
-        tolerance: pixels by which polygons may differ from the masks, for fewer corners.
-        min_score: instances below are left out.
-        overwrite: replaces an earlier export.
-
-    Raises:
-        InputError: a file cannot be written.
+    Arguments and errors as `export`, and ``url``: what comes before an image's name (percent-encoded) in its task; by
+    default Label Studio's local storage.
     """
     tasks: list[dict[str, Any]] = []
     bridged, names = 0, file_names(images)
     with new_export(out, images, overwrite, {"format": "label-studio"}) as (folder, done):
         for image, found in selected(predictions, images, min_score, done.notes):
             results: list[dict[str, Any]] = []
-            for label, score, box, mask in zip(
-                found.labels.tolist(),
-                found.weights.tolist(),
-                clipped_boxes(found).numpy(),
-                mask_arrays(found),
-                strict=True,
-            ):
+            for label, score, box, mask in objects(found):
                 parts = None if mask is None else outline(mask, tolerance=tolerance)
                 bridged += parts is not None and len(parts) > 1
                 name = f"instance{len(results) + 1}"

@@ -12,6 +12,7 @@ import io
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -24,25 +25,16 @@ from labelpenet.data.dataset import (
     AnnotatedImages,
     NamedImage,
     TaggedImage,
-    TaggedImages,
     Truth,
-    choose_classes,
     tag_images,
+    with_truth,
 )
 from labelpenet.data.files import inside, is_file, read_json, unchanged, write_text
-from labelpenet.data.images import image_size
 from labelpenet.errors import InputError
 from labelpenet.formats.polygons import drawn, joined, outline, signed_area, straight
 from labelpenet.formats.rows import file_names
-from labelpenet.formats.selection import (
-    Exported,
-    clipped_boxes,
-    copy_photograph,
-    mask_arrays,
-    new_export,
-    selected,
-    stems,
-)
+from labelpenet.formats.selection import Exported, copy_photograph, new_export, objects, selected, stems
+from labelpenet.formats.shapes import Shape, checked_size, read_truth
 from labelpenet.instances import Instances, masks_to_boxes
 
 CHECKED = "checked"
@@ -65,18 +57,7 @@ def export_labelme(
     Polygons run through the outermost pixels, as Labelme draws them. What they cannot hold: holes (they
     are joined to the outline by bridges of no width).
 
-    Args:
-        predictions: by image id.
-        images: the photographs; those without a prediction are left out.
-        classes: names of the C classes, in label order.
-        out: the folder.
-        copy_images: copies the photographs beside the files, where both programs look for them.
-        tolerance: pixels by which polygons may differ from the masks, for fewer corners.
-        min_score: instances below are left out.
-        overwrite: replaces an earlier export that nobody has changed.
-
-    Raises:
-        InputError: ``out`` is taken, or a file cannot be written.
+    Arguments and errors as `export`; copies of the photographs lie beside the files, where both programs look for them.
     """
     with new_export(out, images, overwrite, {"format": "labelme"}) as (folder, done):
         names, files = stems(images, folders=True), file_names(images)
@@ -105,17 +86,9 @@ def export_labelme(
 
 def _shapes(found: Instances, classes: Sequence[str], tolerance: float) -> list[dict[str, Any]]:
     shapes = []
-    for index, (label, score, box, mask) in enumerate(
-        zip(
-            found.labels.tolist(),
-            found.weights.tolist(),
-            clipped_boxes(found).tolist(),
-            mask_arrays(found),
-            strict=True,
-        )
-    ):
+    for index, (label, score, box, mask) in enumerate(objects(found)):
         if mask is None:
-            pieces = [[box[:2], box[2:]]]
+            pieces = [box.reshape(2, 2).tolist()]
         else:
             pieces = [straight(piece).tolist() for piece in _pieces(outline(mask, centres=True, tolerance=tolerance))]
         for points in pieces:
@@ -157,10 +130,12 @@ def is_labelme(content: Any) -> bool:
     return isinstance(content, dict) and isinstance(content.get("shapes"), list) and "imagePath" in content
 
 
-def open_tagged(
+def open_annotated(
     data: Path, split: str | None = None, classes: Sequence[str] | None = None, images: Path | None = None
-) -> TaggedImages:
-    """The photographs of a folder of such files with their tags: the labels of their shapes, and ours' flags.
+) -> AnnotatedImages:
+    """The photographs of a folder of such files; tags are the labels of their shapes, and ours' flags.
+
+    Of an export of ours only the files that were checked or changed are used.
 
     Args:
         data: the folder; split: a text file of photographs' names, or a name for which ``SPLIT.txt`` lies there.
@@ -170,30 +145,6 @@ def open_tagged(
     Raises:
         InputError: no file can be used, or a class is unknown.
     """
-    return _open(data, split, classes, images)[0]
-
-
-def open_annotated(
-    data: Path, split: str | None = None, classes: Sequence[str] | None = None, images: Path | None = None
-) -> AnnotatedImages:
-    """The same photographs with their truth: those that were checked or changed, where the files are an export of ours.
-
-    Arguments and errors as `open_tagged`.
-    """
-    tagged, files = _open(data, split, classes, images)
-    paths = {image.id: image.path for image in tagged.images}
-
-    def read(image_id: str) -> Truth:
-        if image_id not in files:
-            raise InputError(f"{data}: no photograph {image_id!r}; check the ids of the predictions")
-        return _truth(files[image_id], paths[image_id], tagged.classes)
-
-    return AnnotatedImages(tagged, read, tuple(range(1, len(tagged.classes) + 1)))
-
-
-def _open(
-    data: Path, split: str | None, classes: Sequence[str] | None, images: Path | None
-) -> tuple[TaggedImages, dict[str, Path]]:
     found: list[NamedImage] = []
     files: dict[str, Path] = {}
     problems: list[str] = []
@@ -218,11 +169,9 @@ def _open(
     if waiting and not found and not problems:
         raise InputError(f"{data}: none of its {waiting} files is checked or changed; correct some first")
     known = {name for one in found for name in one.names}
-    tagged = tag_images(found, choose_classes(classes, known, data) if found else (), problems, data)
-    notes = (
-        [f"{waiting} files are neither checked nor changed since their export; they are left out"] if waiting else []
-    )
-    return TaggedImages(tagged.classes, tagged.images, (*notes, *tagged.notes)), files
+    note = f"{waiting} files are neither checked nor changed since their export; they are left out"
+    tagged = tag_images(found, classes, known, problems, data, [note] if waiting else [])
+    return with_truth(tagged, data, lambda image: _truth(files[image.id], image.path, tagged.classes))
 
 
 def _content(path: Path) -> dict[str, Any]:
@@ -258,36 +207,22 @@ def _photograph(content: Mapping[str, Any], path: Path, data: Path, images: Path
 
 def _truth(path: Path, photograph: Path, classes: Sequence[str]) -> Truth:
     content = _content(path)
-    size = image_size(photograph)
-    said = content.get("imageHeight"), content.get("imageWidth")
-    if None not in said and said != size:
-        raise InputError(
-            f"{path}: drawn on {said[1]} x {said[0]} pixels, but {photograph.name} has {size[1]} x {size[0]} "
-            "(upright); use the photograph that it was drawn on"
-        )
+    size = checked_size(photograph, (content.get("imageHeight"), content.get("imageWidth")), path)
     groups: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for index, shape in enumerate(content["shapes"]):
         if shape["label"] in classes:
             group = shape.get("group_id")
             groups[(shape["label"], group) if isinstance(group, (int, str)) else index].append(shape)
-    masks, boxes, labels = [], [], []
+    found: list[Shape] = []
     for shapes in groups.values():
         drawing = np.logical_or.reduce([_drawn(shape, size, path) for shape in shapes])
         if not drawing.any():
             raise InputError(f"{path}: a {shapes[0]['label']} without a pixel inside the photograph; remove it")
-        masks.append(torch.from_numpy(drawing))
-        boxes.append(masks_to_boxes(masks[-1][None])[0])
-        labels.append(classes.index(shapes[0]["label"]))
-    only_boxes = any(shape.get("shape_type") == "rectangle" for shapes in groups.values() for shape in shapes)
-    n = len(labels)
-    instances = Instances(
-        torch.stack(boxes) if n else torch.zeros(0, 4),
-        torch.tensor(labels, dtype=torch.long),
-        torch.ones(n),
-        size,
-        None if only_boxes else torch.stack(masks) if n else torch.zeros(0, *size, dtype=torch.bool),
-    )
-    return Truth(instances, torch.zeros(n, dtype=torch.bool), torch.zeros(n, dtype=torch.bool))
+        found.append(Shape(shapes[0]["label"], f"object {len(found) + 1}", None, drawing))
+    if any(shape.get("shape_type") == "rectangle" for shapes in groups.values() for shape in shapes):
+        boxes = masks_to_boxes(torch.from_numpy(np.array([one.mask for one in found])))
+        found = [replace(one, box=box, mask=None) for one, box in zip(found, boxes.tolist(), strict=True)]
+    return read_truth(found, size, classes, path)
 
 
 def _drawn(shape: Mapping[str, Any], size: tuple[int, int], path: Path) -> np.ndarray:

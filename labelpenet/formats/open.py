@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.files import listing, read_json, read_text
@@ -20,24 +17,12 @@ KINDS = (
     "beside labels), tags.csv (file,tags), tags.json, metadata.jsonl, one sub-folder of images per class, Labelme "
     "or X-AnyLabeling files, or a Label Studio export; docs/data.md shows each"
 )
+_Opened = AnnotatedImages | TaggedImages  # the latter where only tags are known
 _SAME = ({"val", "valid", "validation"}, {"train", "training"})
 
 
 class NotRecognised(InputError):
     """A folder or file that exists, but is no data set."""
-
-
-@dataclass(frozen=True)
-class _Readers:
-    """What reads a recognised data set; ``annotated`` is None where it holds tags only."""
-
-    tagged: Callable[[], TaggedImages]
-    annotated: Callable[[], AnnotatedImages] | None
-
-
-def _readers(module: Any, *arguments: Any) -> _Readers:
-    """Those of a format that has annotation."""
-    return _Readers(partial(module.open_tagged, *arguments), partial(module.open_annotated, *arguments))
 
 
 def open_tagged(
@@ -57,8 +42,8 @@ def open_tagged(
         InputError: the data set is not recognised or damaged, the split or a class is unknown (the known ones are
             listed), or no image can be used.
     """
-    with _readable(data):
-        return _recognise(Path(data), split, classes, _folder(images)).tagged()
+    found = _open(data, split, classes, images, truth=False)
+    return found.tagged if isinstance(found, AnnotatedImages) else found
 
 
 def open_annotated(
@@ -69,13 +54,9 @@ def open_annotated(
     Raises:
         InputError: also for a data set that holds tags only.
     """
-    with _readable(data):
-        annotated = _recognise(Path(data), split, classes, _folder(images)).annotated
-        if annotated is None:
-            raise InputError(
-                f"{data}: holds tags but no boxes or masks; measuring needs a VOC, COCO, YOLO or Label Studio data set"
-            )
-        return annotated()
+    found = _open(data, split, classes, images, truth=True)
+    assert isinstance(found, AnnotatedImages)
+    return found
 
 
 def open_photographs(data: Path, classes: Sequence[str]) -> TaggedImages:
@@ -106,25 +87,34 @@ def _readable(data: Path | str) -> Iterator[None]:
         ) from error
 
 
-def _recognise(data: Path, split: str | None, classes: Sequence[str] | None, images: Path | None) -> _Readers:
+def _open(
+    data: Path | str, split: str | None, classes: Sequence[str] | None, images: Path | str | None, truth: bool
+) -> _Opened:
+    if images is not None and not Path(images).is_dir():
+        raise InputError(f"{images}: no such image folder; check the path")
+    with _readable(data):
+        return _recognise(Path(data), split, classes, None if images is None else Path(images), truth)
+
+
+def _recognise(
+    data: Path, split: str | None, classes: Sequence[str] | None, images: Path | None, truth: bool
+) -> _Opened:
     if data.is_file():
-        return _recognise_file(data, split, classes, images)
+        return _recognise_file(data, split, classes, images, truth)
     if not data.is_dir():
         raise InputError(f"{data}: no such file or folder; give {KINDS}")
     year = voc.year_folder(data)
     if year is not None:
-        return _readers(voc, year, split, classes)
+        return voc.open_annotated(year, split, classes)
     files = coco.json_files(data)
     if files:
-        return _recognise_file(coco.choose_file(files, split, data), split, classes, images)
-    settings = yolo.settings_file(data)
-    if settings is not None:
-        return _recognise_file(settings, split, classes, images)
-    for name in ("tags.csv", "tags.json", "metadata.csv", "metadata.jsonl"):
-        if (data / name).is_file():
-            return _recognise_file(data / name, split, classes, images)
+        return _recognise_file(coco.choose_file(files, split, data), split, classes, images, truth)
+    tags_files = (data / name for name in ("tags.csv", "tags.json", "metadata.csv", "metadata.jsonl"))
+    described = yolo.settings_file(data) or next((path for path in tags_files if path.is_file()), None)
+    if described is not None:
+        return _recognise_file(described, split, classes, images, truth)
     if labelme.json_files(data):
-        return _readers(labelme, data, split, classes, images)
+        return labelme.open_annotated(data, split, classes, images)
     below = sorted(path.name for path in data.iterdir() if path.is_dir() and path.name.lower() in folder.SPLIT_NAMES)
     if below:
         same = next((names for names in _SAME if split in names), {split})
@@ -132,44 +122,45 @@ def _recognise(data: Path, split: str | None, classes: Sequence[str] | None, ima
         if len(fitting) != 1:
             wrong = "has sub-folders for splits; name one" if split is None else f"no split {split!r}"
             raise InputError(f"{data}: {wrong}; available are {', '.join(below)}")
-        return _recognise(data / str(fitting[0]), None, classes, images)
+        return _recognise(data / str(fitting[0]), None, classes, images, truth)
     lone = [path for path in sorted(data.iterdir()) if path.suffix.lower() in (".json", ".jsonl", ".csv", ".yaml")]
     if len(lone) > 1:
         raise InputError(
             f"{data}: holds {listing(path.name for path in lone)}; give the file that holds the annotation"
         )
     if lone and lone[0].is_file():
-        return _recognise_file(lone[0], split, classes, images)
+        return _recognise_file(lone[0], split, classes, images, truth)
     if folder.class_folders(data):
-        return _Readers(partial(folder.open_class_folders, data, split, classes), None)
+        _check_truth(data, not truth)
+        return folder.open_class_folders(data, split, classes)
     raise NotRecognised(f"{data}: no data set recognised; looked for {KINDS}")
 
 
-def _recognise_file(path: Path, split: str | None, classes: Sequence[str] | None, images: Path | None) -> _Readers:
+def _recognise_file(
+    path: Path, split: str | None, classes: Sequence[str] | None, images: Path | None, truth: bool
+) -> _Opened:
     suffix = path.suffix.lower()
     if suffix in (".yaml", ".yml") or path.name in ("obj.data", "obj.names", "classes.txt"):
-        return _readers(yolo, path, split, classes, images)
-    studio = _readers(label_studio, path, split, classes, images)
-    if suffix == ".csv" and label_studio.is_csv(read_text(path)):
-        return studio
-    if suffix in (".csv", ".jsonl"):
-        return _Readers(partial(folder.open_tags_file, path, split, classes, images), None)
-    if suffix == ".json":
-        content = read_json(path)
-        if coco.is_coco(content):
-            return _readers(coco, path, split, classes, images, content)
-        if label_studio.is_label_studio(content):
-            return studio
-        if path.name == "tags.json" or _is_tags(content):
-            return _Readers(partial(folder.open_tags_file, path, split, classes, images), None)
+        return yolo.open_annotated(path, split, classes, images)
+    content = read_json(path) if suffix == ".json" else None
+    if coco.is_coco(content):
+        return coco.open_annotated(path, split, classes, images, content)
+    if label_studio.is_label_studio(content) or (suffix == ".csv" and label_studio.is_csv(read_text(path))):
+        found = label_studio.open_data(path, split, classes, images)
+        _check_truth(path, not truth or isinstance(found, AnnotatedImages))
+        return found
+    if suffix in (".csv", ".jsonl") or (suffix == ".json" and (path.name == "tags.json" or _is_tags(content))):
+        _check_truth(path, not truth)
+        return folder.open_tags_file(path, split, classes, images)
     raise NotRecognised(f"{path}: no data set recognised; give {KINDS}")
+
+
+def _check_truth(data: Path, fine: bool) -> None:
+    if not fine:
+        raise InputError(
+            f"{data}: holds tags but no boxes or masks; measuring needs a VOC, COCO, YOLO or Label Studio data set"
+        )
 
 
 def _is_tags(content: object) -> bool:
     return isinstance(content, dict) and bool(content) and all(isinstance(tags, list) for tags in content.values())
-
-
-def _folder(images: Path | str | None) -> Path | None:
-    if images is None or Path(images).is_dir():
-        return None if images is None else Path(images)
-    raise InputError(f"{images}: no such image folder; check the path")

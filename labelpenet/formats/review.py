@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import listing, read_json, write_text
 from labelpenet.errors import InputError
-from labelpenet.formats.rows import coco_annotation, file_names, image_numbers
+from labelpenet.formats.rows import RowReader, check_size, coco_annotation, file_names, image_numbers
 from labelpenet.instances import Instances
 
 Status = Literal["accepted", "rejected", "dropped", "open"]
@@ -107,16 +107,24 @@ def read_review(
     strangers: set[str] = set()
     try:
         category = {row["id"]: label.get(row["name"]) for row in content["categories"]}
-        strangers = {row["name"] for row in content["categories"] if row["name"] not in label}
-        rows: dict[Any, list[dict[str, Any]]] = {}
-        for row in content["annotations"]:
+        strangers = {str(row["name"]) for row in content["categories"] if row["name"] not in label}
+        rows: dict[Any, list[tuple[int, dict[str, Any]]]] = {}
+        for index, row in enumerate(content["annotations"]):
+            if type(row["instance"]) is not int:
+                raise ValueError(f"row {index} is of no instance of the run")
             if category[row["category_id"]] is not None:
-                rows.setdefault(row["image_id"], []).append({**row, "category_id": category[row["category_id"]]})
+                own = {**row, "category_id": category[row["category_id"]]}
+                rows.setdefault(row["image_id"], []).append((index, own))
+        read = RowReader(path, {number: number - 1 for number in label.values()})
         for entry in content["images"]:
             if entry["status"] not in get_args(Status):
                 raise ValueError(f"unknown status {str(entry['status'])[:40]!r} of {entry['image']!r}")
-            size = int(entry["height"]), int(entry["width"])
-            found[str(entry["image"])] = Reviewed(entry["status"], size, rows.get(entry["id"], []))
+            name, own_rows = str(entry["image"]), rows.get(entry["id"], [])
+            size = check_size(entry["height"], entry["width"], f"{path}: image {name}")
+            read.rows(own_rows, name, size)  # refuses what is no box or mask
+            found[name] = Reviewed(entry["status"], size, [row for _, row in own_rows])
+    except InputError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({type(error).__name__} {error}); restore it or review again") from error
     notes = [f"{path}: its classes {listing(sorted(strangers))} are not asked for"] if strangers else []

@@ -21,7 +21,7 @@ from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import brief, listing
 from labelpenet.data.images import PIXEL_LIMIT
 from labelpenet.errors import InputError
-from labelpenet.instances import Instances, decode_mask, masks_to_boxes
+from labelpenet.instances import Instances, check_segmentation, decode_mask, masks_to_boxes
 
 _COORDINATE_LIMIT = 1e6  # pixels; beyond, float32 loses whole pixels
 
@@ -125,7 +125,10 @@ class RowReader:
             where = f"{self.path}: row {index} (image {image_id})"
             segmentation = row.get("segmentation") or None
             if segmentation is not None:
-                check_segmentation(segmentation, size, where)
+                try:
+                    check_segmentation(segmentation, size)
+                except InputError as error:
+                    raise InputError(f"{where}: {error}") from error
             segmentations.append(segmentation)
             if row.get("bbox") is not None:
                 boxes[i] = _box(row["bbox"], size, where)
@@ -146,60 +149,6 @@ def check_same_size(path: Path, image: TaggedImage, size: tuple[int, int], true:
             f"{path}: says {size[1]} x {size[0]} pixels of {image.id}, but {image.path} has "
             f"{true[1]} x {true[0]} (upright); predict on this photograph, or give the one that was predicted"
         )
-
-
-def check_segmentation(segmentation: Any, size: tuple[int, int], where: str) -> None:
-    """Refuses a COCO ``segmentation`` that does not describe a mask of ``size`` (H, W).
-
-    pycocotools itself decodes run lengths that end early into whatever lies in memory, and polygons of any extent.
-
-    Raises:
-        InputError: starts with ``where``, names the fault.
-    """
-    height, width = size
-    if isinstance(segmentation, list):
-        for ring in segmentation:
-            if not isinstance(ring, list) or len(ring) < 6 or len(ring) % 2:
-                raise InputError(f"{where}: a polygon must be a list [x1, y1, x2, y2, x3, y3, ...]")
-            values = [_number(value, f"{where}: polygon") for value in ring]
-            if min(values) < -max(size) or max(values) > 2 * max(size):
-                raise InputError(f"{where}: a polygon leaves the image of {width} x {height} pixels")
-        return
-    counts = segmentation.get("counts") if isinstance(segmentation, dict) else None
-    if not isinstance(counts, (str, list)):
-        raise InputError(f"{where}: segmentation must be polygons, or RLE with size and counts")
-    if segmentation.get("size") != [height, width]:
-        raise InputError(
-            f"{where}: RLE of size {segmentation.get('size')} on an image of [{height}, {width}]; "
-            "predict on the photographs at their original size"
-        )
-    if _run_total(counts) != height * width:
-        raise InputError(f"{where}: damaged RLE, its runs do not add up to {height * width} pixels; write it again")
-
-
-def _run_total(counts: str | list) -> int | None:
-    """The sum of all runs of an RLE, compressed (text) or not; None if it is none."""
-    if isinstance(counts, list):
-        whole = all(type(run) is int and 0 <= run < 2**32 for run in counts)
-        return sum(counts) if whole else None
-    try:
-        codes = np.frombuffer(counts.encode("ascii"), np.uint8).astype(np.int64) - 48
-    except UnicodeEncodeError:
-        return None
-    # Digits of 5 bits, least first; bit 6 says that another follows, bit 5 of the last one is the sign.
-    ends = np.flatnonzero(codes < 32)
-    if not len(codes) or codes.min() < 0 or codes.max() > 63 or not len(ends) or ends[-1] != len(codes) - 1:
-        return None
-    starts = np.append(0, ends[:-1] + 1)
-    lengths = ends - starts + 1
-    if lengths.max() > 7:
-        return None
-    position = np.arange(len(codes)) - np.repeat(starts, lengths)
-    runs = np.add.reduceat((codes & 31) << (5 * position), starts)
-    runs -= np.where(codes[ends] & 16, 1 << (5 * lengths), 0)
-    # From the fourth on, a run is stored as its difference from the one before the last.
-    runs[1::2], runs[2::2] = np.cumsum(runs[1::2]), np.cumsum(runs[2::2])
-    return int(runs.sum()) if runs.min() >= 0 else None
 
 
 def read_entries(path: Path, content: dict[str, Any], key: str) -> list[dict[str, Any]] | None:

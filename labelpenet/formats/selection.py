@@ -107,6 +107,12 @@ def mask_arrays(instances: Instances) -> list[np.ndarray | None]:
     return [None] * len(instances) if instances.masks is None else list(instances.masks.cpu().numpy())
 
 
+def objects(instances: Instances) -> Iterator[tuple[int, float, np.ndarray, np.ndarray | None]]:
+    """For each instance its label, its score, its box (4,) as `clipped_boxes` has it, and its (H, W) bool mask."""
+    labels, scores = instances.labels.tolist(), instances.weights.tolist()
+    return zip(labels, scores, clipped_boxes(instances).numpy(), mask_arrays(instances), strict=True)
+
+
 def copy_photograph(image: TaggedImage, place: Path, done: Exported, jpeg: bool = False) -> str:
     """Copies a photograph to ``place`` with the suffix that belongs to it, and returns its new name.
 

@@ -42,7 +42,7 @@ class Shape:
 def read_truth(
     shapes: Iterable[Shape],
     size: tuple[int, int],
-    label: Mapping[str, int],
+    classes: Sequence[str],
     source: object,
     semantic: np.ndarray | None = None,
     notes: Sequence[str] = (),
@@ -54,9 +54,10 @@ def read_truth(
     ``source``; what overhangs by no more than a pixel is not worth a word. Masks are kept where every object has one.
 
     Args:
-        label: the index of each class that is asked for; other objects are skipped.
+        classes: those that are asked for, in label order; other objects are skipped.
         semantic, notes: taken over.
     """
+    label = {name: index for index, name in enumerate(classes)}
     said = list(notes)
     kept: list[Shape] = []
     boxes: list[np.ndarray] = []
@@ -132,8 +133,11 @@ def _box(box: Any, mask: torch.Tensor | None, size: tuple[int, int]) -> tuple[np
     return cut, f"its box {corners} leaves the {size[1]} x {size[0]} pixels and is cut there" if overhangs else ""
 
 
-def checked_size(path: Path, said: tuple[Any, Any]) -> tuple[int, int]:
+def checked_size(path: Path, said: tuple[Any, Any], source: object) -> tuple[int, int]:
     """(H, W) of an image as it is read, checked against the ``(height, width)`` that the annotation says, if it does.
+
+    Args:
+        path: the image; said: what the annotation says; source: the annotation, for messages.
 
     Raises:
         InputError: the image cannot be read, is too large, or the annotation was drawn on an image of another size.
@@ -141,11 +145,11 @@ def checked_size(path: Path, said: tuple[Any, Any]) -> tuple[int, int]:
     size = image_size(path)
     if all(isinstance(side, int) and not isinstance(side, bool) for side in said) and said != size:
         raise InputError(
-            f"annotated at {said[1]} x {said[0]} pixels, but {path.name} has {size[1]} x {size[0]} (upright); "
-            "use the image that was annotated"
+            f"{source}: annotated at {said[1]} x {said[0]} pixels, but {path.name} has {size[1]} x {size[0]} "
+            "(upright); use the image that was annotated"
         )
     if size[0] * size[1] > PIXEL_LIMIT:
-        raise InputError(f"{path.name} has more than {PIXEL_LIMIT} pixels; make it smaller")
+        raise InputError(f"{source}: {path.name} has more than {PIXEL_LIMIT} pixels; make it smaller")
     return size
 
 

@@ -10,7 +10,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from xml.etree import ElementTree
@@ -24,10 +24,9 @@ from labelpenet.data.dataset import (
     AnnotatedImages,
     NamedImage,
     TaggedImage,
-    TaggedImages,
     Truth,
-    choose_classes,
     tag_images,
+    with_truth,
 )
 from labelpenet.data.files import (
     inside,
@@ -57,15 +56,6 @@ from labelpenet.formats.shapes import read_truth as read_shapes
 from labelpenet.instances import Instances
 
 IGNORE = 255
-
-
-@dataclass(frozen=True)
-class VocObject:
-    """One object of an annotation: class name, box (x1, y1, x2, y2) half-open from 0, VOC's *difficult* flag."""
-
-    name: str
-    box: tuple[float, float, float, float]
-    difficult: bool
 
 
 def year_folder(data: Path) -> Path | None:
@@ -124,8 +114,8 @@ def split_ids(year: Path, split: str | None) -> list[str]:
     return ids
 
 
-def open_tagged(year: Path, split: str | None = None, classes: Sequence[str] | None = None) -> TaggedImages:
-    """The tagged images of a split: a tag for every class that the XML names, whatever its boxes and flags.
+def open_annotated(year: Path, split: str | None = None, classes: Sequence[str] | None = None) -> AnnotatedImages:
+    """The images of a split: a tag for every class that the XML names, whatever its boxes and flags; and their truth.
 
     A list ``test`` may name images without annotation, as VOC 2012's does: they are there to be predicted.
 
@@ -148,31 +138,14 @@ def open_tagged(year: Path, split: str | None = None, classes: Sequence[str] | N
     if bare or (classes is not None and not set(classes) <= occurring):
         # A class may be missing from a small split and yet be known; a folder of test images alone knows none.
         occurring |= _all_names(year) or set(classes or ())
-    tagged = tag_images(found, choose_classes(classes, occurring, year) if found else (), problems, year)
-    note = ""
+    notes = []
     if bare:
-        note = f"{bare} images of {split} have no annotation; they can be predicted, not measured"
+        notes = [f"{bare} images of {split} have no annotation; they can be predicted, not measured"]
     elif split is None and splits(year):
-        note = f"no split is named: the images of all lists but test are used; available are {listing(splits(year))}"
-    return TaggedImages(tagged.classes, tagged.images, (note, *tagged.notes)) if note else tagged
-
-
-def open_annotated(year: Path, split: str | None = None, classes: Sequence[str] | None = None) -> AnnotatedImages:
-    """The same images with their truth, for measuring.
-
-    Raises:
-        InputError: as `open_tagged`.
-    """
-    tagged = open_tagged(year, split, classes)
-    images = {image.id: image for image in tagged.images}
+        notes = [f"no split is named: the images of all lists but test are used; available are {listing(splits(year))}"]
+    tagged = tag_images(found, classes, occurring, problems, year, notes)
     order = cache(lambda: map_classes(year))
-
-    def read(image_id: str) -> Truth:
-        if image_id not in images:
-            raise InputError(f"{year}: no image {image_id!r} in this split; check the ids of the predictions")
-        return read_truth(year, images[image_id], tagged.classes, order)
-
-    return AnnotatedImages(tagged, read, tuple(range(1, len(tagged.classes) + 1)))
+    return with_truth(tagged, year, lambda image: read_truth(year, image, tagged.classes, order))
 
 
 def object_names(path: Path) -> list[str]:
@@ -184,7 +157,7 @@ def object_names(path: Path) -> list[str]:
     return [_name(one, path) for one in read_xml(path).findall("object")]
 
 
-def read_objects(path: Path) -> list[VocObject]:
+def read_objects(path: Path) -> list[Shape]:
     """The objects of an annotation, in the order of the file.
 
     VOC's ``xmin..xmax`` (1-based, inclusive) becomes the interval ``[xmin - 1, xmax]``; what are no four numbers, NaN.
@@ -193,14 +166,14 @@ def read_objects(path: Path) -> list[VocObject]:
         InputError: the XML cannot be read, or an object has no name.
     """
     objects = []
-    for one in read_xml(path).findall("object"):
+    for number, one in enumerate(read_xml(path).findall("object"), 1):
         corners = [one.findtext(f"bndbox/{side}", "") for side in ("xmin", "ymin", "xmax", "ymax")]
         try:
             x1, y1, x2, y2 = (float(corner) for corner in corners)
         except ValueError:
             x1 = y1 = x2 = y2 = math.nan
         difficult = one.findtext("difficult", "0").strip() == "1"
-        objects.append(VocObject(_name(one, path), (x1 - 1, y1 - 1, x2, y2), difficult))
+        objects.append(Shape(_name(one, path), f"object {number}", (x1 - 1, y1 - 1, x2, y2), difficult=difficult))
     return objects
 
 
@@ -236,18 +209,10 @@ def read_truth(year: Path, image: TaggedImage, classes: Sequence[str], order: Ca
     except InputError as error:
         instance_map = class_map = None
         notes.append(f"{error}; only the boxes of {image.id} are used")
-    shapes = (
-        Shape(
-            one.name,
-            f"object {number}",
-            one.box,
-            None if instance_map is None else instance_map == number,
-            one.difficult,
-        )
-        for number, one in enumerate(objects, 1)
-    )
+    if instance_map is not None:
+        objects = [replace(one, mask=instance_map == number) for number, one in enumerate(objects, 1)]
     semantic = None if class_map is None else _chosen_classes(class_map, order(), classes)
-    return read_shapes(shapes, size, {name: i for i, name in enumerate(classes)}, annotation, semantic, notes)
+    return read_shapes(objects, size, classes, annotation, semantic, notes)
 
 
 def map_classes(year: Path) -> tuple[str, ...]:
@@ -335,7 +300,7 @@ def _map(year: Path, folder: str, name: str, size: tuple[int, int]) -> np.ndarra
     return indices
 
 
-def _check_instance_map(indices: np.ndarray, objects: Sequence[VocObject], name: str) -> None:
+def _check_instance_map(indices: np.ndarray, objects: Sequence[Shape], name: str) -> None:
     """Refuses a map whose indices cannot be the numbers of the XML's objects: unknown, or outside their boxes."""
     counts = np.bincount(indices.ravel(), minlength=256)
     counts[[0, IGNORE]] = 0
@@ -354,7 +319,7 @@ def _check_instance_map(indices: np.ndarray, objects: Sequence[VocObject], name:
 
 
 def _check_class_map(
-    classes: np.ndarray, indices: np.ndarray, objects: Sequence[VocObject], order: Sequence[str], name: str
+    classes: np.ndarray, indices: np.ndarray, objects: Sequence[Shape], order: Sequence[str], name: str
 ) -> None:
     """Refuses a class map that calls an object's pixels another class than the XML does."""
     index = {one: number for number, one in enumerate(order, 1)}
@@ -401,18 +366,10 @@ def export_voc(
     parts of boxes beyond whole pixels (corners are rounded); overlaps of masks (where two overlap, the higher score is
     on top); more than 254 masks in an image (the highest scores stay).
 
-    Args:
-        predictions: by image id.
-        images: the photographs; those without a prediction are left out.
-        classes: names of the C classes, in label order.
-        out: the folder: new, empty, or an export of other splits.
-        split: name of the list in ``ImageSets``.
-        copy_images: copies the photographs, too.
-        min_score: instances below are left out.
-        overwrite: replaces an earlier export.
+    Arguments and errors as `export`.
 
     Raises:
-        InputError: ``out`` is taken, a file cannot be written, or there are more than 254 classes and masks.
+        InputError: also if there are masks and more than 254 classes.
     """
     listed: dict[str, list[str]] = {"Main": [], "Segmentation": []}
     rounded = covered = 0

@@ -33,17 +33,9 @@ def export_voc_submission(
     (pixels from 1, inclusive); ``results/VOC2012/Segmentation/comp5_test_cls/<image>.png`` the class map of each image,
     if the predictions have masks. The archive is the same byte for byte for the same predictions.
 
-    Args:
-        predictions: by image id, of every image of the test set.
-        images: the photographs; their ids are VOC's.
-        classes: VOC's class names, in the order of the labels.
-        out: the folder.
-        outside_data: enter the competitions for methods that learned from more than VOC's own images: comp4 and comp6
-            instead of comp3 and comp5.
-        overwrite: replaces an earlier export.
-
-    Raises:
-        InputError: a file cannot be written.
+    Arguments and errors as `export`; the images' ids must be VOC's, and every image of the test set have a prediction.
+    ``outside_data`` enters the competitions for methods that learned from more than VOC's own images: comp4 and comp6
+    instead of comp3 and comp5.
     """
     detection, segmentation = ("comp4", "comp6") if outside_data else ("comp3", "comp5")
     names = stems(images)

@@ -16,24 +16,15 @@ from labelpenet.data.dataset import (
     AnnotatedImages,
     NamedImage,
     TaggedImage,
-    TaggedImages,
     Truth,
-    choose_classes,
     tag_images,
+    with_truth,
 )
 from labelpenet.data.files import inside, is_file, listing, read_text, safe_name, write_text
 from labelpenet.data.images import find_images
 from labelpenet.errors import InputError
 from labelpenet.formats.polygons import contours, joined, outline, straight
-from labelpenet.formats.selection import (
-    Exported,
-    clipped_boxes,
-    copy_photograph,
-    mask_arrays,
-    new_export,
-    selected,
-    stems,
-)
+from labelpenet.formats.selection import Exported, copy_photograph, new_export, objects, selected, stems
 from labelpenet.formats.shapes import Shape, checked_size, read_truth
 from labelpenet.instances import Instances
 
@@ -58,21 +49,8 @@ def export_yolo(
     photographs belong into ``out/images/<split>`` under the names of the labels. What YOLO cannot hold: scores; several
     outlines of an instance (parts and holes are joined by bridges, drawn one pixel wide).
 
-    A folder that holds the same classes already gets the split beside those that it has.
-
-    Args:
-        predictions: by image id.
-        images: the photographs; those without a prediction are left out, those with an empty one get an empty file.
-        classes: names of the C classes, in label order.
-        out: the folder: new, empty, or an export of other splits.
-        split: name of the sub-folders.
-        copy_images: copies the photographs, too.
-        tolerance: pixels by which outlines may differ from the mask's, for fewer corners.
-        min_score: instances below are left out.
-        overwrite: replaces an earlier export.
-
-    Raises:
-        InputError: ``out`` is taken, or a file cannot be written.
+    A folder that holds the same classes already gets the split beside those that it has. Arguments and errors as
+    `export`.
     """
     bridged, split = 0, safe_name(split)
     with new_export(out, images, overwrite, {"format": "yolo", "classes": list(classes)}, True) as (folder, done):
@@ -83,10 +61,8 @@ def export_yolo(
         names = stems(images)
         for image, found in selected(predictions, images, min_score, done.notes):
             lines = []
-            for label, box, mask in zip(
-                found.labels.tolist(), clipped_boxes(found).numpy(), mask_arrays(found), strict=True
-            ):
-                scale = np.array([found.image_size[1], found.image_size[0]], np.float64)
+            scale = np.array([found.image_size[1], found.image_size[0]], np.float64)
+            for label, _, box, mask in objects(found):
                 if mask is None:
                     values = np.concatenate([(box[:2] + box[2:]) / 2 / scale, (box[2:] - box[:2]) / scale])
                 else:
@@ -142,10 +118,12 @@ def settings_file(data: Path) -> Path | None:
     return next((path for path in [*lists, *names] if path.is_file()), None)
 
 
-def open_tagged(
+def open_annotated(
     path: Path, split: str | None = None, classes: Sequence[str] | None = None, images: Path | None = None
-) -> TaggedImages:
+) -> AnnotatedImages:
     """The images of a YOLO data set, with a tag for each class of their label files; without such a file, a negative.
+
+    Outlines are drawn as Ultralytics draws them.
 
     Args:
         path: ``data.yaml``, ``obj.data``, ``classes.txt`` or ``obj.names``; all paths in it stay inside its folder.
@@ -156,44 +134,6 @@ def open_tagged(
     Raises:
         InputError: the file is damaged, the split or a class is unknown, or no image can be used.
     """
-    return _open(path, split, classes, images)[0]
-
-
-def open_annotated(
-    path: Path, split: str | None = None, classes: Sequence[str] | None = None, images: Path | None = None
-) -> AnnotatedImages:
-    """The same images with their boxes and outlines; these are drawn as Ultralytics draws them.
-
-    Arguments and errors as `open_tagged`.
-    """
-    tagged, names, pose = _open(path, split, classes, images)
-    label = {name: index for index, name in enumerate(tagged.classes)}
-    files = {image.id: image.path for image in tagged.images}
-
-    def read(image_id: str) -> Truth:
-        if image_id not in files:
-            raise InputError(f"{path}: no image {image_id!r}; check the ids of the predictions")
-        labels, size = _label_file(files[image_id]), checked_size(files[image_id], (None, None))
-        scale = np.array([size[1], size[0]], np.float64)
-        shapes = []
-        for number, (index, points) in _rows(labels, len(names), pose).items():
-            corners = points * scale
-            if len(points) == 2:  # centre and sides
-                shapes.append(Shape(names[index], f"line {number}", [*(corners[0] - corners[1] / 2),
-                                                                     *(corners[0] + corners[1] / 2)]))  # fmt: skip
-            else:
-                mask = np.zeros(size, np.uint8)
-                cv2.fillPoly(mask, [corners.clip(-10, 10 + scale).astype(np.int32)], 1)
-                shapes.append(Shape(names[index], f"line {number}", None, mask.astype(bool)))
-        return read_truth(shapes, size, label, labels)
-
-    occurring = {name: index for index, name in reversed(list(enumerate(names)))}
-    return AnnotatedImages(tagged, read, tuple(occurring[name] + 1 for name in tagged.classes))
-
-
-def _open(
-    path: Path, split: str | None, classes: Sequence[str] | None, images: Path | None
-) -> tuple[TaggedImages, list[str], bool]:
     names, places, pose = _settings_of(path, images)
     root = images or path.parent
     listed = {name: one for name, one in places.items() if name != "test" or split == "test"}
@@ -222,12 +162,32 @@ def _open(
     occurring = {name for one in found for name in one.names}
     if problems and not occurring:
         raise InputError(problems[0])
-    chosen = choose_classes(classes, occurring if classes is None else names, path) if found else ()
-    tagged = tag_images(found, chosen, problems, path)
     notes = [f"{bare} images have no label file; as in YOLO, they show none of the classes"] if bare else []
     if split is None and len(places) > 1:
         notes.append(f"no split is named: used are {listing(listed)} of {listing(places)}")
-    return TaggedImages(tagged.classes, tagged.images, (*notes, *tagged.notes)), names, pose
+    tagged = tag_images(found, classes, occurring if classes is None else names, problems, path, notes)
+    number = {name: index for index, name in reversed(list(enumerate(names, 1)))}
+
+    def truth(image: TaggedImage) -> Truth:
+        labels = _label_file(image.path)
+        size = checked_size(image.path, (None, None), labels)
+        shapes = [_shape(line, row, size, names) for line, row in _rows(labels, len(names), pose).items()]
+        return read_truth(shapes, size, tagged.classes, labels)
+
+    return with_truth(tagged, path, truth, [number[name] for name in tagged.classes])
+
+
+def _shape(line: int, row: tuple[int, np.ndarray], size: tuple[int, int], names: Sequence[str]) -> Shape:
+    """What a line of a label file describes in an image of ``size`` (H, W)."""
+    index, points = row
+    scale = np.array([size[1], size[0]], np.float64)
+    corners = points * scale
+    if len(points) == 2:  # centre and sides
+        box = [*(corners[0] - corners[1] / 2), *(corners[0] + corners[1] / 2)]
+        return Shape(names[index], f"line {line}", box)
+    mask = np.zeros(size, np.uint8)
+    cv2.fillPoly(mask, [corners.clip(-10, 10 + scale).astype(np.int32)], 1)
+    return Shape(names[index], f"line {line}", None, mask.astype(bool))
 
 
 def _settings_of(path: Path, images: Path | None) -> tuple[list[str], dict[str, list[str]], bool]:

@@ -203,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 60
 
     def do_GET(self) -> None:
-        path = urlsplit(self.path).path
+        path = self.path.split("?")[0]
         if not self._from_here():
             self._answer(403, b"this page is served to this machine alone")
         elif path in _FILES:
@@ -216,7 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > _BODY_LIMIT:
+        if not length.isdecimal() or len(length) > 9 or int(length) > _BODY_LIMIT:
             self.close_connection = True
             self._answer(413, b"a verdict of at most a megabyte is expected")
             return
@@ -224,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._from_here() or not self._has_token():
             self._answer(403, b"open the address that labelpenet review has printed")
         else:
-            self._guarded(urlsplit(self.path).path, body)
+            self._guarded(self.path.split("?")[0], body)
 
     def _from_here(self) -> bool:
         """Whether host and origin, where there is one, are this machine's; the port may be a tunnel's."""

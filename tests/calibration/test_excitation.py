@@ -11,12 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import InvertedResidual, mobilenet_v2
-from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, RoIAlign, RoIPool, roi_align, roi_pool
+from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign
 
 from labelpenet.calibration.excitation import (
-    RegionPool,
     excitation_backprop,
-    excitation_roi,
     forward_with_activations,
 )
 
@@ -206,70 +204,6 @@ class TestResidual:
         torch.testing.assert_close(got.sum((1, 2, 3)), top.sum((1, 2, 3)))
 
 
-class TestRegions:
-    rois = torch.tensor([[0, 0.2, 1.0, 6.7, 5.5], [1, 2.0, 0.0, 9.0, 9.0], [0, 3.3, 3.1, 4.0, 8.9], [1, 0, 0, 1, 1]])
-
-    @pytest.fixture
-    def features(self) -> Tensor:
-        return torch.rand(2, 3, 9, 10, dtype=torch.float64) + 0.1
-
-    def test_roi_pooling_routes_as_its_own_gradient_does(self, features: Tensor) -> None:
-        top = torch.rand(4, 3, 3, 3, dtype=torch.float64)
-        leaf = features.clone().requires_grad_()
-        roi_pool(leaf, self.rois.double(), 3, 1.0).backward(top)
-        got = excitation_roi(RoIPool(3, 1.0), features, self.rois, top)
-        torch.testing.assert_close(got, leaf.grad, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(got.sum(), top.sum())
-
-    @pytest.mark.parametrize("aligned", [True, False])
-    def test_roi_align_shares_by_its_linear_weights(self, features: Tensor, aligned: bool) -> None:
-        pool = RoIAlign(3, 0.5, 2, aligned)
-        rois = self.rois.double() * torch.tensor([1, 2, 2, 2, 2])
-        top = torch.rand(4, 3, 3, 3, dtype=torch.float64)
-        expected = torch.zeros_like(features)
-        for r, channel in ((r, c) for r in range(4) for c in range(3)):
-            image = int(rois[r, 0])
-            units = torch.eye(90, dtype=torch.float64).reshape(90, 1, 9, 10)
-            each = torch.cat([torch.arange(90).double()[:, None], rois[r, 1:].expand(90, 4)], 1)
-            matrix = roi_align(units, each, 3, 0.5, 2, aligned).flatten(1).T
-            expected[image, channel] += dense_rule(
-                matrix, features[image, channel].flatten(), top[r, channel].flatten()
-            ).reshape(9, 10)
-        torch.testing.assert_close(excitation_roi(pool, features, rois, top), expected, rtol=1e-10, atol=1e-12)
-
-    def test_boxes_by_image_are_accepted(self, features: Tensor) -> None:
-        top = torch.rand(4, 3, 3, 3, dtype=torch.float64)
-        order = torch.tensor([0, 2, 1, 3])
-        boxes = [self.rois[[0, 2], 1:], self.rois[[1, 3], 1:]]
-        torch.testing.assert_close(
-            excitation_roi(RoIPool(3, 1.0), features, boxes, top[order]),
-            excitation_roi(RoIPool(3, 1.0), features, self.rois, top),
-        )
-
-    def test_regions_stand_in_a_chain(self, features: Tensor) -> None:
-        linear = nn.Linear(27, 6).double()
-        nn.init.uniform_(linear.weight, 0.1, 1)
-        convolution = nn.Conv2d(3, 3, 3, padding=1).double()
-        nn.init.uniform_(convolution.weight, 0.1, 1)
-        layers = [convolution, nn.ReLU(), RegionPool(RoIPool(3, 1.0), self.rois), nn.Flatten(), linear]
-        top = torch.rand(4, 6, dtype=torch.float64)
-        y, activations = forward_with_activations(layers, features)
-        got = excitation_backprop(layers, features, top, activations)
-        assert y.shape == (4, 6)
-        assert got.shape == features.shape
-        torch.testing.assert_close(got.sum(), top.sum())
-
-    def test_no_region(self, features: Tensor) -> None:
-        got = excitation_roi(RoIPool(3, 1.0), features, self.rois[:0], torch.zeros(0, 3, 3, 3))
-        assert torch.equal(got, torch.zeros_like(features))
-
-    def test_region_outside_the_feature_map_and_one_of_a_single_pixel(self, features: Tensor) -> None:
-        rois = torch.tensor([[0, 50.0, 50, 60, 60], [0, -30, -30, -20, -20], [0, 4, 4, 4, 4]])
-        for pool in (RoIPool(3, 1.0), RoIAlign(3, 1.0, 2)):
-            got = excitation_roi(pool, features, rois, torch.ones(3, 3, 3, 3))
-            assert bool(torch.isfinite(got).all()) and bool((got >= 0).all())
-
-
 def head(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     """A small network with every kind of layer that MobileNetV2 and VGG-16 hold."""
     return (
@@ -416,14 +350,11 @@ class TestActivations:
     def test_any_grad_mode(self, mode) -> None:
         layers, x, top = head(), torch.rand(R, 4, 8, 8).double(), torch.rand(R, 3).double()
         expected = excitation_backprop(layers, x, top)
-        rois = torch.tensor([[0.0, 1, 1, 6, 6]])
         with mode():
             made_inside = x.clone()
             _, activations = forward_with_activations(layers, made_inside)
             assert torch.equal(excitation_backprop(layers, made_inside, top, activations), expected)
             assert torch.equal(excitation_backprop(layers, made_inside, top), expected)
-            routed = excitation_roi(RoIPool(2, 1.0), made_inside, rois.clone(), torch.ones(1, 4, 2, 2))
-            torch.testing.assert_close(routed.sum(), torch.tensor(16.0, dtype=torch.float64))
 
     def test_half_precision_activations_are_raised_to_single(self) -> None:
         layers, x, top = head(torch.float32), torch.rand(R, 4, 8, 8), torch.rand(R, 3)

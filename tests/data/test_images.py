@@ -129,7 +129,7 @@ def test_what_is_no_image(tmp_path: Path) -> None:
     Image.fromarray(gradient(200, 300)).save(tmp_path / "cut.jpg")
     whole = (tmp_path / "cut.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    for name in ("text", "empty", "page", "folder", "cut", "missing"):
+    for name in ("text", "empty", "page", "folder", "cut", "missing", "n" * 300):
         with pytest.raises(InputError, match=rf"{name}\.jpg: .+; .+") as caught:
             read_image(tmp_path / f"{name}.jpg")
         assert "\n" not in str(caught.value)

@@ -19,7 +19,7 @@ from PIL import Image
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.precomputed import read_proposals, unpickle_arrays
 from labelpenet.errors import InputError
-from labelpenet.instances import encode_masks
+from labelpenet.instances import CompactMasks
 
 SIZE = (60, 80)  # (H, W) of every image
 BOXES = {
@@ -123,7 +123,7 @@ def test_masks_as_run_lengths(tmp_path: Path, images: list[TaggedImage]) -> None
     rows = [
         {"image_id": image.number, "segmentation": row}
         for image in images
-        for row in encode_masks(masks(BOXES[image.id]))
+        for row in CompactMasks.of(SIZE, masks(BOXES[image.id]).numpy()).encode()
     ]
     check(write(tmp_path / "masks.json", rows), images)
     folder = tmp_path / "each"

@@ -112,12 +112,12 @@ def test_damaged_rows_cost_themselves(tmp_path: Path) -> None:
         ({"bbox": "box", "segmentation": []}, "needs a box of four numbers", None),
         (
             {"segmentation": {"size": [24, 32], "counts": [5]}},
-            "runs of a mask.*no mask of its photograph",
+            "damaged RLE.*no mask of its photograph",
             [2, 3, 12, 11],
         ),
         ({"segmentation": [[0, 0, 1]]}, "polygon.*no mask of its photograph", [2, 3, 12, 11]),
-        ({"segmentation": [[10**400] * 6]}, "cannot be decoded.*no mask of its photograph", [2, 3, 12, 11]),
-        ({"segmentation": {"size": [10**6, 10**6], "counts": [10**12]}}, "mask of size", [2, 3, 12, 11]),
+        ({"segmentation": [[10**400] * 6]}, "a polygon must be.*no mask of its photograph", [2, 3, 12, 11]),
+        ({"segmentation": {"size": [10**6, 10**6], "counts": [10**12]}}, "RLE of size", [2, 3, 12, 11]),
     ],
 )
 def test_damaged_truth_costs_itself_and_is_said(tmp_path: Path, change: dict[str, Any], words: str, box: Any) -> None:
@@ -127,7 +127,7 @@ def test_damaged_truth_costs_itself_and_is_said(tmp_path: Path, change: dict[str
     assert list(truths) == ["x.jpg", "sub/y.jpg"]
     found = truths["x.jpg"].instances
     assert found.boxes.tolist() == ([] if box is None else [box]) + [[0, 0, 2, 24]]
-    assert (found.masks is None) == ("no mask" in words or "mask of size" in words)
+    assert (found.masks is None) == ("no mask" in words or "RLE of size" in words)
     assert re.search(f"instances.json: image x.jpg: annotation 1: .*{words}", notes[0])
     assert notes[-1] == "1 objects or masks are cut or left out"
 

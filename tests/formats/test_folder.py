@@ -123,6 +123,12 @@ def test_bad_tags_files(tmp_path: Path, name: str, text: str, words: str) -> Non
     assert "\n" not in str(caught.value)
 
 
+def test_classes_that_are_numbers_are_announced(tmp_path: Path) -> None:
+    pets(tmp_path)
+    (tmp_path / "tags.csv").write_text(f"file,tags\none.jpg,10;9\ntwo.PNG,²;{'7' * 5000}\n")
+    assert any("by numbers: 9, ²" in note for note in open_tagged(tmp_path).notes)
+
+
 def test_text_that_is_not_utf8(tmp_path: Path) -> None:
     pets(tmp_path)
     (tmp_path / "tags.csv").write_bytes("file,tags\none.jpg,Kätzchen\n".encode("latin-1"))

@@ -17,8 +17,7 @@ from pycocotools.coco import COCO
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.errors import InputError
 from labelpenet.formats import Predictions, read_predictions, write_predictions
-from labelpenet.formats.rows import _run_total
-from labelpenet.instances import Instances, encode_masks
+from labelpenet.instances import CompactMasks, Instances, check_segmentation
 
 from .photographs import CLASSES, assert_same, instances, photographs, predictions
 
@@ -103,7 +102,7 @@ def test_masks_without_boxes_polygons_and_uncompressed_runs(tmp_path):
     flat = mask[0].numpy().flatten(order="F")
     runs = np.diff([0, *(np.flatnonzero(np.diff(flat.astype(int))) + 1), flat.size]).tolist()
     for segmentation in (
-        encode_masks(mask)[0],
+        CompactMasks.of((10, 14), mask.numpy()).encode()[0],
         [[3, 2, 9, 2, 9, 5, 3, 5]],
         {"size": [10, 14], "counts": runs},
     ):
@@ -149,7 +148,7 @@ def test_a_prediction_without_area_survives(tmp_path):
     assert_same(read_predictions(path, images, CLASSES, (1, 2, 3))["2008_000001"], nothing)
 
 
-RUNS = encode_masks(torch.ones(1, 10, 14, dtype=torch.bool))[0]
+RUNS = CompactMasks.of((10, 14), np.ones((1, 10, 14), bool)).encode()[0]
 GOOD = {"image_id": "2008_000001", "category_id": 17, "bbox": [1, 1, 2, 2], "score": 0.5, "segmentation": RUNS}
 
 
@@ -294,5 +293,7 @@ def test_run_totals_are_those_of_pycocotools(seed):
     if rng.random() < 0.3:  # long runs, whose differences need several digits
         mask = np.repeat(np.repeat(mask, 40, 0), 40, 1)
     counts = rle.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
-    assert _run_total(counts) == mask.size
-    assert _run_total(counts[:-1]) != mask.size
+    runs = check_segmentation({"size": [*mask.shape], "counts": counts}, mask.shape)
+    assert runs is not None and runs.sum() == mask.size
+    with pytest.raises(InputError, match="damaged RLE"):
+        check_segmentation({"size": [*mask.shape], "counts": counts[:-1]}, mask.shape)

@@ -8,6 +8,7 @@ written, and no image may lie outside the data set. A few hundred cases run by d
 from __future__ import annotations
 
 import json
+import pickle
 import random
 import signal
 import tracemalloc
@@ -19,17 +20,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import save_file
 
 from labelpenet import InputError
 from labelpenet.data import AnnotatedImages, TaggedImages, read_image
+from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.images import image_size, read_index_map
-from labelpenet.formats import coco, open_annotated, open_tagged
+from labelpenet.data.precomputed import read_proposals
+from labelpenet.engine.log import read_metrics
+from labelpenet.formats import coco, open_annotated, open_tagged, read_predictions
+from labelpenet.formats.corrected import read_corrected
+from labelpenet.formats.review import KIND
 from labelpenet.instances import decode_mask
+from labelpenet.models.weights import load_weights
 from tests.formats.corpus import LAYOUTS
-from tests.formats.kits import coco_content, coco_set, photograph, voc_kit
+from tests.formats.kits import SIZE, coco_content, coco_set, photograph, voc_kit
 
 SECONDS_A_CASE = 20  # of this process; fifteen times as many by the clock, for one that waits
 PROFILES = [
@@ -341,7 +350,97 @@ def test_a_damaged_layout(tmp_path: Path, name: str, cases: int) -> None:
         target.write_bytes(good)
 
 
-ODD = (10**400, -(10**400), 1e308, float("nan"), "x", [[[]]], {"a": {}}, None, True)
+ODD = (10**400, -(10**400), 1e308, float("nan"), float("inf"), "x", [[[]]], {"a": {}}, None, True, -1, 10**9)
+
+
+def forged(row: Any, rng: random.Random) -> Any:
+    """A JSON value of which one part is replaced by something odd."""
+    row = json.loads(json.dumps(row))
+    *way, last = rng.choice(list(paths_of(row))[1:])
+    home = row
+    for key in way:
+        home = home[key]
+    home[last] = rng.choice(ODD)
+    return row
+
+
+def own_file(kind: str, root: Path) -> tuple[Path, Callable[[], object]]:
+    """A file that is no data set, and what reads all of it and checks what comes out."""
+    content = coco_content()
+    coco_set(root)
+    images = [TaggedImage(name, root / "images" / name, ()) for name in ("sub/y.jpg", "x.jpg")]
+    tagged = TaggedImages(("dog", "cat", "person"), tuple(images))
+    path, suffix = root / kind, kind.split(".")[-1]
+    boxes = {image.id: np.array([[0, 0, 8, 8], [2, 3, 20, 20]], np.float32) for image in images}
+    network = torch.nn.Linear(2, 3)
+    shown = [{**entry, "image": entry["file_name"], "status": "accepted"} for entry in content["images"]]
+    json_of = {
+        "predictions.json": content, "rows.json": [{**row, "image_id": "x.jpg"} for row in content["annotations"]],
+        "review.json": {
+            "info": {"description": KIND}, "images": shown, "categories": content["categories"],
+            "annotations": [{**row, "instance": index} for index, row in enumerate(content["annotations"])],
+        },
+        "proposals.json": [{"image_id": "x.jpg", "bbox": [1, 2, 3, 4], "score": 0.5}] * 3,
+        "metrics.jsonl": {"stage": "module1", "step": 1, "loss": 0.5},
+    }  # fmt: skip
+    if kind in json_of:
+        path.write_text(json.dumps(json_of[kind]) + "\n")
+    elif suffix == "npz":
+        np.savez(path, **{name.replace("/", " "): value for name, value in boxes.items()}, x=boxes["x.jpg"])
+    elif suffix == "pkl":
+        path.write_bytes(
+            pickle.dumps({"indexes": ["x", "y"], "boxes": list(boxes.values()), "scores": [[1, 2], [3, 1]]})
+        )
+    elif suffix == "mat":
+        cells = np.empty((2, 2), object)
+        cells[:, 0], cells[:, 1] = ["x", "y"], list(boxes.values())
+        pytest.importorskip("scipy.io").savemat(path, {"images": cells[:, 0], "boxes": cells[:, 1]})
+    elif suffix == "pth":
+        torch.save(network.state_dict(), path)
+    elif suffix == "safetensors":
+        save_file(network.state_dict(), path)
+
+    def predictions() -> None:
+        for name, found in read_predictions(path, images, tagged.classes, (3, 5, 8)).items():
+            assert found.validate(3).image_size == SIZE and ((found.weights >= 0) & (found.weights <= 1)).all(), name
+
+    def corrected() -> None:
+        for read in read_corrected([path], tagged).truths.values():
+            truth = refused(read)
+            assert truth is None or truth.instances.validate(3).image_size == SIZE
+
+    def proposals() -> None:
+        for found in read_proposals(path, images).values():
+            assert np.isfinite(found).all() and (found[:, 2:] > found[:, :2]).all() and found.min() >= 0
+            assert (found[:, 2] <= SIZE[1]).all() and (found[:, 3] <= SIZE[0]).all()
+
+    def weights() -> None:
+        load_weights(network, path, "network")
+        assert all(torch.isfinite(value).all() for value in network.state_dict().values())
+
+    read = {"predictions": predictions, "rows": predictions, "review": corrected, "proposals": proposals}
+    return path, {**read, "weights": weights, "metrics": lambda: read_metrics(root)}[kind.split(".")[0]]
+
+
+OWN = ("predictions.json", "rows.json", "review.json", "proposals.json", "proposals.npz", "proposals.pkl",
+       "proposals.mat", "weights.pth", "weights.safetensors", "metrics.jsonl")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "cases", [pytest.param(30, id="quick"), pytest.param(2000, id="thorough", marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("kind", OWN)
+def test_a_damaged_file_that_is_no_data_set(tmp_path: Path, kind: str, cases: int) -> None:
+    path, read = own_file(kind, tmp_path)
+    good, rng = path.read_bytes(), random.Random(kind)
+    read()
+    for index in range(cases):
+        json_too = path.suffix.startswith(".json") and index % 2
+        path.write_bytes(json.dumps(forged(json.loads(good), rng)).encode() if json_too else mutated(good, rng))
+        before = listing(tmp_path)
+        with deadline():
+            refused(read)
+        assert listing(tmp_path) == before
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.client import HTTPConnection
@@ -161,7 +162,11 @@ def test_places_that_do_not_exist_and_bodies_without_end_are_refused(server: Ser
     good = {"status": "accepted", "kept": {}}
     for place in ("5", "-1", "x", "²", "1e3", "0/picture", "9" * 5000):
         assert ask(server, f"/photographs/{place if place.isascii() else '%C2%B2'}", good)[0] in (404, 414)
-    assert ask(server, "/photographs/0", b"x" * 100, Content_Length=str(2**40))[0] == 413
+    for length in (str(2**40), "9" * 5000, "²", "-1"):
+        assert ask(server, "/photographs/0", b"x" * 100, Content_Length=length)[0] == 413
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=10) as raw:
+        raw.sendall(b"GET http://[ HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        assert raw.recv(99).split()[1] == b"403"
     assert ask(server, "/photographs/0", good, method="PUT")[0] == 501
 
 

@@ -21,7 +21,7 @@ from labelpenet.data.transforms import Batch
 from labelpenet.engine.log import read_metrics
 from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou
-from labelpenet.formats.voc import open_tagged
+from labelpenet.formats import open_tagged
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.models.classification import present_classes

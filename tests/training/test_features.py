@@ -15,7 +15,7 @@ from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImages
 from labelpenet.data.files import hash_file, write_json
 from labelpenet.data.scenes import write_scenes
-from labelpenet.formats.voc import open_tagged
+from labelpenet.formats import open_tagged
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.training.features import RoIFeatures
 from labelpenet.training.measure import is_kept, made_from

@@ -20,7 +20,7 @@ from labelpenet.data import proposals
 from labelpenet.data.images import read_image
 from labelpenet.data.scenes import write_scenes
 from labelpenet.engine.log import read_metrics
-from labelpenet.formats.voc import open_tagged
+from labelpenet.formats import open_tagged
 from labelpenet.models import backbones, build
 from labelpenet.models.cascade import MODULES, LabelPEnet, read_run
 from labelpenet.training.curriculum import STAGE, forward_backward

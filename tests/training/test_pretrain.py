@@ -19,7 +19,7 @@ from labelpenet.data.images import read_image
 from labelpenet.data.run_folder import claimed, start_run
 from labelpenet.data.scenes import write_scenes
 from labelpenet.errors import InputError
-from labelpenet.formats.voc import open_tagged
+from labelpenet.formats import open_tagged
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.training.inferred import read_inferred
 from labelpenet.training.pretrain import Training, cached_loss, pretrain, run_facts

@@ -302,13 +302,18 @@ def test_two_ray_workers_of_which_one_is_killed_give_what_one_process_gives(
     ray = pytest.importorskip("ray")
     paths, killed = [{"path": str(path)} for path in sorted(photos.iterdir())], tmp_path / "killed"
     alone = BatchPredictor(str(run), 3, 0.0, "cpu")({"path": np.array([one["path"] for one in paths], object)})
-    expected = [dict(zip(alone, row, strict=True)) for row in zip(*alone.values(), strict=True)]
+    columns = [column.tolist() for column in alone.values()]
+    expected = [dict(zip(alone, row, strict=True)) for row in zip(*columns, strict=True)]
     ray.init(
         num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}}
     )
     try:
         found = ray.data.from_items(paths, override_num_blocks=3).map_batches(
-            Mortal, fn_constructor_args=(str(run), str(killed)), batch_size=2, concurrency=2, num_cpus=1
+            Mortal,
+            fn_constructor_args=(str(run), str(killed)),
+            batch_size=2,
+            compute=ray.data.ActorPoolStrategy(size=2),
+            num_cpus=1,
         )
         rows = found.take_all()
     finally:
