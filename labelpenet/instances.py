@@ -294,11 +294,7 @@ class Instances:
 
 
 def decode_mask(segmentation: Any, image_size: tuple[int, int]) -> Tensor:
-    """One COCO ``segmentation`` (polygons, or RLE compressed or not) as an (H, W) bool mask.
-
-    Raises:
-        InputError: as `check_segmentation`.
-    """
+    """One COCO ``segmentation`` (polygons, or RLE compressed or not) as an (H, W) bool mask; checks it first."""
     height, width = image_size
     runs = check_segmentation(segmentation, image_size)
     if runs is None:

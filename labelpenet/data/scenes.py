@@ -83,9 +83,8 @@ def write_scenes(
     The folder appears complete or not at all. One that already holds exactly these scenes is used as it is.
 
     Args:
-        out: the folder to make; holds ``VOCdevkit/VOC2012`` afterwards.
-        train: number of images in the split ``train``.
-        val: number of images in the split ``val``.
+        out: the folder to make.
+        train, val: numbers of images in these splits.
         size: (H, W) in pixels, at least 48 each.
         seed: scene i of a split depends on the seed, the split and i alone.
 

@@ -20,12 +20,8 @@ GRID = 128  # pixels; on a GPU the sides of what a network sees are multiples of
 
 @dataclass
 class View:
-    """A photograph as the network sees it.
-
-    Attributes:
-        pixels: (1, 3, h, w) normalised.
-        scale: factors (x, y) from the photograph's pixels to the network's.
-        flipped: whether it is mirrored left to right.
+    """A photograph as the network sees it: normalised ``pixels`` (1, 3, h, w), the factors (x, y) from the photograph's
+    pixels to these, and whether it is mirrored left to right.
     """
 
     pixels: Tensor

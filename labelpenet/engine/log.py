@@ -37,8 +37,6 @@ class MetricsLog:
     no step is ever there twice.
 
     Args:
-        run_dir: the run folder; made where it is missing.
-        stage: name of the stage.
         rows: the stage's rows so far (empty at its start), ascending by their ``step``.
         step: number of finished steps that training continues from.
 
@@ -101,11 +99,6 @@ def read_metrics(run_dir: Path) -> list[Row]:
 
 def write_environment(run_dir: Path, device: torch.device, world: int) -> None:
     """Writes ``RUN/environment.json``: versions, machine, devices and command line; no environment variables.
-
-    Args:
-        run_dir: the run folder; made where it is missing.
-        device: the device of this process.
-        world: number of processes.
 
     Raises:
         InputError: the disk is full or the folder cannot be written.

@@ -16,12 +16,8 @@ Result = Mapping[str, Any]  # what `evaluate` returns
 
 @dataclass(frozen=True)
 class Table:
-    """A table of numbers.
-
-    Attributes:
-        title: what it shows.
-        columns: headings of the K columns of numbers; the column of names has none.
-        rows: names and their K numbers in percent, None where there is none.
+    """A table of numbers under a title: headings of the K columns of numbers (the column of names has none), and rows
+    of a name and K numbers in percent, None where there is none.
     """
 
     title: str
@@ -29,11 +25,7 @@ class Table:
     rows: tuple[tuple[str, tuple[float | None, ...]], ...]
 
     def render(self, style: Style = "text") -> str:
-        """The table as plain text, Markdown or LaTeX, numbers with one decimal; ends with a line break.
-
-        Raises:
-            InputError: an unknown style.
-        """
+        """The table in a style (else an `InputError`), numbers with one decimal; ends with a line break."""
         cells = [(name, *map(_cell, values)) for name, values in self.rows]
         if style == "text":
             return _text(self.title, ("", *self.columns), cells)
@@ -87,11 +79,7 @@ def cascade_table(train: Mapping[str, Result], val: Mapping[str, Result]) -> Tab
 
 
 def paper_table(number: int) -> Table:
-    """One of the paper's tables 1 to 6, as printed.
-
-    Raises:
-        InputError: another number.
-    """
+    """One of the paper's tables 1 to 6, as printed; `InputError` for another number."""
     if number not in _ROWS:
         raise InputError(f"the paper has no table {number} of results; its tables are 1 to 6")
     title, columns = _TITLES[number]
@@ -104,14 +92,10 @@ def paper_table(number: int) -> Table:
 
 
 def beside_paper(number: int, ours: Mapping[str, Result]) -> Table:
-    """A table of the paper with rows of ours below.
+    """A table of the paper, by its number 1 to 6, with rows of ours below: a result for each name.
 
     If ours measure other classes than VOC's twenty, the columns are ours, and the mean of the paper's rows is taken
     over the columns that they have numbers for. The images of the paper are those of its title, whatever ours were.
-
-    Args:
-        number: 1 to 6.
-        ours: for each name of a row a result.
 
     Raises:
         InputError: another number; or a result without the part that the table is about.
@@ -148,10 +132,7 @@ def beside_paper(number: int, ours: Mapping[str, Result]) -> Table:
 def paper_tables(result: Result, protocol: str, name: str = "ours") -> list[Table]:
     """The tables of the paper that a result can stand beside: 1 and 3 for ``voc07``, 2, 4, 5 and 6 for ``voc12``.
 
-    Args:
-        result: from `evaluate`.
-        protocol: that it was measured by; the paper has no table for ``coco``.
-        name: of our row.
+    ``protocol`` is the one that it was measured by, ``name`` that of our row.
     """
     numbers = {"voc07": (1, 3), "voc12": (2, 4, 5, 6)}.get(protocol, ())
     return [beside_paper(number, {name: result}) for number in numbers if _MEASURES[number][0] in result]

@@ -47,7 +47,6 @@ class CocoFile:
     """What an ``instances.json`` says, checked as far as tags need it.
 
     Attributes:
-        path: the file.
         names: category names by category id.
         images: the image rows by id, in the order of the file; each has a ``file_name``.
         annotations: the annotation rows of each image, each with a known ``category_id``.
@@ -78,7 +77,7 @@ def choose_file(files: Sequence[Path], split: str | None, data: Path) -> Path:
     """Of a folder's instances files the one of a split: ``val`` chooses ``instances_val2017.json``.
 
     Raises:
-        InputError: several files fit, or none of several (they are listed).
+        InputError: not just one fits (all are listed).
     """
     if len(files) == 1:
         return files[0]
@@ -102,15 +101,11 @@ def open_annotated(
     """The images of an instances file, with a tag for each category of their annotations that are no crowds, and truth.
 
     Args:
-        path: the JSON file.
+        path, classes: as `open.open_tagged` takes them; errors, too.
         split: a text file of image ids or file names to restrict to; any other name is taken for that of the file.
-        classes: names of the classes, in label order; None: those that occur, in alphabetical order.
         images: the image folder; None: ``images``, ``data`` or ``<split>2017`` beside the file or beside its folder,
             or the file's own folder.
         content: the parsed file, where the caller has it already.
-
-    Raises:
-        InputError: the file is no instances file, a class is unknown, or no image can be used.
     """
     instances = _read(path, content)
     tagged = _tagged(instances, split, classes, images)
@@ -211,11 +206,7 @@ def _chosen(content: CocoFile, split: str | None) -> tuple[list[int | str], list
 
 
 def _image_folder(content: CocoFile, images: Path | None) -> tuple[Path, list[str]]:
-    """The folder that holds most of the first images, and notes.
-
-    Raises:
-        InputError: none holds any (the folders looked at are listed).
-    """
+    """The folder that holds most of the first images, and notes; errors as `image_folder`."""
     home, own = content.path.parent, _split_of(content.path) or "images"
     homes = [home, home.parent] if home.name == "annotations" else [home]
     inner = (f"images/{own}", own, "images", f"data/{own}", "data", ".")
@@ -277,10 +268,8 @@ def export_coco(
     rasterised to the same mask; a mask with holes becomes one polygon with bridges of no width.
 
     Arguments and errors as `export`, and ``polygons``: segmentations as polygons instead of RLE. Copies of the
-    photographs lie in ``out/images``, and the file calls them as these.
-
-    Raises:
-        InputError: also if a score or box is not finite.
+    photographs lie in ``out/images``, and the file calls them as these. A score or box that is not finite is an
+    `InputError`, too.
     """
     numbers, names, plain = image_numbers(images), file_names(images), stems(images, folders=True)
     ids = list(range(1, len(classes) + 1) if category_ids is None else category_ids)

@@ -58,14 +58,10 @@ def open_tags_file(
     """The tagged images of a CSV, JSON or JSON-lines file of tags.
 
     Args:
-        path: the tags file.
+        path, classes: as `open.open_tagged` takes them; errors, too.
         split: a name for which ``SPLIT.txt`` lies beside the file, or a text file of file names.
-        classes: names of the classes, in label order; None: all tags, in alphabetical order.
         images: the folder that the names are relative to; None: the file's own, or ``images``, ``data`` or one of the
             file's name there.
-
-    Raises:
-        InputError: the file is damaged or ambiguous, a class or the split is unknown, or no image can be used.
     """
     suffix = path.suffix.lower()
     table = _read_lines(path) if suffix == ".jsonl" else _read_json(path) if suffix == ".json" else _read_csv(path)
@@ -100,14 +96,7 @@ def open_class_folders(data: Path, split: str | None = None, classes: Sequence[s
     """The images of a folder with one sub-folder per class, each with that class as its tag, also those deeper down.
 
     Where all images lie a folder deeper (``animals/cat/1.jpg``), ``classes`` says which of the two levels is meant.
-
-    Args:
-        data: the folder.
-        split: a name for which ``SPLIT.txt`` lies in the folder, or a text file of file names.
-        classes: names of the classes, in label order; images of other sub-folders are negatives. None: all.
-
-    Raises:
-        InputError: a class or the split is unknown, the level is not clear, or no image can be used.
+    Images of sub-folders that are not asked for are negatives. Arguments and errors as `open_tags_file`.
     """
     files = [name.split("/") for names in class_folders(data).values() for name in names]
     level, notes = 0, []
@@ -150,11 +139,7 @@ def tag_names(
     classes: Sequence[str] | None,
     notes: Sequence[str],
 ) -> TaggedImages:
-    """Tagged images from tags by file name relative to ``home``; ids are these names.
-
-    Raises:
-        InputError: unknown class or split, or no usable image.
-    """
+    """Tagged images from tags by file name relative to ``home``; ids are these names. Errors as `tag_images`."""
     chosen, split_notes = _restrict(tags, home, source, split)
     found, problems = [], []
     for name in chosen:

@@ -69,16 +69,13 @@ def is_csv(text: str) -> bool:
 def open_data(
     path: Path, split: str | None = None, classes: Sequence[str] | None = None, images: Path | None = None
 ) -> AnnotatedImages | TaggedImages:
-    """The images of an export with the shapes that were drawn on them; tags alone where there is no shape.
+    """The images of an export (JSON or CSV) with the shapes that were drawn on them; tags alone where there is no
+    shape.
 
     Args:
-        path: the exported JSON or CSV file.
+        path, classes: as `open.open_tagged` takes them; errors, too.
         split: a name for which ``SPLIT.txt`` lies beside the images, or a text file of file names.
-        classes: names of the classes, in label order; None: all that occur, in alphabetical order.
         images: the folder with the images; None: ``images`` beside the file, or the file's own folder.
-
-    Raises:
-        InputError: the file is no such export, a class is unknown, or no image can be used.
     """
     tasks = _read(path, images)
     tagged = tag_names(tasks.tags, tasks.home, path, split, classes, tasks.notes)

@@ -135,15 +135,9 @@ def open_annotated(
 ) -> AnnotatedImages:
     """The photographs of a folder of such files; tags are the labels of their shapes, and ours' flags.
 
-    Of an export of ours only the files that were checked or changed are used.
-
-    Args:
-        data: the folder; split: a text file of photographs' names, or a name for which ``SPLIT.txt`` lies there.
-        classes: names of the classes, in label order; None: all that occur, in alphabetical order.
-        images: the folder of the photographs; None: each lies beside its file.
-
-    Raises:
-        InputError: no file can be used, or a class is unknown.
+    Of an export of ours only the files that were checked or changed are used. ``split`` is a text file of photographs'
+    names, or a name for which ``SPLIT.txt`` lies there; without ``images`` each photograph lies beside its file. Other
+    arguments and errors as `open.open_tagged`.
     """
     found: list[NamedImage] = []
     files: dict[str, Path] = {}

@@ -31,8 +31,7 @@ def open_tagged(
     """The photographs and tags of a data set: all that a weakly supervised run may know.
 
     Args:
-        data: a folder or a file; docs/data.md shows every layout: VOC, COCO, YOLO, tags as CSV or JSON, one sub-folder
-            per class, Label Studio.
+        data: a folder or a file; docs/data.md shows every layout.
         split: a name (``train``, ``val``, ``Segmentation/val``) or a text file of image ids. None: everything but VOC's
             ``test``. A data set without any splits is used whole, and the notes say so.
         classes: names of the classes, in label order; None: those that occur, in alphabetical order.
@@ -49,10 +48,10 @@ def open_tagged(
 def open_annotated(
     data: Path | str, split: str | None = None, classes: Sequence[str] | None = None, images: Path | str | None = None
 ) -> AnnotatedImages:
-    """The same images with their truth, for measuring. Arguments and errors as `open_tagged`.
+    """The same images with their truth, for measuring. Arguments as `open_tagged`.
 
     Raises:
-        InputError: also for a data set that holds tags only.
+        InputError: as there; also for a data set that holds tags only.
     """
     found = _open(data, split, classes, images, truth=True)
     assert isinstance(found, AnnotatedImages)
@@ -60,10 +59,8 @@ def open_annotated(
 
 
 def open_photographs(data: Path, classes: Sequence[str]) -> TaggedImages:
-    """A photograph, or all in a folder and below, of which no tags are known, as `labelpenet predict` takes them.
-
-    Raises:
-        InputError: there is none.
+    """A photograph, or all in a folder and below, without tags, as `labelpenet predict` takes them; errors:
+    `find_images`.
     """
     images = tuple(TaggedImage(name, path, ()) for name, path in find_images([data]))
     return TaggedImages(tuple(classes), images, (f"{data}: no tags are known of its {len(images)} photographs",))

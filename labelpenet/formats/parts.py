@@ -41,11 +41,7 @@ ROWS_A_GROUP = 10_000  # of a Parquet file: about 10 MB in memory
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """``i/n`` as (i, n), 1 <= i <= n.
-
-    Raises:
-        InputError: it is something else.
-    """
+    """``i/n`` as (i, n), 1 <= i <= n; `InputError` for anything else."""
     found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise InputError(f"--shard {text}: expected i/n with 1 <= i <= n, such as 3/100")
@@ -62,10 +58,8 @@ class Part:
     """One part while it is written; what a process before has written of it is kept, but for a broken last line.
 
     Args:
-        folder: of the parts.
-        shard: (i, n).
         facts: what decides the predictions (weights, module, settings, list of photographs), the same in all parts.
-        images: all photographs, in order; classes: names of the C classes.
+        images: all photographs, in order.
 
     Raises:
         InputError: the part was begun with other facts, another process is writing it, or it cannot be written.
@@ -167,15 +161,12 @@ class Part:
 
 
 def merge_parts(paths: Sequence[Path], out: Path) -> tuple[int, int]:
-    """Puts parts together as one COCO ``.json`` (a predictions file) or ``.parquet``, line by line.
+    """Puts parts, or folders of parts, together as one COCO ``.json`` (a predictions file) or ``.parquet``, line by
+    line.
 
     Memory does not grow with the number of photographs. The ``.json`` is byte for byte what one process would have
     written; the ``.parquet`` has a row for each instance: image, file_name, width, height, category, score, x, y, w, h
     (pixels), counts (compressed RLE, column-major, as COCO's).
-
-    Args:
-        paths: the parts, or folders of parts.
-        out: the file.
 
     Returns:
         The numbers of photographs and of instances.

@@ -50,12 +50,11 @@ def write_predictions(
     """Writes predictions.json, whole or not at all.
 
     Args:
-        path: the file.
         predictions: for each image id what was found there; as pairs they may come from a generator, and each image's
             masks are encoded before the next is asked for.
         images: the photographs that the ids belong to.
         classes: names of the C classes, in label order.
-        category_ids: for each class the id in the file; None for 1..C.
+        category_ids: (C,) the ids in the file; None for 1..C.
 
     Raises:
         InputError: the file cannot be written, or a score or box is not finite.
@@ -88,11 +87,8 @@ def coco_text(
 
     Args:
         found: image id, (H, W) and rows of COCO's results list, whose ``image_id`` does not matter.
-        images: the photographs; classes: names of the C classes; category_ids: (C,) the ids of the rows.
+        images, classes, category_ids: as `write_predictions` takes them; errors, too.
         with_ids: each image has its id in the data set, too, as ``image``.
-
-    Raises:
-        InputError: a score or box is not finite.
     """
     numbers, files = image_numbers(images), file_names(images)
     entries: list[str] = []
@@ -147,13 +143,11 @@ def read_predictions(
         category_ids: (C,) the id of each class where the file names no categories.
 
     Returns:
-        A mapping of image ids to `Instances`, in the order of ``images``: the images that the file lists (or has rows
-        for).
+        `Instances` by image id, in the order of ``images``: of the images that the file lists (or has rows for).
 
     Raises:
-        InputError: the file cannot be read, is no JSON or has another structure; a row names an unknown image or
-            category; a box that is not four finite numbers, has a negative side or lies outside the image; a score
-            that is no finite number; a mask of the wrong size or one that cannot be decoded. Names the file and row.
+        InputError: the file cannot be read or has another structure; a row names an unknown image or category, or holds
+            a box, score or mask that is none, or is not of this image. Names the file and row.
     """
     path = Path(path)
     images = images.images if isinstance(images, TaggedImages) else images

@@ -38,11 +38,7 @@ class Reviewed:
     rows: list[dict[str, Any]]
 
     def instances(self, classes: int) -> Instances:
-        """The objects, weights 1.
-
-        Raises:
-            InputError: a box or mask is damaged.
-        """
+        """The objects, weights 1; `InputError` where a box or mask is damaged."""
         rows = [{**row, "score": 1.0} for row in self.rows]
         if not rows:
             return Instances.empty(self.size, with_masks=True)
@@ -58,11 +54,7 @@ def is_review(content: Any) -> bool:
 def write_review(
     path: Path, reviewed: Mapping[str, Reviewed], images: Sequence[TaggedImage], classes: Sequence[str]
 ) -> Path:
-    """Writes what was said of the photographs, by image id, whole or not at all.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
+    """Writes what was said of the photographs, by image id, whole or not at all (else an `InputError`)."""
     numbers, names = image_numbers(images), file_names(images)
     entries: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -96,7 +88,7 @@ def read_review(
     """What was said of the photographs, by image id; and notes on what belongs to no photograph or class of ours.
 
     Raises:
-        InputError: the file is not one that the review page writes.
+        InputError: the review page does not write such a file.
     """
     content = read_json(path)
     if not is_review(content):

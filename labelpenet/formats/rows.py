@@ -104,22 +104,14 @@ class Predictions(Mapping[str, Instances]):
 
 
 class RowReader:
-    """Reads the rows of one image after another, with the file's name for messages.
-
-    Args:
-        path: the file; labels: for each ``category_id`` of it the label.
-    """
+    """Reads the rows of one image after another, by the label of each ``category_id`` of the file ``path``."""
 
     def __init__(self, path: Path, labels: Mapping[Any, int | None]) -> None:
         self.path = path
         self.labels = labels
 
     def rows(self, rows: list[tuple[int, dict[str, Any]]], image_id: str, size: tuple[int, int]) -> Rows:
-        """The numbered rows of one image of size (H, W), checked.
-
-        Raises:
-            InputError: names file, row and fault.
-        """
+        """The numbered rows of one image of size (H, W), checked; an `InputError` names file, row and fault."""
         boxes, scores, segmentations = np.zeros((len(rows), 4)), np.ones(len(rows)), []
         for i, (index, row) in enumerate(rows):
             where = f"{self.path}: row {index} (image {image_id})"

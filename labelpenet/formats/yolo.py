@@ -120,11 +120,8 @@ def open_annotated(
     Args:
         path: ``data.yaml``, ``obj.data``, ``classes.txt`` or ``obj.names``; all paths in it stay inside its folder.
         split: ``train``, ``val``, ``test`` as the file calls them; None: all but ``test``.
-        classes: names of the classes, in label order; None: those that occur, in alphabetical order.
+        classes: as `open.open_tagged` takes them; errors, too.
         images: the folder that the file's paths are relative to, where it is another one.
-
-    Raises:
-        InputError: the file is damaged, the split or a class is unknown, or no image can be used.
     """
     names, places, pose = _settings_of(path, images)
     root = images or path.parent

@@ -23,7 +23,6 @@ class Curves:
     """The losses of one training stage.
 
     Attributes:
-        stage: its name.
         steps: (S,) int64, ascending.
         total: (S,) float64, NaN where a row has none.
         terms: for each term of the loss its (S,) values; empty where the total is the only term.
@@ -44,10 +43,9 @@ class Curves:
 
 
 def curves(rows: Sequence[Row]) -> list[Curves]:
-    """The losses of every stage, in the order in which the stages first appear.
+    """The losses of every stage in rows of `engine.log.read_metrics`, in the order in which the stages first appear.
 
-    Args:
-        rows: from `engine.log.read_metrics`; rows without a stage, step or loss are skipped.
+    Rows without a stage, step or loss are skipped.
     """
     stages: dict[str, dict[int, Row]] = {}
     for row in rows:
@@ -87,9 +85,7 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
 def loss_plot(one: Curves, size: tuple[float, float] = (5.2, 2.9)) -> str:
     """The losses of a stage against its steps, as an ``<svg>`` element without any reference to the outside.
 
-    Args:
-        one: the stage.
-        size: width and height in inches.
+    ``size`` is its width and height in inches.
     """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG

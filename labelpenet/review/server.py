@@ -47,7 +47,6 @@ class Review:
     """The photographs of a review in the order of their doubt, and what was said of them so far.
 
     Attributes:
-        name: of the run; classes: of the run, in label order.
         ranked: photographs and doubts, the most doubtful first; all: the same in the order of the data set.
         found: the labels that are looked at.
         path: the file that every verdict is written to.
@@ -99,9 +98,7 @@ class Review:
 
     def photograph(self, index: int) -> dict[str, Any]:
         """Tags and labels of the photograph at a place of the ranking; ``kept`` says which are left, with which class.
-
-        Raises:
-            InputError: its labels are damaged.
+        Damaged labels are an `InputError`.
         """
         image = self.ranked[index][0]
         found = self.found[image.id]
@@ -128,11 +125,7 @@ class Review:
         }
 
     def picture(self, index: int) -> bytes:
-        """The photograph as a JPEG, upright, no larger than a screen.
-
-        Raises:
-            InputError: it cannot be read.
-        """
+        """The photograph as a JPEG, upright, no larger than a screen; `InputError` where it cannot be read."""
         pixels = read_image(self.ranked[index][0].path)
         factor = _SIDE / max(pixels.shape[:2])
         if factor < 1:
@@ -140,12 +133,8 @@ class Review:
         return encode_picture(pixels)
 
     def judge(self, index: int, status: Status, kept: dict[int, int]) -> None:
-        """Notes what was said of a photograph, in memory and in the file.
-
-        Args:
-            index: its place in the ranking.
-            status: of the photograph.
-            kept: the class of each of its labels that is right, by number.
+        """Notes the status of the photograph at a place of the ranking, and by number the class of each of its labels
+        that is right, in memory and in the file.
 
         Raises:
             InputError: the file cannot be written, or another program has written it; nothing is noted then.
@@ -301,13 +290,10 @@ def _verdict(body: bytes, objects: int, classes: int) -> tuple[Any, dict[int, in
 
 
 def serve(run: Path, images: TaggedImages, path: Path, port: int, say: Any = print) -> None:
-    """Serves the review of a run's labels until Ctrl-C.
+    """Serves the review of a run's labels of its training photographs until Ctrl-C.
 
-    Args:
-        run: the run folder; images: the photographs that it was trained on.
-        path: the file that every verdict is written to at once; an earlier review is gone on with.
-        port: of the loopback address; 0 for any free one.
-        say: prints a line.
+    Every verdict is written to ``path`` at once; an earlier review is gone on with. ``port`` is of the loopback
+    address, 0 for any free one.
 
     Raises:
         InputError: there is nothing to review, the port is taken, or the file belongs to something else.

@@ -127,11 +127,7 @@ Anchors = Sequence[Mapping[str, Instances]]
 
 
 def read_anchors(start: Path, images: TaggedImages) -> Anchors:
-    """The labels of the run ``start``.
-
-    Raises:
-        InputError: they are damaged, or a photograph has none.
-    """
+    """The labels of the run ``start``; `InputError` where they are damaged, or a photograph has none."""
     anchors = tuple(read_inferred(start, f"module{number + 1}", len(images.classes)) for number in range(len(MODULES)))
     known = set.intersection(*(set(one) for one in anchors))
     missing = [image.id for image in images.images if image.id not in known]

@@ -53,10 +53,8 @@ class Inferred(Mapping[str, Instances]):
 
 
 def read_inferred(run: Path, name: str, num_classes: int) -> Inferred:
-    """The instances that a module inferred for the training images.
-
-    Raises:
-        InputError: the module has not finished, or the file is damaged.
+    """The instances that a module inferred for the training images; `InputError` where it has not finished, or the file
+    is damaged.
     """
     path = run_folder.instances(run, name)
     if not path.is_file():

@@ -48,11 +48,7 @@ class HeldOut:
 
 
 def check_held_out(images: TaggedImages, annotated: AnnotatedImages) -> None:
-    """Refuses to measure on images that are trained on.
-
-    Raises:
-        InputError: the two have an image file in common, or differ in their classes.
-    """
+    """Refuses to measure on images that are trained on, or of other classes."""
     trained = {image.path.resolve() for image in images.images}
     shared = [image.id for image in annotated.tagged.images if image.path.resolve() in trained]
     if shared:

@@ -28,9 +28,7 @@ _log = logging.getLogger(__name__)
 class Predictor:
     """The cascade or student of a run folder on a device, in that precision of its training which the device has.
 
-    Args:
-        run: the run folder.
-        device, devices, nodes: as `build_fabric` takes them.
+    ``device, devices, nodes`` are as `build_fabric` takes them.
     """
 
     def __init__(self, run: Path, device: str = "auto", devices: int = 1, nodes: int = 1):
@@ -56,10 +54,8 @@ class Predictor:
         return self.fabric.global_rank == 0
 
     def predict_image(self, image: TaggedImage, module: int, boxes: Boxes | None = None) -> Instances:
-        """The instances of one photograph, best first.
-
-        Args:
-            boxes: its proposals, computed before; None to compute them where the module needs them.
+        """The instances of one photograph, best first. Its proposals in ``boxes`` were computed before; without them
+        they are computed now, where the module needs them.
         """
         try:
             pixels = read_image(image.path)
@@ -123,7 +119,6 @@ def predict_images(
 
     Args:
         predictor: the run; its processes must all see the folder of ``out``.
-        images: the photographs; module: which one predicts; out: the file.
         keep: what is written of the instances found in a photograph.
         cache: folder of the proposals' cache; None for the user's.
 

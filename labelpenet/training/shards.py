@@ -34,12 +34,9 @@ def predict_shard(
     Args:
         predictor: the run, in one process.
         images: all photographs, in the same order for every shard.
-        module: which one predicts.
-        folder: of the parts.
         shard: (i, n), 1 <= i <= n.
-        keep: what is written of the instances found in a photograph.
+        keep, cache: as `predict_images` takes them.
         choices: what else decides the result (a smallest score, say); the same for all shards.
-        cache: folder of the proposals' cache; None for the user's.
 
     Returns:
         The part, and the ids of the photographs that could not be read this time.
