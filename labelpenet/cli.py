@@ -453,7 +453,7 @@ def _run(arguments: list[str]) -> None:
     for part in (command, getattr(command, "training", None)):
         if part is not None:
             check_ranges(part, lambda name: f"--{name.replace('_', '-')}")
-    dict(COMMANDS.values())[type(command)](command)
+    RUN[type(command)](command)
 
 
 def _end(status: int, line: str) -> NoReturn:
@@ -800,4 +800,5 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
     "report": (Report, report),
     "demo": (Demo, demo),
 }
+RUN = dict(COMMANDS.values())
 Command: Any = reduce(or_, (Annotated[kind, subcommand(name)] for name, (kind, _) in COMMANDS.items()))

@@ -60,7 +60,8 @@ class MetricsLog:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends a row (its ``step`` is the number of finished steps); values that are not finite become null."""
-        clean = {"stage": self._stage} | {key: _finite(value) for key, value in row.items()}
+        lost = {key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+        clean = {"stage": self._stage} | {key: None if key in lost else value for key, value in row.items()}
         self.rows.append(clean)
         with _writing(self._path):
             self._file.write(json.dumps(clean) + "\n")
@@ -147,10 +148,6 @@ def _silence_worker() -> None:
             before(failure)
 
     threading.excepthook = hook
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

@@ -146,7 +146,8 @@ def _recognise_file(
         found = label_studio.open_data(path, split, classes, images)
         _check_truth(path, not truth or isinstance(found, AnnotatedImages))
         return found
-    if suffix in (".csv", ".jsonl") or (suffix == ".json" and (path.name == "tags.json" or _is_tags(content))):
+    tags = isinstance(content, dict) and bool(content) and all(isinstance(one, list) for one in content.values())
+    if suffix in (".csv", ".jsonl") or path.name == "tags.json" or tags:
         _check_truth(path, not truth)
         return folder.open_tags_file(path, split, classes, images)
     raise NotRecognised(f"{path}: no data set recognised; give {KINDS}")
@@ -157,7 +158,3 @@ def _check_truth(data: Path, fine: bool) -> None:
         raise InputError(
             f"{data}: holds tags but no boxes or masks; measuring needs a VOC, COCO, YOLO or Label Studio data set"
         )
-
-
-def _is_tags(content: object) -> bool:
-    return isinstance(content, dict) and bool(content) and all(isinstance(tags, list) for tags in content.values())

@@ -76,7 +76,6 @@ class Part:
         self.path = folder / f"part-{shard[0]:05d}-of-{shard[1]:05d}.jsonl"
         self.partial = self.path.with_suffix(".jsonl.partial")
         self.images = share(images, shard)
-        self.categories = list(range(1, len(classes) + 1))
         self._numbers, self._names = image_numbers(images), file_names(images)
         self._header = {
             "labelpenet": "part", "shard": list(shard), "images": len(images), "classes": list(classes), **facts,
@@ -119,7 +118,7 @@ class Part:
         row: dict[str, Any] = {"image": image.id, "skipped": True}
         if found is not None:
             height, width = found.image_size
-            rows = found.to_coco(self._numbers[image.id], self.categories)
+            rows = found.to_coco(self._numbers[image.id])
             row = {"image": image.id, "number": self._numbers[image.id], "file_name": self._names[image.id]}
             row |= {"width": width, "height": height}
             row["instances"] = [{key: value for key, value in one.items() if key != "image_id"} for one in rows]

@@ -61,9 +61,8 @@ def write_predictions(
         ValueError: an image id that is not among ``images``, or not one category id a class.
     """
     images = images.images if isinstance(images, TaggedImages) else images
-    ids = range(1, len(classes) + 1) if category_ids is None else category_ids
-    if len(set(ids)) != len(classes):
-        raise ValueError(f"category_ids must be {len(classes)} different numbers, but got {list(ids)}")
+    if category_ids is not None and len(set(category_ids)) != len(classes):
+        raise ValueError(f"category_ids must be {len(classes)} different numbers, but got {list(category_ids)}")
     known = {image.id for image in images}
     pairs = predictions.items() if isinstance(predictions, Mapping) else predictions
 
@@ -71,16 +70,16 @@ def write_predictions(
         for name, instances in pairs:
             if name not in known:
                 raise ValueError(f"prediction for {name!r}, which is not among the {len(known)} images")
-            yield name, instances.image_size, instances.to_coco(0, list(ids))
+            yield name, instances.image_size, instances.to_coco(0, category_ids)
 
-    return write_text(Path(path), coco_text(rows(), images, classes, ids))
+    return write_text(Path(path), coco_text(rows(), images, classes, category_ids))
 
 
 def coco_text(
     found: Iterable[tuple[str, tuple[int, int], list[dict[str, Any]]]],
     images: Sequence[TaggedImage],
     classes: Sequence[str],
-    category_ids: Iterable[int],
+    category_ids: Sequence[int] | None = None,
     with_ids: bool = False,
 ) -> str:
     """The text of a predictions file, a line for each image, category and instance.
@@ -102,7 +101,8 @@ def coco_text(
                 annotations.append(json.dumps(whole, allow_nan=False))
         except ValueError as error:
             raise InputError(f"{name}: a score or box is NaN or infinite; remove it") from error
-    categories = [json.dumps({"id": i, "name": name}) for i, name in zip(category_ids, classes, strict=True)]
+    ids = category_ids or range(1, len(classes) + 1)
+    categories = [json.dumps({"id": i, "name": name}) for i, name in zip(ids, classes, strict=True)]
     parts = {"images": entries, "categories": categories, "annotations": annotations}
     lists = [f'"{key}": [\n' + ",\n".join(lines) + "\n]" for key, lines in parts.items()]
     return "{\n" + ",\n".join(lists) + "\n}\n"
@@ -124,7 +124,10 @@ def class_names(path: Path) -> list[str]:
 
 
 def read_predictions(
-    path: Path | str, images: TaggedImages | Sequence[TaggedImage], classes: Sequence[str], category_ids: Sequence[int]
+    path: Path | str,
+    images: TaggedImages | Sequence[TaggedImage],
+    classes: Sequence[str],
+    category_ids: Sequence[int] | None = None,
 ) -> Predictions:
     """Reads predictions.json, a folder of parts, a bare COCO results list or a COCO annotation file.
 
@@ -140,7 +143,7 @@ def read_predictions(
         path: the file, or a folder with all parts of `predict --shard`, whose lines are read when they are asked for.
         images: the photographs that predictions are wanted for.
         classes: names of the C classes, in label order.
-        category_ids: (C,) the id of each class where the file names no categories.
+        category_ids: (C,) the id of each class where the file names no categories; None for 1..C.
 
     Returns:
         `Instances` by image id, in the order of ``images``: of the images that the file lists (or has rows for).

@@ -195,16 +195,17 @@ def match_images(
 def match_categories(
     path: Path,
     classes: Sequence[str],
-    category_ids: Sequence[int],
+    category_ids: Sequence[int] | None,
     content: dict[str, Any] | None,
     notes: list[str],
 ) -> dict[Any, int | None]:
     """For every ``category_id`` that a row may carry the label it means; None for one that is not asked for."""
     entries = None if content is None else read_entries(path, content, "categories")
+    ids = range(1, len(classes) + 1) if category_ids is None else category_ids
+    by_id = {category: label for label, category in enumerate(ids)}
     if entries is None:
-        return {category: label for label, category in enumerate(category_ids)}
+        return dict(by_id)
     index = {name: label for label, name in enumerate(classes)}
-    by_id = {category: label for label, category in enumerate(category_ids)}
     matched: dict[Any, int | None] = {}
     for entry in entries:
         name = entry.get("name")

@@ -210,7 +210,7 @@ def _yaml(path: Path, images: Path | None) -> tuple[list[str], dict[str, list[st
     names = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, dict) and set(names) == set(range(len(names))):
         names = [names[index] for index in range(len(names))]
-    if not isinstance(names, list) or not names or not all(_is_name(name) for name in names):
+    if not isinstance(names, list) or not names or not all(type(name) in (str, int) for name in names):
         raise InputError(f"{path}: names must list the classes from 0 on, such as names: [cat, dog]")
     places: dict[str, list[str]] = {}
     for split in ("train", "val", "test", "valid"):
@@ -225,10 +225,6 @@ def _yaml(path: Path, images: Path | None) -> tuple[list[str], dict[str, list[st
     if not places:
         raise InputError(f"{path}: names no images; add train: images/train")
     return [str(name) for name in names], places, "kpt_shape" in content
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, (str, int)) and not isinstance(value, bool)  # YAML's yes and no are neither
 
 
 def _place(path: Path, base: Any, place: str, images: Path | None) -> str:

@@ -29,13 +29,10 @@ def save_pretrained(run: Path | str, folder: Path | str, licence: str = "other",
 
     Args:
         run: what ``labelpenet train`` or ``distill`` wrote; its ``results.json``, if measured, fills in the card.
-        folder: where to; nothing else in it is touched.
+        folder: where to; nothing else in it is touched. It is returned.
         licence: the hub's name of the licence of the weights, such as ``apache-2.0``: yours to choose, within what the
             photographs and the pretrained backbone allow.
         push: name of a repository on the hub, ``you/model``, to upload the folder to.
-
-    Returns:
-        The folder.
 
     Raises:
         InputError: no run folder, the folder cannot be written, or huggingface_hub is missing or refuses.

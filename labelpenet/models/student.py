@@ -288,10 +288,8 @@ class Student(nn.Module):
 
     @classmethod
     def from_run(cls, run: str | Path, device: str | torch.device = "cpu") -> Student:
-        """The trained student of a folder that ``labelpenet distill`` wrote, ready to `predict`.
-
-        Raises:
-            InputError: no such folder, unfinished, or damaged weights.
+        """The trained student of a folder that ``labelpenet distill`` wrote, ready to `predict`; `InputError` where
+        there is no such folder, it is unfinished, or its weights are damaged.
         """
         run = Path(run)
         facts = read_run(run)
@@ -313,11 +311,7 @@ class Student(nn.Module):
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> LabelPEnet | Student:
-    """What a run folder holds, ready to `predict`: a cascade or a student.
-
-    Raises:
-        InputError: see `LabelPEnet.from_run` and `Student.from_run`.
-    """
+    """What a run folder holds, ready to `predict`; errors as `LabelPEnet.from_run` and `Student.from_run`."""
     facts = read_run(Path(run))
     return (Student if facts.get("kind") == KIND else LabelPEnet).from_run(run, device)
 
@@ -376,11 +370,7 @@ def build_body(
 ) -> tuple[nn.Module, dict[str, Sequence[float]]]:
     """A backbone as a chain of children without its classifier, batch norms as they are; and its normalisation.
 
-    Args:
-        name, weights, pretrained: as `build_backbone` takes them, and ``timm/NAME`` for a model of timm.
-
-    Raises:
-        InputError: unknown name, a network that is no chain of stages, or weights that do not fit.
+    Arguments and errors as `build_backbone`; a network of timm must be a chain of stages.
     """
     if name.startswith("timm/"):
         return _timm_body(name.removeprefix("timm/"), weights, pretrained)

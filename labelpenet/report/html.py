@@ -175,17 +175,11 @@ def marked(table: Table) -> list[tuple[str, list[tuple[str, bool]]]]:
         for column in zip(*(values for _, values in table.rows), strict=True)
     ]
     several = len(table.rows) > 1
-    return [
-        (
-            name,
-            [(_figure(one), several and one is not None and one == top) for one, top in zip(values, best, strict=True)],
-        )
-        for name, values in table.rows
-    ]
 
+    def cell(value: float | None, top: float | None) -> tuple[str, bool]:
+        return ("–", False) if value is None else (f"{value:.1f}", several and value == top)
 
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
+    return [(name, list(map(cell, values, best))) for name, values in table.rows]
 
 
 def module_table(results: Mapping[str, Any]) -> Table | None:
@@ -260,8 +254,7 @@ def _predictions(run: Path, facts: Facts, images: TaggedImages, problems: list[s
     paths = {number: run_folder.predictions(run, str(facts.results.get("split")), number) for number in facts.trained}
 
     def read(number: int) -> tuple[int, Mapping[str, Instances]]:
-        ids = list(range(1, len(images.classes) + 1))
-        return number, read_predictions(paths[number], images, images.classes, ids)
+        return number, read_predictions(paths[number], images, images.classes)
 
     return dict(_made(read, (number for number, path in paths.items() if path.is_file()), problems))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -102,7 +103,7 @@ def loss_plot(one: Curves, size: tuple[float, float] = (5.2, 2.9)) -> str:
         axes = figure.add_subplot()
         window = max(1, len(one.steps) // 20)
         marker = "o" if len(one.steps) == 1 else None  # a line through one point is not to be seen
-        for (name, values), colour in zip(one.terms.items(), _repeated(len(one.terms)), strict=True):
+        for (name, values), colour in zip(one.terms.items(), itertools.cycle(_COLOURS)):
             axes.plot(one.steps, smoothed(values, window), color=colour, linewidth=1.2, label=name, marker=marker)
         axes.plot(one.steps, one.total, color=_INK, linewidth=0.7, alpha=0.25)
         axes.plot(one.steps, smoothed(one.total, window), color=_INK, linewidth=1.6, label="total", marker=marker)
@@ -131,10 +132,6 @@ def _embedded(svg: str, stage: str) -> str:
     body = head + body[body.index(">") + 1 :].replace("xlink:href", "href").replace(_INK, "currentColor")
     prefix = f"p{zlib.crc32(stage.encode()):08x}-"
     return re.sub(r'(\bid="|\bhref="#|url\(#)', rf"\g<1>{prefix}", body)
-
-
-def _repeated(count: int) -> list[str]:
-    return [_COLOURS[index % len(_COLOURS)] for index in range(count)]
 
 
 def number_of(value: Any) -> float:

@@ -101,7 +101,6 @@ def infer_all(
     target.parent.mkdir(parents=True, exist_ok=True)
     done = {line["id"] for line in _read_parts(target)}
     barrier()
-    categories = list(range(1, len(images.classes) + 1))
     mine = [image for image in images.images[rank::world] if image.id not in done]
     part = target.with_suffix(f".part{rank}.jsonl")
 
@@ -110,7 +109,7 @@ def infer_all(
             found = infer(image)
         except InputError as error:
             return {"id": image.id, "size": [1, 1], "rows": []}, f"skipped: {error}"
-        rows = found.to("cpu").to_coco(image.id, categories)
+        rows = found.to("cpu").to_coco(image.id)
         return {"id": image.id, "size": list(found.image_size), "rows": rows}, ""
 
     try:
@@ -126,7 +125,7 @@ def infer_all(
         by_id = {line["id"]: line for line in _read_parts(target)}
         ordered = (by_id[image.id] for image in images.images)
         found = ((line["id"], tuple(line["size"]), line["rows"]) for line in ordered)
-        text = coco_text(found, images.images, images.classes, categories, with_ids=True)
+        text = coco_text(found, images.images, images.classes, with_ids=True)
         write_text(target, sealed(text) + "\n", "free some space and use --resume")
         for old in target.parent.glob(f"{target.stem}.part*.jsonl"):
             old.unlink()

@@ -77,7 +77,7 @@ def measure_run(
             pairs = ((image.id, found) for image, found in predictor.run(photographs, number, [], boxes))
             write_predictions(path, pairs, photographs, classes)
             write_json(_origin(path), {"made_from": key, "content": hash_file(path)})
-        found = read_predictions(path, photographs, classes, list(range(1, len(classes) + 1)))
+        found = read_predictions(path, photographs, classes)
         name = "student" if student else str(number)
         results["val"][name] = evaluate(found, truths, classes, protocol)  # type: ignore[arg-type]
     if not student and 1 in modules and run_folder.instances(run, "module1").is_file():

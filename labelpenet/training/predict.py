@@ -162,8 +162,7 @@ def _predict_together(
 
 def _join(parts: Sequence[Path], out: Path, images: Sequence[TaggedImage], classes: Sequence[str]) -> None:
     """Puts the processes' files together in the order of the photographs, and removes them."""
-    categories = list(range(1, len(classes) + 1))
-    read = [read_predictions(part, images, classes, categories) for part in parts]
+    read = [read_predictions(part, images, classes) for part in parts]
     owners = ((image.id, read[index % len(parts)]) for index, image in enumerate(images))
     write_predictions(out, ((name, one[name]) for name, one in owners if name in one), images, classes)
     for part in parts:

@@ -185,7 +185,7 @@ def _read(kind: Kind, images: TaggedImages, readers: Mapping[str, Read], notes: 
         except InputError as error:
             problems.append(str(error))
             continue
-        rows[image.id] = one.to_coco(image.id, range(1, classes + 1))
+        rows[image.id] = one.to_coco(image.id)
         sizes[image.id] = one.image_size
         boxes_only += one.masks is None
         found.update(json.dumps([image.id, one.image_size, rows[image.id]]).encode() + b"\n")

@@ -63,12 +63,9 @@ def tag_loss(module: ImageClassifier, device: torch.device) -> Callable[[Any, in
         views = [sample.view.pixels for sample in samples]
         if len({view.shape for view in views}) == 1:  # one call where they fit together
             views = [torch.cat(views)]
-        logits = torch.cat([module(_channels_last(view)).float() for view in views])
+        channels_last = (view.contiguous(memory_format=torch.channels_last) for view in views)
+        logits = torch.cat([module(view).float() for view in channels_last])
         present = torch.stack([present_classes(sample.tags, logits.shape[1]) for sample in samples]).to(device)
         return {"tags": F.binary_cross_entropy_with_logits(logits, present)}
 
     return loss
-
-
-def _channels_last(images: Tensor) -> Tensor:
-    return images.contiguous(memory_format=torch.channels_last)
