@@ -2,8 +2,10 @@
 
     python benchmarks/clients.py write coco-mini/instances.json --out clients   # true masks as every kind of export
     python benchmarks/clients.py read clients                                   # with every client that is installed
-    OTHER/bin/python benchmarks/clients.py read clients                         # clients that need an environment of
-                                                                                # their own (datumaro)
+    OTHER/bin/python benchmarks/clients.py read clients       # clients that need an environment of their own: datumaro;
+                                                              # FiftyOne; Labelme and X-AnyLabeling
+
+VOC's development kit is tried where ``octave-cli`` is installed and its folder ``VOCcode`` lies in ``clients``.
 
 `write` makes two data sets: the one that is given, and ``nasty`` (the same file name in two folders, turned by EXIF,
 unicode, quotes, colons, PNG; holes, several parts, single pixels). `read` needs none of our package: it compares what
@@ -18,6 +20,9 @@ import contextlib
 import io
 import json
 import logging
+import os
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +35,7 @@ from urllib.parse import unquote
 import numpy as np
 from pycocotools import mask as rle
 
-FORMATS: tuple[Any, ...] = ("coco", "coco-polygons", "coco-results", "voc", "yolo", "label-studio")
+FORMATS: tuple[Any, ...] = ("coco", "coco-polygons", "coco-results", "voc", "yolo", "labelme", "label-studio")
 NASTY = ("a/same.jpg", "b/same.jpg", "turned.jpg", "größe 東京.png", 'it\'s: "so".jpg', "plain.PNG")
 CLASSES = ('dog: "big"', "чашка", "o'neill, jr")
 
@@ -254,6 +259,136 @@ def label_studio_sdk(home: Path, to: str) -> Loaded:
         yield unquote(task["data"]["image"].split("?d=")[-1]), shown
 
 
+def fiftyone(home: Path, to: str) -> Loaded:
+    """FiftyOne's importers, which work without its database."""
+    from fiftyone.utils.coco import COCODetectionDatasetImporter
+    from fiftyone.utils.voc import VOCDetectionDatasetImporter
+    from fiftyone.utils.yolo import YOLOv5DatasetImporter
+    from PIL import Image
+
+    folder = home / to
+    if to == "yolo":
+        reader = YOLOv5DatasetImporter(yaml_path=str(folder / "data.yaml"), split="train", label_type="polylines")
+    elif to == "voc":
+        folder /= "VOCdevkit/VOC2012"
+        reader = VOCDetectionDatasetImporter(
+            data_path=str(folder / "JPEGImages"), labels_path=str(folder / "Annotations")
+        )
+    else:
+        reader = COCODetectionDatasetImporter(
+            data_path=str(folder / "images"),
+            labels_path=str(folder / "annotations/instances_default.json"),
+            label_types=["segmentations"],
+        )
+    with reader:
+        for path, _, found in reader:
+            with Image.open(path) as picture:
+                width, height = picture.size
+            objects = found.polylines if to == "yolo" else found.detections
+            shown: list[np.ndarray] = []
+            for one in objects:
+                if to == "yolo":
+                    shown.append(one.to_segmentation(frame_size=(width, height)).mask > 0)
+                    continue
+                x, y, w, h = np.array(one.bounding_box) * (width, height, width, height)
+                shown.append(np.array([x, y, x + w, y + h]))
+                if one.has_mask:  # it fills the box
+                    top, left = round(y), round(x)
+                    drawn = np.zeros((height, width), bool)
+                    drawn[top : top + one.mask.shape[0], left : left + one.mask.shape[1]] = one.mask
+                    shown[-1] = drawn
+            name = Path(path).relative_to(folder / "images").as_posix() if to.startswith("coco") else Path(path).stem
+            yield name, list(zip((one.label for one in objects), shown, strict=True))
+
+
+def voc_devkit(home: Path, to: str) -> Loaded:
+    """What VOCreadrecxml says of every image of the split, in Octave."""
+    script = """
+    for name = strsplit(strtrim(fileread([year '/ImageSets/Main/train.txt'])), "\\n")
+        rec = VOCreadrecxml([year '/Annotations/' name{1} '.xml']);
+        for one = rec.objects
+            printf("%s\\t%s\\t%d %d %d %d\\n", name{1}, one.class, one.bbox);
+        end
+    end"""
+    found: dict[str, list[tuple[str, np.ndarray]]] = {}
+    for line in octave(script, home / to).splitlines():
+        name, kind, box = line.split("\t")
+        found.setdefault(name, []).append((kind, np.array(box.split(), float) - (1, 1, 0, 0)))
+    yield from found.items()
+
+
+def voc_devkit_maps(home: Path, to: str) -> Loaded:
+    """The class and object maps as the kit takes them: by imread, as indices."""
+    script = """
+    for name = strsplit(strtrim(fileread([year '/ImageSets/Segmentation/train.txt'])), "\\n")
+        objects = imread([year '/SegmentationObject/' name{1} '.png']);
+        classes = imread([year '/SegmentationClass/' name{1} '.png']);
+        printf("%s\\t%d %d\\t%s\\t%s\\n", name{1}, size(objects), sprintf("%02x", objects), sprintf("%02x", classes));
+    end"""
+    names = (home / to / "VOCdevkit/VOC2012/classes.txt").read_text(encoding="utf-8").splitlines()
+    for line in octave(script, home / to).splitlines():
+        name, size, *maps = line.split("\t")
+        objects, kinds = (
+            np.frombuffer(bytes.fromhex(one), np.uint8).reshape([int(side) for side in size.split()], order="F")
+            for one in maps
+        )
+        shown = [objects == value for value in np.unique(objects) if value not in (0, 255)]
+        yield name, [(names[kinds[mask][0] - 1], mask) for mask in shown]
+
+
+def octave(script: str, folder: Path) -> str:
+    settings = f"addpath('{folder.parents[1] / 'VOCcode'}'); year = '{folder / 'VOCdevkit/VOC2012'}';"
+    ran = subprocess.run(["octave-cli", "--eval", settings + script], capture_output=True, encoding="utf-8")
+    if ran.returncode:
+        raise ValueError(ran.stderr)
+    return ran.stdout
+
+
+def labelme(home: Path, to: str) -> Loaded:
+    from labelme._label_file import LabelFile
+    from labelme.utils import img_data_to_arr, shape_to_mask
+
+    for path in sorted((home / to).rglob("*.json")):
+        if path.name.startswith("."):
+            continue
+        read = LabelFile(str(path))
+        size = img_data_to_arr(read.image_data).shape[:2]
+        shown: dict[Any, tuple[str, np.ndarray]] = {}  # the polygons of an object are a group
+        for number, one in enumerate(read.shapes):
+            key = number if one["group_id"] is None else f"group {one['group_id']}"
+            drawn = shape_to_mask(size, one["points"], one["shape_type"])
+            shown[key] = one["label"], drawn | shown.get(key, ("", np.zeros(size, bool)))[1]
+        yield path.relative_to(home / to).as_posix(), list(shown.values())
+
+
+def x_anylabeling(home: Path, to: str) -> Loaded:
+    """Its window's reader, and its converter to masks for each object."""
+    os.environ["QT_QPA_PLATFORM"] = "offscreen"
+    from anylabeling.views.labeling.label_converter import LabelConverter
+    from anylabeling.views.labeling.label_file import LabelFile
+    from PIL import Image
+
+    for path in sorted((home / to).rglob("*.json")):
+        if path.name.startswith("."):
+            continue
+        read = LabelFile(str(path))
+        groups: dict[Any, list[dict[str, Any]]] = {}
+        for number, one in enumerate(shape.to_dict() for shape in read.shapes):
+            key = number if one["group_id"] is None else f"group {one['group_id']}"
+            groups.setdefault(key, []).append(one)
+        shown = []
+        with Image.open(io.BytesIO(read.image_data)) as picture, tempfile.TemporaryDirectory() as folder:
+            alone, drawn = Path(folder, "one.json"), Path(folder, "one.png")
+            for shapes in groups.values():
+                kind = shapes[0]["label"]
+                content = {"imageWidth": picture.width, "imageHeight": picture.height, "shapes": shapes}
+                alone.write_text(json.dumps(content), encoding="utf-8")
+                table = {"type": "grayscale", "colors": {kind: 255}}
+                LabelConverter().custom_to_mask(str(alone), str(drawn), table)
+                shown.append((kind, np.array(Image.open(drawn)) > 0))
+        yield path.relative_to(home / to).as_posix(), shown
+
+
 CLIENTS: dict[str, tuple[str, dict[str, Callable[[Path, str], Loaded]]]] = {
     "pycocotools": ("pycocotools", dict.fromkeys(("coco", "coco-polygons", "coco-results"), pycocotools)),
     "torchvision": ("torchvision", dict.fromkeys(("coco", "coco-polygons", "voc"), torchvision)),
@@ -261,6 +396,11 @@ CLIENTS: dict[str, tuple[str, dict[str, Callable[[Path, str], Loaded]]]] = {
     "supervision": ("supervision", dict.fromkeys(("coco", "coco-polygons", "voc", "yolo"), supervision)),
     "Ultralytics": ("ultralytics", {"yolo": ultralytics}),
     "datumaro": ("datumaro", dict.fromkeys(("coco", "coco-polygons", "voc", "yolo"), datumaro)),
+    "FiftyOne": ("fiftyone", dict.fromkeys(("coco", "coco-polygons", "voc", "yolo"), fiftyone)),
+    "VOC devkit, Octave": ("octave", {"voc": voc_devkit}),
+    "VOC devkit, maps, Octave": ("octave", {"voc": voc_devkit_maps}),
+    "Labelme": ("labelme", {"labelme": labelme}),
+    "X-AnyLabeling": ("x-anylabeling-cvhub", {"labelme": x_anylabeling}),
     "Label Studio's SDK": ("label-studio-sdk", {"label-studio": label_studio_sdk}),
 }
 
@@ -320,17 +460,29 @@ def x_y_sides(box: np.ndarray) -> list[float]:
     return [*box[:2].tolist(), *(box[2:] - box[:2]).tolist()]
 
 
+def installed(package: str, out: Path) -> str | None:
+    """The version that is installed here; of Octave only where the development kit is there too."""
+    if package == "octave":
+        if not shutil.which("octave-cli") or not (out / "VOCcode" / "VOCreadrecxml.m").is_file():
+            return None
+        ran = subprocess.run(["octave-cli", "--version"], capture_output=True, text=True)
+        return ran.stdout.split("version ")[1].split()[0]
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def results(out: Path, clients: Iterable[str]) -> Iterator[dict[str, Any]]:
     """A row for each client that is installed, export and data set."""
     for client in clients:
         package, formats = CLIENTS[client]
-        try:
-            installed = version(package)
-        except PackageNotFoundError:
+        found = installed(package, out)
+        if found is None:
             continue
         for to, load in formats.items():
             for home in sorted(path.parent for path in out.glob("*/truth.json")):
-                row: dict[str, Any] = {"client": client, "version": installed, "export": to, "data": home.name}
+                row: dict[str, Any] = {"client": client, "version": found, "export": to, "data": home.name}
                 try:
                     with contextlib.redirect_stdout(io.StringIO()):
                         overlaps, boxes = compare(home, to, load(home, to))

@@ -116,9 +116,8 @@ class Calibration(_Ranged):
         nms: IoU above which boxes of a class suppress one another.
         per_class: instances kept for each class, at most.
         min_score: an instance needs this score; where the tags are known, the first of each is kept in any case.
-        threshold: confidence at which a pixel is equally likely object or background, in (0, 1); ``auto`` for one that
-            the trained module finds for each class (`calibration.thresholds`); None for the paper's background map
-            ``max(0, 1 - sum of the attention maps)``.
+        threshold: confidence at which a pixel is equally likely object or background, in (0, 1); None for the paper's
+            background map ``max(0, 1 - sum of the attention maps)``.
         joint: one CRF with a label for every instance and the background, so that instances compete for pixels;
             otherwise each instance against background alone.
         side: longer side of the canvas that maps and CRF live on, in pixels; None for the image's own, up to 640.
@@ -136,7 +135,7 @@ class Calibration(_Ranged):
     nms: float = 0.3
     per_class: int = 20
     min_score: float = 0.5
-    threshold: float | typing.Literal["auto"] | None = None
+    threshold: float | None = None
     joint: bool = True
     side: int | None = None
     sxy_gaussian: float = 3.0
@@ -449,7 +448,7 @@ def best() -> Recipe:
     """What measured best on real photographs (`docs/paper-notes.md`)."""
     crf: dict[str, Any] = {
         "side": 250, "sxy_bilateral": 40.0, "srgb": 5.0, "compat_bilateral": 5.0, "min_component": 0.2,
-        "threshold": "auto",
+        "threshold": 0.35,
     }  # fmt: skip
     schedule = Schedule(
         steps=1200, lr=2e-4, kind="adamw", weight_decay=1e-2, batch_size=2, warmup=50, clip=10.0,
@@ -465,11 +464,13 @@ def best() -> Recipe:
     several: dict[str, Any] = {"per_class": 20, "min_score": 0.05, "joint": False}
     sure: dict[str, Any] = {"keep": 0.5, "nested": 0.85}  # of what is passed on
     detect = AttentionCalibration(combine="mean", max_attention=80, **several, **crf)
-    masks = MaskCalibration(nms=0.4, mask_nms=0.5, max_masks=100, vote=True, **several, **crf)
+    masks = MaskCalibration(nms=0.4, mask_nms=0.5, max_masks=100, vote=True, **several, **crf | {"threshold": 0.38})
     segmenter: dict[str, Any] = {
         **detector, "mask_width": 128, "mask_depth": 2, "mask_margin": 0.15, "schedule": replace(schedule, steps=800),
         "label": replace(masks, **sure), "predict": masks,
     }  # fmt: skip
+    # What attention maps enlarged is cut back once, where it is first passed on as a mask.
+    refiner = segmenter | {"label": replace(masks, **sure | {"threshold": 0.5})}
     return Recipe(
         name="best",
         images=Images(sides=(480,), longest=800, flip=True, test_side=480),
@@ -485,7 +486,7 @@ def best() -> Recipe:
                 label=replace(detect, mask_nms=0.5, **sure),
                 predict=replace(detect, vote=True, box="proposal"),
             ),
-            Segmentation("refinement", **segmenter),
+            Segmentation("refinement", **refiner),
             Segmentation("segmentation", **segmenter, weighted=False),
         ),
         forward_backward=ForwardBackward(
@@ -692,9 +693,6 @@ def _parse(text: str, hint: Any) -> Any:
         if type(None) in options:
             return None
         raise ValueError("None is not allowed here")
-    words = [word for option in options if typing.get_origin(option) is typing.Literal for word in option.__args__]
-    if text in words:
-        return text
     if type(None) in options:
         hint = next(option for option in options if option is not type(None))
     if typing.get_origin(hint) is typing.Literal:

@@ -11,6 +11,7 @@ map, ``H, W`` the image, ``h, w`` the canvas.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import cv2
@@ -79,17 +80,12 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Trace:
-    """The maps behind the instances, for reports: each (K, h, w) float32 in [0, 1], attention and heat 0 if unused.
-
-    Attributes:
-        thresholds: (K,) of the confidence; 0 where the paper's background map takes its place.
-    """
+    """The maps behind the instances, for reports: each (K, h, w) float32 in [0, 1], attention and heat 0 if unused."""
 
     attention: Tensor
     heat: Tensor
     confidence: Tensor
     marginals: Tensor
-    thresholds: Tensor
 
 
 def proposal_candidates(boxes: Tensor, scores: Tensor, classes: tuple[int, ...]) -> Candidates:
@@ -163,7 +159,6 @@ def calibrate(
     maps: Tensor,
     settings: Calibration,
     heat: tuple[Tensor, Tensor] | None = None,
-    thresholds: Tensor | None = None,
 ) -> tuple[Instances, Trace]:
     """The chosen instances of an image.
 
@@ -176,7 +171,6 @@ def calibrate(
         settings: the recipe's choices.
         heat: boxes (R, 4) and class scores (R, C) that make the heat-maps of a class that has one instance; the
             candidates' own if None.
-        thresholds: (C,) of each class in (0, 1), on the device of the maps, where the recipe says ``auto``.
 
     Returns:
         K instances on the CPU, within each class the best first, and the maps behind them; with ``settings.vote``
@@ -191,7 +185,7 @@ def calibrate(
     small = (canvas.shape[0], canvas.shape[1])
     if not len(chosen.kept):
         nothing = torch.zeros(0, *small, device=maps.device)
-        return Instances.empty(size, with_masks=True), Trace(nothing, nothing, nothing, nothing, nothing[:, 0, 0])
+        return Instances.empty(size, with_masks=True), Trace(nothing, nothing, nothing, nothing)
     kept, factor = chosen.kept, torch.tensor([*scale, *scale])
     if isinstance(settings, AttentionCalibration):
         attention = project_members(maps, found, chosen, factor, small)
@@ -202,22 +196,12 @@ def calibrate(
         confidence = mean_of_members(maps, found, chosen, factor, small)
         attention = warmth = torch.zeros_like(confidence)
         background = None
-    own = _own_thresholds(settings, thresholds, found.labels[kept].to(maps.device))
-    marginals = segment(canvas, confidence, settings, background, own)
+    marginals = segment(canvas, confidence, settings, background)
     instances = to_instances(
         marginals.cpu(), found.boxes[kept].float(), found.labels[kept], found.scores[kept], size, settings
     )
-    trace = Trace(normalise(attention), warmth, confidence, marginals, own)
+    trace = Trace(normalise(attention), warmth, confidence, marginals)
     return (instances, trace) if settings.vote else select_instances(instances, trace, settings)
-
-
-def _own_thresholds(settings: Calibration, found: Tensor | None, labels: Tensor) -> Tensor:
-    """(K,) the threshold of each instance: its class's where the recipe says ``auto``; 0 for the paper's map."""
-    if settings.threshold != "auto":
-        return torch.full((len(labels),), settings.threshold or 0.0, device=labels.device)
-    if found is None:
-        raise ValueError("threshold is auto, but no class's threshold was given")
-    return found[labels]
 
 
 def select_instances(found: Instances, trace: Trace, settings: Calibration) -> tuple[Instances, Trace]:
@@ -323,13 +307,7 @@ def mean_of_members(maps: Tensor, found: Candidates, chosen: Chosen, factor: Ten
 # -- the CRF -----------------------------------------------------------------------------------------------------------
 
 
-def segment(
-    canvas: np.ndarray,
-    confidence: Tensor,
-    settings: Calibration,
-    attention: Tensor | None = None,
-    thresholds: Tensor | None = None,
-) -> Tensor:
+def segment(canvas: np.ndarray, confidence: Tensor, settings: Calibration, attention: Tensor | None = None) -> Tensor:
     """Foreground probabilities (K, h, w) of the instances after the dense CRF.
 
     Args:
@@ -337,9 +315,8 @@ def segment(
         confidence: (K, h, w) in [0, 1].
         attention: (K, h, w) >= 0, the instance attention maps that the paper's background map is made of; the
             confidence maps if None.
-        thresholds: (K,) in (0, 1), instead of the recipe's one for all.
     """
-    p = unaries(confidence, settings, attention, thresholds)
+    p = unaries(confidence, settings, attention)
     if settings.iterations:
         crf = DenseCRF(
             torch.as_tensor(canvas).to(confidence.device),
@@ -354,9 +331,7 @@ def segment(
     return foreground(p, settings.joint)
 
 
-def unaries(
-    confidence: Tensor, settings: Calibration, attention: Tensor | None = None, thresholds: Tensor | None = None
-) -> Tensor:
+def unaries(confidence: Tensor, settings: Calibration, attention: Tensor | None = None) -> Tensor:
     """What the CRF starts from: probabilities of the background, the first label, and the instances.
 
     With a threshold t an instance of confidence c has the odds ``c / (1 - c) : t / (1 - t)`` against the background, so
@@ -365,7 +340,7 @@ def unaries(
 
     Args:
         confidence: (K, h, w) in [0, 1].
-        attention, thresholds: as for `segment`.
+        attention: as for `segment`.
 
     Returns:
         (1, K + 1, h, w) where the instances compete (``joint``), else (K, 2, h, w), each against the background alone.
@@ -375,8 +350,7 @@ def unaries(
         object_ = confidence
     else:
         background = torch.ones_like(confidence[0])
-        odds = torch.logit(_own_thresholds(settings, None, confidence[:, 0, 0]) if thresholds is None else thresholds)
-        object_ = (torch.logit(confidence, SURE) - odds[:, None, None]).exp()
+        object_ = (torch.logit(confidence, SURE) - math.log(settings.threshold / (1 - settings.threshold))).exp()
     if settings.joint:
         p = torch.cat([background[None], object_])[None]
     else:

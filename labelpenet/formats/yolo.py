@@ -68,7 +68,7 @@ def export_yolo(
                 else:
                     parts = outline(mask, centres=True, single=True, tolerance=tolerance)
                     bridged += len(parts) > 1 or len(contours(mask)) > 1
-                    values = (straight(joined(parts)) / scale).flatten()
+                    values = (_with_sides(straight(joined(parts))) / scale).flatten()
                 lines.append(" ".join([str(label), *(f"{value:.6f}" for value in values.tolist())]) + "\n")
             done.paths.append(write_text(labels / f"{names[image.id]}.txt", "".join(lines)))
             if copy_images:
@@ -85,6 +85,14 @@ def export_yolo(
             "pixels than its bridge"
         )
     return done
+
+
+def _with_sides(ring: np.ndarray) -> np.ndarray:
+    """The ring of a line one pixel wide, or of one pixel, with a box that has sides, inside the same pixels.
+
+    FiftyOne divides by the sides, and Ultralytics drops boxes without an area.
+    """
+    return ring if np.ptp(ring, 0).all() else np.concatenate([ring[:-1], ring[-1:] + 0.2])
 
 
 def _settings(folder: Path, classes: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from labelpenet.data.transforms import Batch
 from labelpenet.instances import Instances
 from labelpenet.models.attention import explain_rois, roi_attention, roi_evidence
 from labelpenet.models.backbones import Backbone
-from labelpenet.models.layers import RoIPooling, by_rois, class_thresholds, initialise
+from labelpenet.models.layers import RoIPooling, by_rois, initialise
 
 
 class Classification(nn.Module):
@@ -30,7 +30,6 @@ class Classification(nn.Module):
     """
 
     needs_proposals, needs_masks = True, False
-    thresholds: Tensor | None
 
     def __init__(self, backbone: Backbone, num_classes: int, settings: config.Classification):
         super().__init__()
@@ -44,7 +43,6 @@ class Classification(nn.Module):
             self.head.requires_grad_(False)
         self.classifier = nn.Linear(features, num_classes + 1)
         self.proposal_weights = nn.Linear(features, num_classes)
-        self.register_buffer("thresholds", class_thresholds(num_classes, settings.label, settings.predict))
         initialise(self.classifier, self.proposal_weights, std=0.01 if settings.initialiser == "gaussian" else None)
 
     def features(self, batch: Batch) -> list[Tensor]:
@@ -123,9 +121,7 @@ class Classification(nn.Module):
         for index, maps in enumerate(attention.split([len(rois) for rois in which])):
             candidates, scores, probabilities = scored[index]
             heated = (batch.proposals[index].cpu(), scores) if heat else None
-            instances, trace = calibrate(
-                batch.images[index], candidates, chosen[index], maps, settings, heated, self.thresholds
-            )
+            instances, trace = calibrate(batch.images[index], candidates, chosen[index], maps, settings, heated)
             if batch.tags[index] is None:
                 instances = instances.weighted(instances.weights * probabilities[instances.labels])
             found.append((instances, trace))

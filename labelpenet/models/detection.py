@@ -25,7 +25,7 @@ from labelpenet.data.transforms import Batch, View
 from labelpenet.instances import Instances
 from labelpenet.models.attention import explain_rois, roi_evidence
 from labelpenet.models.backbones import Backbone, Part
-from labelpenet.models.layers import RoIPooling, by_rois, class_thresholds, initialise
+from labelpenet.models.layers import RoIPooling, by_rois, initialise
 
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)
 
@@ -170,11 +170,8 @@ class Detector(nn.Module):
     """
 
     needs_proposals, needs_masks = False, False
-    thresholds: Tensor | None
 
-    def __init__(
-        self, backbone: Backbone, num_classes: int, tail: Part, settings: config.Detection | config.Segmentation
-    ):
+    def __init__(self, backbone: Backbone, num_classes: int, tail: Part, settings: config.Detector):
         super().__init__()
         self.num_classes = num_classes
         self.weighted, self.rois, self.score_threshold = settings.weighted, settings.rois, settings.score_threshold
@@ -192,7 +189,6 @@ class Detector(nn.Module):
         )
         self.pool = RoIPooling(backbone.pool_size, tail.stride, settings.pool)
         self.head, features = backbone.roi_head(settings.cells)
-        self.register_buffer("thresholds", class_thresholds(num_classes, settings.label, settings.predict))
         self.classifier = nn.Linear(features, num_classes + 1)
         self.regressor = nn.Linear(features, 4 * (num_classes + 1))
         initialise(self.classifier)
@@ -358,7 +354,7 @@ class Detection(Detector):
         together = torch.cat(parts), torch.cat(labels) + 1, torch.cat(scores)
         maps = explain_rois(self.head, self.classifier, *together, self.settings.attention)
         return [
-            calibrate(image, candidates, own, attention, settings, None, self.thresholds)
+            calibrate(image, candidates, own, attention, settings)
             for image, candidates, own, attention in zip(
                 batch.images, found, chosen, maps.split([len(part) for part in parts]), strict=True
             )

@@ -9,15 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align, roi_pool
 
-from labelpenet.calibration.thresholds import START
-from labelpenet.config import Calibration
-
 AT_A_TIME = 64
-
-
-def class_thresholds(num_classes: int, *settings: Calibration) -> Tensor | None:
-    """(C,) the thresholds of a module before it has found its own; None where the recipe names them."""
-    return torch.full((num_classes,), START) if any(one.threshold == "auto" for one in settings) else None
 
 
 class RoIPooling(nn.Module):

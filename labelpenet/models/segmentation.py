@@ -126,7 +126,7 @@ class Segmentation(Detector):
         labels = torch.cat([one.labels[index] for one, index in zip(found, mapped, strict=True)]).to(device)
         maps = self.masks(self.mask_features(batch.stem), regions, labels).split([len(index) for index in mapped])
         return [
-            calibrate(image, candidates, own, masks, settings, None, self.thresholds)
+            calibrate(image, candidates, own, masks, settings)
             for image, candidates, own, masks in zip(batch.images, found, chosen, maps, strict=True)
         ]
 

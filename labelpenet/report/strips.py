@@ -204,7 +204,8 @@ def _first_module(
     module = network.classification
     ((found, trace),) = module.infer(batch, module.settings.label if training else module.settings.predict)
     order = found.weights.argsort(descending=True, stable=True)
-    return found[order].to("cpu"), Trace(*(one[order].cpu() for one in vars(trace).values()))
+    maps = (one[order].cpu() for one in (trace.attention, trace.heat, trace.confidence, trace.marginals))
+    return found[order].to("cpu"), Trace(*maps)
 
 
 def _map_rows(source: Source, canvas: np.ndarray, found: Instances, trace: Trace) -> list[PanelRow]:
@@ -213,9 +214,7 @@ def _map_rows(source: Source, canvas: np.ndarray, found: Instances, trace: Trace
         return []
     settings = replace(source.network.recipe.modules[0].label, iterations=0)
     blank = np.zeros((*trace.confidence.shape[-2:], 3), np.uint8)  # without iterations the CRF's image is not looked at
-    rough = resize_masks(
-        segment(blank, trace.confidence, settings, trace.attention, trace.thresholds), found.image_size
-    )
+    rough = resize_masks(segment(blank, trace.confidence, settings, trace.attention), found.image_size)
     before, after = (_on_canvas(one, canvas).masks for one in (replace(found, masks=rough), found))
     assert before is not None and after is not None
     shown = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,18 +16,16 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from labelpenet import config
-from labelpenet.calibration.calibrate import working_canvas
-from labelpenet.calibration.thresholds import choose_thresholds, judge
 from labelpenet.config import MODULES, Recipe, RunOptions
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.files import write_tensors
 from labelpenet.data.images import read_image
 from labelpenet.data.transforms import Batch, View
-from labelpenet.engine.distributed import gather, images_together, map_images
+from labelpenet.engine.distributed import gather, images_together
 from labelpenet.engine.stage import Stage
 from labelpenet.engine.trainer import train_stage
-from labelpenet.errors import DamagedError, InputError
+from labelpenet.errors import DamagedError
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.progress import Progress
@@ -42,9 +39,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 Boxes = Mapping[str, np.ndarray]
-
-JUDGED = 40
-"""Training images of each class on which a module finds its thresholds."""
 
 
 @dataclass
@@ -88,16 +82,13 @@ class Training:
 
     def infer(self, number: int, image: TaggedImage, pixels: np.ndarray) -> Instances:
         """What module ``number`` passes on for a training image of these ``pixels`` (H, W, 3) uint8."""
-        with self.fabric.autocast():
-            ((found, _),) = self.network.infer(number, self.batch(number, image, pixels))
-        return found
-
-    def batch(self, number: int, image: TaggedImage, pixels: np.ndarray) -> Batch:
-        """A training image of these ``pixels`` as module ``number`` sees it when it labels."""
         network, proposals, features = self.network, None, None
         if network.needs_proposals(number):
             proposals, features = [self.boxes(image, pixels.shape)], self.features.known(image)
-        return network.batch([pixels], [image.tags], proposals, None if features is None else [features])
+        with self.fabric.autocast():
+            batch = network.batch([pixels], [image.tags], proposals, None if features is None else [features])
+            ((found, _),) = network.infer(number, batch)
+        return found
 
     def train(self, stage: Stage) -> None:
         """Trains a stage of this run, or continues it; see `train_stage`."""
@@ -152,7 +143,6 @@ def train_module(
     else:
         one = stage(training, number, targets)
         training.train(one if observer is None else observer.watch(one, [number]))
-        find_thresholds(training, number)
         if observer is not None:  # before the part is saved, so that an interruption does not skip it
             observer.conclude(one, [number])
         if training.fabric.global_rank == 0:
@@ -178,56 +168,6 @@ def save_part(network: LabelPEnet, run: Path, part: str) -> None:
     """Writes ``RUN/weights/PART.safetensors``, whole or not at all."""
     path = run_folder.weights(run, part)
     write_tensors(path, getattr(network, part).state_dict(), "free some space and use --resume")
-
-
-@torch.no_grad()
-def find_thresholds(training: Training, number: int) -> None:
-    """Lets module ``number`` find its thresholds (`calibration.thresholds`) on some training images of each class."""
-    network, fabric = training.network, training.fabric
-    module: Any = network.module(number)
-    if module.thresholds is None:
-        return
-    network.eval()
-    raw = replace(module.settings.label, iterations=0, vote=False)  # judged are the confidence maps, before the CRF
-
-    def fits(image: TaggedImage) -> list[tuple[int, Tensor]]:
-        try:
-            pixels = read_image(image.path)
-        except InputError:  # who labels the images says so
-            return []
-        with fabric.autocast():
-            ((found, trace),) = module.infer(training.batch(number, image, pixels), raw)
-        best = [int(torch.where(found.labels == label)[0][0]) for label in found.labels.unique()]
-        canvas, _ = working_canvas(pixels, raw.side)
-        judged = judge(canvas, trace.confidence[best], module.settings.label)
-        return list(zip(found.labels[best].tolist(), judged, strict=True))
-
-    own = some_of_each_class(training.images, JUDGED, training.options.seed)[fabric.global_rank :: fabric.world_size]
-    judged: list[tuple[int, Tensor]] = []
-    with (
-        Progress(f"module {number} finds its thresholds", len(own), 0) as progress,
-        contextlib.closing(map_images(fits, own, fabric.device)) as found,
-    ):
-        for done, one in enumerate(found, 1):
-            judged += one
-            progress.show(done, {})
-    everyone = [one for share in gather(fabric.world_size, judged) for one in share]
-    module.thresholds.copy_(choose_thresholds(everyone, module.num_classes))
-    if fabric.global_rank == 0:
-        chosen = zip(training.images.classes, module.thresholds.tolist(), strict=True)
-        _log.info("module %d: thresholds %s", number, ", ".join(f"{name} {value:.2f}" for name, value in chosen))
-
-
-def some_of_each_class(images: TaggedImages, count: int, seed: int) -> list[TaggedImage]:
-    """Images drawn by ``seed`` until each class has ``count`` of them, or all that it has."""
-    left, chosen = [count] * len(images.classes), []
-    for index in np.random.default_rng(seed).permutation(len(images.images)).tolist():
-        image = images.images[index]
-        if any(left[tag] > 0 for tag in image.tags):
-            chosen.append(image)
-            for tag in image.tags:
-                left[tag] -= 1
-    return chosen
 
 
 def label_images(training: Training, number: int) -> None:

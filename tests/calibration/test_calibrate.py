@@ -382,7 +382,7 @@ def test_the_papers_background_is_what_the_attention_leaves():
 def test_calibration_gives_the_crf_the_attention_maps(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        sys.modules[unaries.__module__], "unaries", lambda c, s, a, t: seen.append((c, a)) or unaries(c, s, a, t)
+        sys.modules[unaries.__module__], "unaries", lambda c, s, a: seen.append((c, a)) or unaries(c, s, a)
     )
     boxes = torch.tensor([[4.0, 4, 30, 30], [5.0, 5, 40, 40]])
     scores = torch.tensor([[0.9, 0.1], [0.8, 0.2]])

@@ -40,7 +40,7 @@ from labelpenet.formats import (
 )
 from labelpenet.formats.polygons import coco_polygons, contours, drawn, joined, outline, rings, signed_area
 from labelpenet.formats.selection import stems
-from labelpenet.instances import Instances
+from labelpenet.instances import Instances, masks_to_boxes
 
 from .photographs import CLASSES, assert_same, instances, photographs, predictions
 
@@ -215,6 +215,18 @@ def test_a_speck_is_left_out_where_its_bridge_would_be_longer_and_a_hole_stays(t
     assert not (mask & ~again).any() and overlap(again, mask) > 0.95
     near = drawn([joined(outline(mask, centres=True, single=True, tolerance=2))], mask.shape)
     assert overlap(near, mask) >= min(0.97, overlap(again, mask))
+
+
+def test_a_line_of_pixels_has_a_box_with_sides_in_yolo(tmp_path):
+    images = photographs(tmp_path, NAMES[:1])
+    masks = torch.zeros(3, 10, 14, dtype=torch.bool)
+    masks[0, 9, 13] = masks[1, 4, 2:9] = masks[2, 1:8, 0] = True  # FiftyOne divides by the sides of an outline's box
+    one = Instances(masks_to_boxes(masks), torch.tensor([0, 1, 2]), torch.ones(3), (10, 14), masks)
+    export_yolo({"2008_000001": one}, images.images, CLASSES, tmp_path / "out")
+    for line, mask in zip((tmp_path / "out/labels/train/2008_000001.txt").open(), masks, strict=True):
+        ring = np.array(line.split()[1:], float).reshape(-1, 2) * (14, 10)
+        assert np.ptp(ring, 0).min() > 0.1
+        assert drawn([ring], (10, 14)).tolist() == drawn([ring.round()], (10, 14)).tolist() == mask.tolist()
 
 
 def test_yolo_boxes(tmp_path):

@@ -13,7 +13,6 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from labelpenet.calibration.thresholds import CHOICES
 from labelpenet.config import CascadeOptions, Recipe, RunOptions, override, recipe
 from labelpenet.data.dataset import TaggedImages
 from labelpenet.data.images import read_image
@@ -23,7 +22,7 @@ from labelpenet.errors import InputError
 from labelpenet.formats import open_tagged
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.training.inferred import read_inferred
-from labelpenet.training.pretrain import Training, cached_loss, pretrain, run_facts, some_of_each_class
+from labelpenet.training.pretrain import Training, cached_loss, pretrain, run_facts
 from labelpenet.training.run import train_run
 from tests.models.tiny import lively_mobilenet
 
@@ -99,34 +98,6 @@ def test_the_chain_trains_every_module_on_what_the_one_before_inferred(straight,
             assert set(own.labels.tolist()) <= set(image.tags)
             if number == 1:
                 assert own.labels.tolist() == list(image.tags)
-
-
-def test_each_module_finds_thresholds_and_labels_by_them(straight, scenes, tmp_path):
-    network = LabelPEnet.from_run(straight)
-    for number in range(1, 5):
-        found = network.module(number).thresholds
-        assert found is not None and set(found.tolist()) <= {float(np.float32(one)) for one in CHOICES}
-    pixels = read_image(open_tagged(scenes, "train").images[0].path)
-    areas = []
-    for value in (0.02, 0.98):  # predictions go by them, too
-        network.segmentation.thresholds.fill_(value)
-        masks = network.predict(pixels).masks
-        assert masks is not None and len(masks)
-        areas.append(float(masks.flatten(1).sum(1).float().mean()))
-    assert areas[0] > areas[1]
-    by_hand = [f"modules.*.{use}.threshold=0.4" for use in ("label", "predict")]
-    named = train(scenes, tmp_path / "named", *by_hand, until=1)
-    assert named.classification.thresholds is None
-    assert "thresholds" not in load_file(tmp_path / "named" / "weights" / "classification.safetensors")
-
-
-def test_some_images_of_each_class_are_drawn(scenes):
-    images = open_tagged(scenes, "train")
-    tags = {label for image in images.images for label in image.tags}
-    few, all_ = some_of_each_class(images, 1, 0), some_of_each_class(images, 99, 0)
-    assert {label for image in few for label in image.tags} == tags and len(few) <= len(tags)
-    assert {image.id for image in all_} == {image.id for image in images.images if image.tags}
-    assert some_of_each_class(images, 1, 0) == few
 
 
 def test_the_trained_run_can_be_loaded_and_used(straight, scenes):
