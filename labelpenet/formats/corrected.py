@@ -123,13 +123,8 @@ def _renamed(annotated: AnnotatedImages, theirs: TaggedImage, ours: TaggedImage,
     known = labels[truth.instances.labels] >= 0
     one = truth.instances[known]
     one.labels = labels[one.labels]
-    return replace(
-        truth,
-        instances=_checked(one, ours),
-        difficult=truth.difficult[known],
-        crowd=truth.crowd[known],
-        semantic=None,
-    )
+    difficult, crowd = truth.difficult[known], truth.crowd[known]
+    return replace(truth, instances=_checked(one, ours), difficult=difficult, crowd=crowd, semantic=None)
 
 
 def _checked(one: Instances, image: TaggedImage) -> Instances:

@@ -28,6 +28,7 @@ from labelpenet.formats.rows import (
     check_same_size,
     check_size,
     coco_annotation,
+    coco_file,
     file_names,
     image_numbers,
     match_categories,
@@ -312,24 +313,19 @@ def _is_photograph(part: Path, row: dict[str, Any], labels: Mapping[Any, int]) -
 
 
 def _write_coco(parts: Sequence[Path], header: dict[str, Any], file: BinaryIO, counts: list[int]) -> None:
-    def items(name: str, rows: Iterable[dict[str, Any]], end: str) -> int:
-        file.write(f'"{name}": [\n'.encode())
-        count = 0
-        for count, row in enumerate(rows, 1):
-            file.write(((",\n" if count > 1 else "") + json.dumps(row)).encode())
-        file.write(f"\n]{end}\n".encode())
-        return count
+    def images() -> Iterator[str]:
+        for counts[0], row in enumerate(_rows_of(parts), 1):
+            image = {key: row[key] for key in ("file_name", "width", "height")}
+            yield json.dumps({"id": row["number"], **image})
 
-    def image(row: dict[str, Any]) -> dict[str, Any]:
-        return {"id": row["number"], "file_name": row["file_name"], "width": row["width"], "height": row["height"]}
+    def annotations() -> Iterator[str]:
+        found = ({"image_id": row["number"], **one} for row in _rows_of(parts, check=False) for one in row["instances"])
+        for counts[1], row in enumerate(found, 1):
+            yield json.dumps({"id": counts[1], **coco_annotation(row)})
 
-    file.write(b"{\n")
-    counts[0] = items("images", map(image, _rows_of(parts)), ",")
-    items("categories", [{"id": i, "name": name} for i, name in enumerate(header["classes"], 1)], ",")
-    found = ({"image_id": row["number"], **one} for row in _rows_of(parts, check=False) for one in row["instances"])
-    rows = ({"id": number, **coco_annotation(row)} for number, row in enumerate(found, 1))
-    counts[1] = items("annotations", rows, "")
-    file.write(b"}\n")
+    categories = (json.dumps({"id": number, "name": name}) for number, name in enumerate(header["classes"], 1))
+    for piece in coco_file({"images": images(), "categories": categories, "annotations": annotations()}):
+        file.write(piece.encode())
 
 
 def _write_parquet(parts: Sequence[Path], header: dict[str, Any], out: Path, counts: list[int]) -> None:

@@ -31,6 +31,7 @@ from labelpenet.formats.rows import (
     check_same_size,
     check_size,
     coco_annotation,
+    coco_file,
     file_names,
     image_numbers,
     match_categories,
@@ -103,9 +104,7 @@ def coco_text(
             raise InputError(f"{name}: a score or box is NaN or infinite; remove it") from error
     ids = category_ids or range(1, len(classes) + 1)
     categories = [json.dumps({"id": i, "name": name}) for i, name in zip(ids, classes, strict=True)]
-    parts = {"images": entries, "categories": categories, "annotations": annotations}
-    lists = [f'"{key}": [\n' + ",\n".join(lines) + "\n]" for key, lines in parts.items()]
-    return "{\n" + ",\n".join(lists) + "\n}\n"
+    return "".join(coco_file({"images": entries, "categories": categories, "annotations": annotations}))
 
 
 def class_names(path: Path) -> list[str]:

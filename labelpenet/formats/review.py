@@ -62,16 +62,8 @@ def write_review(
         if image.id not in reviewed:
             continue
         one = reviewed[image.id]
-        entries.append(
-            {
-                "id": numbers[image.id],
-                "file_name": names[image.id],
-                "height": one.size[0],
-                "width": one.size[1],
-                "image": image.id,
-                "status": one.status,
-            }
-        )
+        file = {"id": numbers[image.id], "file_name": names[image.id], "height": one.size[0], "width": one.size[1]}
+        entries.append({**file, "image": image.id, "status": one.status})
         for row in one.rows:
             numbered = {"id": len(annotations) + 1, "image_id": numbers[image.id]}
             annotations.append({**coco_annotation(row), **numbered})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,18 @@ def coco_annotation(row: Mapping[str, Any]) -> dict[str, Any]:
     mask = row.get("segmentation")
     area = row["bbox"][2] * row["bbox"][3] if mask is None else int(rle.area(mask))
     return {**row, "area": area, "iscrowd": 0}
+
+
+def coco_file(lists: Mapping[str, Iterable[str]]) -> Iterator[str]:
+    """The text of a predictions file, piece by piece, from the lines of each of its lists."""
+    before = "{\n"
+    for key, lines in lists.items():
+        yield f'{before}"{key}": [\n'
+        for number, line in enumerate(lines):
+            yield f",\n{line}" if number else line
+        yield "\n]"
+        before = ",\n"
+    yield "\n}\n"
 
 
 def image_numbers(images: Sequence[TaggedImage]) -> dict[str, int]:

@@ -298,16 +298,19 @@ class Student(nn.Module):
         path = run_folder.weights(run, KIND)
         if not path.is_file():
             raise InputError(f"{run}: the student is not trained yet; finish it with labelpenet distill ... --resume")
-        body, _ = build_body(facts["backbone"], pretrained=False)
-        recipe = config.student_from_dict(facts["recipe"])
         try:
-            state = read_tensors(path)
-            student = cls(body, facts["classes"], recipe, facts["backbone"], facts["normalisation"], state)
+            return cls.from_facts(facts, read_tensors(path)).to(device)
         except Exception as error:
             raise InputError(
                 f"{path}: does not fit this run ({reason(error)}); delete it and train with --resume"
             ) from error
-        return student.to(device)
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> Student:
+        """The student that ``run.json`` describes, with its weights."""
+        body, _ = build_body(facts["backbone"], pretrained=False)
+        recipe = config.student_from_dict(facts["recipe"])
+        return cls(body, facts["classes"], recipe, facts["backbone"], facts["normalisation"], state)
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> LabelPEnet | Student:

@@ -36,10 +36,16 @@ _FILES = {"/": "page.html", "/page.js": "page.js", "/page.css": "page.css"}
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 _BODY_LIMIT = 2**20  # bytes of a verdict: thousands of objects
 _SIDE = 1600  # of the picture that is sent, in pixels at most
-_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src blob: data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src blob: data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
 
 
 @dataclass
@@ -81,16 +87,12 @@ class Review:
 
     def overview(self) -> dict[str, Any]:
         """What the page shows before any photograph."""
-        return {
-            "run": self.name,
-            "file": str(self.path),
-            "classes": self.classes,
-            "colours": ["#{:02x}{:02x}{:02x}".format(*colour) for colour in PALETTE],
-            "photographs": [
-                {"name": image.id, "doubt": round(value, 3), "status": self.status(image)}
-                for image, value in self.ranked
-            ],
-        }
+        colours = ["#{:02x}{:02x}{:02x}".format(*colour) for colour in PALETTE]
+        photographs = [
+            {"name": image.id, "doubt": round(value, 3), "status": self.status(image)} for image, value in self.ranked
+        ]
+        about = {"run": self.name, "file": str(self.path), "classes": self.classes}
+        return {**about, "colours": colours, "photographs": photographs}
 
     def status(self, image: TaggedImage) -> Status:
         """What was said of a photograph."""
@@ -108,21 +110,12 @@ class Review:
         else:
             kept = {str(row["instance"]): row["category_id"] - 1 for row in said.rows}
         height, width = found.image_size
-        return {
-            "width": width,
-            "height": height,
-            "tags": image.tags,
-            "status": self.status(image),
-            "kept": kept,
-            "objects": [
-                {
-                    "label": int(found.labels[one]),
-                    "score": round(float(found.weights[one]), 3),
-                    "path": _path(found, one),
-                }
-                for one in range(len(found))
-            ],
-        }
+        objects = [
+            {"label": label, "score": round(score, 3), "path": _path(found, one)}
+            for one, (label, score) in enumerate(zip(found.labels.tolist(), found.weights.tolist(), strict=True))
+        ]
+        about = {"width": width, "height": height, "tags": image.tags, "status": self.status(image)}
+        return {**about, "kept": kept, "objects": objects}
 
     def picture(self, index: int) -> bytes:
         """The photograph as a JPEG, upright, no larger than a screen; `InputError` where it cannot be read."""
@@ -260,15 +253,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, content: bytes, kind: str = "text/plain; charset=utf-8") -> None:
         self.send_response(status)
-        for name, value in (
-            ("Content-Type", kind),
-            ("Content-Length", str(len(content))),
-            ("Content-Security-Policy", _POLICY),
-            ("X-Content-Type-Options", "nosniff"),
-            ("Cross-Origin-Resource-Policy", "same-origin"),
-            ("Referrer-Policy", "no-referrer"),
-            ("Cache-Control", "no-store"),
-        ):
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **_HEADERS}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)

@@ -97,14 +97,9 @@ class BatchPredictor:
         except InputError as error:
             return [{"path": path, **empty, "error": str(error)}]
         found = found[found.weights >= self.min_score]
-        return [
-            {
-                "path": path,
-                "category": classes[row["category_id"]],
-                "score": row["score"],
-                **dict(zip("xywh", row["bbox"], strict=True)),
-                "counts": (row.get("segmentation") or {}).get("counts", ""),
-                "error": "",
-            }
-            for row in found.to_coco(0, range(len(classes)))
-        ]
+        rows = []
+        for row in found.to_coco(0, range(len(classes))):
+            box, counts = dict(zip("xywh", row["bbox"], strict=True)), (row.get("segmentation") or {}).get("counts", "")
+            name = classes[row["category_id"]]
+            rows.append({"path": path, "category": name, "score": row["score"], **box, "counts": counts, "error": ""})
+        return rows
