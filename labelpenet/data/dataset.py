@@ -201,10 +201,7 @@ def tag_images(
 
 
 def with_truth(
-    tagged: TaggedImages,
-    source: Path,
-    truth: Callable[[TaggedImage], Truth],
-    categories: Sequence[int] | None = None,
+    tagged: TaggedImages, source: Path, truth: Callable[[TaggedImage], Truth], categories: Sequence[int] | None = None
 ) -> AnnotatedImages:
     """The images together with what reads their truth; ``categories`` are their classes' COCO ids, None for 1..C."""
     images = {image.id: image for image in tagged.images}

@@ -104,13 +104,7 @@ def seed_step(seed: int, stage: str, step: int, position: int = 0) -> None:
 
 
 def batches(
-    n_images: int,
-    batch_size: int,
-    seed: int,
-    stage: str,
-    step: int,
-    rank: int = 0,
-    world: int = 1,
+    n_images: int, batch_size: int, seed: int, stage: str, step: int, rank: int = 0, world: int = 1
 ) -> list[int]:
     """The images of a step: this process's share of the batch.
 

@@ -21,14 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from labelpenet.data.dataset import (
-    AnnotatedImages,
-    NamedImage,
-    TaggedImage,
-    Truth,
-    tag_images,
-    with_truth,
-)
+from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImage, Truth, tag_images, with_truth
 from labelpenet.data.files import inside, is_file, read_json, unchanged, write_text
 from labelpenet.errors import InputError
 from labelpenet.formats.polygons import drawn, joined, outline, signed_area, straight

@@ -33,11 +33,7 @@ class Exported:
 
 @contextmanager
 def new_export(
-    out: Path | str,
-    images: Iterable[TaggedImage],
-    overwrite: bool,
-    about: Mapping[str, Any],
-    extend: bool = False,
+    out: Path | str, images: Iterable[TaggedImage], overwrite: bool, about: Mapping[str, Any], extend: bool = False
 ) -> Iterator[tuple[Path, Exported]]:
     """A folder to write an export into, and what to note about it; `whole_folder` says what ``out`` may be.
 

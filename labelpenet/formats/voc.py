@@ -19,15 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from labelpenet.data.dataset import (
-    VOC_CLASSES,
-    AnnotatedImages,
-    NamedImage,
-    TaggedImage,
-    Truth,
-    tag_images,
-    with_truth,
-)
+from labelpenet.data.dataset import VOC_CLASSES, AnnotatedImages, NamedImage, TaggedImage, Truth, tag_images, with_truth
 from labelpenet.data.files import (
     inside,
     is_file,

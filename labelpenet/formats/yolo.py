@@ -12,14 +12,7 @@ import cv2
 import numpy as np
 import yaml
 
-from labelpenet.data.dataset import (
-    AnnotatedImages,
-    NamedImage,
-    TaggedImage,
-    Truth,
-    tag_images,
-    with_truth,
-)
+from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImage, Truth, tag_images, with_truth
 from labelpenet.data.files import inside, is_file, listing, read_text, safe_name, write_text
 from labelpenet.data.images import find_images
 from labelpenet.errors import InputError

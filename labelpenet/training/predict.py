@@ -147,11 +147,7 @@ def predict_images(
 
 
 def _predict_together(
-    predictor: Predictor,
-    images: Sequence[TaggedImage],
-    out: Path,
-    predict: Callable[[Path], None],
-    skipped: list[str],
+    predictor: Predictor, images: Sequence[TaggedImage], out: Path, predict: Callable[[Path], None], skipped: list[str]
 ) -> list[str]:
     rank, world, classes = predictor.fabric.global_rank, predictor.fabric.world_size, predictor.network.classes
     parts = [out.with_name(f"{out.name}.part{other}") for other in range(world)]
