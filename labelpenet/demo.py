@@ -1,7 +1,5 @@
 """The demo: the whole cascade on generated scenes, along the road that photographs take, in minutes."""
 
-from __future__ import annotations
-
 import logging
 import time
 from pathlib import Path

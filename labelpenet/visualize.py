@@ -6,8 +6,6 @@ An image of another shape or type is a `ValueError`.
 Shape letters: ``H, W`` height and width of the image in pixels, ``N`` instances, ``R`` proposals.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 from collections.abc import Iterable, Sequence

@@ -5,8 +5,6 @@ and tags and has no field, method or back-reference that leads to a box or a mas
 image by image, through `AnnotatedImages`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Photographs from disk, whatever a camera, a scanner or a web site made of them."""
 
-from __future__ import annotations
-
 import io
 import warnings
 from collections.abc import Iterable, Iterator

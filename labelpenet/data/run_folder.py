@@ -3,8 +3,6 @@
 It lies this low in the house because everyone reads from it: a network its weights, a report the instances.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator, Mapping

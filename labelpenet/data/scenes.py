@@ -8,8 +8,6 @@ getting by with colour alone or shape alone.
 Shape letters: ``H, W`` height and width of an image; ``P`` its objects.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Shape letters: ``N`` photographs, ``H, W`` one of them, ``h, w`` the network's input, ``R`` boxes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

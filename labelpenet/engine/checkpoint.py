@@ -5,8 +5,6 @@ only once it is complete and on the disk; one that was damaged later is recognis
 it is used.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import re

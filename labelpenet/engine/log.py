@@ -1,7 +1,5 @@
 """What a run writes about itself: ``metrics.jsonl``, TensorBoard and ``environment.json``."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

@@ -5,8 +5,6 @@ they are augmented, what is dropped or sampled. So a run continues from model, o
 the CPU, and any number of processes sees the same images with the same draws.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections import deque

@@ -7,8 +7,6 @@ every threshold.
 Shape letters: ``D`` detections, ``T`` true objects, ``I`` images, ``C`` classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -3,8 +3,6 @@
 Shape letters: ``R`` proposals and ``G`` true objects of an image, ``C`` classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 Shape letters: ``D`` detections, ``T`` true objects.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ Shape letters: ``H, W`` image size in pixels, ``C`` foreground classes; class ma
 255 ignore.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from labelpenet.instances import Instances

@@ -1,7 +1,5 @@
 """Results as tables: text, Markdown and LaTeX, ours beside the paper's, and a cascade module by module."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

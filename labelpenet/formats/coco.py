@@ -4,8 +4,6 @@ Tags come from the categories of an image's annotations. A crowd region (``iscro
 which no single object can be told, often at the edge of sight. In the truth it is kept, flagged as crowd.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections import defaultdict

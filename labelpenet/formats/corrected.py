@@ -1,7 +1,5 @@
 """Labels that a person has corrected, as they come: files of the review page, or of any tool whose format is read."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Writes any format, for the command line."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path

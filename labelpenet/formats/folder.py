@@ -8,8 +8,6 @@
 Files are named relative to the folder. ``SPLIT.txt`` in the folder (a file name a line) makes a split.
 """
 
-from __future__ import annotations
-
 import ast
 import csv
 import io

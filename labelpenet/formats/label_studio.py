@@ -5,8 +5,6 @@ of them); an annotation without any result makes a negative. Where several peopl
 together, and the truth is what is marked as ground truth, else the last annotation.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

@@ -5,8 +5,6 @@ An instance is a polygon, or several of one ``group_id``; without masks a rectan
 file is truth. Files that other hands made are truth as they are, and their flags are none of our business.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -1,7 +1,5 @@
 """Opens every kind of data set: DATA is recognised by what it holds."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path

@@ -6,8 +6,6 @@ does whoever draws on a canvas. `contours` run through the outermost pixels: Ope
 colour the pixels of the outline too, fill these (`drawn`), as Ultralytics, supervision and Labelme do.
 """
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 from pycocotools import mask as rle

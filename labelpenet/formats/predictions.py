@@ -8,8 +8,6 @@
 Shape letters: ``N`` instances, ``C`` classes.
 """
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence

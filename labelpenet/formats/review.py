@@ -4,8 +4,6 @@ Beside COCO's keys an image has ``status`` and ``image`` (its id in the data set
 of the run's instances it was. Photographs that nobody has touched are not listed.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Shape letters: ``N`` instances, ``C`` classes.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections import Counter

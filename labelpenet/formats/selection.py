@@ -1,7 +1,5 @@
 """Which of the predictions are exported, and in what form every annotation format can take them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """`supervision.Detections` and back; needs ``pip install supervision``, which nothing else here does."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

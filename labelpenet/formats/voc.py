@@ -4,8 +4,6 @@ Tags come from the names of an image's objects alone (difficult ones included). 
 `open_annotated` only, when the truth of an image is asked for.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import re

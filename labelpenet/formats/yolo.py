@@ -1,7 +1,5 @@
 """YOLO text labels: one polygon (YOLO-seg) or box a line."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence

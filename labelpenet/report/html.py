@@ -1,7 +1,5 @@
 """The report of a run: one HTML file that needs nothing but itself."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Loss curves as SVG that sits in a page: its lines and letters take the page's colours, light or dark."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import re

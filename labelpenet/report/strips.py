@@ -3,8 +3,6 @@
 Nothing here trains or chooses anything: the truth, where the caller can read it, is only drawn and measured.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 

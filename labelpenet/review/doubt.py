@@ -1,7 +1,5 @@
 """Which photographs a person should look at first: those whose labels the modules do not agree on."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
