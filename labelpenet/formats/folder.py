@@ -394,7 +394,7 @@ def _stems(folder: Path) -> dict[str, list[str]]:
 def _all_images(folder: Path) -> Iterator[str]:
     """The paths of the images below a folder, in order; hidden files and folders are left out, links not followed."""
     for home, folders, _ in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__", "@eaDir")))
         below = Path(home).relative_to(folder)
         yield from ((below / name).as_posix() for name in _image_files(Path(home)))
 
