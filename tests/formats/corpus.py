@@ -419,7 +419,8 @@ LAYOUTS: dict[str, Layout] = {
         tags={"cat/a.jpg": ("cat",), "dog/b.jpg": ("dog",)},
     ),
     "a sub-folder a class, by datumaro and CVAT": Layout(
-        class_folders("cat/a.jpg", "dog/b.jpg", "no_label/c.jpg", "@eaDir/a.jpg"), tags={"cat/a.jpg": ("cat",), "dog/b.jpg": ("dog",)}
+        class_folders("cat/a.jpg", "dog/b.jpg", "no_label/c.jpg", "@eaDir/a.jpg"),
+        tags={"cat/a.jpg": ("cat",), "dog/b.jpg": ("dog",)}
     ),
     "a sub-folder a class, by FiftyOne": Layout(
         class_folders("cat/a.jpg", "_unlabeled/c.jpg"), tags={"cat/a.jpg": ("cat",)}
