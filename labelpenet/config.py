@@ -673,14 +673,29 @@ def student_from_dict(values: dict[str, Any]) -> StudentRecipe:
 
 
 def _build(base: Any, values: dict[str, Any]) -> Any:
-    changes = {}
+    changes, hints = {}, typing.get_type_hints(type(base))
     for key, value in values.items():
         own = getattr(base, key)
         if key == "modules":
             changes[key] = tuple(_build(one, other) for one, other in zip(own, value, strict=True))
         else:
             changes[key] = _build(own, value) if dataclasses.is_dataclass(own) else _tupled(value)
+            if not _fits(changes[key], hints[key]) or (key == "name" and value != own):
+                raise TypeError(f"{key} is {str(value)[:40]}")
     return replace(base, **changes)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value that was read from a file is of a setting's type."""
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return value in inside
+    if origin is tuple:
+        kinds = inside[:1] * len(value) if isinstance(value, tuple) and inside[-1] is ... else inside
+        return isinstance(value, tuple) and len(kinds) == len(value) and all(map(_fits, value, kinds))
+    if inside:
+        return any(_fits(value, one) for one in inside)
+    return type(value) in (int, float) if hint is float else type(value) is hint
 
 
 def _tupled(value: Any) -> Any:

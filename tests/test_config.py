@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,9 @@ import pytest
 from labelpenet import config
 from labelpenet.config import Recipe, from_dict, override, recipe, shorten, to_dict
 from labelpenet.errors import InputError
+from labelpenet.models.build import build_backbone
+from labelpenet.models.cascade import LabelPEnet
+from tests.formats.test_reader_fuzz import forged
 
 NAMES = ("paper", "best", "demo")
 
@@ -202,6 +206,28 @@ def test_a_recipe_of_another_version_is_refused():
     for damaged in (unknown, nested, values | {"images": 3}, values | {"name": "worst"}, {}):
         with pytest.raises(InputError, match="another version"):
             from_dict(damaged)
+
+
+def test_a_recipe_with_any_odd_value_is_refused_or_builds_a_network():
+    rng, refused = random.Random(0), 0
+    values = [json.loads(json.dumps(to_dict(recipe(name)))) for name in NAMES]
+    odd = [forged(rng.choice(values), rng) for _ in range(30)]
+    for key, value in (
+        ("anchor_sides", [16, [32]]),
+        ("anchor_sides", 16),
+        ("name", "x"),
+        ("schedule", 3),
+        ("rois", "9"),
+    ):
+        odd.append(json.loads(json.dumps(values[0])))
+        odd[-1]["modules"][1][key] = value
+    for one in odd:
+        try:
+            LabelPEnet(build_backbone("tiny", pretrained=False), ("cat", "dog"), from_dict(one))
+        except InputError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused >= 30
 
 
 OLD = json.loads((Path(__file__).parent / "recipe-0.1.json").read_text())

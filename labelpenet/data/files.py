@@ -101,13 +101,15 @@ def read_xml(path: Path, limit: int = XML_LIMIT) -> Any:
 
 
 def read_names(path: Path) -> list[str]:
-    """The first word of every line that is neither empty nor a comment (``#``), in order, each once.
+    """The name on every line that is neither empty nor a comment (``#``), in order, each once.
+
+    A name may hold blanks; the numbers that VOC's lists write behind it are no part of it.
 
     Raises:
         InputError: as `read_text`.
     """
-    lines = (line.split() for line in read_text(path).splitlines())
-    return list(dict.fromkeys(words[0] for words in lines if words and not words[0].startswith("#")))
+    lines = (re.sub(r"(^|\s+)#.*|(\s+-?\d+)+\s*$", "", line.strip()) for line in read_text(path).splitlines())
+    return [name for name in dict.fromkeys(lines) if name]
 
 
 def inside(root: Path, name: str) -> Path:

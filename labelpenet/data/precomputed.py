@@ -4,7 +4,7 @@ What is read, and how its coordinates are meant (``x1, y1, x2, y2`` unless it sa
 
 ========================  ==========================================================================================
 ``.mat``                  Fast R-CNN and Selective Search: cells ``boxes`` (``y1, x1, y2, x2``, from 1, inclusive) and
-                          ``images`` (names); MATLAB v5 to v7, needs scipy
+                          ``images`` (names); MATLAB v5 to v7
 ``.pkl``                  Detectron, OICR, PCL, wetectron: ``{"boxes": [..], "indexes" or "ids" or "images": [..],
                           "scores": [..]}``, from 0, inclusive; or ``{name: boxes}``, half-open
 ``.npz``                  an array for each image name, half-open
@@ -33,6 +33,7 @@ from PIL import Image
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import brief, excerpt, listing, read_json
 from labelpenet.data.images import PIXEL_LIMIT, SUFFIXES, image_size
+from labelpenet.data.matlab import read_cells
 from labelpenet.data.proposals import Proposals
 from labelpenet.errors import InputError, reason
 from labelpenet.instances import decode_mask, masks_to_boxes
@@ -143,22 +144,8 @@ def _read_npz(path: Path) -> dict[str, Raw]:
 
 
 def _read_mat(path: Path) -> dict[str, Raw]:
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise InputError(f"{path}: reading MATLAB files needs scipy; pip install scipy") from error
-    try:
-        content = loadmat(path, variable_names=["boxes", "images"])
-    except NotImplementedError as error:
-        raise InputError(f"{path}: a MATLAB 7.3 file; save it with save(.., '-v7')") from error
-    except Exception as error:  # damaged files raise whatever the parser stumbles over
-        raise InputError(f"{path}: no readable MATLAB file ({reason(error)}); download it again") from error
-    for cell in ("boxes", "images"):
-        if cell not in content or content[cell].dtype != object:
-            raise InputError(
-                f"{path}: has no cell array {cell!r}; expected 'boxes' and 'images' as Fast R-CNN writes them"
-            )
-    boxes, names = content["boxes"].ravel(), [_text(name) for name in content["images"].ravel()]
+    cells = read_cells(path, ("boxes", "images"))
+    boxes, names = cells["boxes"], [_text(name) for name in cells["images"]]
     if len(boxes) != len(names):
         raise InputError(f"{path}: {len(boxes)} cells of boxes for {len(names)} images; there must be one each")
     return {
@@ -168,9 +155,9 @@ def _read_mat(path: Path) -> dict[str, Raw]:
 
 
 def _text(value: Any) -> str:
-    """A MATLAB string as scipy gives it: an array of one str, or of one in a cell."""
-    while isinstance(value, np.ndarray) and value.size == 1:
-        value = value.ravel()[0]
+    """A name that may stand in an array or cell of its own."""
+    while (isinstance(value, np.ndarray) and value.size == 1) or (isinstance(value, list) and len(value) == 1):
+        value = value.item() if isinstance(value, np.ndarray) else value[0]
     return str(value)
 
 

@@ -49,6 +49,7 @@ class CocoFile:
         images: the image rows by id, in the order of the file; each has a ``file_name``.
         annotations: the annotation rows of each image, each with a known ``category_id``.
         problems: one line for each row that cannot be used.
+        painted: how many masks with ``iscrowd`` 1 are single objects, for CVAT and datumaro write every mask so.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class CocoFile:
     images: dict[int | str, dict[str, Any]]
     annotations: dict[int | str, list[dict[str, Any]]]
     problems: tuple[str, ...]
+    painted: int
 
 
 def is_coco(content: Any) -> bool:
@@ -148,6 +150,8 @@ def _read(path: Path, content: Any) -> CocoFile:
             seen.add(_image_id(row))
             images[key] = row
     annotations: dict[int | str, list[dict[str, Any]]] = defaultdict(list)
+    by_datumaro = content.get("licenses") == [{"name": "", "id": 0, "url": ""}]
+    painted = 0
     for row in content["annotations"]:
         if not isinstance(row, dict) or not _is_key(row.get("image_id")):
             problems.append(f"{path}: an annotation without image_id: {excerpt(row)}")
@@ -158,8 +162,10 @@ def _read(path: Path, content: Any) -> CocoFile:
         elif not _is_id(row.get("category_id")) or row["category_id"] not in names:
             problems.append(f"{path}: annotation {excerpt(row.get('id'))} has no known category")
         else:
-            annotations[row["image_id"]].append(row)
-    return CocoFile(path, names, images, dict(annotations), tuple(problems))
+            single = by_datumaro and _is_crowd(row)
+            painted += single
+            annotations[row["image_id"]].append({**row, "iscrowd": 0} if single else row)
+    return CocoFile(path, names, images, dict(annotations), tuple(problems), painted)
 
 
 def _tagged(content: CocoFile, split: str | None, classes: Sequence[str] | None, images: Path | None) -> TaggedImages:
@@ -180,6 +186,13 @@ def _tagged(content: CocoFile, split: str | None, classes: Sequence[str] | None,
         except InputError as error:
             problems.append(str(error))
     notes += brief(content.problems, "rows are skipped")
+    if content.painted:
+        notes.append(
+            f"{content.painted} masks with iscrowd 1 are taken for single objects: CVAT and datumaro, which wrote "
+            f"{content.path.name}, write every mask so"
+        )
+    if only_crowd and not any(one.names for one in found):
+        raise InputError(f"{content.path}: holds crowds alone; set iscrowd to 0 where they are single objects")
     if only_crowd:
         notes.append(f"{only_crowd} images show a class only as a crowd, which gives no tag")
     occurring = {name for one in found for name in one.names}

@@ -13,6 +13,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,10 @@ SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "train
 _NO_CLASSES = (
     *("images", "annotations", "labels", "jpegimages", "imagesets", "segmentationclass", "segmentationobject", "masks"),
     *("data", "obj_train_data", "obj_valid_data", "obj_test_data", "obj_validation_data"),
+    *("img", "imgs", "image", "mask", "gt", "leftimg8bit", "gtfine"),
 )
+_UNLABELLED = ("no_label", "_unlabeled")  # where CVAT and datumaro, and FiftyOne, put photographs without a class
+_NO_TAGS = ("nan", "none", "null", "n/a", "na", "-", "?")
 FILE_COLUMNS = ("file", "filename", "file_name", "image", "image_id", "image_path", "path", "filepath")
 TAG_COLUMNS = ("tags", "labels", "tag", "label", "classes", "class", "categories", "category")
 _REMEDY = (
@@ -96,8 +100,11 @@ def open_class_folders(data: Path, split: str | None = None, classes: Sequence[s
     Where all images lie a folder deeper (``animals/cat/1.jpg``), ``classes`` says which of the two levels is meant.
     Images of sub-folders that are not asked for are negatives. Arguments and errors as `open_tags_file`.
     """
-    files = [name.split("/") for names in class_folders(data).values() for name in names]
+    held = class_folders(data)
     level, notes = 0, []
+    for name in set(_UNLABELLED) & set(held) - set(classes or ()):
+        notes.append(f"{len(held.pop(name))} images lie in {name}, which is no class; they are not used")
+    files = [name.split("/") for names in held.values() for name in names]
     deep = sum(len(parts) > 2 for parts in files)
     if deep == len(files):
         upper, lower = {parts[0] for parts in files}, {parts[1] for parts in files}
@@ -149,7 +156,29 @@ def tag_names(
         except InputError as error:
             problems.append(str(error))
     known = {tag for names in tags.values() for tag in names}
-    return tag_images(found, classes, known, problems, source, [*notes, *split_notes])
+    notes = [*notes, *split_notes, *_doubts(known, classes or (), source)]
+    return tag_images(found, classes, known, problems, source, notes)
+
+
+def _doubts(known: set[str], classes: Sequence[str], source: Path) -> Iterator[str]:
+    """Notes on tags that may not be meant as they stand.
+
+    Raises:
+        InputError: a tag may be several (``cat dog``, beside ``cat`` and ``dog``) and is none of ``classes``.
+    """
+    alike: dict[str, str] = {}
+    for tag in sorted(known):
+        if alike.setdefault(tag.lower(), tag) != tag:
+            yield f"{source.name}: {alike[tag.lower()]!r} and {tag!r} are two classes; write them alike if they are one"
+    for tag in sorted(known - set(classes)):
+        parts = [part for part in re.split(r"[\s/+&]+", tag) if part.lower() != "and"]
+        if len(parts) > 1 and known.issuperset(parts):
+            raise InputError(
+                f"{source}: {tag!r} may be one tag or several, for {listing(parts)} are tags, too; "
+                f"write {';'.join(parts)}, or name the classes"
+            )
+        if tag.lower() in _NO_TAGS:
+            yield f"{source.name}: {tag!r} is taken for a class; leave the place empty where there is no tag"
 
 
 def tag_set(values: Iterable[Any]) -> frozenset[str]:
@@ -266,6 +295,8 @@ def _add_cells(table: _Table, cells: Sequence[tuple[str, int, list[str]]], path:
                 found += text.split(mark)
                 continue
             try:
+                if re.search(r"""['"]\s+['"]""", text):  # NumPy's, which Python would take for one text
+                    raise ValueError("no comma")
                 found += _plain_list(ast.literal_eval(text.strip()), f"{path}: line {number}")
             except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
                 raise InputError(f"{path}: line {number}: no list of tags: {text[:60]!r}; write cat;dog") from error
@@ -346,7 +377,7 @@ def _stems(folder: Path) -> dict[str, list[str]]:
 def _all_images(folder: Path) -> Iterator[str]:
     """The paths of the images below a folder, in order; hidden files and folders are left out, links not followed."""
     for home, folders, _ in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__", "@eaDir")))
         below = Path(home).relative_to(folder)
         yield from ((below / name).as_posix() for name in _image_files(Path(home)))
 

@@ -61,7 +61,7 @@ def is_label_studio(content: Any) -> bool:
 
 def is_csv(text: str) -> bool:
     """Whether a CSV file has the columns that Label Studio writes."""
-    return {"annotation_id", "lead_time"} <= {name.strip('"\r') for name in text.split("\n", 1)[0].split(",")}
+    return {"annotation_id", "lead_time"} <= {name.strip('"\r') for name in re.split("[,\t]", text.split("\n", 1)[0])}
 
 
 def open_data(
@@ -142,7 +142,9 @@ def _read(path: Path, images: Path | None) -> _Tasks:
 
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a CSV export as those of JSON-MIN: cells that hold JSON are read, empty ones are left out."""
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    text = read_text(path)
+    delimiter = "\t" if "\t" in text.split("\n", 1)[0] else ","
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     rows = []
     try:
         for row in reader:

@@ -109,7 +109,9 @@ def _recognise(
     if described is not None:
         return _recognise_file(described, split, classes, images, truth)
     if labelme.json_files(data):
-        return labelme.open_annotated(data, split, classes, images)
+        found = labelme.open_data(data, split, classes, images)
+        _check_truth(data, not truth or isinstance(found, AnnotatedImages))
+        return found
     below = sorted(path.name for path in data.iterdir() if path.is_dir() and path.name.lower() in folder.SPLIT_NAMES)
     if below:
         same = next((names for names in _SAME if split in names), {split})
@@ -125,7 +127,14 @@ def _recognise(
         )
     if lone and lone[0].is_file():
         return _recognise_file(lone[0], split, classes, images, truth)
-    if folder.class_folders(data):
+    held = folder.class_folders(data)
+    lone_class = next(iter(held)) if len(held) == 1 and classes is None else ""
+    if lone_class and any(name.count("/") == 1 for name in held[lone_class]):
+        raise NotRecognised(
+            f"{data}: its photographs all lie in one sub-folder, {lone_class}; if that is their class, name it as the "
+            "classes, else add tags.csv (file,tags)"
+        )
+    if held:
         _check_truth(data, not truth)
         return folder.open_class_folders(data, split, classes)
     raise NotRecognised(f"{data}: no data set recognised; looked for {KINDS}")

@@ -20,6 +20,7 @@ from labelpenet.data.files import is_whole, read_json, sealed, write_text
 from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
 from labelpenet.formats.predictions import coco_text
+from labelpenet.formats.rows import RowReader, check_size
 from labelpenet.instances import Instances
 
 Rows = list[dict[str, Any]]
@@ -67,6 +68,11 @@ def read_inferred(run: Path, name: str, num_classes: int) -> Inferred:
         rows: dict[str, Rows] = {}
         for row in content["annotations"]:
             rows.setdefault(names[row["image_id"]], []).append(row)
+        read = RowReader(path, {number + 1: number for number in range(num_classes)})
+        for name, size in sizes.items():
+            own = read.rows(list(enumerate(rows.get(name, []))), name, check_size(*size, name))
+            if own.scores.min(initial=0) < 0 or own.scores.max(initial=1) > 1:
+                raise ValueError(f"{name}: a score is not in [0, 1]")
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged; labelpenet train ... --resume makes it again") from error
     return Inferred(rows, sizes, num_classes)

@@ -20,6 +20,7 @@ from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.precomputed import read_proposals, unpickle_arrays
 from labelpenet.errors import InputError
 from labelpenet.instances import CompactMasks
+from tests.formats.kits import matlab
 
 SIZE = (60, 80)  # (H, W) of every image
 BOXES = {
@@ -71,13 +72,26 @@ def test_boxes_by_name(tmp_path: Path, images: list[TaggedImage], suffix: str) -
     check(write(tmp_path / f"boxes{suffix}", {name: boxes.tolist() for name, boxes in BOXES.items()}), images)
 
 
-def test_mat_of_fast_rcnn(tmp_path: Path, images: list[TaggedImage]) -> None:
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_mat_of_fast_rcnn(tmp_path: Path, images: list[TaggedImage], order: str, compressed: bool) -> None:
+    boxes = [inclusive(value)[:, [1, 0, 3, 2]] + 1 for value in BOXES.values()]
+    content = matlab(order, compressed, other=["text"], boxes=boxes, images=list(BOXES))
+    (tmp_path / "boxes.mat").write_bytes(content)
+    check(tmp_path / "boxes.mat", images)
+    for stop in (0, 100, 130, 200, len(content) // 2, len(content) - 30):
+        (tmp_path / "boxes.mat").write_bytes(content[:stop])
+        with pytest.raises(InputError, match=r"boxes.mat"):
+            read_proposals(tmp_path / "boxes.mat", images)
+
+
+def test_mat_as_scipy_writes_it(tmp_path: Path, images: list[TaggedImage]) -> None:
     savemat = pytest.importorskip("scipy.io").savemat
-    for shape in ((2, 1), (1, 2)):
+    for shape, compressed in (((2, 1), True), ((1, 2), False)):
         boxes, names = np.empty(shape, object), np.empty(shape, object)
         boxes.ravel()[:] = [inclusive(value)[:, [1, 0, 3, 2]] + 1 for value in BOXES.values()]
         names.ravel()[:] = list(BOXES)
-        savemat(tmp_path / "boxes.mat", {"boxes": boxes, "images": names})
+        savemat(tmp_path / "boxes.mat", {"boxes": boxes, "images": names}, do_compression=compressed)
         check(tmp_path / "boxes.mat", images)
 
 

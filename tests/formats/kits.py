@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,28 @@ def voc_kit(root: Path) -> Path:
     classes[indices == 255] = 255
     Image.fromarray(classes).save(year / "SegmentationClass/a.png")
     return year
+
+
+def matlab(order: str = "<", compressed: bool = False, **cells: Sequence[Any]) -> bytes:
+    """A MATLAB file with these cell arrays of texts and of number arrays."""
+
+    def element(kind: int, content: bytes) -> bytes:
+        padding = b"" if kind == 15 else bytes(-len(content) % 8)
+        return struct.pack(f"{order}II", kind, len(content)) + content + padding
+
+    def matrix(kind: int, shape: Sequence[int], name: str, content: bytes) -> bytes:
+        head = element(6, struct.pack(f"{order}II", kind, 0)) + element(5, struct.pack(f"{order}2i", *shape))
+        short = struct.pack(f"{order}I", len(name) << 16 | 1) + name.encode().ljust(4, b"\0")
+        return element(14, head + (short if len(name) <= 4 else element(1, name.encode())) + content)
+
+    def cell(value: Any) -> bytes:
+        if isinstance(value, str):
+            return matrix(4, (1, len(value)), "", element(16, value.encode()))
+        return matrix(6, np.shape(value), "", element(9, np.asarray(value, f"{order}f8").tobytes("F")))
+
+    parts = [matrix(1, (len(values), 1), name, b"".join(map(cell, values))) for name, values in cells.items()]
+    end = b"\x00\x01IM" if order == "<" else b"\x01\x00MI"
+    return bytes(124) + end + b"".join(element(15, zlib.compress(one)) if compressed else one for one in parts)
 
 
 def coco_content() -> dict[str, Any]:

@@ -38,7 +38,7 @@ from labelpenet.formats.review import KIND
 from labelpenet.instances import decode_mask
 from labelpenet.models.weights import load_weights
 from tests.formats.corpus import LAYOUTS
-from tests.formats.kits import SIZE, coco_content, coco_set, photograph, voc_kit
+from tests.formats.kits import SIZE, coco_content, coco_set, matlab, photograph, voc_kit
 
 SECONDS_A_CASE = 20  # of this process; fifteen times as many by the clock, for one that waits
 PROFILES = [
@@ -392,9 +392,7 @@ def own_file(kind: str, root: Path) -> tuple[Path, Callable[[], object]]:
             pickle.dumps({"indexes": ["x", "y"], "boxes": list(boxes.values()), "scores": [[1, 2], [3, 1]]})
         )
     elif suffix == "mat":
-        cells = np.empty((2, 2), object)
-        cells[:, 0], cells[:, 1] = ["x", "y"], list(boxes.values())
-        pytest.importorskip("scipy.io").savemat(path, {"images": cells[:, 0], "boxes": cells[:, 1]})
+        path.write_bytes(matlab(boxes=list(boxes.values()), images=["x", "y"]))
     elif suffix == "pth":
         torch.save(network.state_dict(), path)
     elif suffix == "safetensors":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import threading
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from labelpenet.data.files import write_json
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.training.inferred import infer_all, read_inferred
+from tests.formats.test_reader_fuzz import forged
 
 CPU = torch.device("cpu")
 N, C = 9, 3
@@ -199,3 +201,10 @@ def test_what_is_missing_or_damaged_is_named(tmp_path):
         with pytest.raises(InputError, match="damaged") as caught:
             read_inferred(tmp_path, "module1", C)
         assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    rows, rng = json.loads(content), random.Random(0)
+    del rows["checksum"]
+    for _ in range(40):
+        path.write_text(json.dumps(forged(rows, rng)))
+        with contextlib.suppress(InputError):
+            for found in read_inferred(tmp_path, "module1", C).values():
+                assert ((found.weights >= 0) & (found.weights <= 1) & (found.labels < C)).all()
