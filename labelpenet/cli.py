@@ -12,9 +12,10 @@ import json
 import logging
 import os
 import sys
-import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -26,7 +27,7 @@ from labelpenet.config import CascadeOptions, RunOptions, check_ranges
 from labelpenet.errors import InputError
 
 if TYPE_CHECKING:
-    from labelpenet.data import TaggedImages
+    from labelpenet.data import AnnotatedImages, TaggedImages
 
 Classes = Annotated[str | None, arg(metavar="A,B,...", help="Only these classes, in this order.")]
 Split = Annotated[str | None, arg(help="VOC: train, val, test, ... or a file of image names.")]
@@ -390,32 +391,12 @@ class Demo:
     """Of scenes and training."""
 
 
-Command = (
-    Annotated[Train, subcommand("train")]
-    | Annotated[ForwardBackward, subcommand("forward-backward")]
-    | Annotated[Distill, subcommand("distill")]
-    | Annotated[Predict, subcommand("predict")]
-    | Annotated[Merge, subcommand("merge")]
-    | Annotated[Evaluate, subcommand("evaluate")]
-    | Annotated[Proposals, subcommand("proposals")]
-    | Annotated[Export, subcommand("export")]
-    | Annotated[Measure, subcommand("measure")]
-    | Annotated[Review, subcommand("review")]
-    | Annotated[Report, subcommand("report")]
-    | Annotated[Demo, subcommand("demo")]
-)
-
-
 def overview() -> str:
     """``labelpenet --help``: a line a command."""
-    commands = {member.__metadata__[0].name: member.__origin__ for member in typing.get_args(Command)}
-    lines = [f"  {name:<18}{(kind.__doc__ or '').splitlines()[0]}" for name, kind in commands.items()]
+    lines = [f"  {name:<18}{(kind.__doc__ or '').splitlines()[0]}" for name, (kind, _) in COMMANDS.items()]
     head = "usage: labelpenet COMMAND ...\n\nInstance segmentation from image tags alone.\n\n"
-    return (
-        head
-        + "\n".join(lines)
-        + "\n\nlabelpenet COMMAND --help has options and examples; --version prints the version."
-    )
+    end = "\n\nlabelpenet COMMAND --help has options and examples; --version prints the version."
+    return head + "\n".join(lines) + end
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -462,8 +443,8 @@ def _run(arguments: list[str]) -> None:
     if arguments in ([], ["-h"], ["--help"]):
         print(overview())
         return
-    command = tyro.cli(
-        Command,  # type: ignore[arg-type]
+    command: Any = tyro.cli(
+        Command,
         prog="labelpenet",
         description="Instance segmentation from image tags alone.",
         args=arguments,
@@ -472,7 +453,7 @@ def _run(arguments: list[str]) -> None:
     for part in (command, getattr(command, "training", None)):
         if part is not None:
             check_ranges(part, lambda name: f"--{name.replace('_', '-')}")
-    RUN[type(command)](command)  # type: ignore[operator]
+    RUN[type(command)](command)
 
 
 def _end(status: int, line: str) -> NoReturn:
@@ -500,14 +481,18 @@ def _open_training(
     return images, source | ({"images": str(args.images)} if args.images else {})
 
 
-def train(args: Train) -> None:
-    """``labelpenet train``."""
-    from labelpenet import config
+def _open_held_out(args: Train | ForwardBackward, images: TaggedImages) -> AnnotatedImages | None:
     from labelpenet.formats import open_annotated
+
+    return open_annotated(args.data, args.evaluate, images.classes, args.images) if args.evaluate else None
+
+
+def train(args: Train) -> None:
+    from labelpenet import config
 
     recipe = config.override(config.shorten(config.recipe(args.recipe), args.shorten), args.set)
     images, source = _open_training(args, _names(args.classes))
-    held_out = open_annotated(args.data, args.evaluate, images.classes, args.images) if args.evaluate else None
+    held_out = _open_held_out(args, images)
     from labelpenet.training.run import train_run  # loads torch, for which a mistake above need not wait
     from labelpenet.training.supervised import open_supervision
 
@@ -530,30 +515,21 @@ def train(args: Train) -> None:
 
 
 def forward_backward(args: ForwardBackward) -> None:
-    """``labelpenet forward-backward``."""
     from labelpenet import config
-    from labelpenet.formats import open_annotated
     from labelpenet.models.cascade import read_run
     from labelpenet.training import curriculum
 
     facts = read_run(args.run)
     recipe = config.override(config.shorten(config.from_dict(facts["recipe"]), args.shorten), args.set)
     images, source = _open_training(args, facts["classes"])
-    held_out = open_annotated(args.data, args.evaluate, images.classes, args.images) if args.evaluate else None
+    held_out = _open_held_out(args, images)
     curriculum.forward_backward(
-        images,
-        args.run,
-        args.out,
-        recipe,
-        source=source,
-        held_out=held_out,
-        options=args.training,
+        images, args.run, args.out, recipe, source=source, held_out=held_out, options=args.training
     )
     print(f"trained: {args.out} - next: labelpenet predict {args.out} PHOTOS --out predictions.json")
 
 
 def distill(args: Distill) -> None:
-    """``labelpenet distill``."""
     from labelpenet import config
     from labelpenet.formats import open_annotated
     from labelpenet.models.cascade import read_run
@@ -584,7 +560,6 @@ def distill(args: Distill) -> None:
 
 
 def predict(args: Predict) -> None:
-    """``labelpenet predict``."""
     from labelpenet.data import TaggedImage, read_image
     from labelpenet.data.files import check_outputs, real_path
     from labelpenet.data.images import find_images
@@ -639,7 +614,6 @@ def predict(args: Predict) -> None:
 
 
 def merge(args: Merge) -> None:
-    """``labelpenet merge``."""
     from labelpenet.data.files import check_outputs
     from labelpenet.formats.parts import merge_parts
 
@@ -649,7 +623,6 @@ def merge(args: Merge) -> None:
 
 
 def evaluate(args: Evaluate) -> None:
-    """``labelpenet evaluate``."""
     from labelpenet.data.files import check_outputs, write_bytes
     from labelpenet.evaluation import evaluate as measure
     from labelpenet.evaluation import paper_tables, summary_table
@@ -671,7 +644,6 @@ def evaluate(args: Evaluate) -> None:
 
 
 def proposals(args: Proposals) -> None:
-    """``labelpenet proposals``."""
     from labelpenet import config
     from labelpenet.data.proposals import compute_proposals, default_cache
     from labelpenet.evaluation.recall import recall, recall_table
@@ -682,16 +654,14 @@ def proposals(args: Proposals) -> None:
     cache = args.cache or default_cache()
     boxes = compute_proposals(images.images, settings, cache, args.workers, progress=True, model=args.model)
     _say(*images.notes, *boxes.notes)
-    counts = [len(boxes[name]) for name in boxes]
-    mean = sum(counts) / max(len(counts), 1)
-    print(f"{len(counts)} images, {mean:.0f} proposals each on average, cached in {cache}")
+    mean = sum(map(len, boxes.values())) / max(len(boxes), 1)
+    print(f"{len(boxes)} images, {mean:.0f} proposals each on average, cached in {cache}")
     if args.recall:
         annotated = open_annotated(args.data, args.split, _names(args.classes), args.images)
         print(recall_table(recall(boxes, annotated.readable_truths()[0], annotated.tagged.classes)))
 
 
 def export(args: Export) -> None:
-    """``labelpenet export``."""
     from labelpenet.data.files import check_new_folder
     from labelpenet.formats import export as write
     from labelpenet.formats import open_annotated, open_tagged, read_predictions
@@ -754,40 +724,23 @@ def _doubtful(args: Export, images: TaggedImages) -> TaggedImages:
 
 
 def measure(args: Measure) -> None:
-    """``labelpenet measure``."""
     from labelpenet.training.measure import measure_run
 
     if not args.modules:
         raise InputError("--modules names no module; give some of 1, 2, 3, 4")
-    print(
-        measure_run(
-            args.run,
-            args.data,
-            args.split,
-            args.train_split,
-            args.modules,
-            args.protocol,
-            args.device,
-            args.cache,
-            args.images,
-        )
-    )
+    print(measure_run(**vars(args)))
 
 
 def review(args: Review) -> None:
-    """``labelpenet review``."""
     from labelpenet.data import run_folder
     from labelpenet.models.cascade import read_run
     from labelpenet.review import serve
 
-    classes = read_run(args.run)["classes"]
-    images, _ = _open_training(args, classes)
+    images, _ = _open_training(args, read_run(args.run)["classes"])
     serve(args.run, images, args.out or run_folder.review(args.run), args.port)
 
 
 def report(args: Report) -> None:
-    """``labelpenet report``."""
-    from labelpenet.data import AnnotatedImages
     from labelpenet.data.files import check_outputs, real_path
     from labelpenet.formats import open_annotated, open_tagged
     from labelpenet.models.cascade import read_run
@@ -817,7 +770,6 @@ def report(args: Report) -> None:
 
 
 def demo(args: Demo) -> None:
-    """``labelpenet demo``."""
     from labelpenet.demo import run_demo
 
     print(run_demo(args.out, args.seed))
@@ -834,17 +786,19 @@ def _names(text: str | None) -> list[str] | None:
     return names
 
 
-RUN = {
-    Train: train,
-    ForwardBackward: forward_backward,
-    Distill: distill,
-    Predict: predict,
-    Merge: merge,
-    Evaluate: evaluate,
-    Proposals: proposals,
-    Export: export,
-    Measure: measure,
-    Review: review,
-    Report: report,
-    Demo: demo,
+COMMANDS: dict[str, tuple[type, Callable[[Any], None]]] = {
+    "train": (Train, train),
+    "forward-backward": (ForwardBackward, forward_backward),
+    "distill": (Distill, distill),
+    "predict": (Predict, predict),
+    "merge": (Merge, merge),
+    "evaluate": (Evaluate, evaluate),
+    "proposals": (Proposals, proposals),
+    "export": (Export, export),
+    "measure": (Measure, measure),
+    "review": (Review, review),
+    "report": (Report, report),
+    "demo": (Demo, demo),
 }
+RUN = dict(COMMANDS.values())
+Command: Any = reduce(or_, (Annotated[kind, subcommand(name)] for name, (kind, _) in COMMANDS.items()))

@@ -1,7 +1,5 @@
 """The demo: the whole cascade on generated scenes, along the road that photographs take, in minutes."""
 
-from __future__ import annotations
-
 import logging
 import time
 from pathlib import Path
@@ -31,16 +29,15 @@ def run_demo(
     A demo that was interrupted continues; of a finished one only the results are shown. Nothing is downloaded.
 
     Args:
-        out: the folder; seed: of scenes and training.
+        seed: of scenes and training.
         recipe: None for the recipe ``demo``.
-        train: number of training scenes; held_out: of held-out ones.
+        train, held_out: numbers of training and held-out scenes.
 
     Returns:
         The table, where the report is, and how long it took.
 
     Raises:
         InputError: ``out`` holds something else, or a demo of another seed or size.
-        KeyboardInterrupt: what is done is saved; the same command continues.
     """
     began = time.monotonic()
     run, report = out / "run", out / "report.html"

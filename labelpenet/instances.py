@@ -233,12 +233,12 @@ class Instances:
             raise InputError(f"weights must be in [0, 1], but got {_round(weights)}")
         return self
 
-    def to_coco(self, image_id: int | str, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+    def to_coco(self, image_id: int | str, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
         """The instances as rows of a COCO results list.
 
         Args:
             image_id: the id that every row carries.
-            category_ids: for each class index the COCO ``category_id``.
+            category_ids: for each class index the COCO ``category_id``; None for 1..C.
 
         Returns:
             One dict an instance: ``image_id, category_id, bbox`` (x, y, width, height), ``score`` and, where there are
@@ -252,7 +252,7 @@ class Instances:
         ):
             row: dict[str, Any] = {
                 "image_id": image_id,
-                "category_id": category_ids[label],
+                "category_id": label + 1 if category_ids is None else category_ids[label],
                 "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
                 "score": weight,
             }
@@ -294,11 +294,7 @@ class Instances:
 
 
 def decode_mask(segmentation: Any, image_size: tuple[int, int]) -> Tensor:
-    """One COCO ``segmentation`` (polygons, or RLE compressed or not) as an (H, W) bool mask.
-
-    Raises:
-        InputError: as `check_segmentation`.
-    """
+    """One COCO ``segmentation`` (polygons, or RLE compressed or not) as an (H, W) bool mask; checks it first."""
     height, width = image_size
     runs = check_segmentation(segmentation, image_size)
     if runs is None:

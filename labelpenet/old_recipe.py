@@ -1,7 +1,5 @@
 """Recipes as earlier versions wrote them into run.json: in 0.1 schedules and calibrations stood beside the modules."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

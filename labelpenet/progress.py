@@ -16,9 +16,7 @@ class Progress:
     """One line that tells how a stage is doing: a live one on a terminal, a plain one every half minute elsewhere.
 
     Args:
-        stage: name of the stage.
-        steps: number of steps of the whole stage.
-        start: number of steps that were finished before this session.
+        steps: number of steps of the whole stage, of which ``start`` were finished before this session.
         log: where plain lines go; with None, the live line on a terminal, else Python's logging.
         every: seconds between plain lines.
     """

@@ -1,11 +1,10 @@
 """What was found, drawn on the photograph: instances, proposals, maps.
 
-Every function returns a new picture and leaves its arguments alone.
+Every function takes an image (H, W, 3) uint8 RGB, returns a new picture of that shape and leaves its arguments alone.
+An image of another shape or type is a `ValueError`.
 
 Shape letters: ``H, W`` height and width of the image in pixels, ``N`` instances, ``R`` proposals.
 """
-
-from __future__ import annotations
 
 import functools
 import io
@@ -31,10 +30,9 @@ Box = tuple[int, int, int, int]
 
 
 def instance_colours(labels: Tensor | Sequence[int]) -> np.ndarray:
-    """Colours (N, 3) uint8 RGB: a hue for each class, lighter or darker for further instances of the same class.
+    """Colours (N, 3) uint8 RGB of class indices (N,): a hue for each class, lighter or darker for others of the same.
 
-    Args:
-        labels: (N,) class indices; hues repeat after the seventh class, where only the written label tells.
+    Hues repeat after the seventh class, where only the written label tells.
     """
     colours = np.zeros((len(labels), 3), np.uint8)
     seen: dict[int, int] = {}
@@ -50,21 +48,12 @@ def instance_colours(labels: Tensor | Sequence[int]) -> np.ndarray:
 def draw_instances(
     image: np.ndarray, instances: Instances, classes: Sequence[str] | None = None, min_score: float = 0.0
 ) -> np.ndarray:
-    """The instances on their photograph: translucent masks with a contour, boxes, class and score.
-
-    Outside the masks, the boxes' lines and the labels' plates, pixels stay as they are.
+    """The instances on their photograph: translucent masks with a contour, boxes, class and score; the best one on top.
 
     Args:
-        image: (H, W, 3) uint8 RGB.
-        instances: of an image of this size; the best one is drawn on top.
+        instances: of an image of this size, else a `ValueError`.
         classes: names by label, or None to leave the labels out.
         min_score: instances of a smaller weight are not drawn.
-
-    Returns:
-        (H, W, 3) uint8.
-
-    Raises:
-        ValueError: the image is not (H, W, 3) uint8, or of another size than the instances.
     """
     picture = _checked(image)
     if tuple(instances.image_size) != picture.shape[:2]:
@@ -91,16 +80,7 @@ def draw_instances(
 
 
 def draw_mask(image: np.ndarray, mask: np.ndarray | Tensor, colour: Sequence[int] = PALETTE[0]) -> np.ndarray:
-    """One mask on its photograph, translucent with a contour; outside the mask pixels stay as they are.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        mask: (H, W) bool.
-        colour: RGB in [0, 255].
-
-    Returns:
-        (H, W, 3) uint8.
-    """
+    """One mask (H, W) bool on its photograph, translucent with a contour in a colour (RGB in [0, 255])."""
     picture = _checked(image)
     array = mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
     if array.shape != picture.shape[:2]:
@@ -112,16 +92,12 @@ def draw_mask(image: np.ndarray, mask: np.ndarray | Tensor, colour: Sequence[int
 def draw_boxes(
     image: np.ndarray, boxes: np.ndarray | Tensor, limit: int = 60, colours: np.ndarray | None = None
 ) -> np.ndarray:
-    """Boxes on their photograph, as thin lines; outside the lines pixels stay as they are.
+    """Boxes on their photograph, as thin lines.
 
     Args:
-        image: (H, W, 3) uint8 RGB.
         boxes: (R, 4) ``x1, y1, x2, y2`` in pixels, best first.
         limit: only the first ones are drawn; the first of all lies on top.
         colours: (R, 3) uint8; by default yellow for the first box shown, through to purple for the last.
-
-    Returns:
-        (H, W, 3) uint8.
     """
     picture = _checked(image)
     rows = np.asarray(boxes.cpu() if isinstance(boxes, Tensor) else boxes, np.float64).reshape(-1, 4)[:limit]
@@ -138,12 +114,8 @@ def draw_map(image: np.ndarray, values: np.ndarray | Tensor, opacity: float = 0.
     """A map as colours (black, purple, orange, yellow from 0 to 1) over the greyed photograph.
 
     Args:
-        image: (H, W, 3) uint8 RGB.
         values: (h, w) in [0, 1], of any size; resized bilinearly to the image. Values outside are clipped, NaN is 0.
         opacity: of the colours, in [0, 1].
-
-    Returns:
-        (H, W, 3) uint8.
     """
     picture = _checked(image)
     array = values.detach().float().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float32)
@@ -160,11 +132,7 @@ def draw_map(image: np.ndarray, values: np.ndarray | Tensor, opacity: float = 0.
 
 
 def write_overlay(path: Path, image: np.ndarray, instances: Instances, classes: Sequence[str]) -> Path:
-    """Draws the instances on their photograph and writes it, whole or not at all: PNG for ``.png``, else JPEG.
-
-    Args:
-        path: the file (see `overlay_paths`); its folder is made where it is missing.
-        image, instances, classes: as `draw_instances` takes them.
+    """Writes what `draw_instances` draws to a path of `overlay_paths`: PNG for ``.png``, else JPEG.
 
     Raises:
         InputError: the file cannot be written.

@@ -4,11 +4,4 @@ from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, 
 from labelpenet.data.images import read_image
 from labelpenet.data.scenes import write_scenes
 
-__all__ = [
-    "AnnotatedImages",
-    "TaggedImage",
-    "TaggedImages",
-    "Truth",
-    "read_image",
-    "write_scenes",
-]
+__all__ = ["AnnotatedImages", "TaggedImage", "TaggedImages", "Truth", "read_image", "write_scenes"]

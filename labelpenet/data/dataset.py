@@ -5,8 +5,6 @@ and tags and has no field, method or back-reference that leads to a box or a mas
 image by image, through `AnnotatedImages`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,11 +95,7 @@ class AnnotatedImages:
         return {image.id: self.read(image.id) for image in self.tagged.images}
 
     def readable_truths(self) -> tuple[dict[str, Truth], tuple[str, ...]]:
-        """As `truths`, but a damaged annotation among many costs only its image.
-
-        Returns:
-            The truth of every image whose annotation can be read, by id and in order, and a line for each other one
-            and for each note of a truth (the first twenty, then their number).
+        """As `truths`, but a damaged annotation among many costs only its image; with notes on these and of the truths.
 
         Raises:
             InputError: no annotation can be read.
@@ -129,12 +123,7 @@ class AnnotatedImages:
 
 @dataclass(frozen=True)
 class NamedImage:
-    """What a reader finds of one image before classes are chosen.
-
-    Attributes:
-        id, path, number: as in `TaggedImage`.
-        names: the class names of what is in it, in any order.
-    """
+    """What a reader finds of one image before classes are chosen: with the names of what is in it, in any order."""
 
     id: str
     path: Path
@@ -183,13 +172,9 @@ def tag_images(
 
     Args:
         found: the images that can be used, in order.
-        classes, known: as in `choose_classes`.
-        problems: one line each about images that cannot be used.
-        source: the data set, for messages.
+        classes, known, source: as in `choose_classes`; errors, too.
+        problems: one line each about images that cannot be used; if all of them, this is an error.
         said: notes that come before those from here.
-
-    Raises:
-        InputError: no image can be used, or as `choose_classes`.
     """
     classes = choose_classes(classes, known, source) if found else ()
     problems = [*problems, *(f"{source}: unprintable image id {one.id!r}" for one in found if not one.id.isprintable())]
@@ -214,10 +199,7 @@ def tag_images(
 
 
 def with_truth(
-    tagged: TaggedImages,
-    source: Path,
-    truth: Callable[[TaggedImage], Truth],
-    categories: Sequence[int] | None = None,
+    tagged: TaggedImages, source: Path, truth: Callable[[TaggedImage], Truth], categories: Sequence[int] | None = None
 ) -> AnnotatedImages:
     """The images together with what reads their truth; ``categories`` are their classes' COCO ids, None for 1..C."""
     images = {image.id: image for image in tagged.images}

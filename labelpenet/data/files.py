@@ -101,13 +101,15 @@ def read_xml(path: Path, limit: int = XML_LIMIT) -> Any:
 
 
 def read_names(path: Path) -> list[str]:
-    """The first word of every line that is neither empty nor a comment (``#``), in order, each once.
+    """The name on every line that is neither empty nor a comment (``#``), in order, each once.
+
+    A name may hold blanks; the numbers that VOC's lists write behind it are no part of it.
 
     Raises:
         InputError: as `read_text`.
     """
-    lines = (line.split() for line in read_text(path).splitlines())
-    return list(dict.fromkeys(words[0] for words in lines if words and not words[0].startswith("#")))
+    lines = (re.sub(r"(^|\s+)#.*|(\s+-?\d+)+\s*$", "", line.strip()) for line in read_text(path).splitlines())
+    return [name for name in dict.fromkeys(lines) if name]
 
 
 def inside(root: Path, name: str) -> Path:
@@ -148,8 +150,7 @@ def check_outputs(paths: Iterable[Path], reads: Iterable[Path] = (), overwrite: 
 
     Args:
         paths: the files that will be written.
-        reads: files and folders that the work reads; neither the files nor anything that lies in the folders is ever
-            written over.
+        reads: neither these files nor anything that lies in the folders among them is ever written over.
         overwrite: whether other files that are there already may be replaced.
 
     Raises:
@@ -205,10 +206,9 @@ def write_bytes(path: Path, content: bytes | Callable[[BinaryIO], object], remed
     """Writes a file, and its folder where that is missing; whatever happens, the file is there whole or as it was.
 
     It is written under a name of its own, ``PATH.tmp``, always the same and locked while the writer lives: what a
-    killed process left is overwritten, and processes that write the same file wait for one another.
+    killed process left is overwritten, and processes that write the same file wait for one another. A link is replaced.
 
     Args:
-        path: the file; a link there is replaced, not followed.
         content: the bytes, or what writes them to an open file.
         remedy: what the user can do where it fails.
 
@@ -280,11 +280,7 @@ def write_tensors(path: Path, state: Mapping[str, Tensor], remedy: str = ROOM) -
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU.
-
-    Raises:
-        ValueError: the file is damaged; OSError: it cannot be read.
-    """
+    """The tensors of a safetensors file, on the CPU; ValueError: it is damaged, OSError: it cannot be read."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -312,14 +308,9 @@ def is_whole(text: str) -> bool:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool]:
-    """Whether this process alone has the lock of a folder, or of a file, made where it is missing.
+    """Whether this process alone has the lock of a folder, or of a file, made where it is missing (else an OSError).
 
-    The lock dies with the process.
-
-    True also where the file system knows no locks.
-
-    Raises:
-        OSError: the file cannot be made.
+    The lock dies with the process. True also where the file system knows no locks.
     """
     if fcntl is None:
         yield True
@@ -505,7 +496,7 @@ def check_new_folder(out: Path, reads: Iterable[Path]) -> None:
     """Refuses a folder to write that holds, or lies in, what is read. Links are followed.
 
     Raises:
-        InputError: names the two, and what to do.
+        InputError: names the two.
     """
     home = real_path(out)
     if out.is_symlink() or (out.exists() and not out.is_dir()):

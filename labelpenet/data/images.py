@@ -1,7 +1,5 @@
 """Photographs from disk, whatever a camera, a scanner or a web site made of them."""
 
-from __future__ import annotations
-
 import io
 import warnings
 from collections.abc import Iterable, Iterator
@@ -73,11 +71,7 @@ def as_pixels(image: np.ndarray | Image.Image | str | Path) -> np.ndarray:
 
 
 def image_size(path: Path | str) -> tuple[int, int]:
-    """(H, W) in pixels of what `read_image` returns, from the file's header where the format allows it.
-
-    Raises:
-        InputError: as `read_image`, as far as the header shows it.
-    """
+    """(H, W) in pixels of what `read_image` returns, from the header where the format allows it; errors as there."""
     with _quiet(), _open(Path(path)) as image:
         width, height = image.size
         return (width, height) if _orientation(image) >= 5 else (height, width)
@@ -86,13 +80,9 @@ def image_size(path: Path | str) -> tuple[int, int]:
 def upright_file(path: Path, jpeg: bool = False) -> tuple[bytes, str, bool]:
     """The content of an image file that shows the photograph upright to a program that ignores EXIF, too.
 
-    Args:
-        path: the image file.
-        jpeg: only JPEG will do.
-
     Returns:
         The content, the suffix that belongs to it (in lower case), and whether it was encoded again: as JPEG, of
-        quality 95, what was JPEG or has to be it; as PNG the others.
+        quality 95, what was JPEG or, with ``jpeg``, any other; as PNG the others.
 
     Raises:
         InputError: as `read_image`.

@@ -20,8 +20,6 @@ do not matter (``2008_000002`` is 2008000002).
 Shape letters: ``R`` proposals, ``H, W`` height and width of the image in pixels.
 """
 
-from __future__ import annotations
-
 import io
 import pickle
 import re

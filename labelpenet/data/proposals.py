@@ -61,8 +61,8 @@ def propose(image: np.ndarray, settings: Settings, model: Path | None = None) ->
         model: OpenCV's structured-edge model file (``model.yml.gz``) for edge boxes; None takes image gradients.
 
     Returns:
-        (R, 4) float32 ``x1, y1, x2, y2``, half-open, in pixels of ``image`` and inside it, no two alike,
-        1 <= R <= `MOST`. An image in which nothing is found has one proposal, the whole image.
+        (R, 4) float32 ``x1, y1, x2, y2``, half-open, in pixels, inside the image, no two alike, 1 <= R <= `MOST`: the
+        whole image where nothing is found.
 
     Raises:
         InputError: an unknown method; the structured-edge model cannot be read, or goes with another method.
@@ -237,22 +237,17 @@ def compute_proposals(
     progress: bool = False,
     model: Path | None = None,
 ) -> Proposals:
-    """The proposals of every image that can be read; those already in the cache are not computed again.
+    """The proposals of every image that can be read, in their order; those already in the cache are not computed again.
 
     A cache file holds the boxes of one image and is named after the image file's content; its folder, after the
-    settings. Files appear whole or not at all, so a run that is interrupted goes on where it was, and several runs may
-    share a cache.
+    settings. So an interrupted run goes on where it was, and several runs may share a cache. An image that cannot be
+    read has no proposals, and is named in the ``notes``.
 
     Args:
-        images: the photographs.
-        settings, model: as `propose` takes them.
+        images, settings, model: as `propose` takes them.
         cache: folder of the cache; made if it does not exist.
         workers: processes; None for one per usable core, 1 to compute in this process.
         progress: say how far it is.
-
-    Returns:
-        The proposals by image id, in the order of ``images``. An image that cannot be read has none, and
-        is named in the ``notes``.
 
     Raises:
         InputError: the cache cannot be written, or a worker process died.

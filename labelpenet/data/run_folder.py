@@ -3,8 +3,6 @@
 It lies this low in the house because everyone reads from it: a network its weights, a report the instances.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
@@ -125,11 +123,7 @@ def start_run(run: Path, given: Mapping[str, Any], resume: bool) -> None:
 
 
 def read_facts(run: Path) -> dict[str, Any]:
-    """The facts of a run folder.
-
-    Raises:
-        InputError: not a run folder, or damaged.
-    """
+    """The facts of a run folder; `InputError` where it is none, or damaged."""
     path = facts(run)
     if not path.is_file():
         raise InputError(f"{run}: not a run folder (no {path.name}); give what labelpenet train wrote with --out")

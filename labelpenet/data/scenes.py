@@ -8,8 +8,6 @@ getting by with colour alone or shape alone.
 Shape letters: ``H, W`` height and width of an image; ``P`` its objects.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -83,9 +81,8 @@ def write_scenes(
     The folder appears complete or not at all. One that already holds exactly these scenes is used as it is.
 
     Args:
-        out: the folder to make; holds ``VOCdevkit/VOC2012`` afterwards.
-        train: number of images in the split ``train``.
-        val: number of images in the split ``val``.
+        out: the folder to make.
+        train, val: numbers of images in these splits.
         size: (H, W) in pixels, at least 48 each.
         seed: scene i of a split depends on the seed, the split and i alone.
 

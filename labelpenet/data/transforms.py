@@ -3,8 +3,6 @@
 Shape letters: ``N`` photographs, ``H, W`` one of them, ``h, w`` the network's input, ``R`` boxes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,12 +18,8 @@ GRID = 128  # pixels; on a GPU the sides of what a network sees are multiples of
 
 @dataclass
 class View:
-    """A photograph as the network sees it.
-
-    Attributes:
-        pixels: (1, 3, h, w) normalised.
-        scale: factors (x, y) from the photograph's pixels to the network's.
-        flipped: whether it is mirrored left to right.
+    """A photograph as the network sees it: normalised ``pixels`` (1, 3, h, w), the factors (x, y) from the photograph's
+    pixels to these, and whether it is mirrored left to right.
     """
 
     pixels: Tensor

@@ -5,8 +5,6 @@ only once it is complete and on the disk; one that was damaged later is recognis
 it is used.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import re
@@ -39,11 +37,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
 
     Args:
         folder: the stage's folder, see `run_folder.checkpoints`; made where it is missing.
-        step: number of finished steps.
         state: tensors and plain Python values only, for it is read back with ``weights_only=True``.
-
-    Returns:
-        The file written.
 
     Raises:
         InputError: the disk is full or the folder cannot be written; what was there before is intact.
@@ -84,11 +78,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def check_configuration(saved: Mapping[str, Any], current: Mapping[str, Any], where: Path) -> None:
-    """Refuses to continue a run under another configuration than it was started with.
-
-    Args:
-        saved, current: nested plain dicts; compared as `plain` returns them.
-        where: the run folder that the message names.
+    """Refuses to continue the run ``where`` under another configuration than it was started with.
 
     Raises:
         InputError: values differ; the line names each differing key with both values.

@@ -4,8 +4,6 @@ Gradients are summed here, not by ``DistributedDataParallel``: a loss may then u
 forwards, inference in between, parameters left out), and a process may drop a step without the others waiting for it.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import logging

@@ -1,7 +1,5 @@
 """What a run writes about itself: ``metrics.jsonl``, TensorBoard and ``environment.json``."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json
@@ -37,8 +35,6 @@ class MetricsLog:
     no step is ever there twice.
 
     Args:
-        run_dir: the run folder; made where it is missing.
-        stage: name of the stage.
         rows: the stage's rows so far (empty at its start), ascending by their ``step``.
         step: number of finished steps that training continues from.
 
@@ -62,7 +58,8 @@ class MetricsLog:
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends a row (its ``step`` is the number of finished steps); values that are not finite become null."""
-        clean = {"stage": self._stage} | {key: _finite(value) for key, value in row.items()}
+        lost = {key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
+        clean = {"stage": self._stage} | {key: None if key in lost else value for key, value in row.items()}
         self.rows.append(clean)
         with _writing(self._path):
             self._file.write(json.dumps(clean) + "\n")
@@ -101,11 +98,6 @@ def read_metrics(run_dir: Path) -> list[Row]:
 
 def write_environment(run_dir: Path, device: torch.device, world: int) -> None:
     """Writes ``RUN/environment.json``: versions, machine, devices and command line; no environment variables.
-
-    Args:
-        run_dir: the run folder; made where it is missing.
-        device: the device of this process.
-        world: number of processes.
 
     Raises:
         InputError: the disk is full or the folder cannot be written.
@@ -154,10 +146,6 @@ def _silence_worker() -> None:
             before(failure)
 
     threading.excepthook = hook
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

@@ -5,8 +5,6 @@ they are augmented, what is dropped or sampled. So a run continues from model, o
 the CPU, and any number of processes sees the same images with the same draws.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections import deque
@@ -28,12 +26,8 @@ _STEPS_AHEAD = 2  # how many steps' images are loaded while one is trained on
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Images of a batch that go through the loss together.
-
-    Attributes:
-        position: that of the first one in the batch of all processes.
-        indices: of the images.
-        batch: gives what the loss gets, and waits for it where it is loaded ahead.
+    """Images of a batch that go through the loss together: the position of the first one in the batch of all processes,
+    their indices, and what gives their content, and waits for it where it is loaded ahead.
     """
 
     position: int
@@ -98,12 +92,8 @@ def stream_seed(seed: int, stage: str, step: int, position: int = 0, use: str = 
 def seed_step(seed: int, stage: str, step: int, position: int = 0) -> None:
     """Seeds the global generators of torch (all devices), numpy and Python.
 
-    Args:
-        seed: of the run.
-        stage: name of the stage.
-        step: from 0.
-        position: of the micro-batch's first image in the batch of all processes; a loss that wants the draws of an
-            image not to depend on its neighbours calls this for each image.
+    ``position`` is that of the micro-batch's first image in the batch of all processes; a loss that wants the draws of
+    an image not to depend on its neighbours calls this for each image.
     """
     value = stream_seed(seed, stage, step, position)
     torch.manual_seed(value)
@@ -112,13 +102,7 @@ def seed_step(seed: int, stage: str, step: int, position: int = 0) -> None:
 
 
 def batches(
-    n_images: int,
-    batch_size: int,
-    seed: int,
-    stage: str,
-    step: int,
-    rank: int = 0,
-    world: int = 1,
+    n_images: int, batch_size: int, seed: int, stage: str, step: int, rank: int = 0, world: int = 1
 ) -> list[int]:
     """The images of a step: this process's share of the batch.
 
@@ -126,8 +110,7 @@ def batches(
     once (a batch may reach into the next epoch).
 
     Args:
-        n_images: number of training images.
-        batch_size: images per step over all processes; a multiple of ``world``.
+        batch_size: images per step over all processes.
         seed, stage, step: what the draw depends on.
         rank, world: this process and the number of processes.
 

@@ -46,10 +46,9 @@ class Stage:
         module: what is trained (its parameters with ``requires_grad``) and saved (its whole ``state_dict``).
         schedule: how long and how its parameters are moved.
         images: the name of each training image, by index.
-        loss: ``loss(batch, step)`` gives the named terms, each a mean over the images given; their sum is
-            minimised. ``batch`` is what `load` returned, or the list of image indices where there is no `load`. Terms
-            may be absent. Random numbers are to come from torch's, numpy's or Python's global generators, seeded before
-            every call.
+        loss: ``loss(batch, step)`` gives the named terms, each a mean over the images given; their sum is minimised.
+            ``batch`` is what `load` returned, or the list of image indices where there is no `load`. Terms may be
+            absent. The global random generators (torch, numpy, Python) are seeded before every call.
         micro_batch: images that `loss` gets at a time.
         load: ``load(indices, generator)`` reads and augments the images of a micro-batch ahead of time, in a thread;
             all its random numbers must come from ``generator``. An `InputError` skips the step.
@@ -62,11 +61,9 @@ class Stage:
         teacher: a copy of `module` that holds that average all the time, for `loss` to ask; None for none.
         observe: ``observe(step, metrics)`` is called every `observe_minutes` without gradients, on the first process
             alone, to show what the module now does.
-        observe_minutes: see `observe`.
         guard: called in all processes, after every `guard_steps` steps and the last one, without gradients: figures for
             the metrics, and None or a line that ends the stage. It then goes back to the parameters, or their average,
             that passed last; those that it began with count as passed.
-        guard_steps: see `guard`.
     """
 
     name: str
@@ -97,11 +94,7 @@ class Stage:
         return self.schedule.batch_size
 
     def check(self, world: int) -> None:
-        """Refuses what ``world`` processes cannot train.
-
-        Raises:
-            InputError: no image, or a batch that cannot be cut into micro-batches.
-        """
+        """Refuses what ``world`` processes cannot train: no image, or a batch that cannot be cut into micro-batches."""
         unit = world * self.micro_batch
         if self.micro_batch < 1 or self.batch_size < 1 or self.batch_size % unit:
             raise InputError(

@@ -61,8 +61,6 @@ def train_stage(
     With several processes all must see the same run folder.
 
     Args:
-        stage: what to train.
-        run_dir: the run folder.
         seed: of everything random.
         config: the run's configuration, plain values; kept in the checkpoint, and a resumed run must have the same.
         fabric: a launched Fabric: device, precision (``32-true``, ``bf16-mixed`` or ``16-mixed``), processes; None for
@@ -89,12 +87,9 @@ def train_stage(
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What became of a step.
-
-    Attributes:
-        problems: a line for each micro-batch that gave nothing to learn from; if there is any, the step is skipped.
-        stop, save: what the processes have agreed on.
-        overflow: the gradient left the range of half precision, and the step is skipped.
+    """What became of a step: a line for each micro-batch that gave nothing to learn from (any skips the step), whether
+    the processes agreed to stop and to save, and whether the gradient left the range of half precision, which skips
+    it too.
     """
 
     problems: list[str]
@@ -134,11 +129,7 @@ class _Trainer:
         self.clock = {"steps": 0.0, "seconds": 0.0, "waited": 0.0}
 
     def restore(self, resume: bool) -> list[str]:
-        """Takes up the newest checkpoint, if there is one; returns what there is to say about it.
-
-        Raises:
-            InputError: see `train_stage`.
-        """
+        """Takes up the newest checkpoint, if there is one; returns what there is to say about it."""
         if not resume and checkpoints(self.folder):
             raise InputError(
                 f"{self.run_dir} already holds checkpoints of {self.stage.name}; continue with --resume, "
@@ -176,11 +167,7 @@ class _Trainer:
         return notes
 
     def save(self) -> None:
-        """Writes a checkpoint (first process); if that fails, it fails in every process.
-
-        Raises:
-            InputError: the disk is full or the folder cannot be written.
-        """
+        """Writes a checkpoint (first process); if that fails, every process raises the `InputError`."""
         self._gather_window()
         problem = None
         if self.machine.rank == 0:

@@ -1,7 +1,5 @@
 """COCO's average precision, by pycocotools."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 from collections.abc import Sequence
@@ -21,13 +19,9 @@ _AREAS = ("all", "small", "medium", "large")
 def coco_average_precisions(records: Sequence[Record], classes: int, kind: Literal["bbox", "segm"]) -> np.ndarray:
     """COCO's average precision (101 recalls, at most 100 detections an image and class) of boxes or masks.
 
-    A crowd region absorbs detections without counting, and so does a *difficult* object, which COCO does not know.
-    The area of an object is that of its mask, or of its box where there is no mask.
-
-    Args:
-        records: the images; for ``segm`` only those with mask annotation are measured.
-        classes: C.
-        kind: what overlaps.
+    A crowd region absorbs detections without counting, and so does a *difficult* object, which COCO does not know. The
+    area of an object is that of its mask, or of its box where there is no mask. Masks are measured in the images that
+    have mask annotation.
 
     Returns:
         (11, C, 4) float64 in [0, 1]: IoU 0.25 and 0.5, 0.55 .. 0.95; classes; objects of every, small, medium and large

@@ -7,8 +7,6 @@ every threshold.
 Shape letters: ``D`` detections, ``T`` true objects, ``I`` images, ``C`` classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -25,8 +23,7 @@ class Matches:
     """The detections of all images, each with the true object of its class that it overlaps most.
 
     Attributes:
-        scores: (D,) float64.
-        labels: (D,) int64.
+        scores, labels: (D,) float64 and int64.
         iou: (D,) float64 in [0, 1], overlap with that object; 0 where the image has no object of the class.
         truth: (D,) int64, index of that object among all T; -1 where the image has none of the class.
         truth_labels: (T,) int64.
@@ -75,13 +72,7 @@ def match(records: Iterable[Record], overlap: Callable[[Record], np.ndarray]) ->
 def best_overlaps(iou: np.ndarray, labels: np.ndarray, truth_labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each detection the largest IoU with an object of its class, (D,) float64, and that object, (D,) int64.
 
-    Args:
-        iou: (D, T).
-        labels: (D,) and
-        truth_labels: (T,) class indices.
-
-    Returns:
-        0 and -1 where there is no object of the class.
+    They are 0 and -1 where there is no object of the class. Takes ``iou`` (D, T), and class indices (D,) and (T,).
     """
     if not iou.size:
         return np.zeros(len(labels)), np.full(len(labels), -1)
@@ -102,7 +93,6 @@ def match_detections(
     Args:
         scores, iou, truth: (D,) as in `Matches`, of one class.
         ignored: (T,) bool, over all objects that ``truth`` points to.
-        threshold: in (0, 1].
 
     Returns:
         right and wrong, (D,) bool each, in descending order of score.
@@ -122,9 +112,7 @@ def match_detections(
 def precision_recall(right: np.ndarray, wrong: np.ndarray, positives: int) -> tuple[np.ndarray, np.ndarray]:
     """Precision and recall after each detection that counts, float64 in [0, 1], in descending order of score.
 
-    Args:
-        right, wrong: (D,) bool from `match_detections`.
-        positives: number of objects that count, at least 1.
+    Takes (D,) ``right`` and ``wrong`` from `match_detections`, and the number of objects that count, at least 1.
     """
     counted = right | wrong
     found = np.cumsum(right[counted])
@@ -132,13 +120,10 @@ def precision_recall(right: np.ndarray, wrong: np.ndarray, positives: int) -> tu
 
 
 def average_precision(precision: np.ndarray, recall: np.ndarray, interpolation: Interpolation = "voc12") -> float:
-    """Average precision of a curve, in [0, 1]; 0 for an empty curve.
+    """Average precision of a curve from `precision_recall`, in [0, 1]; 0 for an empty curve.
 
-    Args:
-        precision: (D,) and
-        recall: (D,) ascending, from `precision_recall`.
-        interpolation: ``voc07``, the mean over the recalls 0, 0.1 .. 1 of the best precision at that recall or
-            beyond; ``voc12``, the area under the precision made monotonic.
+    ``voc07`` is the mean over the recalls 0, 0.1 .. 1 of the best precision at that recall or beyond; ``voc12`` the
+    area under the precision made monotonic.
     """
     if not len(recall):
         return 0.0

@@ -6,8 +6,6 @@ marked 255 in the annotation belong to no object and are not excluded.
 Shape letters: ``D`` detections, ``T`` true objects, ``C`` classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import numpy as np

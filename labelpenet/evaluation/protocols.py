@@ -1,7 +1,5 @@
 """All measures of a set of predictions in one dictionary, ready for JSON."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 

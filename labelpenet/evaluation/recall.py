@@ -3,8 +3,6 @@
 Shape letters: ``R`` proposals and ``G`` true objects of an image, ``C`` classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +23,6 @@ def recall(
     Args:
         proposals: by image id, (R, 4) pixels, best first. An image without an entry has none: its objects are missed.
         truths: by image id; difficult objects and crowds do not count.
-        classes: names of the C classes, in label order.
         counts: numbers of proposals per image, from the best on; an image that has fewer gives all of its own.
 
     Returns:

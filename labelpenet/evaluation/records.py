@@ -3,8 +3,6 @@
 Shape letters: ``D`` detections, ``T`` true objects.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,15 +23,11 @@ class Record:
     """The detections and the true objects of one image.
 
     Attributes:
-        boxes: (D, 4) float64, ``x1, y1, x2, y2`` in pixels, half-open.
-        labels: (D,) int64 class indices.
+        boxes, truth_boxes: (D, 4) and (T, 4) float64, ``x1, y1, x2, y2`` in pixels, half-open.
+        labels, truth_labels: (D,) and (T,) int64 class indices.
         scores: (D,) float64.
-        masks: D run lengths as `run_lengths` makes them, or None where the prediction holds boxes only.
-        truth_boxes: (T, 4) float64.
-        truth_labels: (T,) int64.
-        truth_masks: T run lengths, or None where the image has no mask annotation.
-        difficult: (T,) bool, VOC's *difficult*.
-        crowd: (T,) bool, COCO's ``iscrowd``: a region, not an object.
+        masks, truth_masks: D and T run lengths as `run_lengths` makes them, or None where that side holds boxes only.
+        difficult, crowd: (T,) bool, as in `Truth`.
     """
 
     boxes: np.ndarray
@@ -50,11 +44,8 @@ class Record:
 def record(prediction: Instances, truth: Truth, every_mask: bool = True) -> Record:
     """Puts a prediction beside the truth of the same image; masks are encoded only where both sides have them.
 
-    Args:
-        prediction: D detections.
-        truth: T objects.
-        every_mask: False spares the encoding, most of the time of an evaluation, of masks whose class does not occur
-            in the image: they overlap no object of their class, and get an empty run length.
+    Without ``every_mask``, masks whose class does not occur in the image are spared the encoding, most of the time of
+    an evaluation: they overlap no object of their class, and get an empty run length.
     """
     instances = truth.instances
     masks = prediction.masks if instances.masks is not None else None

@@ -4,8 +4,6 @@ Shape letters: ``H, W`` image size in pixels, ``C`` foreground classes; class ma
 255 ignore.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from labelpenet.instances import Instances
@@ -27,13 +25,8 @@ def paint(instances: Instances) -> np.ndarray:
 def confusion(predicted: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
     """Pixel counts, (C + 1, C + 1) int64, by true class (rows) and predicted class (columns); 255 in truth is left out.
 
-    Args:
-        predicted: (H, W), values 0..C.
-        truth: (H, W) uint8, values 0..C or 255.
-        classes: C.
-
     Raises:
-        ValueError: the shapes differ, or a value lies outside its range.
+        ValueError: the (H, W) shapes differ, or a value lies outside 0..C.
     """
     if predicted.shape != truth.shape:
         raise ValueError(f"class maps must have one shape, but got {predicted.shape} and {truth.shape}")

@@ -4,8 +4,6 @@ Tags come from the categories of an image's annotations. A crowd region (``iscro
 which no single object can be told, often at the edge of sight. In the truth it is kept, flagged as crowd.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections import defaultdict
@@ -47,11 +45,11 @@ class CocoFile:
     """What an ``instances.json`` says, checked as far as tags need it.
 
     Attributes:
-        path: the file.
         names: category names by category id.
         images: the image rows by id, in the order of the file; each has a ``file_name``.
         annotations: the annotation rows of each image, each with a known ``category_id``.
         problems: one line for each row that cannot be used.
+        painted: how many masks with ``iscrowd`` 1 are single objects, for CVAT and datumaro write every mask so.
     """
 
     path: Path
@@ -59,6 +57,7 @@ class CocoFile:
     images: dict[int | str, dict[str, Any]]
     annotations: dict[int | str, list[dict[str, Any]]]
     problems: tuple[str, ...]
+    painted: int
 
 
 def is_coco(content: Any) -> bool:
@@ -78,7 +77,7 @@ def choose_file(files: Sequence[Path], split: str | None, data: Path) -> Path:
     """Of a folder's instances files the one of a split: ``val`` chooses ``instances_val2017.json``.
 
     Raises:
-        InputError: several files fit, or none of several (they are listed).
+        InputError: not just one fits (all are listed).
     """
     if len(files) == 1:
         return files[0]
@@ -102,15 +101,11 @@ def open_annotated(
     """The images of an instances file, with a tag for each category of their annotations that are no crowds, and truth.
 
     Args:
-        path: the JSON file.
+        path, classes: as `open.open_tagged` takes them; errors, too.
         split: a text file of image ids or file names to restrict to; any other name is taken for that of the file.
-        classes: names of the classes, in label order; None: those that occur, in alphabetical order.
         images: the image folder; None: ``images``, ``data`` or ``<split>2017`` beside the file or beside its folder,
             or the file's own folder.
         content: the parsed file, where the caller has it already.
-
-    Raises:
-        InputError: the file is no instances file, a class is unknown, or no image can be used.
     """
     instances = _read(path, content)
     tagged = _tagged(instances, split, classes, images)
@@ -155,6 +150,8 @@ def _read(path: Path, content: Any) -> CocoFile:
             seen.add(_image_id(row))
             images[key] = row
     annotations: dict[int | str, list[dict[str, Any]]] = defaultdict(list)
+    by_datumaro = content.get("licenses") == [{"name": "", "id": 0, "url": ""}]
+    painted = 0
     for row in content["annotations"]:
         if not isinstance(row, dict) or not _is_key(row.get("image_id")):
             problems.append(f"{path}: an annotation without image_id: {excerpt(row)}")
@@ -165,8 +162,10 @@ def _read(path: Path, content: Any) -> CocoFile:
         elif not _is_id(row.get("category_id")) or row["category_id"] not in names:
             problems.append(f"{path}: annotation {excerpt(row.get('id'))} has no known category")
         else:
-            annotations[row["image_id"]].append(row)
-    return CocoFile(path, names, images, dict(annotations), tuple(problems))
+            single = by_datumaro and _is_crowd(row)
+            painted += single
+            annotations[row["image_id"]].append({**row, "iscrowd": 0} if single else row)
+    return CocoFile(path, names, images, dict(annotations), tuple(problems), painted)
 
 
 def _tagged(content: CocoFile, split: str | None, classes: Sequence[str] | None, images: Path | None) -> TaggedImages:
@@ -187,6 +186,13 @@ def _tagged(content: CocoFile, split: str | None, classes: Sequence[str] | None,
         except InputError as error:
             problems.append(str(error))
     notes += brief(content.problems, "rows are skipped")
+    if content.painted:
+        notes.append(
+            f"{content.painted} masks with iscrowd 1 are taken for single objects: CVAT and datumaro, which wrote "
+            f"{content.path.name}, write every mask so"
+        )
+    if only_crowd and not any(one.names for one in found):
+        raise InputError(f"{content.path}: holds crowds alone; set iscrowd to 0 where they are single objects")
     if only_crowd:
         notes.append(f"{only_crowd} images show a class only as a crowd, which gives no tag")
     occurring = {name for one in found for name in one.names}
@@ -211,11 +217,7 @@ def _chosen(content: CocoFile, split: str | None) -> tuple[list[int | str], list
 
 
 def _image_folder(content: CocoFile, images: Path | None) -> tuple[Path, list[str]]:
-    """The folder that holds most of the first images, and notes.
-
-    Raises:
-        InputError: none holds any (the folders looked at are listed).
-    """
+    """The folder that holds most of the first images, and notes; errors as `image_folder`."""
     home, own = content.path.parent, _split_of(content.path) or "images"
     homes = [home, home.parent] if home.name == "annotations" else [home]
     inner = (f"images/{own}", own, "images", f"data/{own}", "data", ".")
@@ -277,10 +279,8 @@ def export_coco(
     rasterised to the same mask; a mask with holes becomes one polygon with bridges of no width.
 
     Arguments and errors as `export`, and ``polygons``: segmentations as polygons instead of RLE. Copies of the
-    photographs lie in ``out/images``, and the file calls them as these.
-
-    Raises:
-        InputError: also if a score or box is not finite.
+    photographs lie in ``out/images``, and the file calls them as these. A score or box that is not finite is an
+    `InputError`, too.
     """
     numbers, names, plain = image_numbers(images), file_names(images), stems(images, folders=True)
     ids = list(range(1, len(classes) + 1) if category_ids is None else category_ids)

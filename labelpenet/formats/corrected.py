@@ -1,7 +1,5 @@
 """Labels that a person has corrected, as they come: files of the review page, or of any tool whose format is read."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -23,12 +21,8 @@ Read = Callable[[], Truth]
 
 @dataclass(frozen=True)
 class Corrected:
-    """What people said of some photographs of a data set.
-
-    Attributes:
-        truths: by image id what reads the objects that its corrector left.
-        dropped: ids of the photographs that are not to be trained on.
-        notes: one line each about what was left out.
+    """What people said of some photographs of a data set: by image id what reads the objects that its corrector left,
+    the ids of the photographs that are not to be trained on, and a line about each thing that was left out.
     """
 
     truths: Mapping[str, Read]
@@ -47,8 +41,7 @@ def read_corrected(paths: Sequence[Path], images: TaggedImages) -> Corrected:
         images: the photographs that are trained on; those of a file are told by their path, else by their file's name.
 
     Raises:
-        InputError: a file cannot be read, none of its photographs or classes is among ``images``, or a photograph is
-            corrected twice.
+        InputError: a file cannot be read, or knows no photograph or class of ours, or one is corrected twice.
     """
     truths: dict[str, Read] = {}
     dropped: set[str] = set()
@@ -128,13 +121,8 @@ def _renamed(annotated: AnnotatedImages, theirs: TaggedImage, ours: TaggedImage,
     known = labels[truth.instances.labels] >= 0
     one = truth.instances[known]
     one.labels = labels[one.labels]
-    return replace(
-        truth,
-        instances=_checked(one, ours),
-        difficult=truth.difficult[known],
-        crowd=truth.crowd[known],
-        semantic=None,
-    )
+    difficult, crowd = truth.difficult[known], truth.crowd[known]
+    return replace(truth, instances=_checked(one, ours), difficult=difficult, crowd=crowd, semantic=None)
 
 
 def _checked(one: Instances, image: TaggedImage) -> Instances:

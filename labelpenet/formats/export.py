@@ -1,10 +1,9 @@
 """Writes any format, for the command line."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.errors import InputError
@@ -18,8 +17,17 @@ from labelpenet.formats.yolo import export_yolo
 from labelpenet.instances import Instances
 
 Format = Literal["coco", "coco-polygons", "coco-results", "voc", "yolo", "labelme", "label-studio", "voc-submission"]
-_POLYGONS = ("coco-polygons", "yolo", "labelme", "label-studio")
-_COPIES = ("coco", "coco-polygons", "voc", "yolo", "labelme")
+_FEW = {"min_score", "overwrite"}
+_WRITERS: dict[str, tuple[Callable[..., Exported], set[str]]] = {  # what writes each format, and its options
+    "coco": (export_coco, _FEW | {"category_ids", "copy_images"}),
+    "coco-polygons": (partial(export_coco, polygons=True), _FEW | {"category_ids", "copy_images", "tolerance"}),
+    "coco-results": (export_coco_results, _FEW | {"category_ids"}),
+    "voc": (export_voc, _FEW | {"split", "copy_images"}),
+    "yolo": (export_yolo, _FEW | {"split", "copy_images", "tolerance"}),
+    "labelme": (export_labelme, _FEW | {"copy_images", "tolerance"}),
+    "label-studio": (export_label_studio, _FEW | {"tolerance"}),
+    "voc-submission": (export_voc_submission, {"overwrite"}),
+}
 
 
 def export(
@@ -61,30 +69,21 @@ def export(
         InputError: the format is unknown or cannot take an option; ``out`` is taken; a file cannot be written.
     """
     photographs = images.images if isinstance(images, TaggedImages) else images
-    if copy_images and to not in _COPIES:
-        raise InputError(f"{to} holds no photographs; copying is for {', '.join(_COPIES)}")
-    if tolerance and to not in _POLYGONS:
-        raise InputError(f"{to} holds no polygons; a tolerance is for {', '.join(_POLYGONS)}")
+    if to not in _WRITERS:
+        raise InputError(f"unknown format {to}; valid are {', '.join(_WRITERS)}")
+    write, takes = _WRITERS[to]
+    if copy_images and "copy_images" not in takes:
+        raise InputError(f"{to} holds no photographs; copying is for {_taking('copy_images')}")
+    if tolerance and "tolerance" not in takes:
+        raise InputError(f"{to} holds no polygons; a tolerance is for {_taking('tolerance')}")
     if not 0 <= tolerance < 1000:
         raise InputError(f"a tolerance is a number of pixels from 0 on, but got {tolerance}")
-    if to == "voc-submission":
-        if min_score:
-            raise InputError("a submission takes every score; leave the minimum away")
-        return export_voc_submission(predictions, photographs, classes, out, overwrite=overwrite)
-    common: dict[str, Any] = {"min_score": min_score, "overwrite": overwrite}
-    args = (predictions, photographs, classes, out)
-    if to == "coco" or to == "coco-polygons":
-        polygons = to == "coco-polygons"
-        common |= {"copy_images": copy_images, "tolerance": tolerance}
-        return export_coco(*args, category_ids=category_ids, polygons=polygons, **common)
-    if to == "coco-results":
-        return export_coco_results(*args, category_ids=category_ids, **common)
-    if to == "voc":
-        return export_voc(*args, split=split, copy_images=copy_images, **common)
-    if to == "yolo":
-        return export_yolo(*args, split=split, copy_images=copy_images, tolerance=tolerance, **common)
-    if to == "labelme":
-        return export_labelme(*args, copy_images=copy_images, tolerance=tolerance, **common)
-    if to == "label-studio":
-        return export_label_studio(*args, tolerance=tolerance, **common)
-    raise InputError(f"unknown format {to}; valid are {', '.join(Format.__args__)}")  # type: ignore[attr-defined]
+    if min_score and "min_score" not in takes:
+        raise InputError("a submission takes every score; leave the minimum away")
+    options = {"category_ids": category_ids, "split": split, "min_score": min_score, "copy_images": copy_images}
+    options |= {"tolerance": tolerance, "overwrite": overwrite}
+    return write(predictions, photographs, classes, out, **{name: options[name] for name in takes})
+
+
+def _taking(option: str) -> str:
+    return ", ".join(name for name, (_, takes) in _WRITERS.items() if option in takes)

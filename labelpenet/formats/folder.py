@@ -8,13 +8,12 @@
 Files are named relative to the folder. ``SPLIT.txt`` in the folder (a file name a line) makes a split.
 """
 
-from __future__ import annotations
-
 import ast
 import csv
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,10 @@ SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "train
 _NO_CLASSES = (
     *("images", "annotations", "labels", "jpegimages", "imagesets", "segmentationclass", "segmentationobject", "masks"),
     *("data", "obj_train_data", "obj_valid_data", "obj_test_data", "obj_validation_data"),
+    *("img", "imgs", "image", "mask", "gt", "leftimg8bit", "gtfine"),
 )
+_UNLABELLED = ("no_label", "_unlabeled")  # where CVAT and datumaro, and FiftyOne, put photographs without a class
+_NO_TAGS = ("nan", "none", "null", "n/a", "na", "-", "?")
 FILE_COLUMNS = ("file", "filename", "file_name", "image", "image_id", "image_path", "path", "filepath")
 TAG_COLUMNS = ("tags", "labels", "tag", "label", "classes", "class", "categories", "category")
 _REMEDY = (
@@ -58,14 +60,10 @@ def open_tags_file(
     """The tagged images of a CSV, JSON or JSON-lines file of tags.
 
     Args:
-        path: the tags file.
+        path, classes: as `open.open_tagged` takes them; errors, too.
         split: a name for which ``SPLIT.txt`` lies beside the file, or a text file of file names.
-        classes: names of the classes, in label order; None: all tags, in alphabetical order.
         images: the folder that the names are relative to; None: the file's own, or ``images``, ``data`` or one of the
             file's name there.
-
-    Raises:
-        InputError: the file is damaged or ambiguous, a class or the split is unknown, or no image can be used.
     """
     suffix = path.suffix.lower()
     table = _read_lines(path) if suffix == ".jsonl" else _read_json(path) if suffix == ".json" else _read_csv(path)
@@ -100,17 +98,13 @@ def open_class_folders(data: Path, split: str | None = None, classes: Sequence[s
     """The images of a folder with one sub-folder per class, each with that class as its tag, also those deeper down.
 
     Where all images lie a folder deeper (``animals/cat/1.jpg``), ``classes`` says which of the two levels is meant.
-
-    Args:
-        data: the folder.
-        split: a name for which ``SPLIT.txt`` lies in the folder, or a text file of file names.
-        classes: names of the classes, in label order; images of other sub-folders are negatives. None: all.
-
-    Raises:
-        InputError: a class or the split is unknown, the level is not clear, or no image can be used.
+    Images of sub-folders that are not asked for are negatives. Arguments and errors as `open_tags_file`.
     """
-    files = [name.split("/") for names in class_folders(data).values() for name in names]
+    held = class_folders(data)
     level, notes = 0, []
+    for name in set(_UNLABELLED) & set(held) - set(classes or ()):
+        notes.append(f"{len(held.pop(name))} images lie in {name}, which is no class; they are not used")
+    files = [name.split("/") for names in held.values() for name in names]
     deep = sum(len(parts) > 2 for parts in files)
     if deep == len(files):
         upper, lower = {parts[0] for parts in files}, {parts[1] for parts in files}
@@ -150,11 +144,7 @@ def tag_names(
     classes: Sequence[str] | None,
     notes: Sequence[str],
 ) -> TaggedImages:
-    """Tagged images from tags by file name relative to ``home``; ids are these names.
-
-    Raises:
-        InputError: unknown class or split, or no usable image.
-    """
+    """Tagged images from tags by file name relative to ``home``; ids are these names. Errors as `tag_images`."""
     chosen, split_notes = _restrict(tags, home, source, split)
     found, problems = [], []
     for name in chosen:
@@ -166,7 +156,29 @@ def tag_names(
         except InputError as error:
             problems.append(str(error))
     known = {tag for names in tags.values() for tag in names}
-    return tag_images(found, classes, known, problems, source, [*notes, *split_notes])
+    notes = [*notes, *split_notes, *_doubts(known, classes or (), source)]
+    return tag_images(found, classes, known, problems, source, notes)
+
+
+def _doubts(known: set[str], classes: Sequence[str], source: Path) -> Iterator[str]:
+    """Notes on tags that may not be meant as they stand.
+
+    Raises:
+        InputError: a tag may be several (``cat dog``, beside ``cat`` and ``dog``) and is none of ``classes``.
+    """
+    alike: dict[str, str] = {}
+    for tag in sorted(known):
+        if alike.setdefault(tag.lower(), tag) != tag:
+            yield f"{source.name}: {alike[tag.lower()]!r} and {tag!r} are two classes; write them alike if they are one"
+    for tag in sorted(known - set(classes)):
+        parts = [part for part in re.split(r"[\s/+&]+", tag) if part.lower() != "and"]
+        if len(parts) > 1 and known.issuperset(parts):
+            raise InputError(
+                f"{source}: {tag!r} may be one tag or several, for {listing(parts)} are tags, too; "
+                f"write {';'.join(parts)}, or name the classes"
+            )
+        if tag.lower() in _NO_TAGS:
+            yield f"{source.name}: {tag!r} is taken for a class; leave the place empty where there is no tag"
 
 
 def tag_set(values: Iterable[Any]) -> frozenset[str]:
@@ -283,6 +295,8 @@ def _add_cells(table: _Table, cells: Sequence[tuple[str, int, list[str]]], path:
                 found += text.split(mark)
                 continue
             try:
+                if re.search(r"""['"]\s+['"]""", text):  # NumPy's, which Python would take for one text
+                    raise ValueError("no comma")
                 found += _plain_list(ast.literal_eval(text.strip()), f"{path}: line {number}")
             except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
                 raise InputError(f"{path}: line {number}: no list of tags: {text[:60]!r}; write cat;dog") from error
@@ -363,7 +377,7 @@ def _stems(folder: Path) -> dict[str, list[str]]:
 def _all_images(folder: Path) -> Iterator[str]:
     """The paths of the images below a folder, in order; hidden files and folders are left out, links not followed."""
     for home, folders, _ in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__", "@eaDir")))
         below = Path(home).relative_to(folder)
         yield from ((below / name).as_posix() for name in _image_files(Path(home)))
 

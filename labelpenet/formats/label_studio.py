@@ -5,8 +5,6 @@ of them); an annotation without any result makes a negative. Where several peopl
 together, and the truth is what is marked as ground truth, else the last annotation.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -63,22 +61,19 @@ def is_label_studio(content: Any) -> bool:
 
 def is_csv(text: str) -> bool:
     """Whether a CSV file has the columns that Label Studio writes."""
-    return {"annotation_id", "lead_time"} <= {name.strip('"\r') for name in text.split("\n", 1)[0].split(",")}
+    return {"annotation_id", "lead_time"} <= {name.strip('"\r') for name in re.split("[,\t]", text.split("\n", 1)[0])}
 
 
 def open_data(
     path: Path, split: str | None = None, classes: Sequence[str] | None = None, images: Path | None = None
 ) -> AnnotatedImages | TaggedImages:
-    """The images of an export with the shapes that were drawn on them; tags alone where there is no shape.
+    """The images of an export (JSON or CSV) with the shapes that were drawn on them; tags alone where there is no
+    shape.
 
     Args:
-        path: the exported JSON or CSV file.
+        path, classes: as `open.open_tagged` takes them; errors, too.
         split: a name for which ``SPLIT.txt`` lies beside the images, or a text file of file names.
-        classes: names of the classes, in label order; None: all that occur, in alphabetical order.
         images: the folder with the images; None: ``images`` beside the file, or the file's own folder.
-
-    Raises:
-        InputError: the file is no such export, a class is unknown, or no image can be used.
     """
     tasks = _read(path, images)
     tagged = tag_names(tasks.tags, tasks.home, path, split, classes, tasks.notes)
@@ -147,7 +142,9 @@ def _read(path: Path, images: Path | None) -> _Tasks:
 
 def _csv_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a CSV export as those of JSON-MIN: cells that hold JSON are read, empty ones are left out."""
-    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+    text = read_text(path)
+    delimiter = "\t" if "\t" in text.split("\n", 1)[0] else ","
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     rows = []
     try:
         for row in reader:

@@ -5,8 +5,6 @@ An instance is a polygon, or several of one ``group_id``; without masks a rectan
 file is truth. Files that other hands made are truth as they are, and their flags are none of our business.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json
@@ -25,11 +23,12 @@ from labelpenet.data.dataset import (
     AnnotatedImages,
     NamedImage,
     TaggedImage,
+    TaggedImages,
     Truth,
     tag_images,
     with_truth,
 )
-from labelpenet.data.files import inside, is_file, read_json, unchanged, write_text
+from labelpenet.data.files import inside, is_file, listing, read_json, unchanged, write_text
 from labelpenet.errors import InputError
 from labelpenet.formats.polygons import drawn, joined, outline, signed_area, straight
 from labelpenet.formats.rows import file_names
@@ -130,25 +129,22 @@ def is_labelme(content: Any) -> bool:
     return isinstance(content, dict) and isinstance(content.get("shapes"), list) and "imagePath" in content
 
 
-def open_annotated(
+def open_data(
     data: Path, split: str | None = None, classes: Sequence[str] | None = None, images: Path | None = None
-) -> AnnotatedImages:
+) -> AnnotatedImages | TaggedImages:
     """The photographs of a folder of such files; tags are the labels of their shapes, and ours' flags.
 
-    Of an export of ours only the files that were checked or changed are used.
+    Of an export of ours only the files that were checked or changed are used. Where no file has a shape, the flags that
+    are set are tags, as classifying in either program leaves them; the photographs then come without truth.
 
-    Args:
-        data: the folder; split: a text file of photographs' names, or a name for which ``SPLIT.txt`` lies there.
-        classes: names of the classes, in label order; None: all that occur, in alphabetical order.
-        images: the folder of the photographs; None: each lies beside its file.
-
-    Raises:
-        InputError: no file can be used, or a class is unknown.
+    ``split`` is a text file of photographs' names, or a name for which ``SPLIT.txt`` lies there; without ``images``
+    each photograph lies beside its file. Other arguments and errors as `open.open_tagged`.
     """
     found: list[NamedImage] = []
     files: dict[str, Path] = {}
     problems: list[str] = []
-    waiting = 0
+    flagged: dict[str, frozenset[str]] = {}
+    waiting = drawn_on = 0
     same = unchanged(data)
     for path in json_files(data):
         try:
@@ -160,17 +156,29 @@ def open_annotated(
             if name in files:
                 raise InputError(f"{path}: {name} has another file already; remove one")
             tags = {str(shape.get("label")) for shape in content["shapes"]}
+            flags = frozenset(flag for flag, value in _flags(content).items() if value is True and flag != CHECKED)
+            drawn_on += bool(tags) or _OURS in content
             if _OURS in content:
-                tags |= {flag for flag, value in _flags(content).items() if value is True and flag != CHECKED}
+                tags |= flags
+            else:
+                flagged[name] = flags
             files[name] = path
             found.append(NamedImage(name, photograph, frozenset(tags)))
         except InputError as error:
             problems.append(str(error))
     if waiting and not found and not problems:
         raise InputError(f"{data}: none of its {waiting} files is checked or changed; correct some first")
+    notes = [f"{waiting} files are neither checked nor changed since their export; they are left out"] * bool(waiting)
+    flags = frozenset().union(*flagged.values())
+    if flags and not drawn_on:
+        found = [replace(one, names=flagged[one.id]) for one in found]
+        notes.append(f"no file has a shape: the flags that are set ({listing(sorted(flags))}) are the tags")
+    elif flags:
+        notes.append(f"flags that are set ({listing(sorted(flags))}) are no tags, for there are shapes")
     known = {name for one in found for name in one.names}
-    note = f"{waiting} files are neither checked nor changed since their export; they are left out"
-    tagged = tag_images(found, classes, known, problems, data, [note] if waiting else [])
+    tagged = tag_images(found, classes, known, problems, data, notes)
+    if flags and not drawn_on:
+        return tagged
     return with_truth(tagged, data, lambda image: _truth(files[image.id], image.path, tagged.classes))
 
 

@@ -1,7 +1,5 @@
 """Opens every kind of data set: DATA is recognised by what it holds."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,8 +29,7 @@ def open_tagged(
     """The photographs and tags of a data set: all that a weakly supervised run may know.
 
     Args:
-        data: a folder or a file; docs/data.md shows every layout: VOC, COCO, YOLO, tags as CSV or JSON, one sub-folder
-            per class, Label Studio.
+        data: a folder or a file; docs/data.md shows every layout.
         split: a name (``train``, ``val``, ``Segmentation/val``) or a text file of image ids. None: everything but VOC's
             ``test``. A data set without any splits is used whole, and the notes say so.
         classes: names of the classes, in label order; None: those that occur, in alphabetical order.
@@ -49,10 +46,10 @@ def open_tagged(
 def open_annotated(
     data: Path | str, split: str | None = None, classes: Sequence[str] | None = None, images: Path | str | None = None
 ) -> AnnotatedImages:
-    """The same images with their truth, for measuring. Arguments and errors as `open_tagged`.
+    """The same images with their truth, for measuring. Arguments as `open_tagged`.
 
     Raises:
-        InputError: also for a data set that holds tags only.
+        InputError: as there; also for a data set that holds tags only.
     """
     found = _open(data, split, classes, images, truth=True)
     assert isinstance(found, AnnotatedImages)
@@ -60,10 +57,8 @@ def open_annotated(
 
 
 def open_photographs(data: Path, classes: Sequence[str]) -> TaggedImages:
-    """A photograph, or all in a folder and below, of which no tags are known, as `labelpenet predict` takes them.
-
-    Raises:
-        InputError: there is none.
+    """A photograph, or all in a folder and below, without tags, as `labelpenet predict` takes them; errors:
+    `find_images`.
     """
     images = tuple(TaggedImage(name, path, ()) for name, path in find_images([data]))
     return TaggedImages(tuple(classes), images, (f"{data}: no tags are known of its {len(images)} photographs",))
@@ -114,7 +109,9 @@ def _recognise(
     if described is not None:
         return _recognise_file(described, split, classes, images, truth)
     if labelme.json_files(data):
-        return labelme.open_annotated(data, split, classes, images)
+        found = labelme.open_data(data, split, classes, images)
+        _check_truth(data, not truth or isinstance(found, AnnotatedImages))
+        return found
     below = sorted(path.name for path in data.iterdir() if path.is_dir() and path.name.lower() in folder.SPLIT_NAMES)
     if below:
         same = next((names for names in _SAME if split in names), {split})
@@ -130,7 +127,14 @@ def _recognise(
         )
     if lone and lone[0].is_file():
         return _recognise_file(lone[0], split, classes, images, truth)
-    if folder.class_folders(data):
+    held = folder.class_folders(data)
+    lone_class = next(iter(held)) if len(held) == 1 and classes is None else ""
+    if lone_class and any(name.count("/") == 1 for name in held[lone_class]):
+        raise NotRecognised(
+            f"{data}: its photographs all lie in one sub-folder, {lone_class}; if that is their class, name it as the "
+            "classes, else add tags.csv (file,tags)"
+        )
+    if held:
         _check_truth(data, not truth)
         return folder.open_class_folders(data, split, classes)
     raise NotRecognised(f"{data}: no data set recognised; looked for {KINDS}")
@@ -149,7 +153,8 @@ def _recognise_file(
         found = label_studio.open_data(path, split, classes, images)
         _check_truth(path, not truth or isinstance(found, AnnotatedImages))
         return found
-    if suffix in (".csv", ".jsonl") or (suffix == ".json" and (path.name == "tags.json" or _is_tags(content))):
+    tags = isinstance(content, dict) and bool(content) and all(isinstance(one, list) for one in content.values())
+    if suffix in (".csv", ".jsonl") or path.name == "tags.json" or tags:
         _check_truth(path, not truth)
         return folder.open_tags_file(path, split, classes, images)
     raise NotRecognised(f"{path}: no data set recognised; give {KINDS}")
@@ -160,7 +165,3 @@ def _check_truth(data: Path, fine: bool) -> None:
         raise InputError(
             f"{data}: holds tags but no boxes or masks; measuring needs a VOC, COCO, YOLO or Label Studio data set"
         )
-
-
-def _is_tags(content: object) -> bool:
-    return isinstance(content, dict) and bool(content) and all(isinstance(tags, list) for tags in content.values())

@@ -28,6 +28,7 @@ from labelpenet.formats.rows import (
     check_same_size,
     check_size,
     coco_annotation,
+    coco_file,
     file_names,
     image_numbers,
     match_categories,
@@ -41,11 +42,7 @@ ROWS_A_GROUP = 10_000  # of a Parquet file: about 10 MB in memory
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """``i/n`` as (i, n), 1 <= i <= n.
-
-    Raises:
-        InputError: it is something else.
-    """
+    """``i/n`` as (i, n), 1 <= i <= n; `InputError` for anything else."""
     found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
     if not found or not 1 <= int(found[1]) <= int(found[2]):
         raise InputError(f"--shard {text}: expected i/n with 1 <= i <= n, such as 3/100")
@@ -62,10 +59,8 @@ class Part:
     """One part while it is written; what a process before has written of it is kept, but for a broken last line.
 
     Args:
-        folder: of the parts.
-        shard: (i, n).
         facts: what decides the predictions (weights, module, settings, list of photographs), the same in all parts.
-        images: all photographs, in order; classes: names of the C classes.
+        images: all photographs, in order.
 
     Raises:
         InputError: the part was begun with other facts, another process is writing it, or it cannot be written.
@@ -82,7 +77,6 @@ class Part:
         self.path = folder / f"part-{shard[0]:05d}-of-{shard[1]:05d}.jsonl"
         self.partial = self.path.with_suffix(".jsonl.partial")
         self.images = share(images, shard)
-        self.categories = list(range(1, len(classes) + 1))
         self._numbers, self._names = image_numbers(images), file_names(images)
         self._header = {
             "labelpenet": "part", "shard": list(shard), "images": len(images), "classes": list(classes), **facts,
@@ -125,7 +119,7 @@ class Part:
         row: dict[str, Any] = {"image": image.id, "skipped": True}
         if found is not None:
             height, width = found.image_size
-            rows = found.to_coco(self._numbers[image.id], self.categories)
+            rows = found.to_coco(self._numbers[image.id])
             row = {"image": image.id, "number": self._numbers[image.id], "file_name": self._names[image.id]}
             row |= {"width": width, "height": height}
             row["instances"] = [{key: value for key, value in one.items() if key != "image_id"} for one in rows]
@@ -167,15 +161,12 @@ class Part:
 
 
 def merge_parts(paths: Sequence[Path], out: Path) -> tuple[int, int]:
-    """Puts parts together as one COCO ``.json`` (a predictions file) or ``.parquet``, line by line.
+    """Puts parts, or folders of parts, together as one COCO ``.json`` (a predictions file) or ``.parquet``, line by
+    line.
 
     Memory does not grow with the number of photographs. The ``.json`` is byte for byte what one process would have
     written; the ``.parquet`` has a row for each instance: image, file_name, width, height, category, score, x, y, w, h
     (pixels), counts (compressed RLE, column-major, as COCO's).
-
-    Args:
-        paths: the parts, or folders of parts.
-        out: the file.
 
     Returns:
         The numbers of photographs and of instances.
@@ -322,24 +313,19 @@ def _is_photograph(part: Path, row: dict[str, Any], labels: Mapping[Any, int]) -
 
 
 def _write_coco(parts: Sequence[Path], header: dict[str, Any], file: BinaryIO, counts: list[int]) -> None:
-    def items(name: str, rows: Iterable[dict[str, Any]], end: str) -> int:
-        file.write(f'"{name}": [\n'.encode())
-        count = 0
-        for count, row in enumerate(rows, 1):
-            file.write(((",\n" if count > 1 else "") + json.dumps(row)).encode())
-        file.write(f"\n]{end}\n".encode())
-        return count
+    def images() -> Iterator[str]:
+        for counts[0], row in enumerate(_rows_of(parts), 1):
+            image = {key: row[key] for key in ("file_name", "width", "height")}
+            yield json.dumps({"id": row["number"], **image})
 
-    def image(row: dict[str, Any]) -> dict[str, Any]:
-        return {"id": row["number"], "file_name": row["file_name"], "width": row["width"], "height": row["height"]}
+    def annotations() -> Iterator[str]:
+        found = ({"image_id": row["number"], **one} for row in _rows_of(parts, check=False) for one in row["instances"])
+        for counts[1], row in enumerate(found, 1):
+            yield json.dumps({"id": counts[1], **coco_annotation(row)})
 
-    file.write(b"{\n")
-    counts[0] = items("images", map(image, _rows_of(parts)), ",")
-    items("categories", [{"id": i, "name": name} for i, name in enumerate(header["classes"], 1)], ",")
-    found = ({"image_id": row["number"], **one} for row in _rows_of(parts, check=False) for one in row["instances"])
-    rows = ({"id": number, **coco_annotation(row)} for number, row in enumerate(found, 1))
-    counts[1] = items("annotations", rows, "")
-    file.write(b"}\n")
+    categories = (json.dumps({"id": number, "name": name}) for number, name in enumerate(header["classes"], 1))
+    for piece in coco_file({"images": images(), "categories": categories, "annotations": annotations()}):
+        file.write(piece.encode())
 
 
 def _write_parquet(parts: Sequence[Path], header: dict[str, Any], out: Path, counts: list[int]) -> None:

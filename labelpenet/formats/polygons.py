@@ -6,8 +6,6 @@ does whoever draws on a canvas. `contours` run through the outermost pixels: Ope
 colour the pixels of the outline too, fill these (`drawn`), as Ultralytics, supervision and Labelme do.
 """
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 from pycocotools import mask as rle
@@ -200,8 +198,9 @@ def outline(
     if single and len(exact) > 1:
         exact = bridged(exact, mask)
     while tolerance >= 0.25:
-        parts = [_simple(ring, tolerance) for ring in exact if abs(signed_area(ring)) >= tolerance**2]
-        parts = [ring for ring in parts if len(ring) > 2]
+        large = (ring[:, None].astype(np.float32) for ring in exact if abs(signed_area(ring)) >= tolerance**2)
+        simple = (cv2.approxPolyDP(ring, tolerance, True)[:, 0].astype(np.float64) for ring in large)
+        parts = [ring for ring in simple if len(ring) > 2]
         if parts:
             one = [joined(parts)] if single else parts
             if _overlap(drawn(one, mask.shape) if centres else filled(one, mask.shape), mask) >= _SAME:
@@ -217,10 +216,6 @@ def straight(ring: np.ndarray) -> np.ndarray:
     turns = (before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]) | ((before * after).sum(1) < 0)
     kept = ring[turns] if turns.any() else ring[:1]
     return kept if len(kept) > 2 else np.concatenate([kept, np.repeat(kept[-1:], 3 - len(kept), 0)])
-
-
-def _simple(ring: np.ndarray, tolerance: float) -> np.ndarray:
-    return cv2.approxPolyDP(ring[:, None].astype(np.float32), tolerance, True)[:, 0].astype(np.float64)
 
 
 def coco_polygons(mask: np.ndarray, tolerance: float = 0.0) -> list[list[float]]:

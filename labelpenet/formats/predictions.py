@@ -8,8 +8,6 @@
 Shape letters: ``N`` instances, ``C`` classes.
 """
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,6 +29,7 @@ from labelpenet.formats.rows import (
     check_same_size,
     check_size,
     coco_annotation,
+    coco_file,
     file_names,
     image_numbers,
     match_categories,
@@ -50,21 +49,19 @@ def write_predictions(
     """Writes predictions.json, whole or not at all.
 
     Args:
-        path: the file.
         predictions: for each image id what was found there; as pairs they may come from a generator, and each image's
             masks are encoded before the next is asked for.
         images: the photographs that the ids belong to.
         classes: names of the C classes, in label order.
-        category_ids: for each class the id in the file; None for 1..C.
+        category_ids: (C,) the ids in the file; None for 1..C.
 
     Raises:
         InputError: the file cannot be written, or a score or box is not finite.
         ValueError: an image id that is not among ``images``, or not one category id a class.
     """
     images = images.images if isinstance(images, TaggedImages) else images
-    ids = range(1, len(classes) + 1) if category_ids is None else category_ids
-    if len(set(ids)) != len(classes):
-        raise ValueError(f"category_ids must be {len(classes)} different numbers, but got {list(ids)}")
+    if category_ids is not None and len(set(category_ids)) != len(classes):
+        raise ValueError(f"category_ids must be {len(classes)} different numbers, but got {list(category_ids)}")
     known = {image.id for image in images}
     pairs = predictions.items() if isinstance(predictions, Mapping) else predictions
 
@@ -72,27 +69,24 @@ def write_predictions(
         for name, instances in pairs:
             if name not in known:
                 raise ValueError(f"prediction for {name!r}, which is not among the {len(known)} images")
-            yield name, instances.image_size, instances.to_coco(0, list(ids))
+            yield name, instances.image_size, instances.to_coco(0, category_ids)
 
-    return write_text(Path(path), coco_text(rows(), images, classes, ids))
+    return write_text(Path(path), coco_text(rows(), images, classes, category_ids))
 
 
 def coco_text(
     found: Iterable[tuple[str, tuple[int, int], list[dict[str, Any]]]],
     images: Sequence[TaggedImage],
     classes: Sequence[str],
-    category_ids: Iterable[int],
+    category_ids: Sequence[int] | None = None,
     with_ids: bool = False,
 ) -> str:
     """The text of a predictions file, a line for each image, category and instance.
 
     Args:
         found: image id, (H, W) and rows of COCO's results list, whose ``image_id`` does not matter.
-        images: the photographs; classes: names of the C classes; category_ids: (C,) the ids of the rows.
+        images, classes, category_ids: as `write_predictions` takes them; errors, too.
         with_ids: each image has its id in the data set, too, as ``image``.
-
-    Raises:
-        InputError: a score or box is not finite.
     """
     numbers, files = image_numbers(images), file_names(images)
     entries: list[str] = []
@@ -106,10 +100,9 @@ def coco_text(
                 annotations.append(json.dumps(whole, allow_nan=False))
         except ValueError as error:
             raise InputError(f"{name}: a score or box is NaN or infinite; remove it") from error
-    categories = [json.dumps({"id": i, "name": name}) for i, name in zip(category_ids, classes, strict=True)]
-    parts = {"images": entries, "categories": categories, "annotations": annotations}
-    lists = [f'"{key}": [\n' + ",\n".join(lines) + "\n]" for key, lines in parts.items()]
-    return "{\n" + ",\n".join(lists) + "\n}\n"
+    ids = category_ids or range(1, len(classes) + 1)
+    categories = [json.dumps({"id": i, "name": name}) for i, name in zip(ids, classes, strict=True)]
+    return "".join(coco_file({"images": entries, "categories": categories, "annotations": annotations}))
 
 
 def class_names(path: Path) -> list[str]:
@@ -128,7 +121,10 @@ def class_names(path: Path) -> list[str]:
 
 
 def read_predictions(
-    path: Path | str, images: TaggedImages | Sequence[TaggedImage], classes: Sequence[str], category_ids: Sequence[int]
+    path: Path | str,
+    images: TaggedImages | Sequence[TaggedImage],
+    classes: Sequence[str],
+    category_ids: Sequence[int] | None = None,
 ) -> Predictions:
     """Reads predictions.json, a folder of parts, a bare COCO results list or a COCO annotation file.
 
@@ -144,16 +140,14 @@ def read_predictions(
         path: the file, or a folder with all parts of `predict --shard`, whose lines are read when they are asked for.
         images: the photographs that predictions are wanted for.
         classes: names of the C classes, in label order.
-        category_ids: (C,) the id of each class where the file names no categories.
+        category_ids: (C,) the id of each class where the file names no categories; None for 1..C.
 
     Returns:
-        A mapping of image ids to `Instances`, in the order of ``images``: the images that the file lists (or has rows
-        for).
+        `Instances` by image id, in the order of ``images``: of the images that the file lists (or has rows for).
 
     Raises:
-        InputError: the file cannot be read, is no JSON or has another structure; a row names an unknown image or
-            category; a box that is not four finite numbers, has a negative side or lies outside the image; a score
-            that is no finite number; a mask of the wrong size or one that cannot be decoded. Names the file and row.
+        InputError: the file cannot be read or has another structure; a row names an unknown image or category, or holds
+            a box, score or mask that is none, or is not of this image. Names the file and row.
     """
     path = Path(path)
     images = images.images if isinstance(images, TaggedImages) else images

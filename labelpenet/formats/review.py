@@ -4,8 +4,6 @@ Beside COCO's keys an image has ``status`` and ``image`` (its id in the data set
 of the run's instances it was. Photographs that nobody has touched are not listed.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,11 +36,7 @@ class Reviewed:
     rows: list[dict[str, Any]]
 
     def instances(self, classes: int) -> Instances:
-        """The objects, weights 1.
-
-        Raises:
-            InputError: a box or mask is damaged.
-        """
+        """The objects, weights 1; `InputError` where a box or mask is damaged."""
         rows = [{**row, "score": 1.0} for row in self.rows]
         if not rows:
             return Instances.empty(self.size, with_masks=True)
@@ -58,11 +52,7 @@ def is_review(content: Any) -> bool:
 def write_review(
     path: Path, reviewed: Mapping[str, Reviewed], images: Sequence[TaggedImage], classes: Sequence[str]
 ) -> Path:
-    """Writes what was said of the photographs, by image id, whole or not at all.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
+    """Writes what was said of the photographs, by image id, whole or not at all (else an `InputError`)."""
     numbers, names = image_numbers(images), file_names(images)
     entries: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -70,16 +60,8 @@ def write_review(
         if image.id not in reviewed:
             continue
         one = reviewed[image.id]
-        entries.append(
-            {
-                "id": numbers[image.id],
-                "file_name": names[image.id],
-                "height": one.size[0],
-                "width": one.size[1],
-                "image": image.id,
-                "status": one.status,
-            }
-        )
+        file = {"id": numbers[image.id], "file_name": names[image.id], "height": one.size[0], "width": one.size[1]}
+        entries.append({**file, "image": image.id, "status": one.status})
         for row in one.rows:
             numbered = {"id": len(annotations) + 1, "image_id": numbers[image.id]}
             annotations.append({**coco_annotation(row), **numbered})
@@ -96,7 +78,7 @@ def read_review(
     """What was said of the photographs, by image id; and notes on what belongs to no photograph or class of ours.
 
     Raises:
-        InputError: the file is not one that the review page writes.
+        InputError: the review page does not write such a file.
     """
     content = read_json(path)
     if not is_review(content):

@@ -3,12 +3,10 @@
 Shape letters: ``N`` instances, ``C`` classes.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,18 @@ def coco_annotation(row: Mapping[str, Any]) -> dict[str, Any]:
     mask = row.get("segmentation")
     area = row["bbox"][2] * row["bbox"][3] if mask is None else int(rle.area(mask))
     return {**row, "area": area, "iscrowd": 0}
+
+
+def coco_file(lists: Mapping[str, Iterable[str]]) -> Iterator[str]:
+    """The text of a predictions file, piece by piece, from the lines of each of its lists."""
+    before = "{\n"
+    for key, lines in lists.items():
+        yield f'{before}"{key}": [\n'
+        for number, line in enumerate(lines):
+            yield f",\n{line}" if number else line
+        yield "\n]"
+        before = ",\n"
+    yield "\n}\n"
 
 
 def image_numbers(images: Sequence[TaggedImage]) -> dict[str, int]:
@@ -104,22 +114,14 @@ class Predictions(Mapping[str, Instances]):
 
 
 class RowReader:
-    """Reads the rows of one image after another, with the file's name for messages.
-
-    Args:
-        path: the file; labels: for each ``category_id`` of it the label.
-    """
+    """Reads the rows of one image after another, by the label of each ``category_id`` of the file ``path``."""
 
     def __init__(self, path: Path, labels: Mapping[Any, int | None]) -> None:
         self.path = path
         self.labels = labels
 
     def rows(self, rows: list[tuple[int, dict[str, Any]]], image_id: str, size: tuple[int, int]) -> Rows:
-        """The numbered rows of one image of size (H, W), checked.
-
-        Raises:
-            InputError: names file, row and fault.
-        """
+        """The numbered rows of one image of size (H, W), checked; an `InputError` names file, row and fault."""
         boxes, scores, segmentations = np.zeros((len(rows), 4)), np.ones(len(rows)), []
         for i, (index, row) in enumerate(rows):
             where = f"{self.path}: row {index} (image {image_id})"
@@ -203,16 +205,17 @@ def match_images(
 def match_categories(
     path: Path,
     classes: Sequence[str],
-    category_ids: Sequence[int],
+    category_ids: Sequence[int] | None,
     content: dict[str, Any] | None,
     notes: list[str],
 ) -> dict[Any, int | None]:
     """For every ``category_id`` that a row may carry the label it means; None for one that is not asked for."""
     entries = None if content is None else read_entries(path, content, "categories")
+    ids = range(1, len(classes) + 1) if category_ids is None else category_ids
+    by_id = {category: label for label, category in enumerate(ids)}
     if entries is None:
-        return {category: label for label, category in enumerate(category_ids)}
+        return dict(by_id)
     index = {name: label for label, name in enumerate(classes)}
-    by_id = {category: label for label, category in enumerate(category_ids)}
     matched: dict[Any, int | None] = {}
     for entry in entries:
         name = entry.get("name")

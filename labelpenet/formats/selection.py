@@ -1,7 +1,5 @@
 """Which of the predictions are exported, and in what form every annotation format can take them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,11 +31,7 @@ class Exported:
 
 @contextmanager
 def new_export(
-    out: Path | str,
-    images: Iterable[TaggedImage],
-    overwrite: bool,
-    about: Mapping[str, Any],
-    extend: bool = False,
+    out: Path | str, images: Iterable[TaggedImage], overwrite: bool, about: Mapping[str, Any], extend: bool = False
 ) -> Iterator[tuple[Path, Exported]]:
     """A folder to write an export into, and what to note about it; `whole_folder` says what ``out`` may be.
 
@@ -50,13 +44,10 @@ def new_export(
 
 
 def stems(images: Iterable[TaggedImage], taken: Iterable[str] = (), folders: bool = False) -> dict[str, str]:
-    """For each image id a file name without suffix, unique also on file systems that ignore case.
+    """For each image id a file name without suffix, unique also on file systems that ignore case, and not ``taken``.
 
-    The id without the image's suffix, made safe; the second image of the same name gets ``-2`` and so on.
-
-    Args:
-        images: the images; taken: names that are no longer free.
-        folders: the folders within an id stay folders; else all is one plain name.
+    The id without the image's suffix, made safe; the second image of the same name gets ``-2`` and so on. With
+    ``folders`` the folders within an id stay folders; else all is one plain name.
     """
     used = {name.casefold() for name in taken}
     names: dict[str, str] = {}
@@ -117,10 +108,8 @@ def copy_photograph(image: TaggedImage, place: Path, done: Exported, jpeg: bool 
     """Copies a photograph to ``place`` with the suffix that belongs to it, and returns its new name.
 
     One that its camera stored turned is stored again, upright, as its labels are: half of the tools that read them
-    ignore what the file says about it. ``jpeg`` makes a JPEG file of any.
-
-    Raises:
-        InputError: it cannot be read or written.
+    ignore what the file says about it. ``jpeg`` makes a JPEG file of any. `InputError` where it cannot be read or
+    written.
     """
     content, suffix, again = upright_file(image.path, jpeg)
     if again:
@@ -130,11 +119,7 @@ def copy_photograph(image: TaggedImage, place: Path, done: Exported, jpeg: bool 
 
 
 def check_class_count(classes: Sequence[str], limit: int = 254) -> None:
-    """Refuses more classes than an 8-bit class map holds beside background and *ignore*.
-
-    Raises:
-        InputError: more than ``limit`` classes.
-    """
+    """Refuses more classes than an 8-bit class map holds beside background and *ignore*."""
     if len(classes) > limit:
         raise InputError(
             f"{len(classes)} classes do not fit an 8-bit PNG, which holds {limit}; export fewer, or to coco"

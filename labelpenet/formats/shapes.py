@@ -1,7 +1,5 @@
 """From objects as files describe them to `Truth`: one place for what is cut, left out and said."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`supervision.Detections` and back; needs ``pip install supervision``, which nothing else here does."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,14 +31,10 @@ def to_supervision(instances: Instances, classes: Sequence[str]) -> Any:
 
 
 def from_supervision(detections: Any, image_size: tuple[int, int]) -> Instances:
-    """`supervision.Detections` of one image as instances; without confidence they weigh 1.
-
-    Args:
-        detections: boxes ``xyxy`` in pixels, ``class_id`` counting our classes from 0.
-        image_size: (H, W).
+    """`supervision.Detections` of one image of size (H, W) as instances; without confidence they weigh 1.
 
     Raises:
-        InputError: there are detections, but no ``class_id``.
+        InputError: there are detections, but no ``class_id``, which counts our classes from 0.
     """
     count = len(detections.xyxy)
     if detections.class_id is None and count:

@@ -4,8 +4,6 @@ Tags come from the names of an image's objects alone (difficult ones included). 
 `open_annotated` only, when the truth of an image is asked for.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import re
@@ -19,15 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from labelpenet.data.dataset import (
-    VOC_CLASSES,
-    AnnotatedImages,
-    NamedImage,
-    TaggedImage,
-    Truth,
-    tag_images,
-    with_truth,
-)
+from labelpenet.data.dataset import VOC_CLASSES, AnnotatedImages, NamedImage, TaggedImage, Truth, tag_images, with_truth
 from labelpenet.data.files import (
     inside,
     is_file,
@@ -90,7 +80,6 @@ def split_ids(year: Path, split: str | None) -> list[str]:
     """The image ids of a split, in the order of its list.
 
     Args:
-        year: the year folder.
         split: a list of ImageSets/Main (``train``), of another folder (``Segmentation/val``) or a text file of the
             user's; ``trainval`` is put together where only its halves exist; None: every image that a list of
             ImageSets/Main other than ``test`` names, or every annotated one where there is no list.
@@ -117,10 +106,8 @@ def split_ids(year: Path, split: str | None) -> list[str]:
 def open_annotated(year: Path, split: str | None = None, classes: Sequence[str] | None = None) -> AnnotatedImages:
     """The images of a split: a tag for every class that the XML names, whatever its boxes and flags; and their truth.
 
-    A list ``test`` may name images without annotation, as VOC 2012's does: they are there to be predicted.
-
-    Raises:
-        InputError: no such split, unknown class, or no usable image.
+    A list ``test`` may name images without annotation, as VOC 2012's does: they are there to be predicted. Arguments
+    and errors as `open.open_tagged`.
     """
     for_test = split is not None and split.rpartition("/")[2] == "test"
     found, problems, bare = [], [], 0
@@ -149,11 +136,7 @@ def open_annotated(year: Path, split: str | None = None, classes: Sequence[str] 
 
 
 def object_names(path: Path) -> list[str]:
-    """The class name of each object of an annotation, in the order of the file. Nothing else of it is looked at.
-
-    Raises:
-        InputError: the XML cannot be read, or an object has no name.
-    """
+    """The class name of each object of an annotation, in its order; nothing else of it is looked at."""
     return [_name(one, path) for one in read_xml(path).findall("object")]
 
 
@@ -181,9 +164,6 @@ def read_truth(year: Path, image: TaggedImage, classes: Sequence[str], order: Ca
     """The annotation of one image, restricted to ``classes``.
 
     Args:
-        year: the year folder.
-        image: which image.
-        classes: names of the C classes, in label order.
         order: gives the class names in the order of the indices of SegmentationClass; called only if there is a map.
 
     Returns:
@@ -364,12 +344,8 @@ def export_voc(
 
     The photographs belong into ``JPEGImages`` under the names of the XML files, as JPEG. What VOC cannot hold: scores;
     parts of boxes beyond whole pixels (corners are rounded); overlaps of masks (where two overlap, the higher score is
-    on top); more than 254 masks in an image (the highest scores stay).
-
-    Arguments and errors as `export`.
-
-    Raises:
-        InputError: also if there are masks and more than 254 classes.
+    on top); more than 254 masks in an image (the highest scores stay). Arguments and errors as `export`; masks of more
+    than 254 classes are an `InputError`, too.
     """
     listed: dict[str, list[str]] = {"Main": [], "Segmentation": []}
     rounded = covered = 0

@@ -1,7 +1,5 @@
 """The submission files of the VOC 2012 test server."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import tarfile

@@ -1,7 +1,5 @@
 """YOLO text labels: one polygon (YOLO-seg) or box a line."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -12,14 +10,7 @@ import cv2
 import numpy as np
 import yaml
 
-from labelpenet.data.dataset import (
-    AnnotatedImages,
-    NamedImage,
-    TaggedImage,
-    Truth,
-    tag_images,
-    with_truth,
-)
+from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImage, Truth, tag_images, with_truth
 from labelpenet.data.files import inside, is_file, listing, read_text, safe_name, write_text
 from labelpenet.data.images import find_images
 from labelpenet.errors import InputError
@@ -128,11 +119,8 @@ def open_annotated(
     Args:
         path: ``data.yaml``, ``obj.data``, ``classes.txt`` or ``obj.names``; all paths in it stay inside its folder.
         split: ``train``, ``val``, ``test`` as the file calls them; None: all but ``test``.
-        classes: names of the classes, in label order; None: those that occur, in alphabetical order.
+        classes: as `open.open_tagged` takes them; errors, too.
         images: the folder that the file's paths are relative to, where it is another one.
-
-    Raises:
-        InputError: the file is damaged, the split or a class is unknown, or no image can be used.
     """
     names, places, pose = _settings_of(path, images)
     root = images or path.parent
@@ -221,7 +209,7 @@ def _yaml(path: Path, images: Path | None) -> tuple[list[str], dict[str, list[st
     names = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, dict) and set(names) == set(range(len(names))):
         names = [names[index] for index in range(len(names))]
-    if not isinstance(names, list) or not names or not all(_is_name(name) for name in names):
+    if not isinstance(names, list) or not names or not all(type(name) in (str, int) for name in names):
         raise InputError(f"{path}: names must list the classes from 0 on, such as names: [cat, dog]")
     places: dict[str, list[str]] = {}
     for split in ("train", "val", "test", "valid"):
@@ -236,10 +224,6 @@ def _yaml(path: Path, images: Path | None) -> tuple[list[str], dict[str, list[st
     if not places:
         raise InputError(f"{path}: names no images; add train: images/train")
     return [str(name) for name in names], places, "kpt_shape" in content
-
-
-def _is_name(value: Any) -> bool:
-    return isinstance(value, (str, int)) and not isinstance(value, bool)  # YAML's yes and no are neither
 
 
 def _place(path: Path, base: Any, place: str, images: Path | None) -> str:

@@ -256,10 +256,8 @@ class SameConv2d(nn.Conv2d):
 
     @classmethod
     def like(cls, other: nn.Conv2d, same: bool | None = None) -> Self:
-        """The same convolution, with the same parameters.
-
-        Args:
-            same: whether it pads as TensorFlow does; None for as ``other`` does.
+        """The same convolution, with the same parameters, that pads as TensorFlow does if ``same``; None: as ``other``
+        does.
         """
         one = cls(
             other.in_channels,
@@ -317,12 +315,9 @@ def fix_batch_norm(network: nn.Module, image: Tensor, kinds: tuple[type[nn.Conv2
     """Folds every batch norm into the convolution whose output it alone reads, and freezes the others, in place.
 
     Statistics of a few images would ruin pretrained ones, so batch norms stay fixed in every module; folded, they cost
-    nothing (unfolded, a third of a RoI head's time on a CPU). Which convolution a norm reads shows when the network
-    runs: there are too many kinds of blocks for names to tell. An activation that belongs to the norm stays.
-
-    Args:
-        network: in evaluation mode; image: (1, 3, H, W), what it runs on.
-        kinds: of the convolutions that may be folded into.
+    nothing (unfolded, a third of a RoI head's time on a CPU). Which convolution a norm reads shows when the network, in
+    evaluation mode, runs on an image (1, 3, H, W): there are too many kinds of blocks for names to tell. An activation
+    that belongs to the norm stays. ``kinds`` are those of the convolutions that may be folded into.
     """
     convolutions = [layer for layer in network.modules() if type(layer) in kinds]
     norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]

@@ -6,7 +6,7 @@ Shape letters: ``N`` photographs, ``H, W`` one of them, ``R`` proposals, ``C`` f
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -318,9 +318,7 @@ class LabelPEnet(nn.Module):
         """
         run = Path(run)
         facts = read_run(run)
-        backbone = build_backbone(facts["backbone"], pretrained=False)
-        backbone.mean, backbone.std = tuple(facts["normalisation"]["mean"]), tuple(facts["normalisation"]["std"])
-        network = cls(backbone, facts["classes"], recipe or config.from_dict(facts["recipe"]))
+        network = cls.from_facts(facts, recipe)
         loaded = [part for part in ("stem", *MODULES) if network.load_part(run, part)]
         if len(loaded) < 2:
             raise InputError(f"{run}: holds no trained module yet; finish it with labelpenet train ... --resume")
@@ -328,6 +326,13 @@ class LabelPEnet(nn.Module):
             raise InputError(f"{run_folder.weights(run, 'stem')}: gone; labelpenet train ... --resume restores it")
         network.untrained = tuple(name for name in MODULES if name not in loaded)
         return network.to(device)
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any], recipe: Recipe | None = None) -> LabelPEnet:
+        """The cascade that ``run.json`` describes, without its weights; with another recipe if given."""
+        backbone = build_backbone(facts["backbone"], pretrained=False)
+        backbone.mean, backbone.std = tuple(facts["normalisation"]["mean"]), tuple(facts["normalisation"]["std"])
+        return cls(backbone, facts["classes"], recipe or config.from_dict(facts["recipe"]))
 
     def load_part(self, run: Path, part: str) -> bool:
         """Loads ``RUN/weights/PART.safetensors`` into the stem or a module; False if it does not exist.

@@ -86,11 +86,13 @@ class Classification(nn.Module):
 
     def losses(self, batch: Batch, targets: Sequence[Instances] | None = None) -> dict[str, Tensor]:
         """Equation 2, a mean over the images; it learns from ``batch.tags`` alone and reads no target."""
-        each = []
-        for features, tags in zip(self.features(batch), batch.tags, strict=True):
-            x_c, x_p = self(features)
-            each.append(self.loss(x_c, x_p, present_classes(tags, self.num_classes).to(x_c.device)))
-        return {"multi_label": torch.stack(each).mean()}
+        return {"multi_label": self.multi_label([self(one) for one in self.features(batch)], batch.tags)}
+
+    def multi_label(self, scores: Sequence[tuple[Tensor, Tensor]], tags: Sequence[tuple[int, ...] | None]) -> Tensor:
+        """Equation 2 for the ``x^c`` and ``x^p`` of each image, a mean over the images."""
+        pairs = zip(scores, tags, strict=True)
+        present = (present_classes(own, self.num_classes).to(x_c.device) for (x_c, _), own in pairs)
+        return torch.stack([self.loss(*one, own) for one, own in zip(scores, present, strict=True)]).mean()
 
     def infer(self, batch: Batch, settings: config.AttentionCalibration) -> list[tuple[Instances, Trace]]:
         """One instance for each tag of each image, and the maps behind them.

@@ -13,13 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from labelpenet import config
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_json, read_tensors, write_json, write_tensors, write_text
 from labelpenet.errors import InputError, reason
-from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import MODULES, LabelPEnet, read_run
-from labelpenet.models.student import KIND, Student, build_body, load
+from labelpenet.models.student import KIND, Student, load
 
 _FACTS = ("kind", "classes", "backbone", "normalisation", "recipe", "network", "seed", "images", "supervision")
 
@@ -29,13 +27,10 @@ def save_pretrained(run: Path | str, folder: Path | str, licence: str = "other",
 
     Args:
         run: what ``labelpenet train`` or ``distill`` wrote; its ``results.json``, if measured, fills in the card.
-        folder: where to; nothing else in it is touched.
+        folder: where to; nothing else in it is touched. It is returned.
         licence: the hub's name of the licence of the weights, such as ``apache-2.0``: yours to choose, within what the
             photographs and the pretrained backbone allow.
         push: name of a repository on the hub, ``you/model``, to upload the folder to.
-
-    Returns:
-        The folder.
 
     Raises:
         InputError: no run folder, the folder cannot be written, or huggingface_hub is missing or refuses.
@@ -76,21 +71,13 @@ def from_pretrained(source: Path | str, device: str = "cpu") -> LabelPEnet | Stu
     facts = read_json(folder / "config.json")
     try:
         state = read_tensors(folder / "model.safetensors")
-        return (_student if facts.get("kind") == KIND else _cascade)(facts, state).to(device)
+        return (Student.from_facts if facts.get("kind") == KIND else _cascade)(facts, state).to(device)
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise InputError(f"{folder}: cannot be read ({reason(error)}); write or download it again") from error
 
 
-def _student(facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> Student:
-    body, _ = build_body(facts["backbone"], pretrained=False)
-    recipe = config.student_from_dict(facts["recipe"])
-    return Student(body, facts["classes"], recipe, facts["backbone"], facts["normalisation"], state)
-
-
 def _cascade(facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> LabelPEnet:
-    backbone = build_backbone(facts["backbone"], pretrained=False)
-    backbone.mean, backbone.std = tuple(facts["normalisation"]["mean"]), tuple(facts["normalisation"]["std"])
-    network = LabelPEnet(backbone, facts["classes"], config.from_dict(facts["recipe"]))
+    network = LabelPEnet.from_facts(facts)
     missing = []
     for part in ("stem", *MODULES):
         own = {key.removeprefix(f"{part}."): value for key, value in state.items() if key.startswith(f"{part}.")}

@@ -34,11 +34,8 @@ MULTIPLE = 32  # of which the input's sides are multiples: the stride of the coa
 
 
 class Fixed(nn.Module):
-    """A student's answer to photographs of H x W pixels, in operations that ONNX has.
-
-    Args:
-        student: in evaluation mode, on the CPU; its parameters are shared.
-        size: (H, W).
+    """A student's answer to photographs of H x W pixels, in operations that ONNX has; it shares the student's
+    parameters.
     """
 
     anchors: Tensor
@@ -140,11 +137,7 @@ def _resize(first: Tensor, last: Tensor, length: int, side: int) -> Tensor:
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
-    """(H, W) from a text such as 480x640; None from None.
-
-    Raises:
-        InputError: another text.
-    """
+    """(H, W) from a text such as 480x640, else an `InputError`; None from None."""
     if text is None:
         return None
     height, cross, width = text.lower().partition("x")

@@ -79,12 +79,10 @@ class Segmentation(Detector):
         return self.pyramid(self.mask_tail(stem))
 
     def masks(self, mask_features: Tensor, boxes: Sequence[Tensor], labels: Tensor) -> Tensor:
-        """Mask probabilities (R, 28, 28) of boxes for their classes.
+        """Mask probabilities (R, 28, 28) of boxes (R_n, 4) of each image in pixels of its view, for their classes (R,)
+        from 0.
 
-        Args:
-            mask_features: (N, width, h, w).
-            boxes: (R_n, 4) of each image in pixels of its view; R in all.
-            labels: (R,) class index from 0.
+        ``mask_features`` are (N, width, h, w).
         """
         if not len(labels):
             return mask_features.new_zeros(0, MASK_SIDE, MASK_SIDE, dtype=torch.float32)
@@ -140,25 +138,18 @@ def enlarge(boxes: Tensor, margin: float) -> Tensor:
 
 
 def crop_masks(masks: Tensor, boxes: Tensor, matched: Tensor, side: int) -> Tensor:
-    """The instances' masks inside the RoIs, (R, side, side) bool.
-
-    Args:
-        masks: (N, H, W) bool.
-        boxes: (R, 4) RoIs in pixels of the masks.
-        matched: (R,) the instance of each RoI.
-        side: of the crops.
+    """The instances' masks (N, H, W) bool inside RoIs (R, 4) matched to them (R,), in pixels of the masks: (R, side,
+    side).
     """
     rois = torch.cat([matched[:, None].to(boxes), boxes], 1)
     return roi_align(masks[:, None].float(), rois, side, 1.0, sampling_ratio=2, aligned=True)[:, 0] >= 0.5
 
 
 def mask_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean binary cross-entropy between predicted masks and the instances' inside the RoIs.
+    """Weighted mean binary cross-entropy between predicted masks (R, S, S) and the instances' inside the RoIs
+    (`crop_masks`).
 
-    Args:
-        logits: (R, S, S).
-        targets: (R, S, S) bool (`crop_masks`).
-        weights: (R,) in [0, 1].
+    ``weights`` (R,) are in [0, 1].
     """
     each = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none").mean((1, 2))
     return (each * weights).sum() / len(logits)

@@ -288,10 +288,8 @@ class Student(nn.Module):
 
     @classmethod
     def from_run(cls, run: str | Path, device: str | torch.device = "cpu") -> Student:
-        """The trained student of a folder that ``labelpenet distill`` wrote, ready to `predict`.
-
-        Raises:
-            InputError: no such folder, unfinished, or damaged weights.
+        """The trained student of a folder that ``labelpenet distill`` wrote, ready to `predict`; `InputError` where
+        there is no such folder, it is unfinished, or its weights are damaged.
         """
         run = Path(run)
         facts = read_run(run)
@@ -300,24 +298,23 @@ class Student(nn.Module):
         path = run_folder.weights(run, KIND)
         if not path.is_file():
             raise InputError(f"{run}: the student is not trained yet; finish it with labelpenet distill ... --resume")
-        body, _ = build_body(facts["backbone"], pretrained=False)
-        recipe = config.student_from_dict(facts["recipe"])
         try:
-            state = read_tensors(path)
-            student = cls(body, facts["classes"], recipe, facts["backbone"], facts["normalisation"], state)
+            return cls.from_facts(facts, read_tensors(path)).to(device)
         except Exception as error:
             raise InputError(
                 f"{path}: does not fit this run ({reason(error)}); delete it and train with --resume"
             ) from error
-        return student.to(device)
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> Student:
+        """The student that ``run.json`` describes, with its weights."""
+        body, _ = build_body(facts["backbone"], pretrained=False)
+        recipe = config.student_from_dict(facts["recipe"])
+        return cls(body, facts["classes"], recipe, facts["backbone"], facts["normalisation"], state)
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> LabelPEnet | Student:
-    """What a run folder holds, ready to `predict`: a cascade or a student.
-
-    Raises:
-        InputError: see `LabelPEnet.from_run` and `Student.from_run`.
-    """
+    """What a run folder holds, ready to `predict`; errors as `LabelPEnet.from_run` and `Student.from_run`."""
     facts = read_run(Path(run))
     return (Student if facts.get("kind") == KIND else LabelPEnet).from_run(run, device)
 
@@ -376,11 +373,7 @@ def build_body(
 ) -> tuple[nn.Module, dict[str, Sequence[float]]]:
     """A backbone as a chain of children without its classifier, batch norms as they are; and its normalisation.
 
-    Args:
-        name, weights, pretrained: as `build_backbone` takes them, and ``timm/NAME`` for a model of timm.
-
-    Raises:
-        InputError: unknown name, a network that is no chain of stages, or weights that do not fit.
+    Arguments and errors as `build_backbone`; a network of timm must be a chain of stages.
     """
     if name.startswith("timm/"):
         return _timm_body(name.removeprefix("timm/"), weights, pretrained)

@@ -67,14 +67,9 @@ def build_timm(name: str, weights: Path | None, pretrained: bool) -> Backbone:
 
 
 class Staged(Backbone):
-    """A network of timm that is a chain of convolutional stages.
+    """A network of timm that is a chain of convolutional stages; `InputError` where it cannot be cut.
 
-    Args:
-        network: built with ``num_classes=0``; its batch norms are folded or frozen in place.
-        name: as given to ``--backbone``.
-
-    Raises:
-        InputError: the network cannot be cut.
+    It must be built with ``num_classes=0``; its batch norms are folded or frozen in place.
     """
 
     pool_size = 14
@@ -134,8 +129,8 @@ class Cut:
     """A network in two.
 
     Attributes:
-        before: layers up to the last stage of stride 16.
-        stages: layers from there to the last stage; final: what makes features of its map.
+        before, stages: layers up to the last stage of stride 16, and from there to the last stage.
+        final: what makes features of its map.
         seen: the map at the cut; features: at the end; of the image that the network was examined with.
     """
 
@@ -147,11 +142,7 @@ class Cut:
 
 
 def cut(network: Any, image: Tensor) -> Cut:
-    """Cuts a network at its last stage of stride 16.
-
-    Raises:
-        ValueError: there is no such place.
-    """
+    """Cuts a network at its last stage of stride 16; a ValueError where there is no such place."""
     expected = network.forward_features(image)
     named = list(_chain(network))
     maps: list[Tensor] = []

@@ -19,11 +19,9 @@ from labelpenet.errors import InputError, reason
 def read_weights(path: Path, of: str) -> dict[str, Tensor]:
     """The state dict in a ``.safetensors`` file, or in a ``.pt`` / ``.pth`` that holds tensors only.
 
-    Args:
-        of: whose weights are expected, for messages.
-
     Raises:
-        InputError: the file is damaged, would have to run code, or holds something else than named dense tensors.
+        InputError: the file is damaged, would have to run code, or holds something else than named dense tensors; the
+            message says ``of`` what weights are expected.
     """
     try:
         if path.suffix == ".safetensors":
@@ -43,10 +41,8 @@ def read_weights(path: Path, of: str) -> dict[str, Tensor]:
 
 
 def check_weights(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Refuses tensors that have a name of the network's, but are no weights.
-
-    Raises:
-        InputError: integer or complex numbers where real ones belong, NaN or infinite ones.
+    """Refuses tensors that have a name of the network's, but are no weights: integer or complex numbers where real ones
+    belong, NaN or infinite ones.
     """
     for name, own in network.state_dict().items():
         value = state.get(name, own)
@@ -58,11 +54,7 @@ def check_weights(network: nn.Module, state: Mapping[str, Tensor], path: Path) -
 
 
 def load_weights(network: nn.Module, path: Path, name: str) -> None:
-    """Loads a state dict into ``network``, or says in one line why not.
-
-    Raises:
-        InputError: the file is missing, damaged or belongs to another network.
-    """
+    """Loads a state dict into ``network``; `InputError` where it is missing, damaged or another network's."""
     if not path.is_file():
         raise InputError(f"{path}: no such weights file; give the state dict of {_library(name)} with --weights")
     state = read_weights(path, name)

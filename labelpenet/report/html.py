@@ -1,15 +1,14 @@
 """The report of a run: one HTML file that needs nothing but itself."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 from markupsafe import Markup
@@ -22,9 +21,9 @@ from labelpenet.errors import InputError
 from labelpenet.evaluation import Table, cascade_table, summary_table
 from labelpenet.formats import read_predictions
 from labelpenet.instances import Instances
-from labelpenet.models.cascade import MODULES, LabelPEnet, read_run
+from labelpenet.models.cascade import MODULES, read_run
 from labelpenet.models.student import KIND as STUDENT
-from labelpenet.models.student import Student, load
+from labelpenet.models.student import load
 from labelpenet.progress import Progress
 from labelpenet.report.plots import Curves, curves, loss_plot, number_of
 from labelpenet.report.strips import (
@@ -39,6 +38,10 @@ from labelpenet.report.strips import (
 )
 from labelpenet.training.inferred import read_inferred
 from labelpenet.visualize import encode_picture
+
+T = TypeVar("T")
+S = TypeVar("S")
+Found = dict[int, Mapping[str, Instances]]  # by number of a module and image id
 
 _PURPOSES = (
     "multi-label classification, calibrated",
@@ -65,14 +68,8 @@ _BYTES = 13_000_000  # of pictures; with the rest the file stays below 15 MB
 
 @dataclass(frozen=True)
 class Facts:
-    """What a run folder holds, and what it does not hold yet.
-
-    Attributes:
-        run: the content of ``run.json``; environment: of ``environment.json``, or empty.
-        results: of ``results.json``, or empty.
-        trained: numbers of the modules with weights; labelled: of those whose training labels are kept.
-        missing: one line for each thing that is not there.
-    """
+    """What a run folder holds: its JSON files (empty where they are missing), the numbers of the modules that are
+    trained and of those that have labelled the training images, and a line for each thing that is not there."""
 
     run: dict[str, Any]
     environment: dict[str, Any]
@@ -84,11 +81,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Section:
-    """Strips under a heading.
-
-    Attributes:
-        key: its anchor; title: its heading; lead: what is shown and how it was chosen.
-    """
+    """Strips under a heading (with ``key`` as its anchor) and what says how they were chosen."""
 
     key: str
     title: str
@@ -109,21 +102,18 @@ def write_report(
     ``RUN/predictions`` has them. Everything else is inferred now, a few seconds a photograph on a CPU.
 
     Args:
-        run: the run folder.
         out: the file to write; ``RUN/report.html`` if None.
-        data: the training photographs with their tags, held_out: others; each part is left out if None. Annotation,
+        data, held_out: the training photographs with their tags, and others; each part is left out if None. Annotation,
             where they have it, is only drawn and measured.
         images: how many strips of each split, and how many worst images.
-
-    Returns:
-        The path of the file.
 
     Raises:
         InputError: no run folder, or the file cannot be written.
     """
     run = Path(run)
     facts = gather(run)
-    network, problems = _network(run, facts)
+    problems: list[str] = []
+    network = next(iter(_made(load, [run] if facts.trained else [], problems)), None)
     classes = tuple(facts.run["classes"])
     sources = []
     for name, split in (("training", data), ("held-out", held_out)):
@@ -153,11 +143,7 @@ def write_report(
 
 
 def gather(run: Path) -> Facts:
-    """Reads what the run folder holds.
-
-    Raises:
-        InputError: not a run folder (no readable ``run.json``).
-    """
+    """Reads what the run folder holds; `InputError` where it is none (no readable ``run.json``)."""
     facts = read_run(run)
     missing: list[str] = []
     if facts.get("kind") == STUDENT:
@@ -187,17 +173,11 @@ def marked(table: Table) -> list[tuple[str, list[tuple[str, bool]]]]:
         for column in zip(*(values for _, values in table.rows), strict=True)
     ]
     several = len(table.rows) > 1
-    return [
-        (
-            name,
-            [(_figure(one), several and one is not None and one == top) for one, top in zip(values, best, strict=True)],
-        )
-        for name, values in table.rows
-    ]
 
+    def cell(value: float | None, top: float | None) -> tuple[str, bool]:
+        return ("–", False) if value is None else (f"{value:.1f}", several and value == top)
 
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
+    return [(name, list(map(cell, values, best))) for name, values in table.rows]
 
 
 def module_table(results: Mapping[str, Any]) -> Table | None:
@@ -247,52 +227,45 @@ def _optional(path: Path, what: str, missing: list[str]) -> dict[str, Any]:
     return content
 
 
-def _network(run: Path, facts: Facts) -> tuple[LabelPEnet | Student | None, list[str]]:
-    if not facts.trained:
-        return None, []
-    try:
-        return load(run), []
-    except InputError as error:
-        return None, [str(error)]
-
-
-def _labels(run: Path, facts: Facts, images: TaggedImages, problems: list[str]) -> dict[int, Mapping[str, Instances]]:
-    """What each module passed on for the training images."""
-    found: dict[int, Mapping[str, Instances]] = {}
-    for number in facts.labelled:
+def _made(make: Callable[[T], S], items: Iterable[T], problems: list[str]) -> list[S]:
+    """What ``make`` makes of each item; where it cannot, ``problems`` says why."""
+    found = []
+    for item in items:
         try:
-            found[number] = read_inferred(run, f"module{number}", len(images.classes))
+            found.append(make(item))
         except InputError as error:
             problems.append(str(error))
     return found
 
 
-def _predictions(
-    run: Path, facts: Facts, images: TaggedImages, problems: list[str]
-) -> dict[int, Mapping[str, Instances]]:
+def _labels(run: Path, facts: Facts, images: TaggedImages, problems: list[str]) -> Found:
+    """What each module passed on for the training images."""
+
+    def read(number: int) -> tuple[int, Mapping[str, Instances]]:
+        return number, read_inferred(run, f"module{number}", len(images.classes))
+
+    return dict(_made(read, facts.labelled, problems))
+
+
+def _predictions(run: Path, facts: Facts, images: TaggedImages, problems: list[str]) -> Found:
     """What each module was found to predict for the held-out split when the run was measured."""
-    split = facts.results.get("split")
-    found: dict[int, Mapping[str, Instances]] = {}
-    for number in facts.trained:
-        path = run_folder.predictions(run, str(split), number)
-        if path.is_file():
-            try:
-                found[number] = read_predictions(path, images, images.classes, list(range(1, len(images.classes) + 1)))
-            except InputError as error:
-                problems.append(str(error))
-    return found
+    paths = {number: run_folder.predictions(run, str(facts.results.get("split")), number) for number in facts.trained}
+
+    def read(number: int) -> tuple[int, Mapping[str, Instances]]:
+        return number, read_predictions(paths[number], images, images.classes)
+
+    return dict(_made(read, (number for number, path in paths.items() if path.is_file()), problems))
 
 
 def _strips(
     source: Source, chosen: Sequence[TaggedImage], problems: list[str], progress: Progress, done: int
 ) -> Section:
-    strips = []
-    for place, image in enumerate(chosen, 1):
-        try:
-            strips.append(make_strip(source, image))
-        except InputError as error:
-            problems.append(str(error))
-        progress.show(done + place, {})
+    def tracked() -> Iterator[TaggedImage]:
+        for place, image in enumerate(chosen, 1):
+            yield image
+            progress.show(done + place, {})
+
+    strips = _made(partial(make_strip, source), tracked(), problems)
     if source.training:
         lead = "What the modules passed on: instances of the image's tags alone, all of them drawn."
     else:
@@ -307,12 +280,8 @@ def _strips(
 def _worst(source: Source, count: int, problems: list[str]) -> Section:
     assert source.truth is not None
     number = max(source.found)
-    strips = []
-    for image, overlap in worst_images(source.images.images, source.found[number], source.truth, count):
-        try:
-            strips.append(make_short_strip(source, image, number, overlap))
-        except InputError as error:
-            problems.append(str(error))
+    worst = worst_images(source.images.images, source.found[number], source.truth, count)
+    strips = _made(lambda one: make_short_strip(source, one[0], number, one[1]), worst, problems)
     lead = (
         f"The {'training' if source.training else 'held-out'} images in which module {number} does worst: those with "
         "the lowest mean, over their true objects, of the best IoU with an instance of the object's class."

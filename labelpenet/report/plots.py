@@ -1,8 +1,7 @@
 """Loss curves as SVG that sits in a page: its lines and letters take the page's colours, light or dark."""
 
-from __future__ import annotations
-
 import io
+import itertools
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,6 @@ class Curves:
     """The losses of one training stage.
 
     Attributes:
-        stage: its name.
         steps: (S,) int64, ascending.
         total: (S,) float64, NaN where a row has none.
         terms: for each term of the loss its (S,) values; empty where the total is the only term.
@@ -44,10 +42,9 @@ class Curves:
 
 
 def curves(rows: Sequence[Row]) -> list[Curves]:
-    """The losses of every stage, in the order in which the stages first appear.
+    """The losses of every stage in rows of `engine.log.read_metrics`, in the order in which the stages first appear.
 
-    Args:
-        rows: from `engine.log.read_metrics`; rows without a stage, step or loss are skipped.
+    Rows without a stage, step or loss are skipped.
     """
     stages: dict[str, dict[int, Row]] = {}
     for row in rows:
@@ -87,9 +84,7 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
 def loss_plot(one: Curves, size: tuple[float, float] = (5.2, 2.9)) -> str:
     """The losses of a stage against its steps, as an ``<svg>`` element without any reference to the outside.
 
-    Args:
-        one: the stage.
-        size: width and height in inches.
+    ``size`` is its width and height in inches.
     """
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -106,7 +101,7 @@ def loss_plot(one: Curves, size: tuple[float, float] = (5.2, 2.9)) -> str:
         axes = figure.add_subplot()
         window = max(1, len(one.steps) // 20)
         marker = "o" if len(one.steps) == 1 else None  # a line through one point is not to be seen
-        for (name, values), colour in zip(one.terms.items(), _repeated(len(one.terms)), strict=True):
+        for (name, values), colour in zip(one.terms.items(), itertools.cycle(_COLOURS)):
             axes.plot(one.steps, smoothed(values, window), color=colour, linewidth=1.2, label=name, marker=marker)
         axes.plot(one.steps, one.total, color=_INK, linewidth=0.7, alpha=0.25)
         axes.plot(one.steps, smoothed(one.total, window), color=_INK, linewidth=1.6, label="total", marker=marker)
@@ -135,10 +130,6 @@ def _embedded(svg: str, stage: str) -> str:
     body = head + body[body.index(">") + 1 :].replace("xlink:href", "href").replace(_INK, "currentColor")
     prefix = f"p{zlib.crc32(stage.encode()):08x}-"
     return re.sub(r'(\bid="|\bhref="#|url\(#)', rf"\g<1>{prefix}", body)
-
-
-def _repeated(count: int) -> list[str]:
-    return [_COLOURS[index % len(_COLOURS)] for index in range(count)]
 
 
 def number_of(value: Any) -> float:

@@ -3,8 +3,6 @@
 Nothing here trains or chooses anything: the truth, where the caller can read it, is only drawn and measured.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -32,12 +30,7 @@ _MAPPED = 2  # instances whose maps are shown, at most
 
 @dataclass(frozen=True)
 class Panel:
-    """One small picture.
-
-    Attributes:
-        title: what it is; caption: what it shows, in one line.
-        picture: (h, w, 3) uint8.
-    """
+    """One small picture, (h, w, 3) uint8, with a title and a line that says what it shows."""
 
     title: str
     caption: str
@@ -55,12 +48,7 @@ class PanelRow:
 
 @dataclass(frozen=True)
 class Strip:
-    """All pictures of one photograph.
-
-    Attributes:
-        name: the image's id; tags: names of what it is tagged with; rows: the pictures.
-        remark: a line below the name, or empty.
-    """
+    """All pictures of one photograph, with its id, the names of its tags and a line below these, or none."""
 
     name: str
     tags: tuple[str, ...]
@@ -73,7 +61,6 @@ class Source:
     """What strips of one split are made from.
 
     Attributes:
-        images: photographs and tags.
         network: the trained cascade or student, or None where no module is trained.
         trained: numbers of the modules that are trained.
         found: for each number of a module what it is known to have found, by image id; a module that is not there
@@ -145,11 +132,7 @@ def worst_images(
 
 
 def make_strip(source: Source, image: TaggedImage) -> Strip:
-    """The strip of one photograph.
-
-    Raises:
-        InputError: the photograph cannot be read.
-    """
+    """The strip of one photograph; `InputError` where it cannot be read."""
     photograph = read_image(image.path)
     canvas = _canvas(photograph, source.side)
     names = tuple(source.images.classes[label] for label in image.tags)

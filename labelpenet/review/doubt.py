@@ -1,7 +1,5 @@
 """Which photographs a person should look at first: those whose labels the modules do not agree on."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,10 +15,8 @@ from labelpenet.training.inferred import Inferred, Rows, read_inferred
 def rank(images: Sequence[TaggedImage], found: Mapping[int, Inferred]) -> list[tuple[TaggedImage, float]]:
     """The photographs with their doubt, the most doubtful first; equal ones in the order of the data set.
 
-    Args:
-        images: the photographs.
-        found: by number of module, what it inferred; the last module's labels are judged by those before it. A
-            photograph that it has not labelled is left out.
+    By number of module, ``found`` is what it inferred; the last module's labels are judged by those before it. A
+    photograph that it has not labelled is left out.
     """
     last = max(found)
     others = [found[number] for number in sorted(found) if number != last]
@@ -33,10 +29,8 @@ def rank(images: Sequence[TaggedImage], found: Mapping[int, Inferred]) -> list[t
 
 
 def rank_run(run: Path, images: TaggedImages, last: int = 4) -> tuple[list[tuple[TaggedImage, float]], Inferred]:
-    """`rank` of what the modules of a run up to ``last`` inferred, and what the last of these did.
-
-    Raises:
-        InputError: none has labelled the photographs.
+    """`rank` of what the modules of a run up to ``last`` inferred, and what the last of these did; `InputError` where
+    none has labelled the photographs.
     """
     numbers = [number for number in range(1, last + 1) if run_folder.instances(run, f"module{number}").is_file()]
     if not numbers:
@@ -52,11 +46,8 @@ def doubt(tags: Sequence[int], rows: Rows, others: Sequence[Rows]) -> float:
     """How little the labels of a photograph can be trusted, in [0, 1]: one minus the mean trust of its tags.
 
     An instance's trust is the geometric mean of its weight and its agreement, the mean over the other modules of the
-    best IoU with an instance of its class. A tag's is the mean over its instances, and 0 where there is none.
-
-    Args:
-        tags: of the photograph, class indices.
-        rows: its N instances as COCO rows (category 1 is class 0), others: those that other modules found.
+    best IoU with an instance of its class. A tag's is the mean over its instances, and 0 where there is none. ``rows``
+    are the N instances as COCO rows (category 1 is class 0), ``others`` those that other modules found.
     """
     if not tags:
         return 0.0

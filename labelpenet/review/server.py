@@ -36,10 +36,16 @@ _FILES = {"/": "page.html", "/page.js": "page.js", "/page.css": "page.css"}
 _TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css"}
 _BODY_LIMIT = 2**20  # bytes of a verdict: thousands of objects
 _SIDE = 1600  # of the picture that is sent, in pixels at most
-_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src blob: data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src blob: data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
 
 
 @dataclass
@@ -47,7 +53,6 @@ class Review:
     """The photographs of a review in the order of their doubt, and what was said of them so far.
 
     Attributes:
-        name: of the run; classes: of the run, in label order.
         ranked: photographs and doubts, the most doubtful first; all: the same in the order of the data set.
         found: the labels that are looked at.
         path: the file that every verdict is written to.
@@ -82,16 +87,12 @@ class Review:
 
     def overview(self) -> dict[str, Any]:
         """What the page shows before any photograph."""
-        return {
-            "run": self.name,
-            "file": str(self.path),
-            "classes": self.classes,
-            "colours": ["#{:02x}{:02x}{:02x}".format(*colour) for colour in PALETTE],
-            "photographs": [
-                {"name": image.id, "doubt": round(value, 3), "status": self.status(image)}
-                for image, value in self.ranked
-            ],
-        }
+        colours = ["#{:02x}{:02x}{:02x}".format(*colour) for colour in PALETTE]
+        photographs = [
+            {"name": image.id, "doubt": round(value, 3), "status": self.status(image)} for image, value in self.ranked
+        ]
+        about = {"run": self.name, "file": str(self.path), "classes": self.classes}
+        return {**about, "colours": colours, "photographs": photographs}
 
     def status(self, image: TaggedImage) -> Status:
         """What was said of a photograph."""
@@ -99,9 +100,7 @@ class Review:
 
     def photograph(self, index: int) -> dict[str, Any]:
         """Tags and labels of the photograph at a place of the ranking; ``kept`` says which are left, with which class.
-
-        Raises:
-            InputError: its labels are damaged.
+        Damaged labels are an `InputError`.
         """
         image = self.ranked[index][0]
         found = self.found[image.id]
@@ -111,28 +110,15 @@ class Review:
         else:
             kept = {str(row["instance"]): row["category_id"] - 1 for row in said.rows}
         height, width = found.image_size
-        return {
-            "width": width,
-            "height": height,
-            "tags": image.tags,
-            "status": self.status(image),
-            "kept": kept,
-            "objects": [
-                {
-                    "label": int(found.labels[one]),
-                    "score": round(float(found.weights[one]), 3),
-                    "path": _path(found, one),
-                }
-                for one in range(len(found))
-            ],
-        }
+        objects = [
+            {"label": label, "score": round(score, 3), "path": _path(found, one)}
+            for one, (label, score) in enumerate(zip(found.labels.tolist(), found.weights.tolist(), strict=True))
+        ]
+        about = {"width": width, "height": height, "tags": image.tags, "status": self.status(image)}
+        return {**about, "kept": kept, "objects": objects}
 
     def picture(self, index: int) -> bytes:
-        """The photograph as a JPEG, upright, no larger than a screen.
-
-        Raises:
-            InputError: it cannot be read.
-        """
+        """The photograph as a JPEG, upright, no larger than a screen; `InputError` where it cannot be read."""
         pixels = read_image(self.ranked[index][0].path)
         factor = _SIDE / max(pixels.shape[:2])
         if factor < 1:
@@ -140,12 +126,8 @@ class Review:
         return encode_picture(pixels)
 
     def judge(self, index: int, status: Status, kept: dict[int, int]) -> None:
-        """Notes what was said of a photograph, in memory and in the file.
-
-        Args:
-            index: its place in the ranking.
-            status: of the photograph.
-            kept: the class of each of its labels that is right, by number.
+        """Notes the status of the photograph at a place of the ranking, and by number the class of each of its labels
+        that is right, in memory and in the file.
 
         Raises:
             InputError: the file cannot be written, or another program has written it; nothing is noted then.
@@ -271,15 +253,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, status: int, content: bytes, kind: str = "text/plain; charset=utf-8") -> None:
         self.send_response(status)
-        for name, value in (
-            ("Content-Type", kind),
-            ("Content-Length", str(len(content))),
-            ("Content-Security-Policy", _POLICY),
-            ("X-Content-Type-Options", "nosniff"),
-            ("Cross-Origin-Resource-Policy", "same-origin"),
-            ("Referrer-Policy", "no-referrer"),
-            ("Cache-Control", "no-store"),
-        ):
+        for name, value in {"Content-Type": kind, "Content-Length": str(len(content)), **_HEADERS}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
@@ -301,13 +275,10 @@ def _verdict(body: bytes, objects: int, classes: int) -> tuple[Any, dict[int, in
 
 
 def serve(run: Path, images: TaggedImages, path: Path, port: int, say: Any = print) -> None:
-    """Serves the review of a run's labels until Ctrl-C.
+    """Serves the review of a run's labels of its training photographs until Ctrl-C.
 
-    Args:
-        run: the run folder; images: the photographs that it was trained on.
-        path: the file that every verdict is written to at once; an earlier review is gone on with.
-        port: of the loopback address; 0 for any free one.
-        say: prints a line.
+    Every verdict is written to ``path`` at once; an earlier review is gone on with. ``port`` is of the loopback
+    address, 0 for any free one.
 
     Raises:
         InputError: there is nothing to review, the port is taken, or the file belongs to something else.

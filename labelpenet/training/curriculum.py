@@ -35,7 +35,6 @@ from labelpenet.engine.stage import Stage
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet, read_run
-from labelpenet.models.classification import present_classes
 from labelpenet.models.detection import covered
 from labelpenet.training import validated
 from labelpenet.training.inferred import read_inferred
@@ -127,11 +126,7 @@ Anchors = Sequence[Mapping[str, Instances]]
 
 
 def read_anchors(start: Path, images: TaggedImages) -> Anchors:
-    """The labels of the run ``start``.
-
-    Raises:
-        InputError: they are damaged, or a photograph has none.
-    """
+    """The labels of the run ``start``; `InputError` where they are damaged, or a photograph has none."""
     anchors = tuple(read_inferred(start, f"module{number + 1}", len(images.classes)) for number in range(len(MODULES)))
     known = set.intersection(*(set(one) for one in anchors))
     missing = [image.id for image in images.images if image.id not in known]
@@ -296,11 +291,7 @@ class Phase:
 
     def multi_label(self, scores: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Equation 2, a mean over the photographs."""
-        module = self.network.classification
-        each = []
-        for (x_c, x_p), tags in zip(scores, self.batch.tags, strict=True):
-            each.append(module.loss(x_c, x_p, present_classes(tags, module.num_classes).to(x_c.device)))
-        return torch.stack(each).mean()
+        return self.network.classification.multi_label(scores, self.batch.tags)
 
     def learn(self, number: int, targets: Sequence[Instances]) -> Tensor:
         """The loss of module 2, 3 or 4 on instances in pixels of each photograph."""

@@ -117,7 +117,7 @@ def read_labels(run: Path, path: Path | None, images: TaggedImages) -> tuple[Map
     path = path or run_folder.instances(run, "module4")
     if not path.exists():
         raise InputError(f"{path}: not there; train the run's module 4, or give labels with --labels")
-    labels = read_predictions(path, images, images.classes, list(range(1, len(images.classes) + 1)))
+    labels = read_predictions(path, images, images.classes)
     return labels, labels.notes
 
 

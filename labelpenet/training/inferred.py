@@ -54,10 +54,8 @@ class Inferred(Mapping[str, Instances]):
 
 
 def read_inferred(run: Path, name: str, num_classes: int) -> Inferred:
-    """The instances that a module inferred for the training images.
-
-    Raises:
-        InputError: the module has not finished, or the file is damaged.
+    """The instances that a module inferred for the training images; `InputError` where it has not finished, or the file
+    is damaged.
     """
     path = run_folder.instances(run, name)
     if not path.is_file():
@@ -109,7 +107,6 @@ def infer_all(
     target.parent.mkdir(parents=True, exist_ok=True)
     done = {line["id"] for line in _read_parts(target)}
     barrier()
-    categories = list(range(1, len(images.classes) + 1))
     mine = [image for image in images.images[rank::world] if image.id not in done]
     part = target.with_suffix(f".part{rank}.jsonl")
 
@@ -118,7 +115,7 @@ def infer_all(
             found = infer(image)
         except InputError as error:
             return {"id": image.id, "size": [1, 1], "rows": []}, f"skipped: {error}"
-        rows = found.to("cpu").to_coco(image.id, categories)
+        rows = found.to("cpu").to_coco(image.id)
         return {"id": image.id, "size": list(found.image_size), "rows": rows}, ""
 
     try:
@@ -134,7 +131,7 @@ def infer_all(
         by_id = {line["id"]: line for line in _read_parts(target)}
         ordered = (by_id[image.id] for image in images.images)
         found = ((line["id"], tuple(line["size"]), line["rows"]) for line in ordered)
-        text = coco_text(found, images.images, images.classes, categories, with_ids=True)
+        text = coco_text(found, images.images, images.classes, with_ids=True)
         write_text(target, sealed(text) + "\n", "free some space and use --resume")
         for old in target.parent.glob(f"{target.stem}.part*.jsonl"):
             old.unlink()

@@ -40,7 +40,7 @@ def measure_run(
     protocol: str = "voc12",
     device: str = "auto",
     cache: Path | None = None,
-    photographs: Path | None = None,
+    images: Path | None = None,
 ) -> str:
     """Predicts a held-out split with every module and measures it, and the instances of the training images.
 
@@ -55,14 +55,14 @@ def measure_run(
     predictor = Predictor(run, device)
     student = isinstance(predictor.network, Student)
     modules = (4,) if student else modules
-    held_out = open_annotated(data, split, classes, photographs)
-    train = open_annotated(data, train_split, classes, photographs)
-    images = held_out.tagged.images
+    held_out = open_annotated(data, split, classes, images)
+    train = open_annotated(data, train_split, classes, images)
+    photographs = held_out.tagged.images
     boxes: Boxes = {}
     if not student:
         settings = predictor.cascade.recipe.proposals
-        boxes = compute_proposals(images, settings, cache or default_cache(), progress=True)
-    key = made_from(run, predictor, images)
+        boxes = compute_proposals(photographs, settings, cache or default_cache(), progress=True)
+    key = made_from(run, predictor, photographs)
     truths, _ = held_out.readable_truths()
     train_truths, _ = train.readable_truths()
     results: dict[str, Any] = {"split": split, "protocol": protocol, "train": {}, "val": {}}
@@ -74,18 +74,18 @@ def measure_run(
             results["train"][str(number)] = evaluate(labels, train_truths, classes, "voc12")
         path = run_folder.predictions(run, split, number)
         if not is_kept(path, key):
-            pairs = ((image.id, found) for image, found in predictor.run(images, number, [], boxes))
-            write_predictions(path, pairs, images, classes)
+            pairs = ((image.id, found) for image, found in predictor.run(photographs, number, [], boxes))
+            write_predictions(path, pairs, photographs, classes)
             write_json(_origin(path), {"made_from": key, "content": hash_file(path)})
-        found = read_predictions(path, images, classes, list(range(1, len(classes) + 1)))
+        found = read_predictions(path, photographs, classes)
         name = "student" if student else str(number)
         results["val"][name] = evaluate(found, truths, classes, protocol)  # type: ignore[arg-type]
     if not student and 1 in modules and run_folder.instances(run, "module1").is_file():
-        readable = [image for image in images if image.id in boxes]
+        readable = [image for image in photographs if image.id in boxes]
         ranked, probabilities = rank_images(predictor, readable, boxes)
         tags = np.array([[label in image.tags for label in range(len(classes))] for image in readable])
         results["classification_mAP"] = float(np.nanmean(classification_ap(probabilities, tags)))
-        training = open_tagged(data, train_split, classes, photographs).images
+        training = open_tagged(data, train_split, classes, images).images
         train_boxes = compute_proposals(
             training, predictor.cascade.recipe.proposals, cache or default_cache(), progress=True
         )

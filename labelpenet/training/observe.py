@@ -48,11 +48,7 @@ class HeldOut:
 
 
 def check_held_out(images: TaggedImages, annotated: AnnotatedImages) -> None:
-    """Refuses to measure on images that are trained on.
-
-    Raises:
-        InputError: the two have an image file in common, or differ in their classes.
-    """
+    """Refuses to measure on images that are trained on, or of other classes."""
     trained = {image.path.resolve() for image in images.images}
     shared = [image.id for image in annotated.tagged.images if image.path.resolve() in trained]
     if shared:
@@ -144,7 +140,6 @@ class Observer:
         training, held_out = self.training, self.held_out
         assert held_out is not None
         network, images = training.network, held_out.annotated.tagged.images
-        categories = list(range(1, len(network.classes) + 1))
 
         def predict(image: TaggedImage) -> _Line | None:
             try:
@@ -157,7 +152,7 @@ class Observer:
                 proposals = network.select(boxes, pixels.shape)
             with training.fabric.autocast():
                 found = network.predict(pixels, number, proposals)
-            return image.id, found.image_size, found.to_coco(image.id, categories)
+            return image.id, found.image_size, found.to_coco(image.id)
 
         lines = map_images(predict, [images[index] for index in indices], training.fabric.device)
         with contextlib.closing(lines):

@@ -28,9 +28,7 @@ _log = logging.getLogger(__name__)
 class Predictor:
     """The cascade or student of a run folder on a device, in that precision of its training which the device has.
 
-    Args:
-        run: the run folder.
-        device, devices, nodes: as `build_fabric` takes them.
+    ``device, devices, nodes`` are as `build_fabric` takes them.
     """
 
     def __init__(self, run: Path, device: str = "auto", devices: int = 1, nodes: int = 1):
@@ -56,10 +54,8 @@ class Predictor:
         return self.fabric.global_rank == 0
 
     def predict_image(self, image: TaggedImage, module: int, boxes: Boxes | None = None) -> Instances:
-        """The instances of one photograph, best first.
-
-        Args:
-            boxes: its proposals, computed before; None to compute them where the module needs them.
+        """The instances of one photograph, best first. Its proposals in ``boxes`` were computed before; without them
+        they are computed now, where the module needs them.
         """
         try:
             pixels = read_image(image.path)
@@ -123,7 +119,6 @@ def predict_images(
 
     Args:
         predictor: the run; its processes must all see the folder of ``out``.
-        images: the photographs; module: which one predicts; out: the file.
         keep: what is written of the instances found in a photograph.
         cache: folder of the proposals' cache; None for the user's.
 
@@ -152,11 +147,7 @@ def predict_images(
 
 
 def _predict_together(
-    predictor: Predictor,
-    images: Sequence[TaggedImage],
-    out: Path,
-    predict: Callable[[Path], None],
-    skipped: list[str],
+    predictor: Predictor, images: Sequence[TaggedImage], out: Path, predict: Callable[[Path], None], skipped: list[str]
 ) -> list[str]:
     rank, world, classes = predictor.fabric.global_rank, predictor.fabric.world_size, predictor.network.classes
     parts = [out.with_name(f"{out.name}.part{other}") for other in range(world)]
@@ -167,8 +158,7 @@ def _predict_together(
 
 def _join(parts: Sequence[Path], out: Path, images: Sequence[TaggedImage], classes: Sequence[str]) -> None:
     """Puts the processes' files together in the order of the photographs, and removes them."""
-    categories = list(range(1, len(classes) + 1))
-    read = [read_predictions(part, images, classes, categories) for part in parts]
+    read = [read_predictions(part, images, classes) for part in parts]
     owners = ((image.id, read[index % len(parts)]) for index, image in enumerate(images))
     write_predictions(out, ((name, one[name]) for name, one in owners if name in one), images, classes)
     for part in parts:

@@ -104,10 +104,8 @@ class Training:
 
 
 def pretrain(training: Training, until: int = 4, observer: Observer | None = None) -> None:
-    """Trains modules 1 to ``until``; what is finished already in the run folder is only loaded.
-
-    Raises:
-        InputError: see `train_stage` and `infer_all`.
+    """Trains modules 1 to ``until``; what is finished already in the run folder is only loaded. Errors as
+    `train_stage`.
     """
     freeze_stem(training)
     for number in range(1, until + 1):
@@ -137,7 +135,7 @@ def train_module(
         observer: looks at the module while it is trained, and once it is.
 
     Raises:
-        InputError: see `train_stage` and `infer_all`.
+        InputError: as `train_stage` and `infer_all`.
     """
     network, name = training.network, MODULES[number - 1]
     if load_trained(training, name):

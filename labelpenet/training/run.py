@@ -113,9 +113,8 @@ def train_run(
 def open_run(run: Path, facts: Mapping[str, Any], resume: bool, images: TaggedImages, fabric: Fabric) -> Iterator[None]:
     """The run folder, for the processes of this training alone: started, or found to be of the same facts and images.
 
-    Raises:
-        InputError: see `run_folder.claimed`, `run_folder.start_run` and `run_folder.check_photographs`; or another
-            process of this training is gone. KeyboardInterrupt: with what to do.
+    Errors as those of `run_folder`; one also where another process of this training is gone. A KeyboardInterrupt says
+    what to do.
     """
     with contextlib.ExitStack() as claim:
 
@@ -153,9 +152,7 @@ def build_observer(training: Training, held_out: AnnotatedImages | None, options
 
 def given_proposals(images: TaggedImages, options: CascadeOptions) -> tuple[Boxes | None, dict[str, Any]]:
     """The proposals that another tool has computed, None where none are given, and what ``run.json`` holds of them.
-
-    Raises:
-        InputError: see `precomputed.read_proposals`.
+    Errors as `precomputed.read_proposals`.
     """
     if options.proposals is None:
         return None, {}
@@ -170,11 +167,7 @@ def read_proposals(
 ) -> tuple[TaggedImages, Boxes]:
     """The proposals of the images, computed where the cache does not hold them, and the images that can be read.
 
-    Args:
-        given: proposals of another tool, which take the place of computed ones.
-
-    Raises:
-        InputError: none of them can.
+    Those ``given`` by another tool take the place of computed ones. An `InputError` where no image can be read.
     """
     boxes = given
     if boxes is None:

@@ -34,12 +34,9 @@ def predict_shard(
     Args:
         predictor: the run, in one process.
         images: all photographs, in the same order for every shard.
-        module: which one predicts.
-        folder: of the parts.
         shard: (i, n), 1 <= i <= n.
-        keep: what is written of the instances found in a photograph.
+        keep, cache: as `predict_images` takes them.
         choices: what else decides the result (a smallest score, say); the same for all shards.
-        cache: folder of the proposals' cache; None for the user's.
 
     Returns:
         The part, and the ids of the photographs that could not be read this time.
@@ -100,14 +97,9 @@ class BatchPredictor:
         except InputError as error:
             return [{"path": path, **empty, "error": str(error)}]
         found = found[found.weights >= self.min_score]
-        return [
-            {
-                "path": path,
-                "category": classes[row["category_id"]],
-                "score": row["score"],
-                **dict(zip("xywh", row["bbox"], strict=True)),
-                "counts": (row.get("segmentation") or {}).get("counts", ""),
-                "error": "",
-            }
-            for row in found.to_coco(0, range(len(classes)))
-        ]
+        rows = []
+        for row in found.to_coco(0, range(len(classes))):
+            box, counts = dict(zip("xywh", row["bbox"], strict=True)), (row.get("segmentation") or {}).get("counts", "")
+            name = classes[row["category_id"]]
+            rows.append({"path": path, "category": name, "score": row["score"], **box, "counts": counts, "error": ""})
+        return rows

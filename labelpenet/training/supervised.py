@@ -86,7 +86,6 @@ def open_supervision(
     """What a run may know beyond tags; nothing of it is opened for ``tags``.
 
     Args:
-        kind: as the command line calls it.
         data, split: the data set; its annotation is read unless only what was ``corrected`` is to be known.
         images: its photographs that are trained on.
         supervised: a file with the names of the images whose annotation may be read; None for all.
@@ -138,10 +137,7 @@ def read_corrections(
         images: the photographs of the split.
         corrected: what people said of some of them.
         annotated: the photographs with annotation of their own, which is used where nobody has corrected it; None for
-            none. listed: as `read_supervision` takes it.
-
-    Raises:
-        InputError: as `read_supervision`.
+            none. listed: as `read_supervision` takes it; errors, too.
     """
     readers, notes = _annotations(annotated, listed) if annotated is not None else ({}, [])
     dropped = corrected.dropped
@@ -189,7 +185,7 @@ def _read(kind: Kind, images: TaggedImages, readers: Mapping[str, Read], notes: 
         except InputError as error:
             problems.append(str(error))
             continue
-        rows[image.id] = one.to_coco(image.id, range(1, classes + 1))
+        rows[image.id] = one.to_coco(image.id)
         sizes[image.id] = one.image_size
         boxes_only += one.masks is None
         found.update(json.dumps([image.id, one.image_size, rows[image.id]]).encode() + b"\n")
@@ -229,18 +225,13 @@ def fully_supervised(one: Recipe) -> Recipe:
 
 
 def with_masks(truth: Instances, found: Instances, image: np.ndarray, settings: Calibration) -> Instances:
-    """True boxes with masks for them, for an image of which only the boxes are known.
+    """True boxes with masks for them, for an image (H, W, 3) uint8 RGB of which only the boxes are known.
 
-    A box that an instance of its class matches (IoU at least 0.5; the best one) takes that instance's mask, cut to the
-    box. For the others the dense CRF decides which pixels of the box are the object's.
-
-    Args:
-        truth: the N true objects; found: the M instances that a module inferred, on any device.
-        image: (H, W, 3) uint8 RGB.
-        settings: of the dense CRF.
+    A box that one of the M inferred instances of its class matches (IoU at least 0.5; the best one) takes that
+    instance's mask, cut to the box. For the others the dense CRF decides which pixels of the box are the object's.
 
     Returns:
-        The true objects with masks (N, H, W), none of them empty, on the device of ``found``.
+        The N true objects with masks (N, H, W), none of them empty, on the device of ``found``.
     """
     size = truth.image_size
     truth = truth.to(found.boxes.device)

@@ -23,12 +23,7 @@ TOGETHER = 4  # images that go through the network at a time: twice as fast as o
 
 
 class ImageClassifier(nn.Module):
-    """A network, the average of its map over the image, and a linear layer.
-
-    Args:
-        network: (N, 3, H, W) to (N, channels, h, w), with an attribute ``channels``.
-        num_classes: C.
-    """
+    """A network to (N, ``channels``, h, w), the average of its map over the image, and a linear layer."""
 
     def __init__(self, network: nn.Module, num_classes: int):
         super().__init__()
@@ -42,9 +37,7 @@ class ImageClassifier(nn.Module):
 
 def warm_up(training: Training, backbone: Backbone) -> Backbone:
     """The backbone with its whole network trained to tell the tags of the training images; finished once, only loaded.
-
-    Raises:
-        InputError, KeyboardInterrupt: see `train_stage`.
+    Errors as `train_stage`.
     """
     assert backbone.untrained is not None
     seed_step(training.options.seed, NAME, 0)
@@ -70,12 +63,9 @@ def tag_loss(module: ImageClassifier, device: torch.device) -> Callable[[Any, in
         views = [sample.view.pixels for sample in samples]
         if len({view.shape for view in views}) == 1:  # one call where they fit together
             views = [torch.cat(views)]
-        logits = torch.cat([module(_channels_last(view)).float() for view in views])
+        channels_last = (view.contiguous(memory_format=torch.channels_last) for view in views)
+        logits = torch.cat([module(view).float() for view in channels_last])
         present = torch.stack([present_classes(sample.tags, logits.shape[1]) for sample in samples]).to(device)
         return {"tags": F.binary_cross_entropy_with_logits(logits, present)}
 
     return loss
-
-
-def _channels_last(images: Tensor) -> Tensor:
-    return images.contiguous(memory_format=torch.channels_last)

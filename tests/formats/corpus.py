@@ -77,6 +77,26 @@ def coco_layout(file: str, images: str, given: str = ".", names: tuple[str, str]
     return fill
 
 
+def brushed(root: Path) -> Path:
+    """Masks as CVAT and datumaro write them: run lengths, every one with iscrowd 1."""
+    photographs(root / "images/default", "a.jpg", "b.jpg")
+    content = coco(("a.jpg", "b.jpg")) | {"licenses": [{"name": "", "id": 0, "url": ""}]}
+    for row, box in zip(content["annotations"], (CAT, DOG), strict=True):
+        x1, y1, x2, y2 = box
+        runs = [HEIGHT * x1 + y1, *[y2 - y1, HEIGHT - y2 + y1] * (x2 - x1)]
+        runs[-1] += HEIGHT * (WIDTH - x2) - y1
+        row |= {"iscrowd": 1, "segmentation": {"size": [HEIGHT, WIDTH], "counts": runs}}
+    write(root / "annotations/instances_default.json", content)
+    return root
+
+
+def crowds(root: Path) -> Path:
+    brushed(root)
+    path = root / "annotations/instances_default.json"
+    write(path, json.loads(path.read_text()) | {"licenses": []})
+    return root
+
+
 def roboflow(root: Path) -> Path:
     for split in ("train", "valid"):
         photographs(root / split, "a.jpg", "b.jpg")
@@ -160,6 +180,29 @@ def plain_yolo(root: Path) -> Path:
     return root
 
 
+# ------------------------------------------------------------------------------------------- Labelme and X-AnyLabeling
+
+
+def labelme(shapes: bool) -> Any:
+    """Photographs that were classified (flags), or drawn on."""
+
+    def fill(root: Path) -> Path:
+        photographs(root, "a.jpg", "b.jpg")
+        drawn = [(name, corners((x1, y1, x2 - 1, y2 - 1))) for name, (x1, y1, x2, y2) in zip(CLASSES, (CAT, DOG),
+                                                                                            strict=True)]  # fmt: skip
+        objects = [
+            {"label": name, "points": list(zip(points[::2], points[1::2], strict=True)), "shape_type": "polygon",
+             "flags": {}} for name, points in drawn
+        ]  # fmt: skip
+        for name, flag in (("a", True), ("b", False)):
+            flags = {"blurred": flag} if shapes else dict.fromkeys(CLASSES, flag)
+            content = {"flags": flags, "shapes": objects if flag and shapes else [], "imagePath": f"{name}.jpg"}
+            write(root / f"{name}.json", {"version": "5.5.0", "imageData": None, **content})
+        return root
+
+    return fill
+
+
 # -------------------------------------------------------------------------------------------------------- Label Studio
 
 
@@ -217,13 +260,14 @@ def shape(kind: str, name: str, box: tuple[int, int, int, int]) -> dict[str, Any
     return {"type": f"{kind}labels", "value": studio_value(kind, name, box), **size}
 
 
-def studio_csv(cell: str) -> Any:
+def studio_csv(cell: str, mark: str = ",") -> Any:
     def fill(root: Path) -> Path:
         photographs(root / "images", "a.jpg", "b.jpg")
         quoted = '"' + cell.replace('"', '""') + '"'
-        return write(root / "export.csv", "annotation_id,annotator,choice,created_at,id,image,lead_time,updated_at\n"
-                     f"1,1,{quoted},now,1,/data/upload/1/0a1b2c3d-a.jpg,2.5,now\n"
-                     "2,1,,now,2,/data/upload/1/0a1b2c3d-b.jpg,2.5,now\n")  # fmt: skip
+        rows = (["annotation_id", "annotator", "choice", "created_at", "id", "image", "lead_time", "updated_at"],
+                ["1", "1", quoted, "now", "1", "/data/upload/1/0a1b2c3d-a.jpg", "2.5", "now"],
+                ["2", "1", "", "now", "2", "/data/upload/1/0a1b2c3d-b.jpg", "2.5", "now"])  # fmt: skip
+        return write(root / "export.csv", "".join(mark.join(row) + "\n" for row in rows))
 
     return fill
 
@@ -273,6 +317,7 @@ LAYOUTS: dict[str, Layout] = {
     "COCO by CVAT, images of a subset": Layout(
         coco_layout("annotations/instances_default.json", "images/default"), **WHOLE
     ),
+    "COCO by CVAT, brushed": Layout(brushed, **WHOLE),
     "COCO by datumaro": Layout(datumaro, split="train", **WHOLE),
     "COCO by FiftyOne": Layout(coco_layout("labels.json", "data"), **WHOLE),
     "COCO by Roboflow": Layout(roboflow, split="train", **WHOLE),
@@ -296,6 +341,8 @@ LAYOUTS: dict[str, Layout] = {
         darknet, split="train", tags={"obj_train_data/a.jpg": ("cat", "dog"), "obj_train_data/b.jpg": ()}, boxes=True
     ),
     "YOLO by Label Studio": Layout(plain_yolo, tags={"images/a.jpg": ("cat", "dog"), "images/b.jpg": ()}, boxes=True),
+    "Labelme": Layout(labelme(shapes=True), **WHOLE),
+    "X-AnyLabeling, photographs classified": Layout(labelme(shapes=False), tags=FLAT),
     "Label Studio choices": Layout(studio(CHOICES), tags=FLAT),
     "Label Studio taxonomy": Layout(studio(TAXONOMY), tags=FLAT),
     "Label Studio rectangles": Layout(studio(shape("rectangle", "cat", CAT), shape("rectangle", "dog", DOG)), tags=FLAT,
@@ -312,6 +359,7 @@ LAYOUTS: dict[str, Layout] = {
         **WHOLE,
     ),
     "Label Studio CSV": Layout(studio_csv('{"choices": ["cat", "dog"]}'), tags=FLAT),
+    "Label Studio TSV": Layout(studio_csv('{"choices": ["cat", "dog"]}', "\t"), tags=FLAT),
     "Label Studio CSV of shapes": Layout(
         studio_csv(json.dumps([studio_value("brush", "cat", CAT), studio_value("brush", "dog", DOG)])), **WHOLE
     ),
@@ -366,14 +414,32 @@ LAYOUTS: dict[str, Layout] = {
         class_folders("cat/2020/a.jpg", "dog/2021/b.jpg"), classes=("cat", "dog"),
         tags={"cat/2020/a.jpg": ("cat",), "dog/2021/b.jpg": ("dog",)},
     ),
-    "a sub-folder a class, by split": Layout(class_folders("train/cat/a.jpg", "test/dog/b.jpg"), split="train",
-                                             tags={"cat/a.jpg": ("cat",)}),
+    "a sub-folder a class, by split": Layout(
+        class_folders("train/cat/a.jpg", "train/dog/b.jpg", "test/dog/b.jpg"), split="train",
+        tags={"cat/a.jpg": ("cat",), "dog/b.jpg": ("dog",)},
+    ),
+    "a sub-folder a class, by datumaro and CVAT": Layout(
+        class_folders("cat/a.jpg", "dog/b.jpg", "no_label/c.jpg", "@eaDir/a.jpg"),
+        tags={"cat/a.jpg": ("cat",), "dog/b.jpg": ("dog",)}
+    ),
+    "a sub-folder a class, by FiftyOne": Layout(
+        class_folders("cat/a.jpg", "_unlabeled/c.jpg"), tags={"cat/a.jpg": ("cat",)}
+    ),
+    "a single class": Layout(class_folders("cat/a.jpg"), classes=("cat",), tags={"cat/a.jpg": ("cat",)}),
 }  # fmt: skip
 
 # What is not clear, or damaged: (what writes it, split, words of the one line).
 REFUSED: dict[str, tuple[Callable[[Path], Path], str | None, str]] = {
     "FiftyOne without its labels": (class_folders("data/a.jpg"), None, "no data set recognised"),
     "CVAT's YOLO without its lists": (class_folders("obj_train_data/a.jpg"), None, "no data set recognised"),
+    "KITTI's photographs": (class_folders("image_2/a.jpg", "image_2/b.jpg"), None, "in one sub-folder, image_2; if"),
+    "photographs beside masks": (class_folders("img/a.jpg", "gt/a.jpg"), None, "no data set recognised"),
+    "a tag, or two with a blank": (table("tags.csv", "file,tags\na.jpg,cat dog\nsub/b.jpg,cat;dog\n"), None,
+                                   "'cat dog' may be one tag or several, for cat, dog are tags, too"),
+    "a tag, or two joined": (table("tags.json", '{"a.jpg": ["cat and dog"], "sub/b.jpg": ["cat", "dog"]}'), None,
+                             "'cat and dog' may be one tag or several"),
+    "lists by NumPy": (table("tags.csv", "file,tags\na.jpg,['cat' 'dog']\n"), None, "line 2: no list of tags"),
+    "COCO, crowds alone": (crowds, None, "holds crowds alone; set iscrowd to 0"),
     "two kinds of mark": (table("tags.csv", "file,tags\na.jpg,cat;dog\nsub/b.jpg,cat|dog\n"), None,
                           r"tags.csv: tags are separated by ';' \(line 2\) and '\|' \(line 3\); use ; alone"),
     "tags in the middle, one too many": (table("tags.csv", "tags,file\ncat,a.jpg,dog\n"), None,

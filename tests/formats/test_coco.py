@@ -35,6 +35,15 @@ def test_tags_numbers_and_notes(tmp_path: Path) -> None:
         open_tagged(path, classes=["cow"])
 
 
+def test_a_split_names_photographs_whose_names_hold_blanks(tmp_path: Path) -> None:
+    content = coco_content()
+    content["images"][0]["file_name"] = "x 1.jpg"
+    coco_set(tmp_path, content)
+    photograph(tmp_path / "images" / "x 1.jpg")
+    (tmp_path / "few.txt").write_text("# mine\nx 1.jpg\nsub/y.jpg  -1\n")
+    assert [image.id for image in open_tagged(tmp_path, "few").images] == ["x 1.jpg", "sub/y.jpg"]
+
+
 def test_truth_polygons_run_lengths_and_crowd(tmp_path: Path) -> None:
     annotated = open_annotated(coco_set(tmp_path), classes=["person", "cat"])
     assert annotated.categories == (8, 5)

@@ -22,7 +22,7 @@ def test_a_layout_is_read(tmp_path: Path, name: str) -> None:
     if not layout.boxes:
         if "beside shapes" not in name:
             with pytest.raises(InputError, match="holds tags but no boxes or masks"):
-                open_annotated(data, layout.split)
+                open_annotated(data, layout.split, layout.classes)
         return
     annotated = open_annotated(data, layout.split)
     assert annotated.tagged == images

@@ -10,6 +10,7 @@ import pytest
 
 from labelpenet import InputError
 from labelpenet.formats import open_annotated, open_tagged
+from tests.formats.corpus import labelme
 from tests.formats.kits import photograph
 
 
@@ -50,6 +51,24 @@ def test_tags_json(tmp_path: Path) -> None:
     assert "1 rows look odd" in open_tagged(tmp_path).notes
 
 
+def test_what_may_be_meant_otherwise_is_said(tmp_path: Path) -> None:
+    pets(tmp_path)
+    (tmp_path / "tags.csv").write_text("file,tags\none.jpg,Cat\ntwo.PNG,cat\nfour.jpg,NaN\n")
+    notes = " ".join(open_tagged(tmp_path).notes)
+    assert "'Cat' and 'cat' are two classes" in notes and "'NaN' is taken for a class" in notes
+    (tmp_path / "tags.csv").write_text("file,tags\none.jpg,hot dog\ntwo.PNG,dog;cat\n")
+    assert tags_of(tmp_path)["one.jpg"] == ("hot dog",)
+    (tmp_path / "tags.csv").write_text("file,tags\none.jpg,cat & dog\ntwo.PNG,dog;cat\n")
+    with pytest.raises(InputError, match="write cat;dog, or name the classes"):
+        open_tagged(tmp_path)
+    assert tags_of(tmp_path, None, ["cat & dog", "cat"]) == {"one.jpg": ("cat & dog",), "two.PNG": ("cat",)}
+
+
+def test_flags_beside_shapes_are_said_to_be_no_tags(tmp_path: Path) -> None:
+    labelme(shapes=True)(tmp_path)
+    assert any("flags that are set (blurred) are no tags" in note for note in open_tagged(tmp_path).notes)
+
+
 def test_one_sub_folder_per_class(tmp_path: Path) -> None:
     for name in ("cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/.hidden.jpg", "loose.jpg", "cat/deep/x.jpg"):
         photograph(tmp_path / name)
@@ -69,7 +88,7 @@ def test_one_sub_folder_per_class(tmp_path: Path) -> None:
 def test_sub_folders_for_splits(tmp_path: Path) -> None:
     photograph(tmp_path / "train/cat/1.jpg")
     photograph(tmp_path / "val/dog/1.jpg")
-    assert tags_of(tmp_path, "val") == {"dog/1.jpg": ("dog",)}
+    assert tags_of(tmp_path, "val", ["dog"]) == {"dog/1.jpg": ("dog",)}
     for split in (None, "test"):
         with pytest.raises(InputError, match="available are train, val"):
             open_tagged(tmp_path, split)

@@ -23,7 +23,8 @@ from labelpenet.errors import InputError
 from labelpenet.evaluation import Table, evaluate
 from labelpenet.formats import write_predictions
 from labelpenet.instances import Instances
-from labelpenet.report import html, write_report
+from labelpenet.models.cascade import LabelPEnet
+from labelpenet.report import write_report
 from labelpenet.report.html import class_table, flatten, marked, module_table
 from labelpenet.report.plots import curves, loss_plot, smoothed
 from labelpenet.report.strips import choose_images, mean_best_overlap, worst_images
@@ -136,7 +137,7 @@ class Network:
 @pytest.fixture
 def network(monkeypatch: pytest.MonkeyPatch) -> Network:
     one = Network()
-    monkeypatch.setattr(html.LabelPEnet, "from_run", lambda run, device: one)
+    monkeypatch.setattr(LabelPEnet, "from_run", lambda run, device: one)
     return one
 
 

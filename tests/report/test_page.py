@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from labelpenet.report import html, write_report
+from labelpenet.models.cascade import LabelPEnet
+from labelpenet.report import write_report
 from tests.report.test_html import Network, make_run, measured, photographs
 
 KEYS = {"Enter": "\ue007", "Escape": "\ue00c", "Tab": "\ue004"}
@@ -19,7 +20,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = photographs(folder / "train", 4)
     run = make_run(folder / "run", 4, data, measured(classification_mAP=0.876))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(html.LabelPEnet, "from_run", lambda run, device: Network())
+        patch.setattr(LabelPEnet, "from_run", lambda run, device: Network())
         return write_report(run, None, data, images=2)
 
 
