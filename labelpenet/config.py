@@ -483,7 +483,8 @@ def best() -> Recipe:
             ),
             Detection(
                 **detector, attention="gradient", schedule=schedule,
-                label=replace(detect, mask_nms=0.5, **sure),
+                # lower, attention maps reach over the object's edge, and so do all masks that are learnt from them
+                label=replace(detect, mask_nms=0.5, threshold=0.4, **sure),
                 predict=replace(detect, vote=True, box="proposal"),
             ),
             Segmentation("refinement", **refiner),

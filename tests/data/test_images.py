@@ -56,6 +56,8 @@ def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     if mode in ("HSV",):
         path = tmp_path / "x.png"
         image = image.convert("RGB")
+    elif mode == "YCbCr":  # Pillow before 12 cannot read the TIFF of that mode that it writes
+        path = tmp_path / "x.jpg"
     image.save(path)
     pixels = read_image(path)
     assert pixels.shape == (20, 30, 3)
