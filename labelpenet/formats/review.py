@@ -92,7 +92,7 @@ def read_review(
         strangers = {str(row["name"]) for row in content["categories"] if row["name"] not in label}
         rows: dict[Any, list[tuple[int, dict[str, Any]]]] = {}
         for index, row in enumerate(content["annotations"]):
-            if type(row["instance"]) is not int:
+            if type(row.get("instance", index)) is not int:
                 raise ValueError(f"row {index} is of no instance of the run")
             if category[row["category_id"]] is not None:
                 own = {**row, "category_id": category[row["category_id"]]}
@@ -103,7 +103,11 @@ def read_review(
                 raise ValueError(f"unknown status {str(entry['status'])[:40]!r} of {entry['image']!r}")
             name, own_rows = str(entry["image"]), rows.get(entry["id"], [])
             size = check_size(entry["height"], entry["width"], f"{path}: image {name}")
-            read.rows(own_rows, name, size)  # refuses what is no box or mask
+            try:  # refuses what is no box or mask
+                read.rows(own_rows, name, size)
+            except InputError as error:  # whose remedy is one for predictions
+                what = str(error).rpartition("; ")[0] or str(error)
+                raise InputError(f"{what}; correct it again or take it out of the file") from error
             found[name] = Reviewed(entry["status"], size, [row for _, row in own_rows])
     except InputError:
         raise

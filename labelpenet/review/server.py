@@ -108,7 +108,7 @@ class Review:
         if said is None or said.status in ("rejected", "dropped"):
             kept = {str(number): label for number, label in enumerate(found.labels.tolist())}
         else:
-            kept = {str(row["instance"]): row["category_id"] - 1 for row in said.rows}
+            kept = {str(row["instance"]): row["category_id"] - 1 for row in said.rows if "instance" in row}
         height, width = found.image_size
         objects = [
             {"label": label, "score": round(score, 3), "path": _path(found, one)}

@@ -194,10 +194,10 @@ def test_parts_are_read_like_the_file_that_they_merge_to(tmp_path: Path) -> None
 
 def test_what_memory_holds_of_parts_does_not_grow_with_what_was_found(tmp_path: Path) -> None:
     images, held = photographs(200), []
-    masks = torch.rand(4, 12, 16) > 0.5
-    for count in (1, 4):
+    masks = torch.rand(40, 12, 16) > 0.5
+    for count in (1, 40):
         folder = tmp_path / str(count)
-        some = Instances(masks_to_boxes(masks), torch.zeros(4).long(), torch.ones(4), (12, 16), masks)[:count]
+        some = Instances(masks_to_boxes(masks), torch.zeros(40).long(), torch.ones(40), (12, 16), masks)[:count]
         with Part(folder, (1, 1), FACTS, images, CLASSES) as part:
             for image in images:
                 part.add(image, some)
@@ -208,7 +208,8 @@ def test_what_memory_holds_of_parts_does_not_grow_with_what_was_found(tmp_path: 
         held.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
         assert len(kept) == 200
-    assert held[1] < 1.1 * held[0]
+    # Python's free lists move it by some 200 bytes a photograph; 39 instances more would be thousands
+    assert held[1] < held[0] + 200 * 400
 
 
 def test_one_part_has_one_writer(tmp_path: Path) -> None:
