@@ -488,6 +488,7 @@ def _open_held_out(args: Train | ForwardBackward, images: TaggedImages) -> Annot
 
 
 def train(args: Train) -> None:
+    """``labelpenet train``; bad input is an `InputError`."""
     from labelpenet import config
 
     recipe = config.override(config.shorten(config.recipe(args.recipe), args.shorten), args.set)
@@ -515,6 +516,7 @@ def train(args: Train) -> None:
 
 
 def forward_backward(args: ForwardBackward) -> None:
+    """``labelpenet forward-backward``; bad input is an `InputError`."""
     from labelpenet import config
     from labelpenet.models.cascade import read_run
     from labelpenet.training import curriculum
@@ -530,6 +532,7 @@ def forward_backward(args: ForwardBackward) -> None:
 
 
 def distill(args: Distill) -> None:
+    """``labelpenet distill``; bad input is an `InputError`."""
     from labelpenet import config
     from labelpenet.formats import open_annotated
     from labelpenet.models.cascade import read_run
@@ -560,6 +563,7 @@ def distill(args: Distill) -> None:
 
 
 def predict(args: Predict) -> None:
+    """``labelpenet predict``; bad input is an `InputError`."""
     from labelpenet.data import TaggedImage, read_image
     from labelpenet.data.files import check_outputs, real_path
     from labelpenet.data.images import find_images
@@ -614,6 +618,7 @@ def predict(args: Predict) -> None:
 
 
 def merge(args: Merge) -> None:
+    """``labelpenet merge``; bad input is an `InputError`."""
     from labelpenet.data.files import check_outputs
     from labelpenet.formats.parts import merge_parts
 
@@ -623,6 +628,7 @@ def merge(args: Merge) -> None:
 
 
 def evaluate(args: Evaluate) -> None:
+    """``labelpenet evaluate``; bad input is an `InputError`."""
     from labelpenet.data.files import check_outputs, write_bytes
     from labelpenet.evaluation import evaluate as measure
     from labelpenet.evaluation import paper_tables, summary_table
@@ -644,6 +650,7 @@ def evaluate(args: Evaluate) -> None:
 
 
 def proposals(args: Proposals) -> None:
+    """``labelpenet proposals``; bad input is an `InputError`."""
     from labelpenet import config
     from labelpenet.data.proposals import compute_proposals, default_cache
     from labelpenet.evaluation.recall import recall, recall_table
@@ -662,6 +669,7 @@ def proposals(args: Proposals) -> None:
 
 
 def export(args: Export) -> None:
+    """``labelpenet export``; bad input is an `InputError`."""
     from labelpenet.data.files import check_new_folder
     from labelpenet.formats import export as write
     from labelpenet.formats import open_annotated, open_tagged, read_predictions
@@ -724,6 +732,7 @@ def _doubtful(args: Export, images: TaggedImages) -> TaggedImages:
 
 
 def measure(args: Measure) -> None:
+    """``labelpenet measure``; bad input is an `InputError`."""
     from labelpenet.training.measure import measure_run
 
     if not args.modules:
@@ -732,6 +741,7 @@ def measure(args: Measure) -> None:
 
 
 def review(args: Review) -> None:
+    """``labelpenet review``; bad input is an `InputError`."""
     from labelpenet.data import run_folder
     from labelpenet.models.cascade import read_run
     from labelpenet.review import serve
@@ -741,6 +751,7 @@ def review(args: Review) -> None:
 
 
 def report(args: Report) -> None:
+    """``labelpenet report``; bad input is an `InputError`."""
     from labelpenet.data.files import check_outputs, real_path
     from labelpenet.formats import open_annotated, open_tagged
     from labelpenet.models.cascade import read_run
@@ -770,6 +781,7 @@ def report(args: Report) -> None:
 
 
 def demo(args: Demo) -> None:
+    """``labelpenet demo``; bad input is an `InputError`."""
     from labelpenet.demo import run_demo
 
     print(run_demo(args.out, args.seed))

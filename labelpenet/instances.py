@@ -357,7 +357,9 @@ def _runs(counts: str | bytes | list[Any]) -> np.ndarray | None:
     """
     if isinstance(counts, list):
         return np.array(counts, np.int64) if all(type(run) is int and abs(run) < 2**32 for run in counts) else None
-    letters = np.frombuffer(counts.encode() if isinstance(counts, str) else counts, np.uint8).astype(np.int64)
+    letters = np.frombuffer(
+        counts.encode(errors="surrogatepass") if isinstance(counts, str) else counts, np.uint8
+    ).astype(np.int64)
     bits = letters - 48
     if not len(bits) or (bits < 0).any() or (bits > 63).any() or bits[-1] & 32:
         return None
@@ -376,10 +378,11 @@ def _runs(counts: str | bytes | list[Any]) -> np.ndarray | None:
 def _check_polygon(polygon: Any, image_size: tuple[int, int]) -> None:
     """Refuses what makes pycocotools slow or wrong: other things than x, y lists, and outlines without end."""
     try:
-        values = np.asarray(polygon, dtype=np.float64)
-    except (TypeError, ValueError, OverflowError):
+        values = np.asarray(polygon)
+    except ValueError:  # lists of different lengths
         values = np.zeros(0)
-    if not isinstance(polygon, list) or values.ndim != 1 or len(values) < 6 or len(values) % 2:
+    numbers = isinstance(polygon, list) and values.ndim == 1 and values.dtype.kind in "iuf"  # no text that looks so
+    if not numbers or len(values) < 6 or len(values) % 2:
         raise InputError("a polygon must be a list [x1, y1, x2, y2, x3, y3, ...]; mend it")
     longest = max(image_size)
     # Not-a-number fails this comparison too.

@@ -200,6 +200,7 @@ def test_run_lengths_are_decoded_as_pycocotools_does(height: int, width: int, se
         {"size": [10, 10], "counts": "zzzz"},
         {"size": [10, 10], "counts": "P" * 50},
         {"size": [10, 10], "counts": "é"},
+        {"size": [10, 10], "counts": "\ud800"},  # JSON can hold half of a character
         {"size": [10, 10], "counts": [50, 60]},
         {"size": [10, 10], "counts": [200, -100]},
         {"size": [10, 10], "counts": [2**70]},
@@ -213,6 +214,8 @@ def test_run_lengths_are_decoded_as_pycocotools_does(height: int, width: int, se
         [[0, 0, 1e9, 0, 1e9, 1e9]],
         [[0, 0, float("nan"), 0, 5, 5]],
         [["a", "b", "c", "d", "e", "f"]],
+        [["0", "0", "9", "0", "9", "9"]],
+        [[0, 0, 9, 0, 9, 10**400]],
         "rle",
         None,
         7,

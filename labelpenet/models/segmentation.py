@@ -138,18 +138,25 @@ def enlarge(boxes: Tensor, margin: float) -> Tensor:
 
 
 def crop_masks(masks: Tensor, boxes: Tensor, matched: Tensor, side: int) -> Tensor:
-    """The instances' masks (N, H, W) bool inside RoIs (R, 4) matched to them (R,), in pixels of the masks: (R, side,
-    side).
+    """The instances' masks inside the RoIs, (R, side, side) bool.
+
+    Args:
+        masks: (N, H, W) bool.
+        boxes: (R, 4) RoIs in pixels of the masks.
+        matched: (R,) the instance of each RoI.
+        side: of the crops.
     """
     rois = torch.cat([matched[:, None].to(boxes), boxes], 1)
     return roi_align(masks[:, None].float(), rois, side, 1.0, sampling_ratio=2, aligned=True)[:, 0] >= 0.5
 
 
 def mask_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean binary cross-entropy between predicted masks (R, S, S) and the instances' inside the RoIs
-    (`crop_masks`).
+    """Weighted mean binary cross-entropy between predicted masks and the instances' inside the RoIs.
 
-    ``weights`` (R,) are in [0, 1].
+    Args:
+        logits: (R, S, S).
+        targets: (R, S, S) bool (`crop_masks`).
+        weights: (R,) in [0, 1].
     """
     each = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none").mean((1, 2))
     return (each * weights).sum() / len(logits)

@@ -32,7 +32,14 @@ _log = logging.getLogger(__name__)
 
 
 class RoIFeatures:
-    """The kept features of a run, whose stem and module 1's RoI head must not change any more."""
+    """The kept features of a run.
+
+    Args:
+        run: the run folder.
+        network: the cascade; its stem and module 1's RoI head must not change any more.
+        proposals: (R, 4) boxes by image id.
+        fabric: device, precision, processes.
+    """
 
     def __init__(self, run: Path, network: LabelPEnet, proposals: Mapping[str, np.ndarray], fabric: Fabric) -> None:
         self.folder = run_folder.features(run)

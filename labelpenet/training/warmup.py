@@ -23,7 +23,12 @@ TOGETHER = 4  # images that go through the network at a time: twice as fast as o
 
 
 class ImageClassifier(nn.Module):
-    """A network to (N, ``channels``, h, w), the average of its map over the image, and a linear layer."""
+    """A network, the average of its map over the image, and a linear layer.
+
+    Args:
+        network: (N, 3, H, W) to (N, channels, h, w), with an attribute ``channels``.
+        num_classes: C.
+    """
 
     def __init__(self, network: nn.Module, num_classes: int):
         super().__init__()
