@@ -200,7 +200,9 @@ class Activation:
 
 def variants(network: Any, thresholds: Mapping[str, float], tagged: bool) -> dict[str, Calibration]:
     """The settings of `cut` by name; classes compete for pixels where they are known to be there."""
-    base = replace(network.recipe.modules[0].label, box="mask", min_component=1.0, joint=tagged)
+    base = replace(
+        network.recipe.modules[0].label, box="mask", min_component=1.0, compete="instances" if tagged else "background"
+    )
     return {
         name: replace(base, threshold=threshold, iterations=base.iterations if name.endswith("CRF") else 0)
         for name, threshold in thresholds.items()

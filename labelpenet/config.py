@@ -118,8 +118,9 @@ class Calibration(_Ranged):
         min_score: an instance needs this score; where the tags are known, the first of each is kept in any case.
         threshold: confidence at which a pixel is equally likely object or background, in (0, 1); None for the paper's
             background map ``max(0, 1 - sum of the attention maps)``.
-        joint: one CRF with a label for every instance and the background, so that instances compete for pixels;
-            otherwise each instance against background alone.
+        compete: with whom an instance competes for a pixel in the CRF: with all other ``instances`` and the background,
+            as the paper says; with the background and the instances of other ``classes``, as far as their scores reach
+            its own; or with the ``background`` alone.
         side: longer side of the canvas that maps and CRF live on, in pixels; None for the image's own, up to 640.
         sxy_gaussian, compat_gaussian, sxy_bilateral, srgb, compat_bilateral, iterations: of `calibration.DenseCRF`, the
             widths in pixels of the canvas. Zero iterations leave the CRF out.
@@ -136,7 +137,7 @@ class Calibration(_Ranged):
     per_class: int = 20
     min_score: float = 0.5
     threshold: float | None = None
-    joint: bool = True
+    compete: typing.Literal["instances", "classes", "background"] = "instances"
     side: int | None = None
     sxy_gaussian: float = 3.0
     compat_gaussian: float = 3.0
@@ -231,7 +232,7 @@ class Classification:
     initialiser: typing.Literal["he", "gaussian"] = "he"
     schedule: Schedule = Schedule()
     label: AttentionCalibration = AttentionCalibration(per_class=1)
-    predict: AttentionCalibration = AttentionCalibration(per_class=1, joint=False)
+    predict: AttentionCalibration = AttentionCalibration(per_class=1, compete="background")
 
     def __post_init__(self) -> None:
         if self.label.vote or self.predict.vote:
@@ -273,7 +274,7 @@ class Detection(Detector):
     name: str = field(default="detection", metadata=_FIXED)
     attention: Attention = "excitation"
     label: AttentionCalibration = AttentionCalibration()
-    predict: AttentionCalibration = AttentionCalibration(min_score=0.05, box="proposal", joint=False)
+    predict: AttentionCalibration = AttentionCalibration(min_score=0.05, box="proposal", compete="background")
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,7 @@ class Segmentation(Detector):
     mask_depth: int = 4
     mask_margin: float = 0.0
     label: MaskCalibration = MaskCalibration()
-    predict: MaskCalibration = MaskCalibration(min_score=0.05, box="proposal", joint=False)
+    predict: MaskCalibration = MaskCalibration(min_score=0.05, box="proposal", compete="background")
 
 
 Modules = tuple[Classification, Detection, Segmentation, Segmentation]
@@ -460,9 +461,10 @@ def best() -> Recipe:
         "rpn_post_nms_top_n_train": 200, "rpn_post_nms_top_n_test": 200,
     }  # fmt: skip
     label = AttentionCalibration(combine="mean", members="class", per_class=1, max_attention=120, **crf)
-    # Each instance against the background alone: parts and doubles would take the object's pixels from it.
-    several: dict[str, Any] = {"per_class": 20, "min_score": 0.05, "joint": False}
-    sure: dict[str, Any] = {"keep": 0.5, "nested": 0.85}  # of what is passed on
+    # Not all instances against one another: parts and doubles would take the object's pixels from it.
+    several: dict[str, Any] = {"per_class": 20, "min_score": 0.05, "compete": "background"}
+    # of what is passed on; a rider's mask does not take the horse
+    sure: dict[str, Any] = {"keep": 0.5, "nested": 0.85, "compete": "classes"}
     detect = AttentionCalibration(combine="mean", max_attention=80, **several, **crf)
     masks = MaskCalibration(nms=0.4, mask_nms=0.5, max_masks=100, vote=True, **several, **crf | {"threshold": 0.38})
     segmenter: dict[str, Any] = {
@@ -470,7 +472,7 @@ def best() -> Recipe:
         "label": replace(masks, **sure), "predict": masks,
     }  # fmt: skip
     # What attention maps enlarged is cut back once, where it is first passed on as a mask.
-    refiner = segmenter | {"label": replace(masks, **sure | {"threshold": 0.5})}
+    refiner = segmenter | {"label": replace(masks, **sure | {"threshold": 0.42})}
     return Recipe(
         name="best",
         images=Images(sides=(480,), longest=800, flip=True, test_side=480),
@@ -479,7 +481,7 @@ def best() -> Recipe:
             Classification(
                 pool="align", freeze_head=True, attention="gradient", heat="all", initialiser="gaussian",
                 schedule=Schedule(steps=1200, lr=1e-3, kind="adam", weight_decay=0.0, batch_size=8),
-                label=label, predict=replace(label, joint=False),
+                label=label, predict=replace(label, compete="background"),
             ),
             Detection(
                 **detector, attention="gradient", schedule=schedule,
@@ -515,7 +517,7 @@ def demo() -> Recipe:
     label = AttentionCalibration(combine="mean", members="class", per_class=1, max_attention=40, **crf)
     detect = AttentionCalibration(combine="mean", per_class=4, max_attention=40, **crf)
     masks = MaskCalibration(per_class=4, max_masks=40, **crf)
-    answer: dict[str, Any] = {"per_class": 20, "min_score": 0.05, "box": "proposal", "joint": False}
+    answer: dict[str, Any] = {"per_class": 20, "min_score": 0.05, "box": "proposal", "compete": "background"}
     segmenter: dict[str, Any] = {
         **detector, "mask_width": 64, "mask_depth": 1, "label": masks, "predict": replace(masks, **answer),
     }  # fmt: skip
@@ -530,7 +532,7 @@ def demo() -> Recipe:
             Classification(
                 pool="align", freeze_head=True, attention="gradient", heat="all", initialiser="gaussian",
                 schedule=Schedule(steps=300, lr=3e-3, kind="adam", weight_decay=0.0, batch_size=8),
-                label=label, predict=replace(label, joint=False),
+                label=label, predict=replace(label, compete="background"),
             ),
             Detection(**detector, attention="gradient", label=detect, predict=replace(detect, **answer)),
             Segmentation("refinement", **segmenter),

@@ -31,8 +31,10 @@ def modernise(old: dict[str, Any], known: Sequence[tuple[set[str], set[str]]]) -
     modules = []
     for number, (choices, calibration) in enumerate(known, 1):
         own = dict(old[("classification", "detection", "segmentation", "segmentation")[number - 1]])
-        label = old[f"infer{number}"]
-        predict = old.get(f"predict{number}") or label | {"joint": False}
+        label = _competing(old[f"infer{number}"])
+        predict = (
+            _competing(old[f"predict{number}"]) if f"predict{number}" in old else label | {"compete": "background"}
+        )
         if number == 1:
             own |= {"heat": "all", "initialiser": "gaussian"}
         else:
@@ -53,11 +55,17 @@ def modernise(old: dict[str, Any], known: Sequence[tuple[set[str], set[str]]]) -
     return {**together, "warm_up": old["schedule0"], "modules": modules, "forward_backward": learning}
 
 
+def _competing(calibration: Mapping[str, Any]) -> dict[str, Any]:
+    """A calibration of a time when ``joint`` said whether all instances compete for pixels, or none do."""
+    own = dict(calibration)
+    return {"compete": "instances" if own.pop("joint") else "background", **own} if "joint" in own else own
+
+
 def vote_in_calibrations(modules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The modules as they are written now, of a time when a module had one choice of a vote, for its predictions."""
     found = []
     for module in modules:
-        own = dict(module)
+        own = {**module, "label": _competing(module["label"]), "predict": _competing(module["predict"])}
         if "vote" in own:
             margin = _NO_MARGIN if "mask_width" in own else {}
             before = {**_LATER, "vote": False}

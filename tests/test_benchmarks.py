@@ -221,7 +221,7 @@ def test_a_cut_map_is_one_piece_with_its_tight_box():
     maps[0, 5:20, 10:30] = 1.0  # the object
     maps[0, 30:35, 50:55] = 0.9  # a smaller piece elsewhere
     maps[0, 20:30, 10:30] = 0.2  # below the threshold
-    settings = Calibration(threshold=0.5, iterations=0, min_component=1.0, joint=True)
+    settings = Calibration(threshold=0.5, iterations=0, min_component=1.0)
     found = baselines.cut(image, maps, torch.tensor([2]), torch.tensor([0.7]), settings)
     assert found.boxes.tolist() == [[10, 5, 30, 20]]
     assert found.masks is not None and int(found.masks.sum()) == 300

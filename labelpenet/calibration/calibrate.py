@@ -196,7 +196,7 @@ def calibrate(
         confidence = mean_of_members(maps, found, chosen, factor, small)
         attention = warmth = torch.zeros_like(confidence)
         background = None
-    marginals = segment(canvas, confidence, settings, background)
+    marginals = segment(canvas, confidence, settings, background, rivals(found, chosen, settings))
     instances = to_instances(
         marginals.cpu(), found.boxes[kept].float(), found.labels[kept], found.scores[kept], size, settings
     )
@@ -307,7 +307,24 @@ def mean_of_members(maps: Tensor, found: Candidates, chosen: Chosen, factor: Ten
 # -- the CRF -----------------------------------------------------------------------------------------------------------
 
 
-def segment(canvas: np.ndarray, confidence: Tensor, settings: Calibration, attention: Tensor | None = None) -> Tensor:
+def rivals(found: Candidates, chosen: Chosen, settings: Calibration) -> Tensor | None:
+    """How much each of K instances is held against each other one, (K, K) in [0, 1]; None where none is.
+
+    One of another class counts as far as its score reaches the instance's own: a doubtful one takes no pixels.
+    """
+    if settings.compete != "classes":
+        return None
+    labels, scores = found.labels[chosen.kept], found.scores[chosen.kept].float()
+    return (labels[:, None] != labels[None]) * (scores[None] / scores[:, None].clamp(min=1e-6)).clamp(max=1)
+
+
+def segment(
+    canvas: np.ndarray,
+    confidence: Tensor,
+    settings: Calibration,
+    attention: Tensor | None = None,
+    against: Tensor | None = None,
+) -> Tensor:
     """Foreground probabilities (K, h, w) of the instances after the dense CRF.
 
     Args:
@@ -315,8 +332,9 @@ def segment(canvas: np.ndarray, confidence: Tensor, settings: Calibration, atten
         confidence: (K, h, w) in [0, 1].
         attention: (K, h, w) >= 0, the instance attention maps that the paper's background map is made of; the
             confidence maps if None.
+        against: (K, K) of `rivals`; nobody's if None.
     """
-    p = unaries(confidence, settings, attention)
+    p = unaries(confidence, settings, attention, against)
     if settings.iterations:
         crf = DenseCRF(
             torch.as_tensor(canvas).to(confidence.device),
@@ -328,10 +346,12 @@ def segment(canvas: np.ndarray, confidence: Tensor, settings: Calibration, atten
         )
         with full_precision(p.device):
             p = crf(p, settings.iterations)
-    return foreground(p, settings.joint)
+    return foreground(p, settings.compete == "instances")
 
 
-def unaries(confidence: Tensor, settings: Calibration, attention: Tensor | None = None) -> Tensor:
+def unaries(
+    confidence: Tensor, settings: Calibration, attention: Tensor | None = None, against: Tensor | None = None
+) -> Tensor:
     """What the CRF starts from: probabilities of the background, the first label, and the instances.
 
     With a threshold t an instance of confidence c has the odds ``c / (1 - c) : t / (1 - t)`` against the background, so
@@ -340,10 +360,11 @@ def unaries(confidence: Tensor, settings: Calibration, attention: Tensor | None 
 
     Args:
         confidence: (K, h, w) in [0, 1].
-        attention: as for `segment`.
+        attention, against: as for `segment`. Where a rival has better odds than the background, it takes its place:
+            the instance keeps the pixels in which it is the surer of the two.
 
     Returns:
-        (1, K + 1, h, w) where the instances compete (``joint``), else (K, 2, h, w), each against the background alone.
+        (1, K + 1, h, w) where all instances compete, else (K, 2, h, w), each against the background and its rivals.
     """
     if settings.threshold is None:
         background = background_map(confidence if attention is None else normalise(attention))
@@ -351,10 +372,13 @@ def unaries(confidence: Tensor, settings: Calibration, attention: Tensor | None 
     else:
         background = torch.ones_like(confidence[0])
         object_ = (torch.logit(confidence, SURE) - math.log(settings.threshold / (1 - settings.threshold))).exp()
-    if settings.joint:
+    if settings.compete == "instances":
         p = torch.cat([background[None], object_])[None]
-    else:
+    elif against is None:
         p = torch.stack([background.expand_as(object_), object_], 1)
+    else:  # one row after the other: (K, K, h, w) would be too much for a crowd
+        best = torch.stack([(row[:, None, None] * object_).amax(0) for row in against.to(object_.device)])
+        p = torch.stack([torch.maximum(background, best), object_], 1)
     return (p / p.sum(1, keepdim=True).clamp(min=1e-8)).clamp(0, 1)
 
 

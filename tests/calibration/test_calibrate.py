@@ -13,11 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from labelpenet.calibration.calibrate import (
+    Candidates,
+    Chosen,
     box_mask,
     drop_components,
     instance_heat,
     project_members,
     resize_masks,
+    rivals,
     segment,
     to_instances,
     unaries,
@@ -68,13 +71,13 @@ def falling(n: int, top: float = 0.95) -> Tensor:
 
 
 @pytest.mark.parametrize("combine", ["product", "mean"])
-@pytest.mark.parametrize("joint", [True, False])
-def test_an_object_is_recovered_from_proposals_around_it(combine, joint):
+@pytest.mark.parametrize("compete", ["instances", "classes", "background"])
+def test_an_object_is_recovered_from_proposals_around_it(combine, compete):
     image, (truth,) = scene(SQUARE)
     boxes = around(SQUARE)
     scores = torch.stack([torch.zeros(8), falling(8)], 1)
     choice = AttentionCalibration(
-        per_class=1, combine=combine, joint=joint, iterations=5, threshold=0.3, sxy_bilateral=30
+        per_class=1, combine=combine, compete=compete, iterations=5, threshold=0.3, sxy_bilateral=30
     )
     found, trace = run_chain(image, boxes, scores, (1,), full, choice)
     assert found.labels.tolist() == [1] and found.weights.tolist() == pytest.approx([0.95])
@@ -140,7 +143,7 @@ def test_module_two_keeps_several_of_a_class():
     assert all(iou(own, mask) > 0.7 for own, mask in zip(found.masks, masks, strict=False))
     for more, count in ((replace(choice, min_score=0.2), 3), (replace(choice, per_class=1), 1)):
         assert len(run_chain(image, boxes, scores, (0,), full, more)[0]) == count
-    several, _ = run_chain(image, boxes, scores, (0,), full, replace(choice, joint=False))
+    several, _ = run_chain(image, boxes, scores, (0,), full, replace(choice, compete="background"))
     assert len(several) == 2
 
 
@@ -309,11 +312,11 @@ def test_attention_of_zero_falls_back_to_the_proposal():
     st.sampled_from([(0,), (0, 2), (1, 2), (0, 1, 2), None]),
     st.sampled_from(["product", "mean"]),
     st.sampled_from(["suppressed", "class"]),
-    st.booleans(),
+    st.sampled_from(["instances", "classes", "background"]),
     st.sampled_from([None, 20]),
     st.sampled_from([None, 0.3]),
 )
-def test_whatever_comes_out_can_be_used(seed, tags, combine, members, joint, side, background):
+def test_whatever_comes_out_can_be_used(seed, tags, combine, members, compete, side, background):
     generator = torch.Generator().manual_seed(seed)
     n = 15
     corner = torch.rand(n, 2, generator=generator) * 50 - 3
@@ -324,7 +327,7 @@ def test_whatever_comes_out_can_be_used(seed, tags, combine, members, joint, sid
         return torch.rand(len(index), 4, 4, generator=generator) * scores[index, labels][:, None, None]
 
     choice = AttentionCalibration(
-        combine=combine, members=members, joint=joint, side=side, threshold=background, per_class=3, min_score=0.34,
+        combine=combine, members=members, compete=compete, side=side, threshold=background, per_class=3, min_score=0.34,
         iterations=1, min_component=0.2, mask_nms=0.7,
     )  # fmt: skip
     image = np.random.default_rng(seed).integers(0, 256, (37, 45, 3)).astype(np.uint8)
@@ -360,7 +363,7 @@ def test_object_and_background_can_be_equally_sure(threshold):
     """The unaries are log-odds against the threshold: sigmoid(logit(c) - logit(t)), whoever the object's rivals are."""
     confidence = torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(1))
     expected = torch.sigmoid(torch.logit(confidence) - torch.logit(torch.tensor(threshold)))
-    alone = unaries(confidence, AttentionCalibration(per_class=1, threshold=threshold, joint=False))
+    alone = unaries(confidence, AttentionCalibration(per_class=1, threshold=threshold, compete="background"))
     torch.testing.assert_close(alone[:, 1], expected)
     torch.testing.assert_close(alone[:, 0], 1 - expected)
     joint = unaries(confidence, AttentionCalibration(per_class=1, threshold=threshold))[0]
@@ -369,6 +372,23 @@ def test_object_and_background_can_be_equally_sure(threshold):
     certain = unaries(torch.tensor([[[0.0, 1.0]]]), AttentionCalibration(per_class=1, threshold=0.5))[0]
     torch.testing.assert_close(certain[1, 0, 0], certain[0, 0, 1])  # no lopsided ends
     assert torch.isfinite(certain.log()).all()
+
+
+def test_an_instance_keeps_the_pixels_in_which_no_other_class_is_surer():
+    confidence = torch.tensor([[[0.9, 0.6, 0.6, 0.2]], [[0.5, 0.8, 0.6, 0.1]], [[0.95, 0.95, 0.1, 0.6]]])
+    choice = AttentionCalibration(threshold=0.3, iterations=0, compete="classes")
+    boxes = torch.zeros(3, 4)
+
+    def masks(scores: list[float], labels: list[int]) -> list[list[bool]]:
+        found = Candidates(boxes, torch.tensor(scores), torch.tensor(labels), boxes, torch.arange(3))
+        against = rivals(found, Chosen(torch.arange(3), torch.eye(3, dtype=torch.bool)), choice)
+        return (segment(np.zeros((1, 4, 3), np.uint8), confidence, choice, None, against)[:, 0] >= 0.5).tolist()
+
+    yes, no = True, False
+    assert masks([0.9, 0.9, 0.9], [0, 1, 1]) == [[no, no, yes, no], [no, yes, yes, no], [yes, yes, no, yes]]
+    # a doubtful one of another class takes nothing, one of the same class never does
+    assert masks([0.9, 0.9, 0.01], [0, 1, 1]) == [[yes, no, yes, no], [no, yes, yes, no], [yes, yes, no, yes]]
+    assert masks([0.9, 0.9, 0.9], [1, 1, 1]) == [[yes, yes, yes, no], [yes, yes, yes, no], [yes, yes, no, yes]]
 
 
 def test_the_papers_background_is_what_the_attention_leaves():
@@ -382,7 +402,7 @@ def test_the_papers_background_is_what_the_attention_leaves():
 def test_calibration_gives_the_crf_the_attention_maps(monkeypatch):
     seen = []
     monkeypatch.setattr(
-        sys.modules[unaries.__module__], "unaries", lambda c, s, a: seen.append((c, a)) or unaries(c, s, a)
+        sys.modules[unaries.__module__], "unaries", lambda c, s, a, r: seen.append((c, a)) or unaries(c, s, a, r)
     )
     boxes = torch.tensor([[4.0, 4, 30, 30], [5.0, 5, 40, 40]])
     scores = torch.tensor([[0.9, 0.1], [0.8, 0.2]])
@@ -396,8 +416,8 @@ def test_calibration_gives_the_crf_the_attention_maps(monkeypatch):
 def test_without_a_crf_a_lone_instance_is_its_confidence_against_the_background():
     confidence = torch.rand(1, 6, 7, generator=torch.Generator().manual_seed(0))
     canvas = np.zeros((6, 7, 3), np.uint8)
-    for joint in (True, False):
-        choice = AttentionCalibration(per_class=1, threshold=0.3, iterations=0, joint=joint)
+    for compete in ("instances", "classes", "background"):
+        choice = AttentionCalibration(per_class=1, threshold=0.3, iterations=0, compete=compete)
         assert torch.equal(segment(canvas, confidence, choice)[0] > 0.5, confidence[0] > 0.3)
     literal = AttentionCalibration(per_class=1, iterations=0)
     assert torch.equal(segment(canvas, confidence, literal)[0] > 0.5, confidence[0] > 0.5)

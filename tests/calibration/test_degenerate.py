@@ -28,7 +28,7 @@ CHOICES = [
     AttentionCalibration(
         per_class=1, iterations=2, combine="mean", members="class", threshold=0.3, side=16, min_component=0.2
     ),
-    AttentionCalibration(iterations=2, combine="mean", joint=False, per_class=3, mask_nms=0.5, min_score=0.1),
+    AttentionCalibration(iterations=2, combine="mean", compete="classes", per_class=3, mask_nms=0.5, min_score=0.1),
     AttentionCalibration(per_class=1, iterations=0, combine="mean", threshold=0.4, box="proposal"),
 ]
 
