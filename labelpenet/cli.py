@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -29,20 +30,33 @@ from labelpenet.errors import InputError
 if TYPE_CHECKING:
     from labelpenet.data import AnnotatedImages, TaggedImages
 
-Classes = Annotated[str | None, arg(metavar="A,B,...", help="Only these classes, in this order.")]
-Split = Annotated[str | None, arg(help="VOC: train, val, test, ... or a file of image names.")]
+
+def _optional(metavar: str, help: str | None = None) -> Any:
+    """Of an option that may be left out: its help says what happens then, "(default: None)" does not."""
+    return arg(metavar=metavar, help=help, help_behavior_hint="")
+
+
+OptionalPath = Annotated[Path | None, _optional("PATH")]
+Data = Positional[Annotated[Path, arg(metavar="DATA")]]
+RunFolder = Positional[Annotated[Path, arg(metavar="RUN")]]
+Classes = Annotated[str | None, _optional("A,B,...", "Only these classes, in this order. Default: all.")]
+Split = Annotated[
+    str | None, _optional("NAME", "train, val, test, ... or a file of image names. Default: all but VOC's test.")
+]
 TrainingSplit = Annotated[
     str | None,
-    arg(help="VOC: train, val, trainval or a file of image names. Default: train where there is one, else all."),
+    _optional("NAME", "train, val, ... or a file of image names. Default: VOC's train where there is one, else all."),
 ]
-ImageFolder = Annotated[Path | None, arg(help="Folder of the photographs, where DATA's file lies elsewhere.")]
+ImageFolder = Annotated[Path | None, _optional("PATH", "Folder of the photographs, where DATA's file lies elsewhere.")]
 HeldOut = Annotated[
     str | None,
-    arg(help="A split of DATA that is held out and annotated: measure the modules on it while they are trained."),
+    _optional(
+        "NAME", "A split of DATA that is held out and annotated: measure the modules on it while they are trained."
+    ),
 ]
 Shorten = Annotated[float, arg(help="Multiply every stage's number of steps.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], arg(help="Where to compute.")]
-Cache = Annotated[Path | None, arg(help="Folder of the proposals' cache. Default: the user's cache folder.")]
+Cache = Annotated[Path | None, _optional("PATH", "Folder of the proposals' cache. Default: the user's cache folder.")]
 Protocol = Annotated[
     Literal["voc07", "voc12", "coco"],
     arg(help="voc07: 11 points; voc12: area under the curve; coco: also AP over IoU .5 to .95."),
@@ -69,7 +83,7 @@ class Train:
       labelpenet train photos/ --out runs/better --supervision mixed --corrected runs/mine/review.json
     """
 
-    data: Positional[Path]
+    data: Data
     """Photographs with tags."""
     out: Path
     """Run folder to write."""
@@ -77,7 +91,7 @@ class Train:
     """paper (the literal reading), best (what measures best) or demo (tiny)."""
     backbone: str = "mobilenet_v2"
     """mobilenet_v2, vgg16 or timm/NAME (any of timm's)."""
-    weights: Path | None = None
+    weights: OptionalPath = None
     """ImageNet weights of the backbone (.safetensors or .pth); without it torchvision downloads its own."""
     split: TrainingSplit = None
     images: ImageFolder = None
@@ -86,15 +100,19 @@ class Train:
     until: Literal[1, 2, 3, 4] = 4
     """Last module to train."""
     supervision: Literal["tags", "full", "mixed"] = "tags"
-    """tags: nothing else. full, a yardstick: module 4 alone, on true boxes and masks. mixed: each photograph by the
-    best that it has: masks, boxes or tags."""
-    supervised: Path | None = None
+    """tags alone; full, a yardstick: module 4 on true boxes and masks; mixed: the best that each photograph has."""
+    supervised: OptionalPath = None
     """mixed: a file of image names, one a line; the other photographs count as tagged only. Default: all."""
-    corrected: tuple[Path, ...] = ()
-    """mixed: files or folders of corrected labels (of `labelpenet review` or an annotation tool). Their objects are the
-    truth of their photographs; DATA's own annotation is then read only for --supervised."""
+    corrected: Annotated[
+        tuple[Path, ...],
+        _optional(
+            "[PATH ...]",
+            "mixed: files or folders of corrected labels (of labelpenet review or an annotation tool): the truth of "
+            "their photographs. DATA's own annotation is then read only for --supervised.",
+        ),
+    ] = ()
     shorten: Shorten = 1.0
-    set: tuple[str, ...] = ()
+    set: Annotated[tuple[str, ...], _optional("[PART.FIELD=VALUE ...]")] = ()
     """Change single choices of the recipe: part.field=value ..."""
     training: CascadeOptions = CascadeOptions()
 
@@ -113,9 +131,9 @@ class ForwardBackward:
       labelpenet forward-backward runs/mine photos/ --out runs/mine-fb --set forward_backward.labels=inferred
     """
 
-    run: Positional[Path]
+    run: RunFolder
     """Run folder of the cascade."""
-    data: Positional[Path]
+    data: Data
     """The photographs with tags that it was trained on."""
     out: Path
     """Run folder to write."""
@@ -123,7 +141,7 @@ class ForwardBackward:
     images: ImageFolder = None
     evaluate: HeldOut = None
     shorten: Shorten = 1.0
-    set: tuple[str, ...] = ()
+    set: Annotated[tuple[str, ...], _optional("[PART.FIELD=VALUE ...]")] = ()
     """Change single choices of the run's recipe: part.field=value ..."""
     training: CascadeOptions = CascadeOptions()
 
@@ -143,24 +161,24 @@ class Distill:
       labelpenet distill runs/voc VOCdevkit/VOC2012 --out runs/yardstick --supervision full
     """
 
-    run: Positional[Path]
+    run: RunFolder
     """Run folder of the cascade."""
-    data: Positional[Path]
+    data: Data
     """The photographs that it was trained on."""
     out: Path
     """Folder to write."""
-    labels: Path | None = None
+    labels: OptionalPath = None
     """Predictions or COCO file to learn from. Default: RUN/instances/module4.json."""
     supervision: Literal["labels", "full"] = "labels"
     """labels: the run's. full, a yardstick: the true boxes and masks of DATA."""
-    backbone: str | None = None
+    backbone: Annotated[str | None, _optional("NAME")] = None
     """mobilenet_v2, vgg16 or timm/NAME. Default: the run's."""
-    weights: Path | None = None
+    weights: OptionalPath = None
     """ImageNet weights of the backbone, as for `train`."""
     split: TrainingSplit = None
     images: ImageFolder = None
     shorten: Shorten = 1.0
-    set: tuple[str, ...] = ()
+    set: Annotated[tuple[str, ...], _optional("[PART.FIELD=VALUE ...]")] = ()
     """Change single choices: network, noise, images or schedule, as schedule.steps=800 noise.weighted=false ..."""
     training: RunOptions = RunOptions()
 
@@ -176,23 +194,23 @@ class Predict:
       labelpenet predict runs/voc photos/ --shard 3/100 --out parts/
     """
 
-    run: Positional[Path]
+    run: RunFolder
     """Run folder of `labelpenet train`."""
-    images: Positional[tuple[Path, ...]] = ()
+    images: Positional[Annotated[tuple[Path, ...], _optional("[PHOTOS ...]")]] = ()
     """Photographs, or folders of photographs."""
     out: Path = Path("predictions.json")
     """Predictions file to write."""
     module: Literal[1, 2, 3, 4] = 4
     """Which module predicts."""
-    overlays: Path | None = None
+    overlays: OptionalPath = None
     """Folder for pictures with the instances drawn in."""
     min_score: float = 0.0
     """Instances below are left out of file and pictures."""
-    shard: str | None = None
-    """i/n: only the i-th of n parts, into the folder --out; see labelpenet merge."""
+    shard: Annotated[str | None, _optional("I/N")] = None
+    """Only the I-th of N parts, into the folder --out; see labelpenet merge."""
     overwrite: Overwrite = False
-    data: Path | None = None
-    """Instead of images: a data set; its photographs lie in the folder IMAGES, where that is given."""
+    data: OptionalPath = None
+    """Instead of PHOTOS: a data set; its photographs lie in the folder PHOTOS, where that is given."""
     split: Split = None
     device: Device = "auto"
     devices: int = 1
@@ -211,7 +229,7 @@ class Merge:
       labelpenet merge parts/ --out predictions.parquet
     """
 
-    parts: Positional[tuple[Path, ...]]
+    parts: Positional[Annotated[tuple[Path, ...], arg(metavar="PARTS ...")]]
     """Parts, or folders of parts."""
     out: Path = Path("predictions.json")
     """File to write: .json (COCO, as predict writes it) or .parquet (a row for each instance)."""
@@ -227,18 +245,18 @@ class Evaluate:
       labelpenet evaluate predictions.json VOCdevkit/VOC2007 --split test --protocol voc07 --json out.json --table text
     """
 
-    predictions: Positional[Path]
+    predictions: Positional[Annotated[Path, arg(metavar="PREDICTIONS")]]
     """predictions.json, the folder of parts of predict --shard, or another tool's COCO results list."""
-    data: Positional[Path]
+    data: Data
     """The annotated data set."""
     split: Split = None
     images: ImageFolder = None
     protocol: Protocol = "voc12"
     classes: Classes = None
-    json: Path | None = None
+    json: OptionalPath = None
     """File for the result."""
     overwrite: Overwrite = False
-    table: Literal["text", "markdown", "latex"] | None = None
+    table: Annotated[Literal["text", "markdown", "latex"] | None, _optional("{text,markdown,latex}")] = None
     """Print ours beside the paper's tables in this form."""
 
 
@@ -251,7 +269,7 @@ class Proposals:
       labelpenet proposals VOCdevkit/VOC2012 --split val --recall --method selective-search-quality
     """
 
-    data: Positional[Path]
+    data: Data
     """Photographs."""
     split: Split = None
     images: ImageFolder = None
@@ -260,9 +278,9 @@ class Proposals:
     """How."""
     side: int | None = 250
     """Longer side of the image that they are computed on."""
-    model: Path | None = None
+    model: OptionalPath = None
     """OpenCV's structured-edge model, for edge-boxes."""
-    workers: int | None = None
+    workers: Annotated[int | None, _optional("INT")] = None
     """Processes. Default: one per core."""
     cache: Cache = None
     recall: bool = False
@@ -280,9 +298,9 @@ class Export:
       labelpenet export runs/voc/instances/module4.json VOCdevkit/VOC2012 --split train --to yolo --out labels/
     """
 
-    predictions: Positional[Path]
+    predictions: Positional[Annotated[Path, arg(metavar="PREDICTIONS")]]
     """predictions.json, or the folder of parts of predict --shard; for onnx a student's folder."""
-    data: Positional[Path | None] = None
+    data: Positional[Annotated[Path | None, _optional("[DATA]")]] = None
     """The data set, or the folder of photographs, that the predictions belong to; none for onnx."""
     out: Path = Path("labels")
     """Folder to write; for onnx the file."""
@@ -290,7 +308,7 @@ class Export:
         "coco", "coco-polygons", "coco-results", "voc", "yolo", "labelme", "label-studio", "voc-submission", "onnx"
     ] = "coco"
     """Format; coco-polygons is also for CVAT, labelme for X-AnyLabeling, onnx for programs without torch."""
-    size: str | None = None
+    size: Annotated[str | None, _optional("HxW")] = None
     """onnx: HxW in pixels of the photographs that the file takes, multiples of 32. Default: the student's, 4:3."""
     split: Split = None
     classes: Classes = None
@@ -299,7 +317,7 @@ class Export:
     copy_images: bool = False
     """Copy the photographs beside the labels, upright (not for coco-results and label-studio)."""
     images: ImageFolder = None
-    top: int | None = None
+    top: Annotated[int | None, _optional("N")] = None
     """Only the N most doubtful photographs, first those that a person should check first; for RUN/instances/*.json."""
     tolerance: float = 0.0
     """Pixels by which polygons may differ from the masks, for corners that a person can drag (2 is a good start)."""
@@ -311,15 +329,15 @@ class Export:
 class Measure:
     """Measure every module of a run: predictions on a held-out split, CorLoc of the training images.
 
-    Writes RUN/results.json and RUN/predictions/SPLIT-moduleK.json, prints a table. Only here is annotation read.
+    Writes RUN/results.json and RUN/predictions/SPLIT-moduleK.json, prints a table.
 
     Try:
       labelpenet measure runs/voc VOCdevkit/VOC2012 --split val
     """
 
-    run: Positional[Path]
+    run: RunFolder
     """Run folder of `labelpenet train`."""
-    data: Positional[Path]
+    data: Data
     """The annotated data set."""
     split: str = "val"
     """Held-out split."""
@@ -344,11 +362,11 @@ class Review:
       labelpenet train photos/ --out runs/better --supervision mixed --corrected runs/mine/review.json
     """
 
-    run: Positional[Path]
+    run: RunFolder
     """Run folder of `labelpenet train`."""
-    data: Positional[Path]
+    data: Data
     """The photographs that it was trained on."""
-    out: Path | None = None
+    out: OptionalPath = None
     """File of the verdicts; an earlier one is continued. Default: RUN/review.json."""
     split: TrainingSplit = None
     images: ImageFolder = None
@@ -364,13 +382,13 @@ class Report:
       labelpenet report runs/voc --data VOCdevkit/VOC2012
     """
 
-    run: Positional[Path]
+    run: RunFolder
     """Run folder of `labelpenet train`."""
-    data: Path | None = None
+    data: OptionalPath = None
     """The data set. Default: the one that the run was trained on."""
     split: str = "val"
     """Held-out split."""
-    out: Path | None = None
+    out: OptionalPath = None
     """The page. Default: RUN/report.html, which is replaced."""
     overwrite: Overwrite = False
     images: int = 6
@@ -472,11 +490,14 @@ def _open_training(
     args: Train | ForwardBackward | Distill | Review, classes: Sequence[str] | None
 ) -> tuple[TaggedImages, dict[str, Any]]:
     """The photographs of a training and where they come from; says what there is to say of them."""
+    from labelpenet.data.files import listing
     from labelpenet.formats import open_tagged, training_split
 
     split = args.split or training_split(args.data)
     images = open_tagged(args.data, split, classes, args.images)
-    _say(*images.notes)
+    counts = Counter(tag for image in images.images for tag in image.tags)
+    held = listing(f"{name} in {counts[label]}" for label, name in enumerate(images.classes))
+    _say(*images.notes, f"{len(images.images)} photographs of {args.data}: {held}")
     source = {"data": str(args.data), "split": split}
     return images, source | ({"images": str(args.images)} if args.images else {})
 
@@ -583,7 +604,9 @@ def predict(args: Predict) -> None:
         raise InputError("with --data, at most one folder is given: that of DATA's photographs")
     classes = read_run(args.run)["classes"]
     if args.data:
-        images: Sequence[TaggedImage] = open_tagged(args.data, args.split, classes, *args.images).images
+        tagged = open_tagged(args.data, args.split, classes, *args.images)
+        _say(*tagged.notes)
+        images: Sequence[TaggedImage] = tagged.images
     else:
         images = [TaggedImage(name, path, ()) for name, path in find_images(args.images)]
     reads = [args.run, *([args.data] if args.data else args.images), *(image.path for image in images)]
@@ -609,7 +632,11 @@ def predict(args: Predict) -> None:
         )
         print(f"{part.path}: {len(part.images)} images" + (f", {len(skipped)} skipped" if skipped else ""))
         return
-    skipped = predict_images(predictor, images, args.module, args.out, keep=keep, cache=args.cache)
+    try:
+        skipped = predict_images(predictor, images, args.module, args.out, keep=keep, cache=args.cache)
+    except KeyboardInterrupt as interrupt:
+        line = f"interrupted; {args.out} is not written; with --shard 1/1 --out FOLDER an interrupted command goes on"
+        raise KeyboardInterrupt(line) from interrupt
     done = len(images) - len(skipped)
     if predictor.first:
         print(f"{args.out}: {done} images" + (f", {len(skipped)} skipped" if skipped else ""))
@@ -634,13 +661,18 @@ def evaluate(args: Evaluate) -> None:
     from labelpenet.evaluation import paper_tables, summary_table
     from labelpenet.formats import open_annotated, read_predictions
 
+    if args.table and args.protocol == "coco":
+        raise InputError("the paper's tables are by VOC's protocols; leave --table out, or measure by voc07 or voc12")
     check_outputs([args.json] if args.json else [], [args.predictions, args.data], args.overwrite)
     annotated = open_annotated(args.data, args.split, _names(args.classes), args.images)
     tagged = annotated.tagged
     predictions = read_predictions(args.predictions, tagged, tagged.classes, annotated.categories)
     notes: list[str] = []
     result = measure(predictions, annotated.each(notes), tagged.classes, args.protocol)
-    _say(*predictions.notes, *notes)
+    absent = sum(image.id not in predictions for image in tagged.images)
+    if absent:
+        notes.append(f"{absent} of {len(tagged.images)} images are not in {args.predictions}; their objects are missed")
+    _say(*tagged.notes, *predictions.notes, *notes)
     if args.json:
         write_bytes(args.json, json.dumps(result, indent=1).encode())
     print(summary_table(result).render("text"))
@@ -686,7 +718,6 @@ def export(args: Export) -> None:
     if args.data is None:
         raise InputError(f"{args.predictions}: name the data set that the predictions belong to, too")
     check_new_folder(args.out, [args.data, args.predictions])
-    notes: tuple[str, ...] = ()
     ids: tuple[int, ...] = ()  # a bare results list without names says nothing of a data set without ids
     try:
         images = open_tagged(args.data, args.split, _names(args.classes), args.images)
@@ -694,7 +725,7 @@ def export(args: Export) -> None:
             ids = open_annotated(args.data, args.split, images.classes, args.images).categories
     except NotRecognised:
         images = open_photographs(args.data, _names(args.classes) or class_names(args.predictions))
-        notes = images.notes
+    _say(*images.notes)
     if args.top is not None:
         images = _doubtful(args, images)
     predictions = read_predictions(args.predictions, images, images.classes, ids)
@@ -711,7 +742,7 @@ def export(args: Export) -> None:
         tolerance=args.tolerance,
         overwrite=args.overwrite,
     )
-    _say(*notes, *predictions.notes, *written.notes)
+    _say(*predictions.notes, *written.notes)
     print(f"{args.out}: {len(written.paths)} files")
 
 

@@ -83,6 +83,32 @@ def test_measure_and_report(run: Path, kit: Path) -> None:
     assert 'src="http' not in page
 
 
+def test_measure_says_which_photographs_it_cannot_judge_the_training_by(
+    run: Path, kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, other = tmp_path / "run", tmp_path / "VOC2012"
+    shutil.copytree(run, copy)
+    shutil.copytree(kit, other)
+    options = ["--modules", "4", "--device", "cpu", "--cache", str(run.parent / "cache")]
+    main(["measure", str(copy), str(kit), "--split", "train", *options])
+    assert "trained on 8 of the 8 photographs that it is measured on" in capsys.readouterr().err
+    (other / "ImageSets/Main/train.txt").unlink()  # a split that the run was not trained on, and none at all
+    for choice, words in (("val", "trained on none of the photographs"), ("train", "no split 'train'")):
+        main(["measure", str(copy), str(other), "--train-split", choice, *options])
+        assert words in capsys.readouterr().err
+        results = json.loads((copy / "results.json").read_text())
+        assert (results["train"], set(results["val"])) == ({}, {"4"})  # a CorLoc of 0 would be a lie
+
+
+def test_training_tells_its_photographs_and_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    (tmp_path / "tags.csv").write_text("file,tags\na.jpg,cat;cta\nb.jpg,cat\n")
+    with pytest.raises(SystemExit):
+        main(["train", str(tmp_path), "--out", str(tmp_path / "run"), "--backbone", "none"])
+    assert f"note: 2 photographs of {tmp_path}: cat in 2, cta in 1\n" in capsys.readouterr().err
+
+
 def test_measure_passes_over_photographs_that_it_cannot_read(run: Path, kit: Path, tmp_path: Path) -> None:
     data, copy = tmp_path / "VOC2012", tmp_path / "run"
     shutil.copytree(kit, data)
@@ -232,6 +258,10 @@ def test_help_is_a_line_a_command_and_needs_no_torch(capsys: pytest.CaptureFixtu
     main([])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert len(lines) >= 9 and all(len(line) < 120 for line in lines)
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    page = capsys.readouterr().out
+    assert "PREDICTIONS [DATA]\n" in page and "None" not in page  # the names that its text uses
 
 
 def test_streams_that_end_or_cannot_write_a_name_cost_no_traceback(tmp_path: Path) -> None:
