@@ -203,7 +203,7 @@ class Predict:
     module: Literal[1, 2, 3, 4] = 4
     """Which module predicts."""
     overlays: OptionalPath = None
-    """Folder for pictures with the instances drawn in."""
+    """Folder for pictures with the instances drawn in that have a score of 0.3 or more, or of --min-score."""
     min_score: float = 0.0
     """Instances below are left out of file and pictures."""
     shard: Annotated[str | None, _optional("I/N")] = None
@@ -590,7 +590,7 @@ def predict(args: Predict) -> None:
     from labelpenet.data.images import find_images
     from labelpenet.formats import open_tagged
     from labelpenet.formats.parts import parse_shard
-    from labelpenet.instances import Instances
+    from labelpenet.instances import MIN_SCORE, Instances
     from labelpenet.models.cascade import read_run
     from labelpenet.training.predict import Predictor, predict_images
     from labelpenet.training.shards import predict_shard
@@ -621,7 +621,8 @@ def predict(args: Predict) -> None:
     def keep(image: TaggedImage, instances: Instances) -> Instances:
         instances = instances[instances.weights >= args.min_score]
         if pictures:
-            write_overlay(pictures[image.id], read_image(image.path), instances, classes)
+            shown = instances[instances.weights >= (args.min_score or MIN_SCORE)]
+            write_overlay(pictures[image.id], read_image(image.path), shown, classes)
         return instances
 
     if args.shard:
