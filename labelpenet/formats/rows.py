@@ -214,6 +214,8 @@ def match_categories(
     ids = range(1, len(classes) + 1) if category_ids is None else category_ids
     by_id = {category: label for label, category in enumerate(ids)}
     if entries is None:
+        named = (f"{number} {classes[label]}" for number, label in by_id.items())
+        notes.append(f"{path}: names no categories; their numbers are taken as {listing(named)}")
         return dict(by_id)
     index = {name: label for label, name in enumerate(classes)}
     matched: dict[Any, int | None] = {}
