@@ -792,24 +792,35 @@ def report(args: Report) -> None:
     facts = read_run(args.run)
     source = facts.get("source") or {}
     data = args.data or (Path(source["data"]) if source.get("data") else None)
+    if data is not None and data != args.data and not data.exists():
+        _say(f"no pictures: {data}, which the run was trained on, is not there (seen from this folder); give --data")
+        data = None
     if args.out and real_path(args.out) != real_path(args.run / "report.html"):
         check_outputs([args.out], [args.run, *([data] if data else [])], args.overwrite)
 
-    def opened(split: str | None) -> AnnotatedImages | TaggedImages | None:
-        if data is None or not data.exists():
-            return None
+    def opened(split: str | None) -> AnnotatedImages | TaggedImages:
+        assert data is not None
         try:
             return open_annotated(data, split, facts["classes"], source.get("images"))
         except InputError:
             return open_tagged(data, split, facts["classes"], source.get("images"))
 
+    training = None if data is None else opened(source.get("split"))
     held_out = None
-    if args.split != source.get("split"):
+    if training is not None and args.split != source.get("split"):
+        own = {image.path for image in _tagged(training).images}
         try:
-            held_out = opened(args.split)
+            held_out = opened(args.split).where(lambda image: image.path not in own)
+            if not _tagged(held_out).images:
+                raise InputError(f"{data}: has no photographs but those that the run was trained on")
         except InputError as error:
-            print(f"note: no held-out strips ({error})", file=sys.stderr)
-    print(write_report(args.run, args.out, opened(source.get("split")), held_out, images=args.images))
+            _say(f"no held-out strips ({error})")
+            held_out = None
+    print(write_report(args.run, args.out, training, held_out, images=args.images))
+
+
+def _tagged(images: AnnotatedImages | TaggedImages) -> TaggedImages:
+    return getattr(images, "tagged", images)
 
 
 def demo(args: Demo) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -98,6 +99,35 @@ def test_measure_says_which_photographs_it_cannot_judge_the_training_by(
         assert words in capsys.readouterr().err
         results = json.loads((copy / "results.json").read_text())
         assert (results["train"], set(results["val"])) == ({}, {"4"})  # a CorLoc of 0 would be a lie
+
+
+def test_the_report_calls_no_photograph_held_out_that_was_trained_on(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr("labelpenet.report.write_report", lambda run, out, *data, images: shown.append(data))
+    photos, copy = tmp_path / "photos", tmp_path / "run"
+    shutil.copytree(run, copy)
+    facts = json.loads((copy / "run.json").read_text())
+    del facts["checksum"]
+    names = [f"{label}/a.jpg" for label in facts["classes"]]
+    for name in names:
+        (photos / name).parent.mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(photos / name)
+
+    def report(data: Path, split: str | None) -> str:
+        (copy / "run.json").write_text(json.dumps({**facts, "source": {"data": str(data), "split": split}}))
+        main(["report", str(copy)])
+        return capsys.readouterr().err
+
+    assert "no held-out strips" in report(photos, None)  # a folder without lists is used whole, whatever the split
+    assert len(shown[-1][0].images) == len(names) and shown[-1][1] is None
+    (photos / "val.txt").write_text(names[-1])
+    (photos / "train.txt").write_text("\n".join(names[:-1]))
+    assert report(photos, "train") == ""
+    assert [image.id for image in shown[-1][1].images] == names[-1:]
+    assert "elsewhere, which the run was trained on, is not there" in report(tmp_path / "elsewhere", None)
+    assert shown[-1] == (None, None)
 
 
 def test_training_tells_its_photographs_and_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +121,9 @@ def training_images(
 ) -> AnnotatedImages | None:
     """The annotated photographs of a split that were labelled; None, and a note, where ``data`` has none of them."""
     try:
-        found = open_annotated(data, split, classes, images)
-        own = tuple(image for image in found.tagged.images if image.id in labelled)
-        if own:
-            return replace(found, tagged=replace(found.tagged, images=own))
+        own = open_annotated(data, split, classes, images).where(lambda image: image.id in labelled)
+        if own.tagged.images:
+            return own
         why = f"the run was trained on none of the photographs of {data}, split {split}"
     except InputError as error:
         why = str(error)
