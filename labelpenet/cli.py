@@ -705,9 +705,7 @@ def export(args: Export) -> None:
     """``labelpenet export``; bad input is an `InputError`."""
     from labelpenet.data.files import check_new_folder
     from labelpenet.formats import export as write
-    from labelpenet.formats import open_annotated, open_tagged, read_predictions
-    from labelpenet.formats.open import NotRecognised, open_photographs
-    from labelpenet.formats.predictions import class_names
+    from labelpenet.formats import open_annotated, read_predictions
 
     if args.to == "onnx":
         from labelpenet.models.onnx import export_onnx, parse_size
@@ -720,12 +718,9 @@ def export(args: Export) -> None:
         raise InputError(f"{args.predictions}: name the data set that the predictions belong to, too")
     check_new_folder(args.out, [args.data, args.predictions])
     ids: tuple[int, ...] = ()  # a bare results list without names says nothing of a data set without ids
-    try:
-        images = open_tagged(args.data, args.split, _names(args.classes), args.images)
-        with contextlib.suppress(InputError):
-            ids = open_annotated(args.data, args.split, images.classes, args.images).categories
-    except NotRecognised:
-        images = open_photographs(args.data, _names(args.classes) or class_names(args.predictions))
+    images = _exported(args)
+    with contextlib.suppress(InputError):
+        ids = open_annotated(args.data, args.split, images.classes, args.images).categories
     _say(*images.notes)
     if args.top is not None:
         images = _doubtful(args, images)
@@ -745,6 +740,24 @@ def export(args: Export) -> None:
     )
     _say(*predictions.notes, *written.notes)
     print(f"{args.out}: {len(written.paths)} files")
+
+
+def _exported(args: Export) -> TaggedImages:
+    """The photographs of an export, with the classes asked for, else those of the predictions, where the data set knows
+    them: a class that a split happens not to show is no reason to drop it, or to number the others anew."""
+    from labelpenet.formats import open_tagged
+    from labelpenet.formats.open import NotRecognised, open_photographs
+    from labelpenet.formats.predictions import class_names
+
+    assert args.data is not None
+    asked = _names(args.classes)
+    try:
+        if asked is None:
+            with contextlib.suppress(InputError):
+                return open_tagged(args.data, args.split, class_names(args.predictions), args.images)
+        return open_tagged(args.data, args.split, asked, args.images)
+    except NotRecognised:
+        return open_photographs(args.data, asked or class_names(args.predictions))
 
 
 def _doubtful(args: Export, images: TaggedImages) -> TaggedImages:

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from labelpenet import LabelPEnet
+from labelpenet import Instances, LabelPEnet
 from labelpenet.cli import main
 from labelpenet.data import write_scenes
 
@@ -128,6 +129,32 @@ def test_the_report_calls_no_photograph_held_out_that_was_trained_on(
     assert [image.id for image in shown[-1][1].images] == names[-1:]
     assert "elsewhere, which the run was trained on, is not there" in report(tmp_path / "elsewhere", None)
     assert shown[-1] == (None, None)
+
+
+def test_an_export_keeps_the_classes_that_a_split_does_not_show(
+    kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from labelpenet.formats import open_tagged, write_predictions
+
+    known = open_tagged(kit, None).classes
+    image = next(one for one in open_tagged(kit, "val").images if len(one.tags) == 1)
+    only = tmp_path / "one.txt"
+    only.write_text(image.id)
+    found = Instances(
+        torch.tensor([[1.0, 1, 9, 9]] * len(known)), torch.arange(len(known)), torch.ones(len(known)), (96, 96)
+    )
+    predictions = write_predictions(tmp_path / "p.json", {image.id: found}, [image], known)
+    arguments = [str(predictions), str(kit), "--split", str(only)]
+    main(["export", *arguments, "--to", "yolo", "--out", str(tmp_path / "yolo")])
+    lines = (tmp_path / f"yolo/labels/one/{image.id}.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == [str(label) for label in range(len(known))]
+    main(["evaluate", *arguments])
+    assert "is not asked for, left out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["evaluate", *arguments, "--protocol", "coco", "--table", "text"])
+    assert "leave --table out" in capsys.readouterr().err
+    main(["evaluate", str(predictions), str(kit)])
+    assert "of 12 images are not in" in capsys.readouterr().err
 
 
 def test_training_tells_its_photographs_and_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -227,6 +227,9 @@ def match_categories(
     strangers = [str(entry.get("name", entry["id"])) for entry in entries if matched[entry["id"]] is None]
     if strangers and len(strangers) == len(entries):
         raise InputError(f"{path}: none of its categories ({listing(strangers)}) is among {listing(classes)}")
+    unheard = [name for name in classes if name not in {entry.get("name") for entry in entries}]
+    if unheard and any("name" in entry for entry in entries):
+        notes.append(f"{path}: has no category {listing(unheard)}: nothing can have been found of these")
     notes += brief([f"{path}: category {name} is not asked for, left out" for name in strangers], "categories left out")
     return matched
 
