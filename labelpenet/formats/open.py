@@ -171,5 +171,5 @@ def _recognise_file(
 def _check_truth(data: Path, fine: bool) -> None:
     if not fine:
         raise InputError(
-            f"{data}: holds tags but no boxes or masks; measuring needs a VOC, COCO, YOLO or Label Studio data set"
+            f"{data}: holds tags but no boxes or masks; those need a VOC, COCO, YOLO, Labelme or Label Studio data set"
         )
