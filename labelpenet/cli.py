@@ -598,6 +598,8 @@ def predict(args: Predict) -> None:
 
     if args.shard and (args.devices, args.nodes) != (1, 1):
         raise InputError("--shard is for one process each; leave --devices and --nodes out")
+    if args.shard and args.out.suffix == ".json":
+        raise InputError(f"--shard writes a folder of parts, but --out is {args.out}; give a folder: --out parts/")
     if not args.images and not args.data:
         raise InputError("give photographs (or folders of them) or --data DATA")
     if args.data and len(args.images) > 1:
@@ -690,16 +692,20 @@ def proposals(args: Proposals) -> None:
     from labelpenet.data.proposals import compute_proposals, default_cache
     from labelpenet.evaluation.recall import recall, recall_table
     from labelpenet.formats import open_annotated, open_tagged
+    from labelpenet.formats.open import NotRecognised, open_photographs
 
-    images = open_tagged(args.data, args.split, _names(args.classes), args.images)
+    try:
+        images = open_tagged(args.data, args.split, _names(args.classes), args.images)
+    except NotRecognised:
+        images = open_photographs(args.data, ())  # proposals need no tags
+    annotated = open_annotated(args.data, args.split, _names(args.classes), args.images) if args.recall else None
     settings = config.Proposals(args.method, args.side)
     cache = args.cache or default_cache()
     boxes = compute_proposals(images.images, settings, cache, args.workers, progress=True, model=args.model)
     _say(*images.notes, *boxes.notes)
     mean = sum(map(len, boxes.values())) / max(len(boxes), 1)
     print(f"{len(boxes)} images, {mean:.0f} proposals each on average, cached in {cache}")
-    if args.recall:
-        annotated = open_annotated(args.data, args.split, _names(args.classes), args.images)
+    if annotated is not None:
         print(recall_table(recall(boxes, annotated.readable_truths()[0], annotated.tagged.classes)))
 
 
