@@ -654,6 +654,8 @@ def merge(args: Merge) -> None:
     from labelpenet.data.files import check_outputs
     from labelpenet.formats.parts import merge_parts
 
+    if not args.parts:
+        raise InputError("give the folder of the parts: the --out of predict --shard")
     check_outputs([args.out], args.parts, args.overwrite)
     photographs, instances = merge_parts(args.parts, args.out)
     print(f"{args.out}: {photographs} images, {instances} instances")
@@ -841,7 +843,9 @@ def report(args: Report) -> None:
 
 
 def _tagged(images: AnnotatedImages | TaggedImages) -> TaggedImages:
-    return getattr(images, "tagged", images)
+    from labelpenet.data import TaggedImages
+
+    return images if isinstance(images, TaggedImages) else images.tagged
 
 
 def demo(args: Demo) -> None:
