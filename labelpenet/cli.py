@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -30,20 +31,33 @@ from labelpenet.errors import InputError
 if TYPE_CHECKING:
     from labelpenet.data import AnnotatedImages, TaggedImages
 
-Classes = Annotated[str | None, arg(metavar="A,B,...", help="Only these classes, in this order.")]
-Split = Annotated[str | None, arg(help="VOC: train, val, test, ... or a file of image names.")]
+
+def _optional(metavar: str, help: str | None = None) -> Any:
+    """Of an option that may be left out: its help says what happens then, "(default: None)" does not."""
+    return arg(metavar=metavar, help=help, help_behavior_hint="")
+
+
+OptionalPath = Annotated[Path | None, _optional("PATH")]
+Data = Positional[Annotated[Path, arg(metavar="DATA")]]
+RunFolder = Positional[Annotated[Path, arg(metavar="RUN")]]
+Classes = Annotated[str | None, _optional("A,B,...", "Only these classes, in this order. Default: all.")]
+Split = Annotated[
+    str | None, _optional("NAME", "train, val, test, ... or a file of image names. Default: all but VOC's test.")
+]
 TrainingSplit = Annotated[
     str | None,
-    arg(help="VOC: train, val, trainval or a file of image names. Default: train where there is one, else all."),
+    _optional("NAME", "train, val, ... or a file of image names. Default: VOC's train where there is one, else all."),
 ]
-ImageFolder = Annotated[Path | None, arg(help="Folder of the photographs, where DATA's file lies elsewhere.")]
+ImageFolder = Annotated[Path | None, _optional("PATH", "Folder of the photographs, where DATA's file lies elsewhere.")]
 HeldOut = Annotated[
     str | None,
-    arg(help="A split of DATA that is held out and annotated: measure the modules on it while they are trained."),
+    _optional(
+        "NAME", "A split of DATA that is held out and annotated: measure the modules on it while they are trained."
+    ),
 ]
 Shorten = Annotated[float, arg(help="Multiply every stage's number of steps.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], arg(help="Where to compute.")]
-Cache = Annotated[Path | None, arg(help="Folder of the proposals' cache. Default: the user's cache folder.")]
+Cache = Annotated[Path | None, _optional("PATH", "Folder of the proposals' cache. Default: the user's cache folder.")]
 Protocol = Annotated[
     Literal["voc07", "voc12", "coco"],
     arg(help="voc07: 11 points; voc12: area under the curve; coco: also AP over IoU .5 to .95."),
@@ -70,7 +84,7 @@ class Train:
       labelpenet train photos/ --out runs/better --supervision mixed --corrected runs/mine/review.json
     """
 
-    data: Positional[Path]
+    data: Data
     """Photographs with tags."""
     out: Path
     """Run folder to write."""
@@ -78,7 +92,7 @@ class Train:
     """paper (the literal reading), best (what measures best) or demo (tiny)."""
     backbone: str = "mobilenet_v2"
     """mobilenet_v2, vgg16 or timm/NAME (any of timm's)."""
-    weights: Path | None = None
+    weights: OptionalPath = None
     """ImageNet weights of the backbone (.safetensors or .pth); without it torchvision downloads its own."""
     split: TrainingSplit = None
     images: ImageFolder = None
@@ -87,15 +101,19 @@ class Train:
     until: Literal[1, 2, 3, 4] = 4
     """Last module to train."""
     supervision: Literal["tags", "full", "mixed"] = "tags"
-    """tags: nothing else. full, a yardstick: module 4 alone, on true boxes and masks. mixed: each photograph by the
-    best that it has: masks, boxes or tags."""
-    supervised: Path | None = None
+    """tags alone; full, a yardstick: module 4 on true boxes and masks; mixed: the best that each photograph has."""
+    supervised: OptionalPath = None
     """mixed: a file of image names, one a line; the other photographs count as tagged only. Default: all."""
-    corrected: tuple[Path, ...] = ()
-    """mixed: files or folders of corrected labels (of `labelpenet review` or an annotation tool). Their objects are the
-    truth of their photographs; DATA's own annotation is then read only for --supervised."""
+    corrected: Annotated[
+        tuple[Path, ...],
+        _optional(
+            "[PATH ...]",
+            "mixed: files or folders of corrected labels (of labelpenet review or an annotation tool): the truth of "
+            "their photographs. DATA's own annotation is then read only for --supervised.",
+        ),
+    ] = ()
     shorten: Shorten = 1.0
-    set: tuple[str, ...] = ()
+    set: Annotated[tuple[str, ...], _optional("[PART.FIELD=VALUE ...]")] = ()
     """Change single choices of the recipe: part.field=value ..."""
     training: CascadeOptions = CascadeOptions()
 
@@ -114,9 +132,9 @@ class ForwardBackward:
       labelpenet forward-backward runs/mine photos/ --out runs/mine-fb --set forward_backward.labels=inferred
     """
 
-    run: Positional[Path]
+    run: RunFolder
     """Run folder of the cascade."""
-    data: Positional[Path]
+    data: Data
     """The photographs with tags that it was trained on."""
     out: Path
     """Run folder to write."""
@@ -124,7 +142,7 @@ class ForwardBackward:
     images: ImageFolder = None
     evaluate: HeldOut = None
     shorten: Shorten = 1.0
-    set: tuple[str, ...] = ()
+    set: Annotated[tuple[str, ...], _optional("[PART.FIELD=VALUE ...]")] = ()
     """Change single choices of the run's recipe: part.field=value ..."""
     training: CascadeOptions = CascadeOptions()
 
@@ -144,24 +162,24 @@ class Distill:
       labelpenet distill runs/voc VOCdevkit/VOC2012 --out runs/yardstick --supervision full
     """
 
-    run: Positional[Path]
+    run: RunFolder
     """Run folder of the cascade."""
-    data: Positional[Path]
+    data: Data
     """The photographs that it was trained on."""
     out: Path
     """Folder to write."""
-    labels: Path | None = None
+    labels: OptionalPath = None
     """Predictions or COCO file to learn from. Default: RUN/instances/module4.json."""
     supervision: Literal["labels", "full"] = "labels"
     """labels: the run's. full, a yardstick: the true boxes and masks of DATA."""
-    backbone: str | None = None
+    backbone: Annotated[str | None, _optional("NAME")] = None
     """mobilenet_v2, vgg16 or timm/NAME. Default: the run's."""
-    weights: Path | None = None
+    weights: OptionalPath = None
     """ImageNet weights of the backbone, as for `train`."""
     split: TrainingSplit = None
     images: ImageFolder = None
     shorten: Shorten = 1.0
-    set: tuple[str, ...] = ()
+    set: Annotated[tuple[str, ...], _optional("[PART.FIELD=VALUE ...]")] = ()
     """Change single choices: network, noise, images or schedule, as schedule.steps=800 noise.weighted=false ..."""
     training: RunOptions = RunOptions()
 
@@ -177,23 +195,23 @@ class Predict:
       labelpenet predict runs/voc photos/ --shard 3/100 --out parts/
     """
 
-    run: Positional[Path]
+    run: RunFolder
     """Run folder of `labelpenet train`."""
-    images: Positional[tuple[Path, ...]] = ()
+    images: Positional[Annotated[tuple[Path, ...], _optional("[PHOTOS ...]")]] = ()
     """Photographs, or folders of photographs."""
     out: Path = Path("predictions.json")
     """Predictions file to write."""
     module: Literal[1, 2, 3, 4] = 4
     """Which module predicts."""
-    overlays: Path | None = None
-    """Folder for pictures with the instances drawn in."""
+    overlays: OptionalPath = None
+    """Folder for pictures with the instances drawn in that have a score of 0.3 or more, or of --min-score."""
     min_score: float = 0.0
     """Instances below are left out of file and pictures."""
-    shard: str | None = None
-    """i/n: only the i-th of n parts, into the folder --out; see labelpenet merge."""
+    shard: Annotated[str | None, _optional("I/N")] = None
+    """Only the I-th of N parts, into the folder --out; see labelpenet merge."""
     overwrite: Overwrite = False
-    data: Path | None = None
-    """Instead of images: a data set; its photographs lie in the folder IMAGES, where that is given."""
+    data: OptionalPath = None
+    """Instead of PHOTOS: a data set; its photographs lie in the folder PHOTOS, where that is given."""
     split: Split = None
     device: Device = "auto"
     devices: int = 1
@@ -212,7 +230,7 @@ class Merge:
       labelpenet merge parts/ --out predictions.parquet
     """
 
-    parts: Positional[tuple[Path, ...]]
+    parts: Positional[Annotated[tuple[Path, ...], arg(metavar="PARTS ...")]]
     """Parts, or folders of parts."""
     out: Path = Path("predictions.json")
     """File to write: .json (COCO, as predict writes it) or .parquet (a row for each instance)."""
@@ -228,18 +246,18 @@ class Evaluate:
       labelpenet evaluate predictions.json VOCdevkit/VOC2007 --split test --protocol voc07 --json out.json --table text
     """
 
-    predictions: Positional[Path]
+    predictions: Positional[Annotated[Path, arg(metavar="PREDICTIONS")]]
     """predictions.json, the folder of parts of predict --shard, or another tool's COCO results list."""
-    data: Positional[Path]
+    data: Data
     """The annotated data set."""
     split: Split = None
     images: ImageFolder = None
     protocol: Protocol = "voc12"
     classes: Classes = None
-    json: Path | None = None
+    json: OptionalPath = None
     """File for the result."""
     overwrite: Overwrite = False
-    table: Literal["text", "markdown", "latex"] | None = None
+    table: Annotated[Literal["text", "markdown", "latex"] | None, _optional("{text,markdown,latex}")] = None
     """Print ours beside the paper's tables in this form."""
 
 
@@ -252,7 +270,7 @@ class Proposals:
       labelpenet proposals VOCdevkit/VOC2012 --split val --recall --method selective-search-quality
     """
 
-    data: Positional[Path]
+    data: Data
     """Photographs."""
     split: Split = None
     images: ImageFolder = None
@@ -261,9 +279,9 @@ class Proposals:
     """How."""
     side: int | None = 250
     """Longer side of the image that they are computed on."""
-    model: Path | None = None
+    model: OptionalPath = None
     """OpenCV's structured-edge model, for edge-boxes."""
-    workers: int | None = None
+    workers: Annotated[int | None, _optional("INT")] = None
     """Processes. Default: one per core."""
     cache: Cache = None
     recall: bool = False
@@ -281,9 +299,9 @@ class Export:
       labelpenet export runs/voc/instances/module4.json VOCdevkit/VOC2012 --split train --to yolo --out labels/
     """
 
-    predictions: Positional[Path]
+    predictions: Positional[Annotated[Path, arg(metavar="PREDICTIONS")]]
     """predictions.json, or the folder of parts of predict --shard; for onnx a student's folder."""
-    data: Positional[Path | None] = None
+    data: Positional[Annotated[Path | None, _optional("[DATA]")]] = None
     """The data set, or the folder of photographs, that the predictions belong to; none for onnx."""
     out: Path = Path("labels")
     """Folder to write; for onnx the file."""
@@ -291,7 +309,7 @@ class Export:
         "coco", "coco-polygons", "coco-results", "voc", "yolo", "labelme", "label-studio", "voc-submission", "onnx"
     ] = "coco"
     """Format; coco-polygons is also for CVAT, labelme for X-AnyLabeling, onnx for programs without torch."""
-    size: str | None = None
+    size: Annotated[str | None, _optional("HxW")] = None
     """onnx: HxW in pixels of the photographs that the file takes, multiples of 32. Default: the student's, 4:3."""
     split: Split = None
     classes: Classes = None
@@ -300,7 +318,7 @@ class Export:
     copy_images: bool = False
     """Copy the photographs beside the labels, upright (not for coco-results and label-studio)."""
     images: ImageFolder = None
-    top: int | None = None
+    top: Annotated[int | None, _optional("N")] = None
     """Only the N most doubtful photographs, first those that a person should check first; for RUN/instances/*.json."""
     tolerance: float = 0.0
     """Pixels by which polygons may differ from the masks, for corners that a person can drag (2 is a good start)."""
@@ -312,15 +330,15 @@ class Export:
 class Measure:
     """Measure every module of a run: predictions on a held-out split, CorLoc of the training images.
 
-    Writes RUN/results.json and RUN/predictions/SPLIT-moduleK.json, prints a table. Only here is annotation read.
+    Writes RUN/results.json and RUN/predictions/SPLIT-moduleK.json, prints a table.
 
     Try:
       labelpenet measure runs/voc VOCdevkit/VOC2012 --split val
     """
 
-    run: Positional[Path]
+    run: RunFolder
     """Run folder of `labelpenet train`."""
-    data: Positional[Path]
+    data: Data
     """The annotated data set."""
     split: str = "val"
     """Held-out split."""
@@ -345,11 +363,11 @@ class Review:
       labelpenet train photos/ --out runs/better --supervision mixed --corrected runs/mine/review.json
     """
 
-    run: Positional[Path]
+    run: RunFolder
     """Run folder of `labelpenet train`."""
-    data: Positional[Path]
+    data: Data
     """The photographs that it was trained on."""
-    out: Path | None = None
+    out: OptionalPath = None
     """File of the verdicts; an earlier one is continued. Default: RUN/review.json."""
     split: TrainingSplit = None
     images: ImageFolder = None
@@ -365,13 +383,13 @@ class Report:
       labelpenet report runs/voc --data VOCdevkit/VOC2012
     """
 
-    run: Positional[Path]
+    run: RunFolder
     """Run folder of `labelpenet train`."""
-    data: Path | None = None
+    data: OptionalPath = None
     """The data set. Default: the one that the run was trained on."""
     split: str = "val"
     """Held-out split."""
-    out: Path | None = None
+    out: OptionalPath = None
     """The page. Default: RUN/report.html, which is replaced."""
     overwrite: Overwrite = False
     images: int = 6
@@ -505,11 +523,14 @@ def _open_training(
     args: Train | ForwardBackward | Distill | Review, classes: Sequence[str] | None
 ) -> tuple[TaggedImages, dict[str, Any]]:
     """The photographs of a training and where they come from; says what there is to say of them."""
+    from labelpenet.data.files import listing
     from labelpenet.formats import open_tagged, training_split
 
     split = args.split or training_split(args.data)
     images = open_tagged(args.data, split, classes, args.images)
-    _say(*images.notes)
+    counts = Counter(tag for image in images.images for tag in image.tags)
+    held = listing(f"{name} in {counts[label]}" for label, name in enumerate(images.classes))
+    _say(*images.notes, f"{len(images.images)} photographs of {args.data}: {held}")
     source = {"data": str(args.data), "split": split}
     return images, source | ({"images": str(args.images)} if args.images else {})
 
@@ -602,7 +623,7 @@ def predict(args: Predict) -> None:
     from labelpenet.data.images import find_images
     from labelpenet.formats import open_tagged
     from labelpenet.formats.parts import parse_shard
-    from labelpenet.instances import Instances
+    from labelpenet.instances import MIN_SCORE, Instances
     from labelpenet.models.cascade import read_run
     from labelpenet.training.predict import Predictor, predict_images
     from labelpenet.training.shards import predict_shard
@@ -610,6 +631,8 @@ def predict(args: Predict) -> None:
 
     if args.shard and (args.devices, args.nodes) != (1, 1):
         raise InputError("--shard is for one process each; leave --devices and --nodes out")
+    if args.shard and args.out.suffix == ".json":
+        raise InputError(f"--shard writes a folder of parts, but --out is {args.out}; give a folder: --out parts/")
     if not args.images and not args.data:
         raise InputError("give photographs (or folders of them) or --data DATA")
     if args.split and not args.data:
@@ -618,7 +641,9 @@ def predict(args: Predict) -> None:
         raise InputError("with --data, at most one folder is given: that of DATA's photographs")
     classes = read_run(args.run)["classes"]
     if args.data:
-        images: Sequence[TaggedImage] = open_tagged(args.data, args.split, classes, *args.images).images
+        tagged = open_tagged(args.data, args.split, classes, *args.images)
+        _say(*tagged.notes)
+        images: Sequence[TaggedImage] = tagged.images
     else:
         images = [TaggedImage(name, path, ()) for name, path in find_images(args.images)]
     reads = [args.run, *([args.data] if args.data else args.images), *(image.path for image in images)]
@@ -633,7 +658,8 @@ def predict(args: Predict) -> None:
     def keep(image: TaggedImage, instances: Instances) -> Instances:
         instances = instances[instances.weights >= args.min_score]
         if pictures:
-            write_overlay(pictures[image.id], read_image(image.path), instances, classes)
+            shown = instances[instances.weights >= (args.min_score or MIN_SCORE)]
+            write_overlay(pictures[image.id], read_image(image.path), shown, classes)
         return instances
 
     if args.shard:
@@ -644,12 +670,18 @@ def predict(args: Predict) -> None:
         )
         print(f"{part.path}: {len(part.images)} images" + (f", {len(skipped)} skipped" if skipped else ""))
         return
-    skipped = predict_images(predictor, images, args.module, args.out, keep=keep, cache=args.cache)
+    try:
+        skipped = predict_images(predictor, images, args.module, args.out, keep=keep, cache=args.cache)
+    except KeyboardInterrupt as interrupt:
+        line = f"interrupted; {args.out} is not written; with --shard 1/1 --out FOLDER an interrupted command goes on"
+        raise KeyboardInterrupt(line) from interrupt
     done = len(images) - len(skipped)
+    if skipped and not done:
+        if predictor.first:
+            args.out.unlink()
+        raise InputError("no image could be read; see the lines above")
     if predictor.first:
         print(f"{args.out}: {done} images" + (f", {len(skipped)} skipped" if skipped else ""))
-    if skipped and not done:
-        raise InputError("no image could be read; see the lines above")
 
 
 def merge(args: Merge) -> None:
@@ -657,6 +689,8 @@ def merge(args: Merge) -> None:
     from labelpenet.data.files import check_outputs
     from labelpenet.formats.parts import merge_parts
 
+    if not args.parts:
+        raise InputError("give the folder of the parts: the --out of predict --shard")
     check_outputs([args.out], args.parts, args.overwrite)
     photographs, instances = merge_parts(args.parts, args.out)
     print(f"{args.out}: {photographs} images, {instances} instances")
@@ -669,13 +703,18 @@ def evaluate(args: Evaluate) -> None:
     from labelpenet.evaluation import paper_tables, summary_table
     from labelpenet.formats import open_annotated, read_predictions
 
+    if args.table and args.protocol == "coco":
+        raise InputError("the paper's tables are by VOC's protocols; leave --table out, or measure by voc07 or voc12")
     check_outputs([args.json] if args.json else [], [args.predictions, args.data], args.overwrite)
     annotated = open_annotated(args.data, args.split, _names(args.classes), args.images)
     tagged = annotated.tagged
     predictions = read_predictions(args.predictions, tagged, tagged.classes, annotated.categories)
     notes: list[str] = []
     result = measure(predictions, annotated.each(notes), tagged.classes, args.protocol)
-    _say(*predictions.notes, *notes)
+    absent = sum(image.id not in predictions for image in tagged.images)
+    if absent:
+        notes.append(f"{absent} of {len(tagged.images)} images are not in {args.predictions}; their objects are missed")
+    _say(*tagged.notes, *predictions.notes, *notes)
     if args.json:
         write_bytes(args.json, json.dumps(result, indent=1).encode())
     print(summary_table(result).render("text"))
@@ -690,8 +729,13 @@ def proposals(args: Proposals) -> None:
     from labelpenet.data.proposals import compute_proposals, default_cache
     from labelpenet.evaluation.recall import recall, recall_table
     from labelpenet.formats import open_annotated, open_tagged
+    from labelpenet.formats.open import NotRecognised, open_photographs
 
-    images = open_tagged(args.data, args.split, _names(args.classes), args.images)
+    try:
+        images = open_tagged(args.data, args.split, _names(args.classes), args.images)
+    except NotRecognised:
+        images = open_photographs(args.data, ())  # proposals need no tags
+    annotated = open_annotated(args.data, args.split, _names(args.classes), args.images) if args.recall else None
     settings = config.Proposals(args.method, args.side)
     cache = args.cache or default_cache()
     boxes = compute_proposals(images.images, settings, cache, args.workers, progress=True, model=args.model)
@@ -700,8 +744,7 @@ def proposals(args: Proposals) -> None:
         raise InputError("no image has proposals; see the notes above")
     mean = sum(map(len, boxes.values())) / len(boxes)
     print(f"{len(boxes)} images, {mean:.0f} proposals each on average, cached in {cache}")
-    if args.recall:
-        annotated = open_annotated(args.data, args.split, _names(args.classes), args.images)
+    if annotated is not None:
         print(recall_table(recall(boxes, annotated.readable_truths()[0], annotated.tagged.classes)))
 
 
@@ -709,9 +752,7 @@ def export(args: Export) -> None:
     """``labelpenet export``; bad input is an `InputError`."""
     from labelpenet.data.files import check_new_folder, check_outputs
     from labelpenet.formats import export as write
-    from labelpenet.formats import open_annotated, open_tagged, read_predictions
-    from labelpenet.formats.open import NotRecognised, open_photographs
-    from labelpenet.formats.predictions import class_names
+    from labelpenet.formats import open_annotated, read_predictions
 
     if args.to == "onnx":
         from labelpenet.models.onnx import export_onnx, parse_size
@@ -730,15 +771,11 @@ def export(args: Export) -> None:
     if args.data is None:
         raise InputError(f"{args.predictions}: name the data set that the predictions belong to, too")
     check_new_folder(args.out, [args.data, args.predictions])
-    notes: tuple[str, ...] = ()
     ids: tuple[int, ...] = ()  # a bare results list without names says nothing of a data set without ids
-    try:
-        images = open_tagged(args.data, args.split, _names(args.classes), args.images)
-        with contextlib.suppress(InputError):
-            ids = open_annotated(args.data, args.split, images.classes, args.images).categories
-    except NotRecognised:
-        images = open_photographs(args.data, _names(args.classes) or class_names(args.predictions))
-        notes = images.notes
+    images = _exported(args)
+    with contextlib.suppress(InputError):
+        ids = open_annotated(args.data, args.split, images.classes, args.images).categories
+    _say(*images.notes)
     if args.top is not None:
         images = _doubtful(args, images)
     predictions = read_predictions(args.predictions, images, images.classes, ids)
@@ -755,8 +792,26 @@ def export(args: Export) -> None:
         tolerance=args.tolerance,
         overwrite=args.overwrite,
     )
-    _say(*notes, *predictions.notes, *written.notes)
+    _say(*predictions.notes, *written.notes)
     print(f"{args.out}: {len(written.paths)} files")
+
+
+def _exported(args: Export) -> TaggedImages:
+    """The photographs of an export, with the classes asked for, else those of the predictions, where the data set knows
+    them: a class that a split happens not to show is no reason to drop it, or to number the others anew."""
+    from labelpenet.formats import open_tagged
+    from labelpenet.formats.open import NotRecognised, open_photographs
+    from labelpenet.formats.predictions import class_names
+
+    assert args.data is not None
+    asked = _names(args.classes)
+    try:
+        if asked is None:
+            with contextlib.suppress(InputError):
+                return open_tagged(args.data, args.split, class_names(args.predictions), args.images)
+        return open_tagged(args.data, args.split, asked, args.images)
+    except NotRecognised:
+        return open_photographs(args.data, asked or class_names(args.predictions))
 
 
 def _doubtful(args: Export, images: TaggedImages) -> TaggedImages:
@@ -804,24 +859,37 @@ def report(args: Report) -> None:
     facts = read_run(args.run)
     source = facts.get("source") or {}
     data = args.data or (Path(source["data"]) if source.get("data") else None)
+    if data is not None and data != args.data and not data.exists():
+        _say(f"no pictures: {data}, which the run was trained on, is not there (seen from this folder); give --data")
+        data = None
     if args.out and real_path(args.out) != real_path(args.run / "report.html"):
         check_outputs([args.out], [args.run, *([data] if data else [])], args.overwrite)
 
-    def opened(split: str | None) -> AnnotatedImages | TaggedImages | None:
-        if data is None or not data.exists():
-            return None
+    def opened(split: str | None) -> AnnotatedImages | TaggedImages:
+        assert data is not None
         try:
             return open_annotated(data, split, facts["classes"], source.get("images"))
         except InputError:
             return open_tagged(data, split, facts["classes"], source.get("images"))
 
+    training = None if data is None else opened(source.get("split"))
     held_out = None
-    if args.split != source.get("split"):
+    if training is not None and args.split != source.get("split"):
+        own = {image.path for image in _tagged(training).images}
         try:
-            held_out = opened(args.split)
+            held_out = opened(args.split).where(lambda image: image.path not in own)
+            if not _tagged(held_out).images:
+                raise InputError(f"{data}: has no photographs but those that the run was trained on")
         except InputError as error:
-            print(f"note: no held-out strips ({error})", file=sys.stderr)
-    print(write_report(args.run, args.out, opened(source.get("split")), held_out, images=args.images))
+            _say(f"no held-out strips ({error})")
+            held_out = None
+    print(write_report(args.run, args.out, training, held_out, images=args.images))
+
+
+def _tagged(images: AnnotatedImages | TaggedImages) -> TaggedImages:
+    from labelpenet.data import TaggedImages
+
+    return images if isinstance(images, TaggedImages) else images.tagged
 
 
 def demo(args: Demo) -> None:

@@ -441,8 +441,7 @@ class CascadeOptions(RunOptions):
     cache: Path | None = None
     """Folder of the proposals' cache. Default: the user's cache folder."""
     proposals: Path | None = None
-    """Proposals that another tool has computed, instead of our own: a .mat, .npz, .pkl or .json file, or a folder of
-    masks (docs/proposals.md)."""
+    """Another tool's instead of our own: a .mat, .npz, .pkl or .json file, or a folder of masks (docs/proposals.md)."""
 
 
 def best() -> Recipe:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from labelpenet.errors import InputError
 
+MIN_SCORE = 0.3  # predictions below it are mostly wrong: good for measuring, not for looking at
+
 
 @dataclass(frozen=True, eq=False)
 class CompactMasks:

@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from labelpenet import LabelPEnet
+from labelpenet import Instances, LabelPEnet
 from labelpenet.cli import main
 from labelpenet.data import write_scenes
 
@@ -81,6 +83,87 @@ def test_measure_and_report(run: Path, kit: Path) -> None:
     page = (run / "report.html").read_text()
     assert "<table" in page
     assert 'src="http' not in page
+
+
+def test_measure_says_which_photographs_it_cannot_judge_the_training_by(
+    run: Path, kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, other = tmp_path / "run", tmp_path / "VOC2012"
+    shutil.copytree(run, copy)
+    shutil.copytree(kit, other)
+    options = ["--modules", "4", "--device", "cpu", "--cache", str(run.parent / "cache")]
+    main(["measure", str(copy), str(kit), "--split", "train", *options])
+    assert "trained on 8 of the 8 photographs that it is measured on" in capsys.readouterr().err
+    (other / "ImageSets/Main/train.txt").unlink()  # a split that the run was not trained on, and none at all
+    for choice, words in (("val", "trained on none of the photographs"), ("train", "no split 'train'")):
+        main(["measure", str(copy), str(other), "--train-split", choice, *options])
+        assert words in capsys.readouterr().err
+        results = json.loads((copy / "results.json").read_text())
+        assert (results["train"], set(results["val"])) == ({}, {"4"})  # a CorLoc of 0 would be a lie
+
+
+def test_the_report_calls_no_photograph_held_out_that_was_trained_on(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown: list[Any] = []
+    monkeypatch.setattr("labelpenet.report.write_report", lambda run, out, *data, images: shown.append(data))
+    photos, copy = tmp_path / "photos", tmp_path / "run"
+    shutil.copytree(run, copy)
+    facts = json.loads((copy / "run.json").read_text())
+    del facts["checksum"]
+    names = [f"{label}/a.jpg" for label in facts["classes"]]
+    for name in names:
+        (photos / name).parent.mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(photos / name)
+
+    def report(data: Path, split: str | None) -> str:
+        (copy / "run.json").write_text(json.dumps({**facts, "source": {"data": str(data), "split": split}}))
+        main(["report", str(copy)])
+        return capsys.readouterr().err
+
+    assert "no held-out strips" in report(photos, None)  # a folder without lists is used whole, whatever the split
+    assert len(shown[-1][0].images) == len(names) and shown[-1][1] is None
+    (photos / "val.txt").write_text(names[-1])
+    (photos / "train.txt").write_text("\n".join(names[:-1]))
+    assert report(photos, "train") == ""
+    assert [image.id for image in shown[-1][1].images] == names[-1:]
+    assert "elsewhere, which the run was trained on, is not there" in report(tmp_path / "elsewhere", None)
+    assert shown[-1] == (None, None)
+
+
+def test_an_export_keeps_the_classes_that_a_split_does_not_show(
+    kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from labelpenet.formats import open_tagged, write_predictions
+
+    known = open_tagged(kit, None).classes
+    image = next(one for one in open_tagged(kit, "val").images if len(one.tags) == 1)
+    only = tmp_path / "one.txt"
+    only.write_text(image.id)
+    found = Instances(
+        torch.tensor([[1.0, 1, 9, 9]] * len(known)), torch.arange(len(known)), torch.ones(len(known)), (96, 96)
+    )
+    predictions = write_predictions(tmp_path / "p.json", {image.id: found}, [image], known)
+    arguments = [str(predictions), str(kit), "--split", str(only)]
+    main(["export", *arguments, "--to", "yolo", "--out", str(tmp_path / "yolo")])
+    lines = (tmp_path / f"yolo/labels/one/{image.id}.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == [str(label) for label in range(len(known))]
+    main(["evaluate", *arguments])
+    assert "is not asked for, left out" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["evaluate", *arguments, "--protocol", "coco", "--table", "text"])
+    assert "leave --table out" in capsys.readouterr().err
+    main(["evaluate", str(predictions), str(kit)])
+    assert "of 12 images are not in" in capsys.readouterr().err
+
+
+def test_training_tells_its_photographs_and_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (64, 64)).save(tmp_path / name)
+    (tmp_path / "tags.csv").write_text("file,tags\na.jpg,cat;cta\nb.jpg,cat\n")
+    with pytest.raises(SystemExit):
+        main(["train", str(tmp_path), "--out", str(tmp_path / "run"), "--backbone", "none"])
+    assert f"note: 2 photographs of {tmp_path}: cat in 2, cta in 1\n" in capsys.readouterr().err
 
 
 def test_measure_passes_over_photographs_that_it_cannot_read(run: Path, kit: Path, tmp_path: Path) -> None:
@@ -232,6 +315,10 @@ def test_help_is_a_line_a_command_and_needs_no_torch(capsys: pytest.CaptureFixtu
     main([])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
     assert len(lines) >= 9 and all(len(line) < 120 for line in lines)
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    page = capsys.readouterr().out
+    assert "PREDICTIONS [DATA]\n" in page and "None" not in page  # the names that its text uses
 
 
 def test_streams_that_end_or_cannot_write_a_name_cost_no_traceback(tmp_path: Path) -> None:

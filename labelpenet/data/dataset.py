@@ -5,8 +5,10 @@ and tags and has no field, method or back-reference that leads to a box or a mas
 image by image, through `AnnotatedImages`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +56,10 @@ class TaggedImages:
     images: tuple[TaggedImage, ...]
     notes: tuple[str, ...] = ()
 
+    def where(self, keep: Callable[[TaggedImage], bool]) -> TaggedImages:
+        """The photographs that ``keep`` says yes to, with the same classes and notes."""
+        return replace(self, images=tuple(filter(keep, self.images)))
+
 
 @dataclass(frozen=True)
 class Truth:
@@ -89,6 +95,10 @@ class AnnotatedImages:
     tagged: TaggedImages
     read: Callable[[str], Truth]
     categories: tuple[int, ...]
+
+    def where(self, keep: Callable[[TaggedImage], bool]) -> AnnotatedImages:
+        """As `TaggedImages.where`."""
+        return replace(self, tagged=self.tagged.where(keep))
 
     def truths(self) -> dict[str, Truth]:
         """The truth of every image by id, in the order of the images."""

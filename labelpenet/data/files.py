@@ -457,7 +457,7 @@ def whole_folder(
         check_new_folder(out, reads)
         made = _manifest(out) if out.is_dir() and any(out.iterdir()) else None
         if made is not None and not overwrite and not (extend and made == about):
-            raise InputError(f"{out}: already holds an export; choose another folder, or overwrite it")
+            raise InputError(f"{out}: already holds an export; choose another, or replace it (--overwrite)")
         if part.is_symlink():
             raise InputError(f"{part}: is a link; remove it")
         part.mkdir(parents=True, exist_ok=True)

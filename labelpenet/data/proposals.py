@@ -50,6 +50,7 @@ gives more and smaller regions (OpenCV's default is 150)."""
 
 MOST = 2000  # boxes kept of an image, the first by rank
 MIN_SIZE = 0.02  # shortest side of a box, as a fraction of the image's longer side
+LEAST_WORK = 16  # images a process, for which it is worth the seconds that it takes to start
 
 
 def propose(image: np.ndarray, settings: Settings, model: Path | None = None) -> np.ndarray:
@@ -242,7 +243,8 @@ def compute_proposals(
     Args:
         images, settings, model: as `propose` takes them.
         cache: folder of the cache; made if it does not exist.
-        workers: processes; None for one per usable core, 1 to compute in this process.
+        workers: processes, 1 to compute in this process; None for one per usable core, but not for a few images, which
+            are done before other processes have started.
         progress: say how far it is.
 
     Raises:
@@ -255,7 +257,8 @@ def compute_proposals(
     failures = {path: str(error) for path, error in hashed.items() if isinstance(error, Exception)}
     missing = {target: path for path, target in targets.items() if _load(target) is None}  # alike files: only once
     damaged = [f"{target} was damaged; the proposals were computed again" for target in missing if target.is_file()]
-    results = _run_all(list(missing.values()), partial(_compute, settings, model), count)
+    processes = workers or min(count, len(missing) // LEAST_WORK)
+    results = _run_all(list(missing.values()), partial(_compute, settings, model), processes)
     with contextlib.closing(results):
         for path, result in _tracked(results, len(missing)) if progress and missing else results:
             if isinstance(result, np.ndarray):

@@ -333,7 +333,7 @@ def export_coco_results(
     with new_export(out, images, overwrite, {"format": "coco-results"}) as (folder, done):
         rows = [
             row
-            for image, found in selected(predictions, images, min_score, done.notes)
+            for image, found in selected(predictions, images, min_score, done.notes, as_labels=False)
             for row in found.to_coco(numbers[image.id], ids)
         ]
         done.paths.append(write_text(folder / "results.json", _finite_json(rows, out)))

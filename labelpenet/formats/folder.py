@@ -88,7 +88,7 @@ def open_tags_file(
     if occurring and all(name.isdigit() for name in occurring):
         numbers = sorted(occurring, key=lambda name: (len(name), name))  # int takes neither ² nor 5,000 digits
         notes.append(f"{path.name} calls the classes by numbers: {listing(numbers)}")
-    untagged = sum(name not in tags for name in _image_files(home))
+    untagged = sum(name not in tags for name in image_files(home))
     if untagged:
         notes.append(f"{untagged} images of {home} do not stand in {path.name}; they are not used")
     return tag_names(tags, home, path, split, classes, notes)
@@ -118,7 +118,11 @@ def open_class_folders(data: Path, split: str | None = None, classes: Sequence[s
     if deep:
         notes.append(f"{deep} images lie deeper; their class is the {'lower' if level else 'upper'} folder's name")
     tags = {"/".join(parts): frozenset({parts[level]}) for parts in files}
-    loose = len(_image_files(data))
+    empty = {path.name for path in data.iterdir() if path.is_dir()} - {parts[0] for parts in files} - set(_UNLABELLED)
+    empty = {name for name in empty if not name.startswith((".", "__", "@eaDir"))}
+    if empty:
+        notes.append(f"no photograph lies in {listing(sorted(empty))}: no class of that name")
+    loose = len(image_files(data))
     if loose:
         notes.append(f"{loose} images lie in no class's sub-folder; they are not used")
     return tag_names(tags, data, data, split, classes, notes)
@@ -151,7 +155,9 @@ def tag_names(
         try:
             path = inside(home, name)
             if not is_file(path):
-                raise InputError(f"{path}: no such image; add it or remove it from {source.name}")
+                raise InputError(
+                    f"{path}: no such image; add it, remove it from {source.name}, or give its folder (--images)"
+                )
             found.append(NamedImage(name, path, tags[name]))
         except InputError as error:
             problems.append(str(error))
@@ -267,7 +273,7 @@ def _marked(header: Sequence[str], file: int, row: Sequence[str], where: str) ->
     for index, (name, cell) in enumerate(zip(header, row, strict=False)):
         mark = cell.strip().lower()
         if index != file and mark not in ("", "0", "1", "0.0", "1.0", "false", "true"):
-            raise InputError(f"{where}: column {name!r} holds {cell[:40]!r}, not 0 or 1; remove it, or {_REMEDY}")
+            raise InputError(f"{where}: column {name!r} holds {cell[:40]!r}, not 0 or 1; remove it, or call it tags")
         if index != file and mark in ("1", "1.0", "true"):
             found.append(name)
     return tag_set(found)
@@ -379,10 +385,10 @@ def _all_images(folder: Path) -> Iterator[str]:
     for home, folders, _ in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__", "@eaDir")))
         below = Path(home).relative_to(folder)
-        yield from ((below / name).as_posix() for name in _image_files(Path(home)))
+        yield from ((below / name).as_posix() for name in image_files(Path(home)))
 
 
-def _image_files(folder: Path) -> list[str]:
+def image_files(folder: Path) -> list[str]:
     """Names of the image files that lie directly in a folder, in order; hidden ones are left out."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if Path(entry.name).suffix.lower() in SUFFIXES and entry.is_file()]

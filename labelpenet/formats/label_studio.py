@@ -97,7 +97,7 @@ def open_data(
 
 
 def _read(path: Path, images: Path | None) -> _Tasks:
-    content = _csv_rows(path) if path.suffix.lower() == ".csv" else read_json(path)
+    content = _csv_rows(path) if path.suffix.lower() != ".json" else read_json(path)
     if not is_label_studio(content):
         raise InputError(f"{path}: no Label Studio export; export the project as JSON, JSON-MIN or CSV")
     home = images or (path.parent / "images" if (path.parent / "images").is_dir() else path.parent)

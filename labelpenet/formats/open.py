@@ -121,7 +121,9 @@ def _recognise(
             wrong = "has sub-folders for splits; name one" if split is None else f"no split {split!r}"
             raise InputError(f"{data}: {wrong}; available are {', '.join(below)}")
         return _recognise(data / str(fitting[0]), None, classes, images, truth)
-    lone = [path for path in sorted(data.iterdir()) if path.suffix.lower() in (".json", ".jsonl", ".csv", ".yaml")]
+    lone = [
+        path for path in sorted(data.iterdir()) if path.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv", ".yaml")
+    ]
     if len(lone) > 1:
         raise InputError(
             f"{data}: holds {listing(path.name for path in lone)}; give the file that holds the annotation"
@@ -133,12 +135,18 @@ def _recognise(
     if lone_class and any(name.count("/") == 1 for name in held[lone_class]):
         raise NotRecognised(
             f"{data}: its photographs all lie in one sub-folder, {lone_class}; if that is their class, name it as the "
-            "classes, else add tags.csv (file,tags)"
+            f"classes (--classes {lone_class}), else add tags.csv (file,tags)"
         )
     if held:
         _check_own(data, images)
         _check_truth(data, not truth)
         return folder.open_class_folders(data, split, classes)
+    loose = folder.image_files(data)
+    if loose:
+        raise NotRecognised(
+            f"{data}: no data set recognised: {len(loose)} photographs, but no tags; write tags.csv beside them (first "
+            f"line file,tags, then lines such as {loose[0]},cat;dog) or put them into a sub-folder for each class"
+        )
     raise NotRecognised(f"{data}: no data set recognised; looked for {KINDS}")
 
 
@@ -151,12 +159,12 @@ def _recognise_file(
     content = read_json(path) if suffix == ".json" else None
     if coco.is_coco(content):
         return coco.open_annotated(path, split, classes, images, content)
-    if label_studio.is_label_studio(content) or (suffix == ".csv" and label_studio.is_csv(read_text(path))):
+    if label_studio.is_label_studio(content) or (suffix in (".csv", ".tsv") and label_studio.is_csv(read_text(path))):
         found = label_studio.open_data(path, split, classes, images)
         _check_truth(path, not truth or isinstance(found, AnnotatedImages))
         return found
     tags = isinstance(content, dict) and bool(content) and all(isinstance(one, list) for one in content.values())
-    if suffix in (".csv", ".jsonl") or path.name == "tags.json" or tags:
+    if suffix in (".csv", ".tsv", ".jsonl") or path.name == "tags.json" or tags:
         _check_truth(path, not truth)
         return folder.open_tags_file(path, split, classes, images)
     raise NotRecognised(f"{path}: no data set recognised; give {KINDS}")
@@ -170,5 +178,5 @@ def _check_own(data: Path, images: Path | None) -> None:
 def _check_truth(data: Path, fine: bool) -> None:
     if not fine:
         raise InputError(
-            f"{data}: holds tags but no boxes or masks; measuring needs a VOC, COCO, YOLO or Label Studio data set"
+            f"{data}: holds tags but no boxes or masks; those need a VOC, COCO, YOLO, Labelme or Label Studio data set"
         )

@@ -214,6 +214,8 @@ def match_categories(
     ids = range(1, len(classes) + 1) if category_ids is None else category_ids
     by_id = {category: label for label, category in enumerate(ids)}
     if entries is None:
+        named = (f"{number} {classes[label]}" for number, label in by_id.items())
+        notes.append(f"{path}: names no categories; their numbers are taken as {listing(named)}")
         return dict(by_id)
     index = {name: label for label, name in enumerate(classes)}
     matched: dict[Any, int | None] = {}
@@ -225,6 +227,9 @@ def match_categories(
     strangers = [str(entry.get("name", entry["id"])) for entry in entries if matched[entry["id"]] is None]
     if strangers and len(strangers) == len(entries):
         raise InputError(f"{path}: none of its categories ({listing(strangers)}) is among {listing(classes)}")
+    unheard = [name for name in classes if name not in {entry.get("name") for entry in entries}]
+    if unheard and any("name" in entry for entry in entries):
+        notes.append(f"{path}: has no category {listing(unheard)}: nothing can have been found of these")
     notes += brief([f"{path}: category {name} is not asked for, left out" for name in strangers], "categories left out")
     return matched
 

@@ -13,7 +13,7 @@ from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import safe_name, whole_folder, write_bytes
 from labelpenet.data.images import upright_file
 from labelpenet.errors import InputError
-from labelpenet.instances import Instances
+from labelpenet.instances import MIN_SCORE, Instances
 
 
 @dataclass
@@ -64,14 +64,19 @@ def stems(images: Iterable[TaggedImage], taken: Iterable[str] = (), folders: boo
 
 
 def selected(
-    predictions: Mapping[str, Instances], images: Sequence[TaggedImage], min_score: float, notes: list[str]
+    predictions: Mapping[str, Instances],
+    images: Sequence[TaggedImage],
+    min_score: float,
+    notes: list[str],
+    as_labels: bool = True,
 ) -> Iterator[tuple[TaggedImage, Instances]]:
     """Each image that has a prediction (perhaps an empty one) and its instances to export, in the order of ``images``.
 
     Left out are instances with a score below ``min_score`` and, counted in a note once all are read, those without area
-    (no pixel, or a box of no size), which annotation formats refuse.
+    (no pixel, or a box of no size), which annotation formats refuse. Where they are to be taken ``as_labels``, another
+    note counts the doubtful ones.
     """
-    dropped = 0
+    dropped = weak = total = 0
     for image in images:
         found = predictions.get(image.id)
         if found is None:
@@ -81,9 +86,13 @@ def selected(
         if found.masks is not None:
             whole &= found.masks.flatten(1).any(1)
         dropped += len(found) - int(whole.sum())
-        yield image, found[whole]
+        found = found[whole]
+        weak, total = weak + int((found.weights < MIN_SCORE).sum()), total + len(found)
+        yield image, found
     if dropped:
         notes.append(f"{dropped} instances without area are left out")
+    if weak and as_labels:
+        notes.append(f"{weak} of {total} instances have a score below {MIN_SCORE}; --min-score leaves out weak ones")
 
 
 def clipped_boxes(instances: Instances) -> torch.Tensor:

@@ -353,7 +353,9 @@ def export_voc(
         year = folder if re.fullmatch(r"VOC\d{4}", Path(out).name) else folder / "VOCdevkit" / "VOC2012"
         lists = [year / "ImageSets" / name / f"{safe_name(split)}.txt" for name in listed]
         if any(path.exists() for path in lists):
-            raise InputError(f"{out}: already holds the split {split}; choose another folder, or overwrite it")
+            raise InputError(
+                f"{out}: already holds the split {split}; choose another folder, or replace it (--overwrite)"
+            )
         names = stems(images, (path.stem for path in (year / "Annotations").glob("*.xml")))
         home = Path(out).name if year == folder else year.name
         for image, found in selected(predictions, images, min_score, done.notes):

@@ -47,7 +47,9 @@ def export_yolo(
     with new_export(out, images, overwrite, {"format": "yolo", "classes": list(classes)}, True) as (folder, done):
         labels = folder / "labels" / split
         if labels.exists():
-            raise InputError(f"{out}: already holds the split {split}; choose another folder, or overwrite it")
+            raise InputError(
+                f"{out}: already holds the split {split}; choose another folder, or replace it (--overwrite)"
+            )
         labels.mkdir(parents=True)
         names = stems(images)
         for image, found in selected(predictions, images, min_score, done.notes):

@@ -294,7 +294,7 @@ class Student(nn.Module):
         run = Path(run)
         facts = read_run(run)
         if facts.get("kind") != KIND:
-            raise InputError(f"{run}: holds a cascade, no student; open it with LabelPEnet.from_run")
+            raise InputError(f"{run}: holds a cascade, no student; labelpenet distill makes one of it")
         path = run_folder.weights(run, KIND)
         if not path.is_file():
             raise InputError(f"{run}: the student is not trained yet; finish it with labelpenet distill ... --resume")

@@ -20,14 +20,13 @@ from labelpenet.engine.log import Row, read_metrics
 from labelpenet.errors import InputError
 from labelpenet.evaluation import Table, cascade_table, summary_table
 from labelpenet.formats import read_predictions
-from labelpenet.instances import Instances
+from labelpenet.instances import MIN_SCORE, Instances
 from labelpenet.models.cascade import MODULES, read_run
 from labelpenet.models.student import KIND as STUDENT
 from labelpenet.models.student import load
 from labelpenet.progress import Progress
 from labelpenet.report.plots import Curves, curves, loss_plot, number_of
 from labelpenet.report.strips import (
-    MIN_SCORE,
     Panel,
     Source,
     Strip,

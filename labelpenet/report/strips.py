@@ -18,13 +18,12 @@ from labelpenet.data.images import read_image
 from labelpenet.data.transforms import View
 from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou, mask_iou, record
-from labelpenet.instances import Instances
+from labelpenet.instances import MIN_SCORE, Instances
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.models.student import Student
 from labelpenet.visualize import draw_boxes, draw_instances, draw_map, draw_mask
 
 ReadTruth = Callable[[str], Truth]
-MIN_SCORE = 0.3  # of a prediction for it to be drawn; all of a training image's instances are
 _MAPPED = 2  # instances whose maps are shown, at most
 
 

@@ -12,6 +12,7 @@ import json
 import secrets
 import threading
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, get_args
@@ -274,7 +275,7 @@ def _verdict(body: bytes, objects: int, classes: int) -> tuple[Any, dict[int, in
     return (status, kept) if right and isinstance(status, str) and status in get_args(Status) else None
 
 
-def serve(run: Path, images: TaggedImages, path: Path, port: int, say: Any = print) -> None:
+def serve(run: Path, images: TaggedImages, path: Path, port: int) -> None:
     """Serves the review of a run's labels of its training photographs until Ctrl-C.
 
     Every verdict is written to ``path`` at once; an earlier review is gone on with. ``port`` is of the loopback
@@ -283,6 +284,7 @@ def serve(run: Path, images: TaggedImages, path: Path, port: int, say: Any = pri
     Raises:
         InputError: there is nothing to review, the port is taken, or the file belongs to something else.
     """
+    say = partial(print, flush=True)  # or the address would wait in the buffer of a pipe until the end
     if path.exists() and not is_review(read_json(path)):
         raise InputError(f"{path}: is no file of the review page; choose another --out")
     review = Review.open(run, images, path)
@@ -293,4 +295,4 @@ def serve(run: Path, images: TaggedImages, path: Path, port: int, say: Any = pri
             server.serve_forever()
         except KeyboardInterrupt:
             say(f"\n{path}: {len(review.reviewed)} photographs judged")
-            say(f"next: labelpenet train DATA --out RUN --supervision mixed --corrected {path}")
+            say(f"next: labelpenet train DATA --out NEW_RUN --supervision mixed --corrected {path}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ import numpy as np
 import torch
 
 from labelpenet.data import read_image, run_folder
-from labelpenet.data.dataset import TaggedImage
+from labelpenet.data.dataset import AnnotatedImages, TaggedImage
 from labelpenet.data.files import hash_file, hash_files, read_json, write_json
 from labelpenet.data.proposals import compute_proposals, default_cache
 from labelpenet.engine.checkpoint import versions
 from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
 from labelpenet.evaluation import cascade_table, classification_ap, evaluate
-from labelpenet.formats import open_annotated, open_tagged, read_predictions, write_predictions
+from labelpenet.formats import open_annotated, read_predictions, write_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import read_run
 from labelpenet.models.student import Student
@@ -29,6 +30,8 @@ from labelpenet.training.features import RoIFeatures
 from labelpenet.training.inferred import read_inferred
 from labelpenet.training.predict import Predictor
 from labelpenet.training.pretrain import Boxes
+
+_log = logging.getLogger(__name__)
 
 
 def measure_run(
@@ -45,7 +48,8 @@ def measure_run(
     """Predicts a held-out split with every module and measures it, and the instances of the training images.
 
     Writes ``RUN/predictions/SPLIT-moduleK.json``, kept where it was made from the same photographs and weights, and
-    ``RUN/results.json``. Of a student, which stands in the place of module 4, the held-out split alone is measured.
+    ``RUN/results.json``. Of the training photographs those count that the run labelled; what looks odd is logged. Of a
+    student, which stands in the place of module 4, the held-out split alone is measured.
 
     Returns:
         The table, one row a module; the first row is module 1 before calibration.
@@ -56,22 +60,29 @@ def measure_run(
     student = isinstance(predictor.network, Student)
     modules = (4,) if student else modules
     held_out = open_annotated(data, split, classes, images)
-    train = open_annotated(data, train_split, classes, images)
+    labelled = set[str]() if student else labelled_images(run, len(classes))
+    training = None if student else training_images(labelled, data, train_split, classes, images)
     photographs = held_out.tagged.images
     boxes: Boxes = {}
     if not student:
         settings = predictor.cascade.recipe.proposals
         boxes = compute_proposals(photographs, settings, cache or default_cache(), progress=True)
     key = made_from(run, predictor, photographs)
-    truths, _ = held_out.readable_truths()
-    train_truths, _ = train.readable_truths()
+    truths, notes = held_out.readable_truths()
+    trained_on = sum(image.id in labelled for image in photographs)
+    if trained_on:
+        notes += (f"the run was trained on {trained_on} of the {len(photographs)} photographs that it is measured on",)
+    for note in (*held_out.tagged.notes, *notes):
+        _log.warning("note: %s", note)
+    train_truths = training.readable_truths()[0] if training else {}
     results: dict[str, Any] = {"split": split, "protocol": protocol, "train": {}, "val": {}}
     for number in modules:
         if not student:
             if not run_folder.instances(run, f"module{number}").is_file():
                 continue
-            labels = read_inferred(run, f"module{number}", len(classes))
-            results["train"][str(number)] = evaluate(labels, train_truths, classes, "voc12")
+            if training:
+                labels = read_inferred(run, f"module{number}", len(classes))
+                results["train"][str(number)] = evaluate(labels, train_truths, classes, "voc12")
         path = run_folder.predictions(run, split, number)
         if not is_kept(path, key):
             pairs = ((image.id, found) for image, found in predictor.run(photographs, number, [], boxes))
@@ -85,19 +96,39 @@ def measure_run(
         ranked, probabilities = rank_images(predictor, readable, boxes)
         tags = np.array([[label in image.tags for label in range(len(classes))] for image in readable])
         results["classification_mAP"] = float(np.nanmean(classification_ap(probabilities, tags)))
-        training = open_tagged(data, train_split, classes, images).images
-        train_boxes = compute_proposals(
-            training, predictor.cascade.recipe.proposals, cache or default_cache(), progress=True
-        )
-        learnt = [image for image in training if image.id in train_boxes]
-        features = RoIFeatures(run, predictor.cascade, train_boxes, predictor.fabric)
-        top, _ = rank_images(predictor, learnt, train_boxes, features)
-        results["uncalibrated"] = {
-            "train": evaluate(top, train_truths, classes, "voc12"),
-            "val": evaluate(ranked, truths, classes, protocol),  # type: ignore[arg-type]
-        }
+        results["uncalibrated"] = {"val": evaluate(ranked, truths, classes, protocol)}  # type: ignore[arg-type]
+        if training:
+            settings = predictor.cascade.recipe.proposals
+            train_boxes = compute_proposals(training.tagged.images, settings, cache or default_cache(), progress=True)
+            learnt = [image for image in training.tagged.images if image.id in train_boxes]
+            features = RoIFeatures(run, predictor.cascade, train_boxes, predictor.fabric)
+            top, _ = rank_images(predictor, learnt, train_boxes, features)
+            results["uncalibrated"]["train"] = evaluate(top, train_truths, classes, "voc12")
     write_json(run_folder.results(run), results, indent=1)
     return render(results)
+
+
+def labelled_images(run: Path, num_classes: int) -> set[str]:
+    """The ids of the photographs that the run was trained on, as its first module labelled them."""
+    for name in map("module{}".format, range(1, 5)):
+        if run_folder.instances(run, name).is_file():
+            return set(read_inferred(run, name, num_classes))
+    return set()
+
+
+def training_images(
+    labelled: Collection[str], data: Path, split: str | None, classes: Sequence[str], images: Path | None
+) -> AnnotatedImages | None:
+    """The annotated photographs of a split that were labelled; None, and a note, where ``data`` has none of them."""
+    try:
+        own = open_annotated(data, split, classes, images).where(lambda image: image.id in labelled)
+        if own.tagged.images:
+            return own
+        why = f"the run was trained on none of the photographs of {data}, split {split}"
+    except InputError as error:
+        why = str(error)
+    _log.warning("note: no figures of the training photographs (%s)", why)
+    return None
 
 
 def made_from(run: Path, predictor: Predictor, images: Sequence[TaggedImage]) -> str:
@@ -158,7 +189,7 @@ def render(results: dict[str, Any]) -> str:
     """The table of a run's results as text."""
     train, val = dict(results["train"]), dict(results["val"])
     if "uncalibrated" in results:
-        train = {"1, top proposals": results["uncalibrated"]["train"], **train}
+        train = {"1, top proposals": results["uncalibrated"].get("train", {}), **train}
         val = {"1, top proposals": results["uncalibrated"]["val"], **val}
     lines = [cascade_table(train, val).render("text")]
     if "classification_mAP" in results:

@@ -81,8 +81,9 @@ class Predictor:
             except InputError as error:
                 return image, None, f"skipped: {error}"
 
+        work = "predicting" if isinstance(self.network, Student) else f"module {module} predicts"
         with (
-            Progress("predicting", len(images), 0, None if self.first else silent) as progress,
+            Progress(work, len(images), 0, None if self.first else silent) as progress,
             contextlib.closing(map_images(attempt, images, self.fabric.device)) as results,
         ):
             for done, (image, found, note) in enumerate(results):

@@ -267,7 +267,9 @@ def studio_csv(cell: str, mark: str = ",") -> Any:
         rows = (["annotation_id", "annotator", "choice", "created_at", "id", "image", "lead_time", "updated_at"],
                 ["1", "1", quoted, "now", "1", "/data/upload/1/0a1b2c3d-a.jpg", "2.5", "now"],
                 ["2", "1", "", "now", "2", "/data/upload/1/0a1b2c3d-b.jpg", "2.5", "now"])  # fmt: skip
-        return write(root / "export.csv", "".join(mark.join(row) + "\n" for row in rows))
+        return write(
+            root / ("export.tsv" if mark == "\t" else "export.csv"), "".join(mark.join(row) + "\n" for row in rows)
+        )
 
     return fill
 
@@ -368,7 +370,7 @@ LAYOUTS: dict[str, Layout] = {
     "CSV, tags in quotes": Layout(table("tags.csv", 'file,tags\na.jpg,"cat, dog"\nsub/b.jpg,\n'), tags=DEEP),
     "CSV, tags between bars": Layout(table("tags.csv", "filename,labels\na.jpg,cat|dog\nsub/b.jpg,\n"), tags=DEEP),
     "CSV with semicolons": Layout(table("tags.csv", "image;label\na.jpg;cat,dog\nsub/b.jpg;\n"), tags=DEEP),
-    "CSV with tabs": Layout(table("tags.csv", "file\ttags\na.jpg\tcat;dog\nsub/b.jpg\t\n"), tags=DEEP),
+    "CSV with tabs": Layout(table("tags.tsv", "file\ttags\na.jpg\tcat;dog\nsub/b.jpg\t\n"), tags=DEEP),
     "CSV of lists": Layout(table("tags.csv", "file,tags\na.jpg,\"['cat', 'dog']\"\nsub/b.jpg,[]\n"), tags=DEEP),
     "CSV, a row a tag": Layout(table("tags.csv", "image_id,label\na.jpg,cat\na.jpg,dog\nsub/b.jpg,\n"), tags=DEEP),
     "CSV, names without suffix": Layout(table("tags.csv", "image_id,tags\na,cat;dog\nsub/b,\n"), tags=DEEP),
@@ -432,6 +434,7 @@ LAYOUTS: dict[str, Layout] = {
 REFUSED: dict[str, tuple[Callable[[Path], Path], str | None, str]] = {
     "FiftyOne without its labels": (class_folders("data/a.jpg"), None, "no data set recognised"),
     "CVAT's YOLO without its lists": (class_folders("obj_train_data/a.jpg"), None, "no data set recognised"),
+    "photographs alone": (class_folders("a.jpg", "b.jpg"), None, "2 photographs, but no tags; write .*a.jpg,cat;dog"),
     "KITTI's photographs": (class_folders("image_2/a.jpg", "image_2/b.jpg"), None, "in one sub-folder, image_2; if"),
     "photographs beside masks": (class_folders("img/a.jpg", "gt/a.jpg"), None, "no data set recognised"),
     "a tag, or two with a blank": (table("tags.csv", "file,tags\na.jpg,cat dog\nsub/b.jpg,cat;dog\n"), None,

@@ -83,6 +83,8 @@ def test_one_sub_folder_per_class(tmp_path: Path) -> None:
     )
     assert tags_of(tmp_path, None, ["dog"])["cat/1.jpg"] == ()
     assert any("1 images lie in no class" in note for note in open_tagged(tmp_path).notes)
+    (tmp_path / "cow").mkdir()
+    assert "no photograph lies in cow: no class of that name" in open_tagged(tmp_path).notes
 
 
 def test_sub_folders_for_splits(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def test_bare_results_list_of_another_tool(tmp_path, kind):
     rows = [row for key, one in zip(keys, found.values(), strict=True) for row in one.to_coco(key, IDS)]
     read = read_predictions(saved(tmp_path / "r.json", rows), images, CLASSES, IDS)
     assert list(read) == ["2008_000001", "2008_000002"]  # no row speaks of the third
+    assert f"their numbers are taken as 17 {CLASSES[0]}, 3 {CLASSES[1]}, 5 {CLASSES[2]}" in read.notes[0]
     for name in read:
         assert_same(read[name], found[name])
 
@@ -135,7 +136,7 @@ def test_scores_beyond_one_keep_their_order(tmp_path):
     ]
     read = read_predictions(saved(tmp_path / "r.json", rows), images, CLASSES, IDS)
     assert read["2008_000001"].weights.tolist() == pytest.approx([0, 1.5 / 8, 1, 0.5])
-    assert "mapped onto [0, 1]" in read.notes[0]
+    assert "mapped onto [0, 1]" in read.notes[-1]
 
 
 def test_a_prediction_without_area_survives(tmp_path):
