@@ -480,6 +480,8 @@ def _parsed(arguments: list[str]) -> Any:
     Raises:
         InputError: what tyro says of the arguments, in one line instead of its box; SystemExit: the help was printed.
     """
+    if any("\0" in one for one in arguments):
+        raise InputError("an argument holds a NUL, which no path and no name can; leave it out")
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

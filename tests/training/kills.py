@@ -13,6 +13,7 @@ import random
 import shutil
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,8 @@ def attempt(arguments: Sequence[str], log: Path, seconds: float = 0, change: int
             status = 0
         except SystemExit as stop:
             status = int(stop.code or 0)
+        except BaseException:
+            traceback.print_exc()
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
             os.write(write, str(seen).encode())
@@ -81,21 +84,22 @@ def phase(out: Path) -> str:
     return "+".join(have) + (f", in {begun[-1]}" if begun else "")
 
 
-def torture(arguments: Sequence[str], out: Path, kills: int, whole: End, rng: random.Random, log: Path) -> list[str]:
+def torture(arguments: Sequence[str], out: Path, kills: int, whole: End, rng: random.Random, log: Path) -> None:
     """Kills a command ``kills`` times, each time going on with what is there; a line a kill. It has ended well then."""
-    lines: list[str] = []
+    done, last = 0, ""
     while True:
         limits = {"seconds": rng.uniform(0.001, 0.6 * whole.seconds)}
         if rng.random() < 0.5:
             limits = {"change": rng.randint(1, max(1, int(0.7 * whole.changes)))}
-        end = attempt(arguments, log, **(limits if len(lines) < kills else {}))
+        end = attempt(arguments, log, **(limits if done < kills else {}))
         if end.killed:
-            lines.append(f"killed {arguments[0]} {limits} {phase(out) if out.is_dir() else ''}")
+            done, last = done + 1, f"killed {arguments[0]} {limits} {phase(out) if out.is_dir() else ''}"
+            print(last, flush=True)
             continue
         if end.status or "Traceback" in end.said:
-            raise SystemExit(f"{' '.join(arguments)}: ended with {end.status} after {lines[-1:]}:\n{end.said}")
-        if len(lines) >= kills:
-            return lines
+            raise SystemExit(f"{' '.join(arguments)}: ended with {end.status} after {last}:\n{end.said}")
+        if done >= kills:
+            return
         shutil.rmtree(out) if out.is_dir() else out.unlink()  # ended too early: once more from the start
 
 
@@ -115,8 +119,8 @@ def main() -> None:
         whole = attempt(straight, log)
         if whole.status:
             raise SystemExit(f"{' '.join(straight)}: ended with {whole.status}:\n{whole.said}")
-        lines = torture(world, Path(plan["world"]) / out, kills, whole, rng, log)
-        print("\n".join(lines), f"\ndone {arguments[0]}: {whole.seconds:.1f} s, {whole.changes} changes", flush=True)
+        torture(world, Path(plan["world"]) / out, kills, whole, rng, log)
+        print(f"done {arguments[0]}: {whole.seconds:.1f} s, {whole.changes} changes", flush=True)
 
 
 if __name__ == "__main__":
