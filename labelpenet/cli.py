@@ -713,7 +713,7 @@ def proposals(args: Proposals) -> None:
 
 def export(args: Export) -> None:
     """``labelpenet export``; bad input is an `InputError`."""
-    from labelpenet.data.files import check_new_folder
+    from labelpenet.data.files import check_new_folder, check_outputs
     from labelpenet.formats import export as write
     from labelpenet.formats import open_annotated, read_predictions
 
@@ -721,9 +721,14 @@ def export(args: Export) -> None:
         from labelpenet.models.onnx import export_onnx, parse_size
         from labelpenet.models.student import Student
 
+        if args.data is not None:
+            raise InputError(f"{args.data}: onnx needs no data set; give the student's folder alone")
+        check_outputs([args.out], [args.predictions], args.overwrite)
         height, width = export_onnx(Student.from_run(args.predictions), args.out, parse_size(args.size))
         print(f"{args.out}: takes photographs of {height} x {width} pixels (height x width)")
         return
+    if args.size is not None:
+        raise InputError(f"--size {args.size}: is for onnx; leave it out for {args.to}")
     if args.data is None:
         raise InputError(f"{args.predictions}: name the data set that the predictions belong to, too")
     check_new_folder(args.out, [args.data, args.predictions])
