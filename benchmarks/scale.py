@@ -3,8 +3,8 @@
     python benchmarks/scale.py --photographs 20000 --workers 1 2
 
 Generates small photographs and a cascade of the tiny backbone with random weights, labels them by `predict --shard`,
-one process a shard, merges the parts, and exports and evaluates them as parts. Rates hold for this network and these
-photographs; what does not depend on them is how memory and disk grow.
+one process a shard, merges the parts, and exports them as parts. Rates hold for this network, which is as cheap as one
+gets, and these photographs; what does not depend on them is how memory and disk grow.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,9 +36,9 @@ CLASSES = ("cat", "dog")
 def random_run(run: Path) -> Path:
     """A run folder of random weights that find one instance a class."""
     torch.manual_seed(0)
-    small = [f"modules.2.predict.{one}" for one in ("per_class=1", "side=64", "iterations=1")]
+    small = [f"modules.2.predict.{one}" for one in ("per_class=1", "side=64", "iterations=0", "max_attention=5")]
     recipe = config.override(
-        config.recipe("demo"), ["images.test_side=64", "modules.*.rpn_post_nms_top_n_test=20", *small]
+        config.recipe("demo"), ["images.test_side=64", "modules.*.rpn_post_nms_top_n_test=10", *small]
     )
     network = LabelPEnet(build_backbone("tiny", pretrained=False), CLASSES, recipe)
     run.mkdir()
@@ -60,14 +61,25 @@ def photographs(folder: Path, count: int, side: int) -> Path:
     return folder
 
 
-def timed(commands: Sequence[Sequence[str]]) -> tuple[float, float, float]:
-    """Runs commands side by side: seconds by the clock, seconds of processors, MiB of the largest at its peak."""
+def timed(
+    commands: Sequence[Sequence[str]], growing: Path | None = None
+) -> tuple[float, float, float, list[list[int]]]:
+    """Runs commands side by side.
+
+    Returns:
+        seconds by the clock, seconds of processors, MiB of the largest at its peak, and, where a folder of ``growing``
+        parts is given, what the first took while they grew: bytes of parts, MiB.
+    """
     before, began = os.times(), time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen([sys.executable, "-m", "labelpenet", *one], env=environment, stdout=subprocess.DEVNULL)
         for one in commands
     ]
+    curve: list[list[int]] = []
+    while growing is not None and not os.waitid(os.P_PID, running[0].pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        time.sleep(1)
+        curve.append([sum(path.stat().st_size for path in growing.glob("*.partial")), resident(running[0].pid)])
     peak = 0
     for process in running:
         _, status, usage = os.wait4(process.pid, 0)
@@ -77,21 +89,33 @@ def timed(commands: Sequence[Sequence[str]]) -> tuple[float, float, float]:
         peak = max(peak, usage.ru_maxrss)
     after = os.times()
     spent = after.children_user + after.children_system - before.children_user - before.children_system
-    return time.monotonic() - began, spent, peak / 1024
+    return time.monotonic() - began, spent, peak / 1024, curve
 
 
-def measure(home: Path, count: int, workers: int, side: int) -> dict[str, float]:
+def resident(pid: int) -> int:
+    """MiB of a process that are in memory; 0 where it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+    except (OSError, IndexError):
+        return 0
+
+
+def measure(home: Path, count: int, workers: int, side: int) -> dict[str, Any]:
     """One row of the table."""
     home.mkdir()
     run, photos, parts = random_run(home / "run"), photographs(home / "photos", count, side), home / "parts"
     predict = ["predict", str(run), str(photos), "--module", "2", "--device", "cpu", "--out", str(parts)]
-    clock, spent, memory = timed([[*predict, "--shard", f"{i + 1}/{workers}"] for i in range(workers)])
+    shards = [[*predict, "--shard", f"{i + 1}/{workers}"] for i in range(workers)]
+    clock, spent, memory, curve = timed(shards, parts)
+    each = sum(path.stat().st_size for path in parts.iterdir()) / count
     row = {"photographs": count, "workers": workers, "a second": count / clock, "CPU ms each": 1000 * spent / count}
-    row |= {"MiB predict": memory, "bytes each": sum(path.stat().st_size for path in parts.iterdir()) / count}
+    row |= {"MiB predict": memory, "bytes each": each}
     merged = timed([["merge", str(parts), "--out", str(home / "found.json")]])
     exported = timed([["export", str(parts), str(photos), "--to", "yolo", "--out", str(home / "yolo")]])
     row |= {"s merge": merged[1], "MiB merge": merged[2], "s export": exported[1], "MiB export": exported[2]}
-    return row
+    tenths = [curve[len(curve) * part // 10] for part in range(10) if curve] + curve[-2:-1]
+    shown = {key: round(value, 2) for key, value in row.items()}
+    return shown | {"photographs, MiB": [[round(size / each), memory] for size, memory in tenths]}
 
 
 def main() -> None:
@@ -105,7 +129,7 @@ def main() -> None:
         for workers in options.workers:
             with tempfile.TemporaryDirectory() as home:
                 row = measure(Path(home) / "home", count, workers, options.side)
-            print(json.dumps({key: round(value, 2) for key, value in row.items()}), flush=True)
+            print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -322,7 +323,7 @@ class Export:
     tolerance: float = 0.0
     """Pixels by which polygons may differ from the masks, for corners that a person can drag (2 is a good start)."""
     overwrite: bool = False
-    """Replace an earlier export that nobody has changed."""
+    """Replace an earlier export that nobody has changed; an ONNX file in any case."""
 
 
 @dataclass
@@ -461,29 +462,61 @@ def _run(arguments: list[str]) -> None:
     if arguments in ([], ["-h"], ["--help"]):
         print(overview())
         return
-    command: Any = tyro.cli(
-        Command,
-        prog="labelpenet",
-        description="Instance segmentation from image tags alone.",
-        args=arguments,
-        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
-    )
+    command = _parsed(arguments)
     for part in (command, getattr(command, "training", None)):
         if part is not None:
-            check_ranges(part, lambda name: f"--{name.replace('_', '-')}")
+            check_ranges(part, _spelt)
     RUN[type(command)](command)
+
+
+def _spelt(field: str) -> str:
+    """An option as it is given."""
+    return f"--{field.replace('_', '-')}"
+
+
+def _parsed(arguments: list[str]) -> Any:
+    """The command that is asked for, with its options.
+
+    Raises:
+        InputError: what tyro says of the arguments, in one line instead of its box; SystemExit: the help was printed.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                Command,
+                prog="labelpenet",
+                description="Instance segmentation from image tags alone.",
+                args=arguments,
+                config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+    rows = [row.strip("│| ") for row in said.getvalue().splitlines()[1:-1]]
+    end = next((number for number, row in enumerate(rows) if not row.strip("─-")), len(rows))
+    meant = re.search(r"Perhaps you meant:\s+(--[\w-]+)", " ".join(rows[end:]))
+    line = " ".join(rows[:end]).rstrip(". ")
+    line = line if len(line) < 400 else f"{line[:400]}..."
+    help_of = f" {arguments[0]}" if arguments[0] in COMMANDS else ""
+    raise InputError(f"{line}{f' (perhaps {meant[1]})' if meant else ''}; see labelpenet{help_of} --help")
 
 
 def _end(status: int, line: str) -> NoReturn:
     """Ends the command with a line on standard error, if there still is one."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(f"labelpenet: {line}", file=sys.stderr, flush=True)
+        print(f"labelpenet: {_printable(line)}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 def _say(*notes: str) -> None:
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {_printable(note)}", file=sys.stderr)
+
+
+def _printable(line: str) -> str:
+    """A line in which no name of a file or class breaks the line or moves the cursor."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
 
 
 def _open_training(
@@ -602,6 +635,8 @@ def predict(args: Predict) -> None:
         raise InputError(f"--shard writes a folder of parts, but --out is {args.out}; give a folder: --out parts/")
     if not args.images and not args.data:
         raise InputError("give photographs (or folders of them) or --data DATA")
+    if args.split and not args.data:
+        raise InputError("--split is of a data set; give that with --data, or leave --split out")
     if args.data and len(args.images) > 1:
         raise InputError("with --data, at most one folder is given: that of DATA's photographs")
     classes = read_run(args.run)["classes"]
@@ -705,7 +740,9 @@ def proposals(args: Proposals) -> None:
     cache = args.cache or default_cache()
     boxes = compute_proposals(images.images, settings, cache, args.workers, progress=True, model=args.model)
     _say(*images.notes, *boxes.notes)
-    mean = sum(map(len, boxes.values())) / max(len(boxes), 1)
+    if not boxes:
+        raise InputError("no image has proposals; see the notes above")
+    mean = sum(map(len, boxes.values())) / len(boxes)
     print(f"{len(boxes)} images, {mean:.0f} proposals each on average, cached in {cache}")
     if annotated is not None:
         print(recall_table(recall(boxes, annotated.readable_truths()[0], annotated.tagged.classes)))
@@ -721,14 +758,16 @@ def export(args: Export) -> None:
         from labelpenet.models.onnx import export_onnx, parse_size
         from labelpenet.models.student import Student
 
-        if args.data is not None:
-            raise InputError(f"{args.data}: onnx needs no data set; give the student's folder alone")
+        plain = Export(args.predictions, out=args.out, to="onnx", size=args.size, overwrite=args.overwrite)
+        of_labels = [name for name, value in vars(args).items() if value != getattr(plain, name)]
+        if of_labels:
+            raise InputError(f"--to onnx writes a network, no labels; leave {_spelt(of_labels[0])} out")
         check_outputs([args.out], [args.predictions], args.overwrite)
         height, width = export_onnx(Student.from_run(args.predictions), args.out, parse_size(args.size))
         print(f"{args.out}: takes photographs of {height} x {width} pixels (height x width)")
         return
     if args.size is not None:
-        raise InputError(f"--size {args.size}: is for onnx; leave it out for {args.to}")
+        raise InputError("--size is for --to onnx; labels have the size of their photographs")
     if args.data is None:
         raise InputError(f"{args.predictions}: name the data set that the predictions belong to, too")
     check_new_folder(args.out, [args.data, args.predictions])

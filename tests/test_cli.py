@@ -163,7 +163,7 @@ def test_an_onnx_file_replaces_no_other(tmp_path: Path, capsys: pytest.CaptureFi
     export = ["export", str(tmp_path / "student"), "--out", str(photograph)]
     assert "is there already" in one_line([*export, "--to", "onnx"], capsys)
     assert photograph.read_bytes() == b"photograph"
-    assert "is for onnx" in one_line([*export, "--to", "coco", "--size", "64x64"], capsys)
+    assert "is for --to onnx" in one_line([*export, "--to", "coco", "--size", "64x64"], capsys)
 
 
 def test_training_tells_its_photographs_and_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,19 +1,23 @@
 """Hostile values for every option, hostile files in every place: one line and exit status 2, or they are harmless.
 
 Every command is called in this process on a small run, data set and predictions, of which one or two arguments are
-replaced. A refused command must leave everything as it was; an accepted one must have been given numbers within their
-ranges. ``LABELPENET_FUZZ=5000 pytest -m slow tests/test_cli_fuzz.py`` tries so many a command.
+replaced: first each alone by each hostile value, in a random order, then pairs. A refused command must leave everything
+as it was; an accepted one must have been given numbers within their ranges. ``LABELPENET_FUZZ=5000 pytest -m slow
+tests/test_cli_fuzz.py`` tries so many a command.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
 import random
 import shutil
+import stat
 import typing
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +36,8 @@ VALUES = (
     *("nan", "inf", "-inf", "-1", "0", "1", "0.5", "1e999", "1000000", str(10**40), "", " ", ",", "a,,b", "x\0y"),
     *("\u2603", "../../x", "/proc/self/mem", "x" * 5000, "--help-me", "%s%n", "$(false)", "\x1b[2J", "none", "True"),
     *("0/0", "3/2", "1/0", "-1/2", "1/2", "HxW", "32x32", "0x0", "99999999x32", "timm/x", "\udcff", "~", "ball,ball"),
+    *("9" * 5000, "1e-400", "-0.0", "0x10", "1_000", "1e3", "1,5", "0.1.2", "\u0663", "\u22125", "\u00b2", " 5", "+5"),
+    *("null", "{}", "[]", "a\nb", "a\r\x1b[1Ab", "e\u0301", "\u202egpj.exe", "file:///x", "--", "-", ".", ".."),
 )  # fmt: skip
 SETTINGS = (
     *("images.sides=-5", "modules.9.rois=1", "modules.*.schedule.lr=nan", "=", "a=b=c", "proposals.limit=-1"),
@@ -81,6 +87,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (hostile / "loop").symlink_to(hostile / "loop")
     (hostile / "out").symlink_to(photos)
     os.mkfifo(hostile / "fifo")
+    with contextlib.suppress(PermissionError):  # root may, and what root replaces is gone for everyone
+        os.mknod(hostile / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        os.mknod(hostile / "zero", stat.S_IFCHR | 0o666, os.makedev(1, 5))
     shutil.copytree(run, hostile / "run")
     (hostile / "run" / "run.json").write_bytes(b'{"recipe": 3, "classes": "x"}')
     Image.fromarray(np.zeros((1, 1, 3), np.uint8)).save(hostile / "one.png")
@@ -91,7 +100,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def state(world: Path) -> dict[str, int]:
     """Everything in the world but what a command may make anew: content by size and time, links as they are."""
     found = (path for path in world.rglob("*") if not path.relative_to(world).parts[0].startswith("new"))
-    return {str(path): path.lstat().st_mtime_ns * 2**20 + path.lstat().st_size for path in found if not path.is_dir()}
+    return {
+        str(path): one.st_mode if stat.S_ISCHR(one.st_mode) else one.st_mtime_ns * 2**20 + one.st_size
+        for path, one in ((path, path.lstat()) for path in found if not path.is_dir())
+    }
 
 
 def good(name: str, world: Path) -> tuple[list[str], dict[str, str | None]]:
@@ -116,16 +128,20 @@ def good(name: str, world: Path) -> tuple[list[str], dict[str, str | None]]:
     }[name]
 
 
+def places_of(world: Path) -> list[str]:
+    """Hostile files and folders, and good ones of another kind."""
+    names = (*CONTENTS, "sub", "loop", "out", "fifo", "null", "zero", "run", "one.png", "missing")
+    good = ("run", "photos", "found.json", "parts", "scenes", "")
+    return [str(world / "hostile" / name) for name in names] + [str(world / name) for name in good]
+
+
 def hostile_value(option: str, hint: object, world: Path, rng: random.Random) -> str:
-    files = [
-        str(world / "hostile" / name) for name in (*CONTENTS, "sub", "loop", "out", "fifo", "run", "one.png", "missing")
-    ]
     if option == "set" and rng.random() < 0.8:
         return (
             rng.choice(SETTINGS) if rng.random() < 0.7 else mutated(rng.choice(SETTINGS).encode(), rng).decode("latin1")
         )
     if "Path" in str(hint) and rng.random() < 0.7:
-        return rng.choice([*files, str(world / "run"), str(world / "photos"), str(world / "found.json"), str(world)])
+        return rng.choice(places_of(world))
     if rng.random() < 0.15:
         return rng.choice(TOKENS).decode("latin1")
     return rng.choice(VALUES)
@@ -143,16 +159,52 @@ def options_of(command: type) -> dict[str, object]:
     return found
 
 
-def attack(name: str, world: Path, rng: random.Random, capsys: pytest.CaptureFixture[str]) -> str:
-    """One call with one or two arguments replaced; how it ended."""
-    hints, (places, options) = options_of(COMMANDS[name]), good(name, world)
-    names = [one for one in hints if one != "overwrite"]  # with it, files that are given by name may be replaced
-    for _ in range(rng.choice((1, 1, 2))):
-        if places and rng.random() < 0.25:
-            places[rng.randrange(len(places))] = hostile_value("", Path, world, rng)
-        else:
-            option = rng.choice(names)
-            options[option] = None if hints[option] is bool else hostile_value(option, hints[option], world, rng)
+Call = tuple[list[str], dict[str, str | None]]
+
+
+def replaced(name: str, world: Path) -> Iterator[Call]:
+    """Every place and option of a command replaced by every value, one at a time."""
+    values = [*VALUES, *places_of(world)]
+    for place in range(len(good(name, world)[0])):
+        for value in values:
+            places, options = good(name, world)
+            places[place] = value
+            yield places, options
+    for option, hint in options_of(COMMANDS[name]).items():
+        if option != "overwrite":  # with it, files that are given by name may be replaced
+            for value in [None] if hint is bool else [*values, *(SETTINGS if option == "set" else ())]:
+                places, options = good(name, world)
+                yield places, {**options, option: value}
+
+
+def calls(name: str, world: Path, rng: random.Random, count: int) -> Iterator[Call]:
+    """``count`` calls of a command: one argument replaced, all such in turn, then two."""
+    alone = list(replaced(name, world))
+    rng.shuffle(alone)
+    yield from alone[:count]
+    hints = options_of(COMMANDS[name])
+    for _ in range(count - len(alone)):
+        places, options = good(name, world)
+        for _ in range(2):
+            if places and rng.random() < 0.25:
+                places[rng.randrange(len(places))] = hostile_value("", Path, world, rng)
+            else:
+                option = rng.choice([one for one in hints if one != "overwrite"])
+                options[option] = None if hints[option] is bool else hostile_value(option, hints[option], world, rng)
+        yield places, options
+
+
+def several(options: dict[str, str | None]) -> bool:
+    """Whether a call would start further processes, each of which would be this test."""
+    try:
+        return any(int(options.get(option) or 1) in range(2, 1025) for option in ("devices", "nodes"))
+    except ValueError:
+        return False
+
+
+def attack(name: str, call: Call, world: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """One call; how it ended."""
+    hints, (places, options) = options_of(COMMANDS[name]), call
     given = [part for option, value in options.items() for part in (f"--{option}", *([] if value is None else [value]))]
     arguments, before = [name, *places, *given], state(world)
     capsys.readouterr()
@@ -164,14 +216,13 @@ def attack(name: str, world: Path, rng: random.Random, capsys: pytest.CaptureFix
         ended = "done"
     except SystemExit as stop:
         said = capsys.readouterr()
-        assert stop.code == 2, (arguments, said)
-        assert said.err.strip() and "Traceback" not in said.err and "weights_only" not in said.err, (arguments, said)
-        lines = said.err.strip().splitlines()
-        assert "full helptext" in said.err or lines[-1].startswith("labelpenet: "), (
-            arguments,
-            said,
-        )
-        ended = "refused"
+        ended = "help" if stop.code == 0 and "usage" in said.out else "refused"
+        lines = said.err.strip().split("\n")
+        if ended == "refused":
+            assert stop.code == 2, (arguments, said)
+            assert lines[-1].startswith("labelpenet: ") and lines[-1].isprintable(), (arguments, said)
+        assert "Traceback" not in said.err and "weights_only" not in said.err, (arguments, said)
+        assert said.err.count("labelpenet: ") <= 1, (arguments, said)
     except BaseException as error:
         raise AssertionError(f"{arguments}: {type(error).__name__}: {error}") from error
     if ended == "done":
@@ -200,9 +251,55 @@ def test_hostile_values_end_in_one_line_or_do_no_harm(
     for room in (pretrain, distill):
         monkeypatch.setattr(room, "train_stage", reached)
     monkeypatch.setattr("http.server.ThreadingHTTPServer.serve_forever", reached)
-    monkeypatch.setattr("labelpenet.demo.run_demo", reached)
+    monkeypatch.setattr("labelpenet.demo.write_scenes", reached)
     rng, ends = random.Random(f"{name} {count}"), Counter[str]()
-    for _ in range(count):
-        ends[attack(name, world, rng, capsys)] += 1
-    print(f"{name}: {count} tried, {dict(ends)}")
+    for call in (one for one in calls(name, world, rng, count) if not several(one[1])):
+        ends[attack(name, call, world, capsys)] += 1
+    print(f"{name}: {ends.total()} tried, {dict(ends)}")
     assert ends["refused"] > ends["done"] or count < MANY
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("predict RUN PHOTOS --split val", "--split"),
+        ("predict RUN PHOTOS --shard 1/2 --devices 2", "--shard --devices"),
+        ("predict RUN PHOTOS --out NEW --device cpu --devices 1000", "--devices"),
+        ("predict RUN PHOTOS PHOTOS --data YEAR", "--data"),
+        ("predict RUN PHOTOS --data YEAR", "PHOTOS"),
+        ("predict RUN PHOTOS --overlays PHOTOS/drawn", "PHOTOS/drawn"),
+        ("export FOUND YEAR --size 64x64", "--size"),
+        ("export RUN YEAR --to onnx", "--data"),
+        ("export RUN --to onnx --top 3", "--top"),
+        ("export RUN --to onnx --out FOUND", "FOUND --overwrite"),
+        ("export RUN --to onnx --out RUN/run.json --overwrite", "RUN/run.json"),
+        ("export FOUND YEAR --top 3 --split train", "--top"),
+        ("export FOUND YEAR --to coco-results --copy-images --split train", "coco-results"),
+        ("export FOUND YEAR --to voc --tolerance 2 --split train", "tolerance"),
+        ("train YEAR --out NEW --supervision full --until 2", "--until"),
+        ("train YEAR --out NEW --supervised FOUND", "--supervised"),
+        ("train YEAR --out NEW --corrected FOUND", "--corrected"),
+        ("train YEAR --out NEW --images PHOTOS", "PHOTOS"),
+        ("train YEAR --out NEW --evaluate train", "train"),
+        ("distill RUN YEAR --out NEW --labels FOUND --supervision full", "--labels"),
+        ("proposals YEAR --model FOUND", "FOUND"),
+    ],
+)
+def test_choices_that_do_not_go_together_are_refused_by_name(
+    command: str, names: str, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(world / "never"))
+    known = {"RUN": "run", "PHOTOS": "photos", "YEAR": "scenes/VOCdevkit/VOC2012", "FOUND": "found.json", "NEW": "new"}
+
+    def spelt(text: str) -> list[str]:
+        for word, path in known.items():
+            text = text.replace(word, str(world / path))
+        return text.split()
+
+    before = state(world)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(spelt(command))
+    said = capsys.readouterr().err.strip()
+    assert stop.value.code == 2 and said.split("\n")[-1].startswith("labelpenet: ") and "Traceback" not in said
+    assert all(name in said.split("\n")[-1] for name in spelt(names)), said
+    assert state(world) == before and not (world / "new").exists() and not (world / "never").exists()

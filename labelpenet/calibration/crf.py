@@ -15,6 +15,7 @@ Shape letters: ``M`` instances, ``K`` labels, ``H, W`` height and width of the i
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from typing import Any, TypeVar
@@ -112,13 +113,11 @@ class DenseCRF:
                 raise ValueError(f"{name} must be positive, but got {width}")
         self.image_size: tuple[int, int] = (pixels.shape[0], pixels.shape[1])
         self.device = pixels.device
-        y, x = (torch.arange(size, dtype=torch.float32, device=self.device) for size in self.image_size)
-        positions = torch.stack(torch.meshgrid(x, y, indexing="xy")).flatten(1)
         colours = pixels.reshape(-1, 3).T.float()
-        bilateral = torch.cat([positions / sxy_bilateral, colours / srgb])
+        bilateral = torch.cat([_positions(self.image_size, self.device) / sxy_bilateral, colours / srgb])
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             self._kernels = [
-                (_Kernel(positions / sxy_gaussian), _compatibility(compat_gaussian, self.device)),
+                (_smoothness(self.image_size, sxy_gaussian, self.device), _compatibility(compat_gaussian, self.device)),
                 (_Kernel(bilateral), _compatibility(compat_bilateral, self.device)),
             ]
 
@@ -268,6 +267,18 @@ class _Kernel:
         for blur in self._blurs:
             values = blur @ values
         return values
+
+
+def _positions(size: tuple[int, int], device: torch.device) -> Tensor:
+    """(2, H W) float32: x and y of every pixel."""
+    y, x = (torch.arange(one, dtype=torch.float32, device=device) for one in size)
+    return torch.stack(torch.meshgrid(x, y, indexing="xy")).flatten(1)
+
+
+@functools.lru_cache(maxsize=4)  # the photographs of a set come in few sizes
+def _smoothness(size: tuple[int, int], width: float, device: torch.device) -> _Kernel:
+    """The smoothness kernel, which knows nothing of an image but its size."""
+    return _Kernel(_positions(size, device) / width)
 
 
 def _simplices(features: Tensor) -> tuple[Tensor, Tensor, list[int]]:

@@ -68,11 +68,7 @@ def propose(image: np.ndarray, settings: Settings, model: Path | None = None) ->
     Raises:
         InputError: an unknown method; the structured-edge model cannot be read, or goes with another method.
     """
-    if settings.method not in get_args(get_type_hints(Settings)["method"]):
-        known = ", ".join(get_args(get_type_hints(Settings)["method"]))
-        raise InputError(f"unknown proposal method {settings.method!r}; known are {known}")
-    if model is not None and settings.method != "edge-boxes":
-        raise InputError(f"the structured-edge model {model} is only for the method edge-boxes")
+    _check_method(settings, model)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
         raise ValueError(f"image must be (H, W, 3) uint8, but got {image.shape} {image.dtype}")
     height, width = image.shape[:2]
@@ -252,7 +248,7 @@ def compute_proposals(
         progress: say how far it is.
 
     Raises:
-        InputError: the cache cannot be written, or a worker process died.
+        InputError: as `propose`; the cache cannot be written, or a worker process died.
     """
     folder = _prepare(cache, settings, model)
     count = workers or _usable_cores()
@@ -281,8 +277,17 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "labelpenet" / "proposals"
 
 
+def _check_method(settings: Settings, model: Path | None) -> None:
+    if settings.method not in get_args(get_type_hints(Settings)["method"]):
+        known = ", ".join(get_args(get_type_hints(Settings)["method"]))
+        raise InputError(f"unknown proposal method {settings.method!r}; known are {known}")
+    if model is not None and settings.method != "edge-boxes":
+        raise InputError(f"the structured-edge model {model} is only for the method edge-boxes")
+
+
 def _prepare(cache: Path, settings: Settings, model: Path | None) -> Path:
     """The cache's folder for these settings, with the settings as JSON."""
+    _check_method(settings, model)
     if model is not None and not model.is_file():
         raise InputError(f"{model}: no such structured-edge model; give OpenCV's model.yml.gz, or none")
     key: dict[str, Any] = {

@@ -7,6 +7,7 @@ forwards, inference in between, parameters left out), and a process may drop a s
 import atexit
 import contextlib
 import logging
+import os
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -37,11 +38,11 @@ def build_fabric(device: str = "auto", devices: int = 1, nodes: int = 1, precisi
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
-        devices: processes on each machine; nodes: machines.
+        devices: processes on each machine, on a CPU no more than it has cores; nodes: machines.
         precision: ``auto`` is bf16-mixed where the hardware multiplies bfloat16, else 32-true.
 
     Raises:
-        InputError: there is no such device, or an unknown precision.
+        InputError: there is no such device, an unknown precision, or more processes than cores.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"unknown device {device!r}; choose auto, cpu or cuda")
@@ -51,6 +52,9 @@ def build_fabric(device: str = "auto", devices: int = 1, nodes: int = 1, precisi
         raise InputError(f"unknown precision {precision!r}; choose from {', '.join(PRECISIONS)}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    cores = os.cpu_count() or 1
+    if device == "cpu" and devices > max(cores, 2):
+        raise InputError(f"--devices {devices}: this machine has {cores} cores; choose at most so many processes")
     if precision == "auto":
         precision = "bf16-mixed" if _multiplies_bfloat16(device) else "32-true"
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # what it says, run.json and environment.json say

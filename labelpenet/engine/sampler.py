@@ -96,7 +96,10 @@ def seed_step(seed: int, stage: str, step: int, position: int = 0) -> None:
     an image not to depend on its neighbours calls this for each image.
     """
     value = stream_seed(seed, stage, step, position)
-    torch.manual_seed(value)
+    if torch.cuda.is_available():
+        torch.manual_seed(value)
+    else:  # which would note down where it was called from, each time, for every kind of GPU that is not here
+        torch.default_generator.manual_seed(value)
     np.random.seed(value % 2**32)  # noqa: NPY002 - libraries that the losses call draw from the global generator
     random.seed(value)
 

@@ -37,7 +37,7 @@ def open_tagged(
 
     Raises:
         InputError: the data set is not recognised or damaged, the split or a class is unknown (the known ones are
-            listed), or no image can be used.
+            listed), or no image can be used; ``images`` for a data set that is itself the folder of its photographs.
     """
     found = _open(data, split, classes, images, truth=False)
     return found.tagged if isinstance(found, AnnotatedImages) else found
@@ -100,6 +100,7 @@ def _recognise(
         raise InputError(f"{data}: no such file or folder; give {KINDS}")
     year = voc.year_folder(data)
     if year is not None:
+        _check_own(data, images)
         return voc.open_annotated(year, split, classes)
     files = coco.json_files(data)
     if files:
@@ -137,6 +138,7 @@ def _recognise(
             f"classes (--classes {lone_class}), else add tags.csv (file,tags)"
         )
     if held:
+        _check_own(data, images)
         _check_truth(data, not truth)
         return folder.open_class_folders(data, split, classes)
     loose = folder.image_files(data)
@@ -166,6 +168,11 @@ def _recognise_file(
         _check_truth(path, not truth)
         return folder.open_tags_file(path, split, classes, images)
     raise NotRecognised(f"{path}: no data set recognised; give {KINDS}")
+
+
+def _check_own(data: Path, images: Path | None) -> None:
+    if images is not None:
+        raise InputError(f"{data}: its photographs are its own; leave the image folder {images} out")
 
 
 def _check_truth(data: Path, fine: bool) -> None:

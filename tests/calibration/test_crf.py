@@ -299,6 +299,22 @@ def test_inside_training_code() -> None:
     np.testing.assert_array_equal(crf(p), expected)
 
 
+def test_images_of_one_size_share_a_kernel_and_nothing_else() -> None:
+    """Bit for bit what each gives alone, also where the shared kernel was made in inference mode."""
+    examples = [example(seed=seed) for seed in (0, 1)] + [example(3, 11, 9)]
+    alone = []
+    for image, p in examples:
+        module._smoothness.cache_clear()
+        alone.append(dense_crf(image, p))
+    module._smoothness.cache_clear()
+    with torch.inference_mode():
+        dense_crf(*example(seed=2))
+    for (image, p), expected in zip(examples, alone, strict=True):
+        np.testing.assert_array_equal(dense_crf(image, p), expected)
+        np.testing.assert_array_equal(dense_crf(image, p, sxy_gaussian=5), dense_crf(image, p, sxy_gaussian=5.0))
+    assert not np.array_equal(dense_crf(image, p, sxy_gaussian=5), expected)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("labels", [2, 4])
 def test_gpu_equals_cpu(labels: int) -> None:

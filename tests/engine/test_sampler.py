@@ -58,3 +58,11 @@ def test_seeding_reaches_every_generator_and_depends_on_every_argument():
     }
     assert len(different) == 5 and all(len(set(column)) == 5 for column in zip(*different, strict=True))
     assert len({stream_seed(1, "11", 1), stream_seed(11, "1", 1), stream_seed(1, "1", 11)}) == 3
+
+
+def test_seeding_a_step_draws_what_torchs_own_seeding_draws():
+    for value in (0, 7, 2**40):
+        seed_step(value, "stage", 3)
+        drawn = torch.rand(5), torch.randperm(9)
+        torch.manual_seed(stream_seed(value, "stage", 3))
+        assert torch.equal(torch.rand(5), drawn[0]) and torch.equal(torch.randperm(9), drawn[1])
