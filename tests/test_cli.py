@@ -157,6 +157,15 @@ def test_an_export_keeps_the_classes_that_a_split_does_not_show(
     assert "of 12 images are not in" in capsys.readouterr().err
 
 
+def test_an_onnx_file_replaces_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photograph = tmp_path / "a.jpg"
+    photograph.write_bytes(b"photograph")
+    export = ["export", str(tmp_path / "student"), "--out", str(photograph)]
+    assert "is there already" in one_line([*export, "--to", "onnx"], capsys)
+    assert photograph.read_bytes() == b"photograph"
+    assert "is for --to onnx" in one_line([*export, "--to", "coco", "--size", "64x64"], capsys)
+
+
 def test_training_tells_its_photographs_and_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a.jpg", "b.jpg"):
         Image.new("RGB", (64, 64)).save(tmp_path / name)

@@ -10,6 +10,8 @@ Shape letters: ``H, W`` the input, ``R`` RoIs, ``C`` foreground classes, ``K`` a
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import warnings
@@ -170,7 +172,8 @@ def export_onnx(student: Student, path: Path, size: tuple[int, int] | None = Non
         raise InputError(f"{error.name} is not installed; pip install 'labelpenet[onnx]'") from error
     fixed = Fixed(student.to("cpu").eval(), size).eval()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad():
+    # torch.export prints the whole graph of each way that fails before it finds one that does not.
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")
         program: Any = torch.onnx.export(
             fixed,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import re
 import subprocess
 import sys
@@ -45,7 +47,9 @@ def assert_the_same(student: Student, image: torch.Tensor, answer) -> int:
 @functools.cache
 def exported() -> Path:
     path = Path(tempfile.mkdtemp(prefix="labelpenet-onnx")) / "student.onnx"
-    cli.main(["export", str(small_student()[0]), "--to", "onnx", "--out", str(path), "--size", f"{SIDE}x{SIDE}"])
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        cli.main(["export", str(small_student()[0]), "--to", "onnx", "--out", str(path), "--size", f"{SIDE}x{SIDE}"])
+    assert not said.getvalue()  # torch.export would print its graphs
     return path
 
 
