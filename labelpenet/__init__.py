@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from labelpenet.models.cascade import LabelPEnet
     from labelpenet.models.student import Student, load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["InputError", "Instances", "LabelPEnet", "Student", "__version__", "load"]
 
 

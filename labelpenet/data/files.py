@@ -348,10 +348,11 @@ def _open_alone(path: Path) -> BinaryIO:
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666), "wb")
         try:
             _lock(file, wait=True)
-            # The one who had it before may have given it its final name.
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                file.truncate(0)
-                return file
+            # The one who had it before may have given it its final name, also between two questions about it.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    file.truncate(0)
+                    return file
         except BaseException:
             file.close()
             raise
