@@ -117,7 +117,7 @@ def start_run(run: Path, given: Mapping[str, Any], resume: bool) -> None:
     differing = [key for key in compared if json.dumps(saved.get(key)) != json.dumps(given.get(key))]
     if differing:
         raise InputError(
-            f"{run}: was started with different {', '.join(differing)}; resume with the same settings or choose "
+            f"{run}: was started with another {', '.join(differing)}; resume with the same settings or choose "
             "another --out"
         )
 

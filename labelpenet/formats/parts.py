@@ -199,10 +199,10 @@ def read_parts(folder: Path, images: Sequence[TaggedImage], classes: Sequence[st
     parts, header = _in_order([folder])
     notes: list[str] = []
     named = {"categories": [{"id": number, "name": name} for number, name in enumerate(header["classes"], 1)]}
-    labels = match_categories(folder, classes, (), named, notes)
     found = [(part, place, row["file_name"]) for part in parts for place, row in _photographs(part)]
     entries = [{"id": number, "file_name": name} for number, (_, _, name) in enumerate(found)]
     names = match_images(folder, images, entries, notes)
+    labels = match_categories(folder, classes, (), named, notes)
     lines = {names[number]: (part, place) for number, (part, place, _) in enumerate(found)}
     asked = {image.id: (image, *lines[image.id]) for image in images if image.id in lines}
     return Predictions(tuple(classes), tuple(notes), _Lines(asked, labels))

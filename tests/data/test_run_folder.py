@@ -36,7 +36,7 @@ def test_a_run_folder_in_use_is_left_alone(tmp_path):
     before = (tmp_path / "run/run.json").read_bytes()
     with pytest.raises(InputError, match="--resume"):
         begin(tmp_path / "run")
-    with pytest.raises(InputError, match="different seed, recipe"):
+    with pytest.raises(InputError, match="another seed, recipe"):
         begin(tmp_path / "run", FACTS | {"seed": 1, "recipe": {}}, resume=True)
     assert (tmp_path / "run/run.json").read_bytes() == before
     foreign = tmp_path / "photos"

@@ -95,7 +95,7 @@ def test_a_finished_student_is_only_loaded_again_and_other_labels_are_refused(mo
     )
     first = next(iter(truths))
     truths[first] = truths[first][:0]
-    with pytest.raises(InputError, match="different labels"):
+    with pytest.raises(InputError, match="another labels"):
         distill.distill(annotated.tagged, truths, folder, recipe, **again)
 
 

@@ -308,7 +308,7 @@ def test_a_run_is_not_continued_under_other_supervision(kit, folder, full_run, t
 
     full = ("--supervision", "full")
     for line in (refused(full_run), refused(tags_run, *full), refused(tags_run, *mixed(folder)), refused(mixed_run)):
-        assert "was started with different" in line and "supervision" in line
+        assert "was started with another" in line and "supervision" in line
     assert "another truth;" in refused(mixed_run, *mixed(folder)[:2])
     before = results(mixed_run), results(full_run)
     main(train_arguments(kit, mixed_run, "--resume", *mixed(folder)))
