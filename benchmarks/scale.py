@@ -113,7 +113,7 @@ def measure(home: Path, count: int, workers: int, side: int) -> dict[str, Any]:
     merged = timed([["merge", str(parts), "--out", str(home / "found.json")]])
     exported = timed([["export", str(parts), str(photos), "--to", "yolo", "--out", str(home / "yolo")]])
     row |= {"s merge": merged[1], "MiB merge": merged[2], "s export": exported[1], "MiB export": exported[2]}
-    tenths = [curve[len(curve) * part // 10] for part in range(10) if curve] + curve[-2:-1]
+    tenths = [curve[len(curve) * part // 10] for part in range(10) if curve]
     shown = {key: round(value, 2) for key, value in row.items()}
     return shown | {"photographs, MiB": [[round(size / each), memory] for size, memory in tenths]}
 
