@@ -95,7 +95,9 @@ def measure_run(
         readable = [image for image in photographs if image.id in boxes]
         ranked, probabilities = rank_images(predictor, readable, boxes)
         tags = np.array([[label in image.tags for label in range(len(classes))] for image in readable])
-        results["classification_mAP"] = float(np.nanmean(classification_ap(probabilities, tags)))
+        precision = classification_ap(probabilities, tags)
+        if not np.isnan(precision).all():  # some class is shown
+            results["classification_mAP"] = float(np.nanmean(precision))
         results["uncalibrated"] = {"val": evaluate(ranked, truths, classes, protocol)}  # type: ignore[arg-type]
         if training:
             settings = predictor.cascade.recipe.proposals
