@@ -677,13 +677,8 @@ def predict(args: Predict) -> None:
     except KeyboardInterrupt as interrupt:
         line = f"interrupted; {args.out} is not written; with --shard 1/1 --out FOLDER an interrupted command goes on"
         raise KeyboardInterrupt(line) from interrupt
-    done = len(images) - len(skipped)
-    if skipped and not done:
-        if predictor.first:
-            args.out.unlink()
-        raise InputError("no image could be read; see the lines above")
     if predictor.first:
-        print(f"{args.out}: {done} images" + (f", {len(skipped)} skipped" if skipped else ""))
+        print(f"{args.out}: {len(images) - len(skipped)} images" + (f", {len(skipped)} skipped" if skipped else ""))
 
 
 def merge(args: Merge) -> None:

@@ -31,6 +31,9 @@ CLIP = 1e-5
 #: Instances are filtered together up to this many values (N * M * J), which bounds the memory to a few times 256 MiB.
 MAX_VALUES = 2**26
 
+#: Pixels of an image whose smoothness kernel is kept for the next image of its size.
+MAX_KEPT = 2**20
+
 TOO_NARROW = "a kernel of the CRF is too narrow for this image; widen sxy_gaussian, sxy_bilateral or srgb"
 
 #: Tensor in, tensor out; NumPy array in, NumPy array out.
@@ -114,10 +117,13 @@ class DenseCRF:
         self.image_size: tuple[int, int] = (pixels.shape[0], pixels.shape[1])
         self.device = pixels.device
         colours = pixels.reshape(-1, 3).T.float()
-        bilateral = torch.cat([_positions(self.image_size, self.device) / sxy_bilateral, colours / srgb])
+        positions = _positions(self.image_size, self.device)
+        bilateral = torch.cat([positions / sxy_bilateral, colours / srgb])
+        # A canvas's kernel is kept; that of a camera's whole photograph would hold a gigabyte until the process ends.
+        smoothness = _smoothness if positions.shape[1] <= MAX_KEPT else _smoothness.__wrapped__
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             self._kernels = [
-                (_smoothness(self.image_size, sxy_gaussian, self.device), _compatibility(compat_gaussian, self.device)),
+                (smoothness(self.image_size, sxy_gaussian, self.device), _compatibility(compat_gaussian, self.device)),
                 (_Kernel(bilateral), _compatibility(compat_bilateral, self.device)),
             ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -127,7 +127,8 @@ def predict_images(
         The ids of the photographs that could not be read, in every process.
 
     Raises:
-        InputError: the module is not trained, or the file cannot be written; in every process.
+        InputError: the module is not trained, no photograph can be read, or the file cannot be written; in every
+            process. A file that was there before is left then.
     """
     predictor.network.require(module)
     rank, world = predictor.fabric.global_rank, predictor.fabric.world_size
@@ -138,7 +139,7 @@ def predict_images(
     def predict(path: Path) -> None:
         boxes = predictor.proposals(share, module, cache)
         found = ((image.id, keep(image, one)) for image, one in predictor.run(share, module, skipped, boxes))
-        write_predictions(path, found, images, classes)
+        write_predictions(path, _some(found) if world == 1 else found, images, classes)
 
     if world == 1:
         predict(out)
@@ -161,6 +162,18 @@ def _join(parts: Sequence[Path], out: Path, images: Sequence[TaggedImage], class
     """Puts the processes' files together in the order of the photographs, and removes them."""
     read = [read_predictions(part, images, classes) for part in parts]
     owners = ((image.id, read[index % len(parts)]) for index, image in enumerate(images))
-    write_predictions(out, ((name, one[name]) for name, one in owners if name in one), images, classes)
-    for part in parts:
-        part.unlink()
+    try:
+        write_predictions(out, _some((name, one[name]) for name, one in owners if name in one), images, classes)
+    finally:
+        for part in parts:
+            part.unlink()
+
+
+def _some(found: Iterable[tuple[str, Instances]]) -> Iterator[tuple[str, Instances]]:
+    """The same, but an `InputError` where there is nothing, so that no file is written."""
+    nothing = True
+    for one in found:
+        nothing = False
+        yield one
+    if nothing:
+        raise InputError("no image could be read; see the lines above")

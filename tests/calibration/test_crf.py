@@ -299,7 +299,7 @@ def test_inside_training_code() -> None:
     np.testing.assert_array_equal(crf(p), expected)
 
 
-def test_images_of_one_size_share_a_kernel_and_nothing_else() -> None:
+def test_images_of_one_size_share_a_kernel_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit what each gives alone, also where the shared kernel was made in inference mode."""
     examples = [example(seed=seed) for seed in (0, 1)] + [example(3, 11, 9)]
     alone = []
@@ -313,6 +313,10 @@ def test_images_of_one_size_share_a_kernel_and_nothing_else() -> None:
         np.testing.assert_array_equal(dense_crf(image, p), expected)
         np.testing.assert_array_equal(dense_crf(image, p, sxy_gaussian=5), dense_crf(image, p, sxy_gaussian=5.0))
     assert not np.array_equal(dense_crf(image, p, sxy_gaussian=5), expected)
+    before = module._smoothness.cache_info().currsize
+    monkeypatch.setattr(module, "MAX_KEPT", 8)
+    np.testing.assert_array_equal(dense_crf(image, p, sxy_gaussian=7), dense_crf(image, p, sxy_gaussian=7))
+    assert module._smoothness.cache_info().currsize == before  # of a large image nothing is kept
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -105,6 +105,18 @@ def test_what_one_process_cannot_write_ends_both_in_a_line(run, photographs, tmp
     assert not (tmp_path / "two.json").exists()
 
 
+@pytest.mark.parametrize("devices", ["1", "2"])
+def test_where_nothing_can_be_read_an_earlier_file_stays(run, tmp_path, devices):
+    (tmp_path / "photos").mkdir()
+    for name in "ab":
+        (tmp_path / "photos" / f"{name}.jpg").write_bytes(b"no image")
+    out = tmp_path / "found.json"
+    out.write_text("earlier")
+    done = predict(run, tmp_path / "photos", out, "--devices", devices, "--overwrite")
+    assert done.returncode == 2 and "no image could be read" in done.stderr and "Traceback" not in done.stderr
+    assert out.read_text() == "earlier" and not list(tmp_path.glob("*.part*"))
+
+
 def test_only_what_is_kept_is_written(run, photographs, tmp_path):
     out = tmp_path / "some.json"
 
