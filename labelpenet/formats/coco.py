@@ -38,6 +38,7 @@ _NAMES = (
     "result.json",
     "annotations.json",
 )
+_LISTS = ("images", "annotations", "categories")
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,8 @@ class CocoFile:
 
 
 def is_coco(content: Any) -> bool:
-    """Whether parsed JSON is laid out as an ``instances.json``."""
-    return isinstance(content, dict) and all(
-        isinstance(content.get(key), list) for key in ("images", "annotations", "categories")
-    )
+    """Whether parsed JSON means to be an ``instances.json``; what it lacks, reading says."""
+    return isinstance(content, dict) and sum(isinstance(content.get(key), list) for key in _LISTS) > 1
 
 
 def json_files(data: Path) -> list[Path]:
@@ -124,8 +123,11 @@ def open_annotated(
 
 def _read(path: Path, content: Any) -> CocoFile:
     content = read_json(path) if content is None else content
-    if not is_coco(content):
-        raise InputError(f"{path}: no COCO instances file; it needs the lists images, annotations and categories")
+    lacking = [key for key in _LISTS if not isinstance(content, dict) or not isinstance(content.get(key), list)]
+    if lacking:
+        raise InputError(
+            f"{path}: no COCO instances file; it needs the lists {listing(_LISTS)}, but lacks {listing(lacking)}"
+        )
     problems: list[str] = []
     names: dict[int, str] = {}
     taken: set[str] = set()
@@ -222,7 +224,7 @@ def _image_folder(content: CocoFile, images: Path | None) -> tuple[Path, list[st
     homes = [home, home.parent] if home.name == "annotations" else [home]
     inner = (f"images/{own}", own, "images", f"data/{own}", "data", ".")
     folders = [images] if images else [root / name for root in homes for name in inner]
-    names = [row["file_name"] for row in list(content.images.values())[:PROBE]]
+    names = [_image_id(row) for row in list(content.images.values())[:PROBE]]
     held = {folder: sum(is_file(folder / name) for name in names) for folder in folders if folder.is_dir()}
     return image_folder(held, content.path)
 

@@ -177,7 +177,7 @@ def _doubts(known: set[str], classes: Sequence[str], source: Path) -> Iterator[s
         if alike.setdefault(tag.lower(), tag) != tag:
             yield f"{source.name}: {alike[tag.lower()]!r} and {tag!r} are two classes; write them alike if they are one"
     for tag in sorted(known - set(classes)):
-        parts = [part for part in re.split(r"[\s/+&]+", tag) if part.lower() != "and"]
+        parts = [part for part in re.split(r"[\s/+&,;|]+", tag) if part.lower() != "and"]
         if len(parts) > 1 and known.issuperset(parts):
             raise InputError(
                 f"{source}: {tag!r} may be one tag or several, for {listing(parts)} are tags, too; "
@@ -247,7 +247,7 @@ def _read_csv(path: Path) -> _Table:
     _add_cells(table, cells, path)
     if extra:
         table.notes.append(f"{extra} lines of {path.name} are longer than the first; all that follows is taken as tags")
-    unread = [one for index, one in enumerate(header) if index not in (file, tag)]
+    unread = [one for index, one in enumerate(header) if one and index not in (file, tag)]
     if unread:
         table.notes.append(f"{path.name}: the columns {listing(unread, 8)} are not read")
     return table

@@ -70,7 +70,7 @@ def coco(names: tuple[str, str], first: int = 1) -> dict[str, Any]:
 
 def coco_layout(file: str, images: str, given: str = ".", names: tuple[str, str] = ("a.jpg", "b.jpg")) -> Any:
     def fill(root: Path) -> Path:
-        photographs(root / images, *names)
+        photographs(root / images, *(name.replace("\\", "/") for name in names))
         write(root / file, coco(names))
         return root / given
 
@@ -315,6 +315,9 @@ LAYOUTS: dict[str, Layout] = {
     "COCO, photographs in sub-folders": Layout(
         coco_layout("instances.json", "images", names=("a.jpg", "sub/b.jpg")), tags=DEEP, boxes=True, masks=True
     ),
+    "COCO, photographs in sub-folders, by Windows": Layout(
+        coco_layout("instances.json", "images", names=("a.jpg", "sub\\b.jpg")), tags=DEEP, boxes=True, masks=True
+    ),
     "COCO by CVAT": Layout(coco_layout("annotations/instances_default.json", "images"), **WHOLE),
     "COCO by CVAT, images of a subset": Layout(
         coco_layout("annotations/instances_default.json", "images/default"), **WHOLE
@@ -442,6 +445,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str | None, str]] = {
     "a tag, or two joined": (table("tags.json", '{"a.jpg": ["cat and dog"], "sub/b.jpg": ["cat", "dog"]}'), None,
                              "'cat and dog' may be one tag or several"),
     "lists by NumPy": (table("tags.csv", "file,tags\na.jpg,['cat' 'dog']\n"), None, "line 2: no list of tags"),
+    "COCO without annotations": (table("instances.json", '{"images": [], "categories": []}'), None,
+                                 "needs the lists images, annotations, categories, but lacks annotations"),
+    "a comma within a tag of a list": (table("tags.json", '{"a.jpg": ["cat, dog"], "sub/b.jpg": ["cat", "dog"]}'), None,
+                                       "'cat, dog' may be one tag or several"),
     "COCO, crowds alone": (crowds, None, "holds crowds alone; set iscrowd to 0"),
     "two kinds of mark": (table("tags.csv", "file,tags\na.jpg,cat;dog\nsub/b.jpg,cat|dog\n"), None,
                           r"tags.csv: tags are separated by ';' \(line 2\) and '\|' \(line 3\); use ; alone"),
