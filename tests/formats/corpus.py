@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -298,6 +299,13 @@ def class_folders(*names: str) -> Any:
     return fill
 
 
+def photograph_in_two_folders(root: Path) -> Path:
+    """A photograph of two classes, as CVAT's and datumaro's ImageNet has it; and another that is called as one is."""
+    photographs(root, "cat/a.jpg", "cat/b.jpg", "dog/b.jpg")
+    shutil.copy(root / "cat/a.jpg", root / "dog/a.jpg")
+    return root
+
+
 def two_files(root: Path) -> Path:
     photographs(root, "a.jpg")
     for name in ("one.csv", "two.csv"):
@@ -430,6 +438,9 @@ LAYOUTS: dict[str, Layout] = {
     "a sub-folder a class, by FiftyOne": Layout(
         class_folders("cat/a.jpg", "_unlabeled/c.jpg"), tags={"cat/a.jpg": ("cat",)}
     ),
+    "a sub-folder a class, a photograph of two": Layout(
+        photograph_in_two_folders, tags={"cat/a.jpg": ("cat", "dog"), "cat/b.jpg": ("cat",), "dog/b.jpg": ("dog",)}
+    ),
     "a single class": Layout(class_folders("cat/a.jpg"), classes=("cat",), tags={"cat/a.jpg": ("cat",)}),
 }  # fmt: skip
 
@@ -439,6 +450,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str | None, str]] = {
     "CVAT's YOLO without its lists": (class_folders("obj_train_data/a.jpg"), None, "no data set recognised"),
     "photographs alone": (class_folders("a.jpg", "b.jpg"), None, "2 photographs, but no tags; write .*a.jpg,cat;dog"),
     "KITTI's photographs": (class_folders("image_2/a.jpg", "image_2/b.jpg"), None, "in one sub-folder, image_2; if"),
+    "CamVid by datumaro": (class_folders("default/a.png", "defaultannot/a.png"), None, "no data set recognised"),
     "photographs beside masks": (class_folders("img/a.jpg", "gt/a.jpg"), None, "no data set recognised"),
     "a tag, or two with a blank": (table("tags.csv", "file,tags\na.jpg,cat dog\nsub/b.jpg,cat;dog\n"), None,
                                    "'cat dog' may be one tag or several, for cat, dog are tags, too"),
