@@ -6,10 +6,10 @@ which no single object can be told, often at the edge of sight. In the truth it 
 
 import contextlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from labelpenet.data.dataset import (
@@ -141,10 +141,13 @@ def _read(path: Path, content: Any) -> CocoFile:
         names[row["id"]] = name
     images: dict[int | str, dict[str, Any]] = {}
     seen: set[str] = set()
+    called = Counter(_image_id(row) for row in content["images"] if _is_image(row))
     for row in content["images"]:
         key: Any = row.get("id") if isinstance(row, dict) else None
-        if not _is_key(key) or not isinstance(row.get("file_name"), str):
+        if not _is_image(row):
             problems.append(f"{path}: an image without id or file_name: {excerpt(row)}")
+        elif called[_image_id(row)] > 1 and _leads_out(row["file_name"]):
+            problems.append(f"{path}: {row['file_name'][:80]} may be another {_image_id(row)[:80]}; rename one")
         elif key in images or _image_id(row) in seen:
             twice = f"image id {excerpt(key)}" if key in images else f"image {_image_id(row)[:80]}"
             problems.append(f"{path}: {twice} stands there twice; the first is used")
@@ -180,7 +183,7 @@ def _tagged(content: CocoFile, split: str | None, classes: Sequence[str] | None,
         single = frozenset(content.names[row["category_id"]] for row in rows if not _is_crowd(row))
         only_crowd += any(content.names[row["category_id"]] not in single for row in rows)
         try:
-            path = inside(folder, content.images[key]["file_name"])
+            path = inside(folder, _image_id(content.images[key]))
             if not is_file(path):
                 raise InputError(f"{path}: no such image; add it or remove it from {content.path.name}")
             number = key if isinstance(key, int) else None
@@ -188,6 +191,11 @@ def _tagged(content: CocoFile, split: str | None, classes: Sequence[str] | None,
         except InputError as error:
             problems.append(str(error))
     notes += brief(content.problems, "rows are skipped")
+    out = sum(_leads_out(content.images[key]["file_name"]) for key in chosen)
+    if out:
+        notes.append(
+            f"{out} names of {content.path.name} lead elsewhere; the files of these names in {folder} are used"
+        )
     if content.painted:
         notes.append(
             f"{content.painted} masks with iscrowd 1 are taken for single objects: CVAT and datumaro, which wrote "
@@ -235,7 +243,13 @@ def _split_of(path: Path) -> str:
 
 
 def _image_id(row: dict[str, Any]) -> str:
-    return row["file_name"].replace("\\", "/").removeprefix("./")
+    """The path of a photograph below its folder; of a name that leads out, as Label Studio's do, the last part."""
+    name = row["file_name"].replace("\\", "/").removeprefix("./")
+    return name.rsplit("/", 1)[-1] if _leads_out(name) else name
+
+
+def _leads_out(name: str) -> bool:
+    return bool(PureWindowsPath(name).anchor) or ".." in PureWindowsPath(name).parts
 
 
 def _shape(row: dict[str, Any], names: dict[int, str]) -> Shape:
@@ -250,6 +264,10 @@ def _shape(row: dict[str, Any], names: dict[int, str]) -> Shape:
 
 def _is_crowd(row: dict[str, Any]) -> bool:
     return row.get("iscrowd") in (1, True)
+
+
+def _is_image(row: Any) -> bool:
+    return isinstance(row, dict) and _is_key(row.get("id")) and isinstance(row.get("file_name"), str)
 
 
 def _is_id(value: Any) -> bool:

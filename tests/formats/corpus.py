@@ -78,6 +78,13 @@ def coco_layout(file: str, images: str, given: str = ".", names: tuple[str, str]
     return fill
 
 
+def label_studio_coco(root: Path) -> Path:
+    """Label Studio's: names lead from a folder on its server to its uploads, also where the export holds the images."""
+    photographs(root / "images", "a.jpg", "b.jpg")
+    write(root / "result.json", coco(("../../media/upload/3/a.jpg", "..\\..\\media\\upload\\3\\b.jpg")))
+    return root
+
+
 def brushed(root: Path) -> Path:
     """Masks as CVAT and datumaro write them: run lengths, every one with iscrowd 1."""
     photographs(root / "images/default", "a.jpg", "b.jpg")
@@ -178,6 +185,14 @@ def plain_yolo(root: Path) -> Path:
     write(root / "labels/b.txt", "")
     write(root / "classes.txt", "cat\ndog\n")
     write(root / "notes.json", {"categories": []})
+    return root
+
+
+def flat_yolo(root: Path) -> Path:
+    """labelImg's, everything in one folder."""
+    photographs(root, "a.jpg", "b.jpg")
+    write(root / "a.txt", yolo_box(0, CAT) + yolo_box(1, DOG))
+    write(root / "classes.txt", "\ufeffcat\r\ndog\r\n")
     return root
 
 
@@ -339,6 +354,7 @@ LAYOUTS: dict[str, Layout] = {
         coco_layout("result.json", ".", names=("images/a.jpg", "images/b.jpg")),
         tags={"images/a.jpg": ("cat", "dog"), "images/b.jpg": ()}, boxes=True, masks=True,
     ),
+    "COCO by Label Studio, images where its server has them": Layout(label_studio_coco, **WHOLE),
     "COCO by our own export": Layout(coco_layout("annotations.json", "images"), **WHOLE),
     "COCO under a name of its own": Layout(coco_layout("my export.json", "images"), **WHOLE),
     "YOLO boxes, data.yaml": Layout(yolo(ULTRALYTICS), split="train", tags=TRAIN, boxes=True),
@@ -353,6 +369,7 @@ LAYOUTS: dict[str, Layout] = {
     "YOLO 1.1 by CVAT, darknet": Layout(
         darknet, split="train", tags={"obj_train_data/a.jpg": ("cat", "dog"), "obj_train_data/b.jpg": ()}, boxes=True
     ),
+    "YOLO by labelImg": Layout(flat_yolo, tags=FLAT, boxes=True),
     "YOLO by Label Studio": Layout(plain_yolo, tags={"images/a.jpg": ("cat", "dog"), "images/b.jpg": ()}, boxes=True),
     "Labelme": Layout(labelme(shapes=True), **WHOLE),
     "X-AnyLabeling, photographs classified": Layout(labelme(shapes=False), tags=FLAT),
