@@ -611,7 +611,12 @@ def distill(args: Distill) -> None:
         recipe,
         backbone=args.backbone or facts["backbone"],
         weights=args.weights,
-        source={**source, "teacher": str(args.run)},
+        source={
+            **source,
+            "teacher": str(args.run),
+            "teacher_supervision": facts.get("supervision", "tags"),
+            **({"labels": str(args.labels)} if args.labels else {}),
+        },
         supervision=args.supervision,
         **vars(args.training),
     )
