@@ -38,10 +38,12 @@ function load(index) {
 async function show(index) {
   place = Math.max(0, Math.min(overview.photographs.length - 1, index));
   const wanted = place;
+  $("picture").classList.add("loading");
   try {
     const one = await load(wanted);
     if (wanted !== place) return; // another was asked for meanwhile
     [photograph, shown] = [one, wanted];
+    $("picture").classList.remove("loading");
   } catch (error) {
     say(error.message);
     return;
