@@ -59,7 +59,7 @@ def save_pretrained(run: Path | str, folder: Path | str, licence: str = "other",
     write_tensors(folder / "model.safetensors", state)
     write_json(folder / "config.json", {key: facts[key] for key in _FACTS if key in facts}, indent=1)
     source = facts.get("source") or {}
-    about = {"data": Path(str(source["data"])).name} if source.get("data") else {}
+    about: dict[str, Any] = {"data": Path(str(source["data"])).name} if source.get("data") else {}
     about |= {"teacher": source.get("teacher_supervision", "tags"), "labels_file": source.get("labels")}
     write_text(folder / "README.md", model_card({**facts, **about}, results, licence))
     if push is not None:
