@@ -36,7 +36,8 @@ def small_student() -> tuple[Path, Path]:
     truths = read_supervision("full", annotated).truths
     recipe = config.override(config.StudentRecipe(), CHOICES)
     source = {"data": str(year), "split": "train"}
-    distill(annotated.tagged, truths, out / "student", recipe, backbone="tiny", device="cpu", source=source)
+    options = config.RunOptions(device="cpu")
+    distill(annotated.tagged, truths, out / "student", recipe, backbone="tiny", source=source, options=options)
     return out / "student", year
 
 

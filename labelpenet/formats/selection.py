@@ -12,7 +12,6 @@ import torch
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import safe_name, whole_folder, write_bytes
 from labelpenet.data.images import upright_file
-from labelpenet.errors import InputError
 from labelpenet.instances import MIN_SCORE, Instances
 
 
@@ -125,11 +124,3 @@ def copy_photograph(image: TaggedImage, place: Path, done: Exported, jpeg: bool 
         done.notes.append(f"{image.path.name} is stored again, upright, as {suffix.removeprefix('.').upper()}")
     done.paths.append(write_bytes(place.with_name(place.name + suffix), content))
     return place.name + suffix
-
-
-def check_class_count(classes: Sequence[str], limit: int = 254) -> None:
-    """Refuses more classes than an 8-bit class map holds beside background and *ignore*."""
-    if len(classes) > limit:
-        raise InputError(
-            f"{len(classes)} classes do not fit an 8-bit PNG, which holds {limit}; export fewer, or to coco"
-        )

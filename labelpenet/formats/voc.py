@@ -31,10 +31,9 @@ from labelpenet.data.files import (
 )
 from labelpenet.data.images import SUFFIXES, image_size, read_index_map, voc_palette
 from labelpenet.errors import InputError
-from labelpenet.evaluation.semantic import paint
+from labelpenet.evaluation.semantic import IGNORE, paint
 from labelpenet.formats.selection import (
     Exported,
-    check_class_count,
     clipped_boxes,
     copy_photograph,
     new_export,
@@ -44,8 +43,6 @@ from labelpenet.formats.selection import (
 from labelpenet.formats.shapes import Shape
 from labelpenet.formats.shapes import read_truth as read_shapes
 from labelpenet.instances import Instances
-
-IGNORE = 255
 
 
 def year_folder(data: Path) -> Path | None:
@@ -371,8 +368,11 @@ def export_voc(
             xml = annotation_xml(home, file, found, boxes, classes)
             done.paths.append(write_bytes(year / "Annotations" / f"{name}.xml", xml))
             if found.masks is not None:
-                check_class_count(classes)
-                objects = paint_objects(found)
+                if len(classes) > 254:
+                    raise InputError(
+                        f"{len(classes)} classes do not fit an 8-bit PNG, which holds 254; export fewer, or to coco"
+                    )
+                objects = paint(found, range(1, len(found) + 1))
                 covered += len(found) - len(np.unique(objects[objects > 0]))
                 for kind, pixels in (("SegmentationClass", paint(found)), ("SegmentationObject", objects)):
                     done.paths.append(write_bytes(year / kind / f"{name}.png", palette_png(pixels)))
@@ -443,16 +443,6 @@ def annotation_xml(
             add(corners, tag, value)
     ElementTree.indent(root, "\t")
     return ElementTree.tostring(root, encoding="utf-8") + b"\n"
-
-
-def paint_objects(instances: Instances) -> np.ndarray:
-    """(H, W) uint8, 0 background, k the k-th of at most 254 instances; painted in ascending order of score."""
-    painted = np.zeros(instances.image_size, dtype=np.uint8)
-    if instances.masks is not None:
-        masks = instances.masks.cpu().numpy()
-        for index in np.argsort(instances.weights.cpu().numpy(), kind="stable"):
-            painted[masks[index]] = index + 1
-    return painted
 
 
 def label_map(classes: Sequence[str]) -> str:

@@ -143,11 +143,11 @@ class LabelPEnet(nn.Module):
 
     def proposals(self, image: np.ndarray) -> Tensor:
         """Selective-search proposals (R, 4) of a photograph, computed now, as the recipe wants them."""
-        return self.select(torch.from_numpy(propose(image, self.recipe.proposals)), image.shape[:2])
+        return self.select(propose(image, self.recipe.proposals), image.shape[:2])
 
-    def select(self, boxes: Tensor, size: tuple[int, ...]) -> Tensor:
+    def select(self, boxes: Tensor | np.ndarray, size: tuple[int, ...]) -> Tensor:
         """Of precomputed proposals (R, 4) those that the recipe keeps, and the whole image as the first."""
-        choice = self.recipe.proposals
+        choice, boxes = self.recipe.proposals, boxes if isinstance(boxes, Tensor) else torch.tensor(boxes)
         height, width = size[:2]
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
         boxes = boxes[area >= choice.min_area * height * width][: choice.limit]

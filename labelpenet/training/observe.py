@@ -16,9 +16,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
-
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.images import read_image
 from labelpenet.engine.distributed import gather, map_images
@@ -148,8 +145,7 @@ class Observer:
                 return None
             proposals = None
             if network.needs_proposals(number) and image.id in held_out.proposals:
-                boxes = torch.from_numpy(np.array(held_out.proposals[image.id]))
-                proposals = network.select(boxes, pixels.shape)
+                proposals = network.select(held_out.proposals[image.id], pixels.shape)
             with training.fabric.autocast():
                 found = network.predict(pixels, number, proposals)
             return image.id, found.image_size, found.to_coco(image.id)

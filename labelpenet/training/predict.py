@@ -12,7 +12,7 @@ import torch
 
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.images import read_image
-from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.data.proposals import compute_proposals
 from labelpenet.engine.distributed import build_fabric, gather, map_images, peers, together
 from labelpenet.errors import InputError
 from labelpenet.formats import read_predictions, write_predictions
@@ -61,7 +61,7 @@ class Predictor:
             pixels = read_image(image.path)
             proposals, network = None, self.network
             if boxes is not None and image.id in boxes and isinstance(network, LabelPEnet):
-                proposals = network.select(torch.from_numpy(boxes[image.id].copy()), pixels.shape)
+                proposals = network.select(boxes[image.id], pixels.shape)
             with self.fabric.autocast():
                 return network.predict(pixels, module, proposals)
         except (MemoryError, RuntimeError, cv2.error) as error:
@@ -86,13 +86,12 @@ class Predictor:
             Progress(work, len(images), 0, None if self.first else silent) as progress,
             contextlib.closing(map_images(attempt, images, self.fabric.device)) as results,
         ):
-            for done, (image, found, note) in enumerate(results):
-                if found is None:
-                    progress.say(note) if self.first else _log.warning("%s", note)
-                    skipped.append(image.id)
+            for image, found, note in progress.tracked(results):
+                if found is not None:
+                    yield image, found
                     continue
-                yield image, found
-                progress.show(done + 1, {})
+                progress.say(note) if self.first else _log.warning("%s", note)
+                skipped.append(image.id)
 
     def proposals(self, images: Sequence[TaggedImage], module: int, cache: Path | None = None) -> Boxes | None:
         """The photographs' proposals, on all of this process's cores; None where the module needs none."""
@@ -101,7 +100,7 @@ class Predictor:
         settings = self.network.recipe.proposals
         # Of several processes on a machine each has its share of the cores, which Fabric or torchrun told torch.
         workers = torch.get_num_threads() if self.fabric.world_size > 1 else None
-        return compute_proposals(images, settings, cache or default_cache(), workers, progress=self.first)
+        return compute_proposals(images, settings, cache, workers, progress=self.first)
 
 
 def predict_images(

@@ -78,7 +78,7 @@ class Training:
 
     def boxes(self, image: TaggedImage, size: tuple[int, ...]) -> Tensor:
         """The proposals of an image (R, 4) that the recipe keeps."""
-        return self.network.select(torch.from_numpy(np.array(self.proposals[image.id])).float(), size)
+        return self.network.select(self.proposals[image.id], size)
 
     def infer(self, number: int, image: TaggedImage, pixels: np.ndarray) -> Instances:
         """What module ``number`` passes on for a training image of these ``pixels`` (H, W, 3) uint8."""

@@ -15,7 +15,7 @@ from labelpenet.config import CascadeOptions, Recipe
 from labelpenet.data import precomputed, run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImages
 from labelpenet.data.files import hash_files
-from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.data.proposals import compute_proposals
 from labelpenet.engine.distributed import build_fabric, peers, together
 from labelpenet.engine.sampler import seed_step
 from labelpenet.errors import InputError
@@ -171,20 +171,20 @@ def read_proposals(
     """
     boxes = given
     if boxes is None:
-        boxes = _computed(images, recipe, cache or default_cache(), fabric)
+        boxes = _computed(images, recipe, cache, fabric)
     readable = tuple(image for image in images.images if image.id in boxes)
     if not readable:
         raise InputError("no image can be read; see the notes above")
     return TaggedImages(images.classes, readable, images.notes), boxes
 
 
-def _computed(images: TaggedImages, recipe: Recipe, folder: Path, fabric: Fabric) -> Boxes:
+def _computed(images: TaggedImages, recipe: Recipe, cache: Path | None, fabric: Fabric) -> Boxes:
     settings = recipe.proposals
     if fabric.world_size > 1:  # each process its share, into the cache that all of them read
         share = images.images[fabric.global_rank :: fabric.world_size]
-        compute_proposals(share, settings, folder, torch.get_num_threads(), progress=fabric.global_rank == 0)
+        compute_proposals(share, settings, cache, torch.get_num_threads(), progress=fabric.global_rank == 0)
         fabric.barrier()
-    boxes = compute_proposals(images.images, settings, folder, progress=fabric.global_rank == 0)
+    boxes = compute_proposals(images.images, settings, cache, progress=fabric.global_rank == 0)
     for note in boxes.notes if fabric.global_rank == 0 else ():
         _log.warning("note: %s", note)
     return boxes
