@@ -12,6 +12,7 @@ import torch
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import safe_name, whole_folder, write_bytes
 from labelpenet.data.images import upright_file
+from labelpenet.errors import InputError
 from labelpenet.instances import MIN_SCORE, Instances
 
 
@@ -40,6 +41,12 @@ def new_export(
     with whole_folder(out, (image.path for image in images), overwrite, about, extend) as folder:
         yield folder, done
     done.paths = [Path(out) / path.relative_to(folder) for path in done.paths]
+
+
+def check_new_split(paths: Iterable[Path], out: Path | str, split: str) -> None:
+    """Refuses a split of which an earlier export into ``out`` has written one of the paths."""
+    if any(path.exists() for path in paths):
+        raise InputError(f"{out}: already holds the split {split}; choose another folder, or replace it (--overwrite)")
 
 
 def stems(images: Iterable[TaggedImage], taken: Iterable[str] = (), folders: bool = False) -> dict[str, str]:

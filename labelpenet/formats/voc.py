@@ -34,6 +34,7 @@ from labelpenet.errors import InputError
 from labelpenet.evaluation.semantic import IGNORE, paint
 from labelpenet.formats.selection import (
     Exported,
+    check_new_split,
     clipped_boxes,
     copy_photograph,
     new_export,
@@ -349,10 +350,7 @@ def export_voc(
     with new_export(out, images, overwrite, {"format": "voc", "classes": list(classes)}, True) as (folder, done):
         year = folder if re.fullmatch(r"VOC\d{4}", Path(out).name) else folder / "VOCdevkit" / "VOC2012"
         lists = [year / "ImageSets" / name / f"{safe_name(split)}.txt" for name in listed]
-        if any(path.exists() for path in lists):
-            raise InputError(
-                f"{out}: already holds the split {split}; choose another folder, or replace it (--overwrite)"
-            )
+        check_new_split(lists, out, split)
         names = stems(images, (path.stem for path in (year / "Annotations").glob("*.xml")))
         home = Path(out).name if year == folder else year.name
         for image, found in selected(predictions, images, min_score, done.notes):

@@ -11,6 +11,7 @@ Shape letters: ``N`` instances, ``h, w`` the network's input.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImages
 from labelpenet.data.files import write_tensors
 from labelpenet.data.images import read_image
-from labelpenet.data.transforms import mirror, resize_masks
+from labelpenet.data.transforms import View, drawn, scaled
 from labelpenet.engine.distributed import build_fabric, images_together
 from labelpenet.engine.sampler import seed_step
 from labelpenet.engine.stage import Stage
@@ -142,22 +143,17 @@ def stage(student: Student, images: TaggedImages, labels: Mapping[str, Instances
 
 def lesson(image: np.ndarray, labels: Instances, images: Images, noise: Noise, generator: torch.Generator) -> Lesson:
     """A photograph (H, W, 3) uint8 RGB and its labels as they are taught once: at a drawn size, perhaps mirrored."""
-    side = images.sides[int(torch.randint(len(images.sides), (1,), generator=generator))]
-    flip = images.flip and bool(torch.rand((), generator=generator) < 0.5)
+    side, flip = drawn(images, generator)
     taught, doubtful = sort_out(labels, noise)
-    height, width = image.shape[:2]
-    factor = min(side / min(height, width), images.longest / max(height, width))
-    size = (max(32, round(height * factor)), max(32, round(width * factor)))
+    if taught.masks is None:
+        taught = replace(taught, masks=torch.zeros(len(taught), *image.shape[:2], dtype=torch.bool))
+    (height, width), _ = scaled(image.shape, side, images.longest)
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
     # as torchvision's own transform resizes, so that the student sees in training what it sees later
-    pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)[0]
-    scale = torch.tensor([size[1] / width, size[0] / height] * 2)
-    masks = resize_masks(torch.zeros(len(taught), height, width) if taught.masks is None else taught.masks, size)
-    boxes, doubtful = taught.boxes * scale, doubtful * scale
-    if flip:
-        pixels, masks = pixels.flip(-1), masks.flip(-1)
-        boxes, doubtful = (mirror(one, size[1]) for one in (boxes, doubtful))
-    return Lesson(pixels, Instances(boxes, taught.labels, taught.weights, size, masks), doubtful)
+    pixels = F.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=False)
+    scale = width / image.shape[1], height / image.shape[0]
+    view = View(pixels.flip(-1) if flip else pixels, scale, flip)
+    return Lesson(view.pixels[0], view.instances(taught), view.boxes(doubtful))
 
 
 def sort_out(labels: Instances, noise: Noise) -> tuple[Instances, Tensor]:

@@ -26,6 +26,7 @@ from labelpenet.errors import InputError
 from labelpenet.evaluation import evaluate
 from labelpenet.training.features import evaluating
 from labelpenet.training.inferred import Inferred
+from labelpenet.training.predict import predict_photograph
 from labelpenet.training.pretrain import Boxes, Training
 from labelpenet.visualize import draw_instances
 
@@ -140,14 +141,9 @@ class Observer:
 
         def predict(image: TaggedImage) -> _Line | None:
             try:
-                pixels = read_image(image.path)
+                found = predict_photograph(network, image, number, held_out.proposals, training.fabric)
             except InputError:
                 return None
-            proposals = None
-            if network.needs_proposals(number) and image.id in held_out.proposals:
-                proposals = network.select(held_out.proposals[image.id], pixels.shape)
-            with training.fabric.autocast():
-                found = network.predict(pixels, number, proposals)
             return image.id, found.image_size, found.to_coco(image.id)
 
         lines = map_images(predict, [images[index] for index in indices], training.fabric.device)
