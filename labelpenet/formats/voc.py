@@ -4,7 +4,6 @@ Tags come from the names of an image's objects alone (difficult ones included). 
 `open_annotated` only, when the truth of an image is asked for.
 """
 
-import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,6 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image
 
 from labelpenet.data.dataset import VOC_CLASSES, AnnotatedImages, NamedImage, TaggedImage, Truth, tag_images, with_truth
 from labelpenet.data.files import (
@@ -29,7 +27,7 @@ from labelpenet.data.files import (
     write_bytes,
     write_text,
 )
-from labelpenet.data.images import SUFFIXES, image_size, read_index_map, voc_palette
+from labelpenet.data.images import SUFFIXES, image_size, palette_png, read_index_map, voc_palette
 from labelpenet.errors import InputError
 from labelpenet.evaluation.semantic import IGNORE, paint
 from labelpenet.formats.selection import (
@@ -450,12 +448,3 @@ def label_map(classes: Sequence[str]) -> str:
     for name, colour in zip(["background", *classes], colours, strict=False):
         lines.append(f"{name.replace(':', ' ')}:{','.join(map(str, colour))}::")
     return "\n".join(lines) + "\n"
-
-
-def palette_png(pixels: np.ndarray) -> bytes:
-    """(H, W) values 0..255 as an indexed PNG in VOC's colours."""
-    image = Image.fromarray(pixels.astype(np.uint8), mode="P")
-    image.putpalette(voc_palette().tobytes())
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    return content.getvalue()
