@@ -608,7 +608,12 @@ def distill(args: Distill) -> None:
         recipe,
         backbone=args.backbone or facts["backbone"],
         weights=args.weights,
-        source={**source, "teacher": str(args.run)},
+        source={
+            **source,
+            "teacher": str(args.run),
+            "teacher_supervision": facts.get("supervision", "tags"),
+            **({"labels": str(args.labels)} if args.labels else {}),
+        },
         supervision=args.supervision,
         options=args.training,
     )
@@ -792,20 +797,27 @@ def export(args: Export) -> None:
 
 def _exported(args: Export) -> TaggedImages:
     """The photographs of an export, with the classes asked for, else those of the predictions, where the data set knows
-    them: a class that a split happens not to show is no reason to drop it, or to number the others anew."""
+    them: a class that a split happens not to show is no reason to drop it, or to number the others anew. A folder whose
+    sub-folders are no such classes holds photographs without tags."""
     from labelpenet.formats import open_tagged
+    from labelpenet.formats.folder import class_folders
     from labelpenet.formats.open import NotRecognised, open_photographs
     from labelpenet.formats.predictions import class_names
 
     assert args.data is not None
-    asked = _names(args.classes)
+    asked = known = _names(args.classes)
+    if asked is None:
+        with contextlib.suppress(InputError):  # a bare list names none
+            known = class_names(args.predictions)
     try:
-        if asked is None:
-            with contextlib.suppress(InputError):
-                return open_tagged(args.data, args.split, class_names(args.predictions), args.images)
-        return open_tagged(args.data, args.split, asked, args.images)
+        return open_tagged(args.data, args.split, known, args.images)
     except NotRecognised:
-        return open_photographs(args.data, asked or class_names(args.predictions))
+        pass
+    except InputError:
+        sorted_otherwise = args.split is None and args.data.is_dir() and class_folders(args.data)
+        if asked is not None or known is None or not sorted_otherwise:
+            return open_tagged(args.data, args.split, asked, args.images)
+    return open_photographs(args.data, known or class_names(args.predictions))
 
 
 def _doubtful(args: Export, images: TaggedImages) -> TaggedImages:

@@ -6,10 +6,10 @@ which no single object can be told, often at the edge of sight. In the truth it 
 
 import contextlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from labelpenet.data.dataset import (
@@ -24,6 +24,7 @@ from labelpenet.data.dataset import (
 from labelpenet.data.files import brief, excerpt, inside, is_file, listing, read_json, read_names, write_text
 from labelpenet.errors import InputError
 from labelpenet.formats.polygons import coco_polygons
+from labelpenet.formats.review import accepted
 from labelpenet.formats.rows import file_names, image_numbers
 from labelpenet.formats.selection import Exported, copy_photograph, mask_arrays, new_export, selected, stems
 from labelpenet.formats.shapes import PROBE, Shape, checked_size, image_folder, read_truth
@@ -38,6 +39,7 @@ _NAMES = (
     "result.json",
     "annotations.json",
 )
+_LISTS = ("images", "annotations", "categories")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class CocoFile:
         images: the image rows by id, in the order of the file; each has a ``file_name``.
         annotations: the annotation rows of each image, each with a known ``category_id``.
         problems: one line for each row that cannot be used.
-        painted: how many masks with ``iscrowd`` 1 are single objects, for CVAT and datumaro write every mask so.
+        notes: what else there is to say of it.
     """
 
     path: Path
@@ -57,14 +59,12 @@ class CocoFile:
     images: dict[int | str, dict[str, Any]]
     annotations: dict[int | str, list[dict[str, Any]]]
     problems: tuple[str, ...]
-    painted: int
+    notes: tuple[str, ...]
 
 
 def is_coco(content: Any) -> bool:
-    """Whether parsed JSON is laid out as an ``instances.json``."""
-    return isinstance(content, dict) and all(
-        isinstance(content.get(key), list) for key in ("images", "annotations", "categories")
-    )
+    """Whether parsed JSON means to be an ``instances.json``; what it lacks, reading says."""
+    return isinstance(content, dict) and sum(isinstance(content.get(key), list) for key in _LISTS) > 1
 
 
 def json_files(data: Path) -> list[Path]:
@@ -123,9 +123,12 @@ def open_annotated(
 
 
 def _read(path: Path, content: Any) -> CocoFile:
-    content = read_json(path) if content is None else content
-    if not is_coco(content):
-        raise InputError(f"{path}: no COCO instances file; it needs the lists images, annotations and categories")
+    content, notes = accepted(path, read_json(path) if content is None else content)
+    lacking = [key for key in _LISTS if not isinstance(content, dict) or not isinstance(content.get(key), list)]
+    if lacking:
+        raise InputError(
+            f"{path}: no COCO instances file; it needs the lists {listing(_LISTS)}, but lacks {listing(lacking)}"
+        )
     problems: list[str] = []
     names: dict[int, str] = {}
     taken: set[str] = set()
@@ -139,10 +142,13 @@ def _read(path: Path, content: Any) -> CocoFile:
         names[row["id"]] = name
     images: dict[int | str, dict[str, Any]] = {}
     seen: set[str] = set()
+    called = Counter(_image_id(row) for row in content["images"] if _is_image(row))
     for row in content["images"]:
         key: Any = row.get("id") if isinstance(row, dict) else None
-        if not _is_key(key) or not isinstance(row.get("file_name"), str):
+        if not _is_image(row):
             problems.append(f"{path}: an image without id or file_name: {excerpt(row)}")
+        elif called[_image_id(row)] > 1 and _leads_out(row["file_name"]):
+            problems.append(f"{path}: {row['file_name'][:80]} may be another {_image_id(row)[:80]}; rename one")
         elif key in images or _image_id(row) in seen:
             twice = f"image id {excerpt(key)}" if key in images else f"image {_image_id(row)[:80]}"
             problems.append(f"{path}: {twice} stands there twice; the first is used")
@@ -165,7 +171,12 @@ def _read(path: Path, content: Any) -> CocoFile:
             single = by_datumaro and _is_crowd(row)
             painted += single
             annotations[row["image_id"]].append({**row, "iscrowd": 0} if single else row)
-    return CocoFile(path, names, images, dict(annotations), tuple(problems), painted)
+    if painted:
+        notes.append(
+            f"{painted} masks with iscrowd 1 are taken for single objects: CVAT and datumaro, which wrote {path.name}, "
+            "write every mask so"
+        )
+    return CocoFile(path, names, images, dict(annotations), tuple(problems), tuple(notes))
 
 
 def _tagged(content: CocoFile, split: str | None, classes: Sequence[str] | None, images: Path | None) -> TaggedImages:
@@ -178,18 +189,18 @@ def _tagged(content: CocoFile, split: str | None, classes: Sequence[str] | None,
         single = frozenset(content.names[row["category_id"]] for row in rows if not _is_crowd(row))
         only_crowd += any(content.names[row["category_id"]] not in single for row in rows)
         try:
-            path = inside(folder, content.images[key]["file_name"])
+            path = inside(folder, _image_id(content.images[key]))
             if not is_file(path):
                 raise InputError(f"{path}: no such image; add it or remove it from {content.path.name}")
             number = key if isinstance(key, int) else None
             found.append(NamedImage(_image_id(content.images[key]), path, single, number))
         except InputError as error:
             problems.append(str(error))
-    notes += brief(content.problems, "rows are skipped")
-    if content.painted:
+    notes += [*brief(content.problems, "rows are skipped"), *content.notes]
+    out = sum(_leads_out(content.images[key]["file_name"]) for key in chosen)
+    if out:
         notes.append(
-            f"{content.painted} masks with iscrowd 1 are taken for single objects: CVAT and datumaro, which wrote "
-            f"{content.path.name}, write every mask so"
+            f"{out} names of {content.path.name} lead elsewhere; the files of these names in {folder} are used"
         )
     if only_crowd and not any(one.names for one in found):
         raise InputError(f"{content.path}: holds crowds alone; set iscrowd to 0 where they are single objects")
@@ -222,7 +233,7 @@ def _image_folder(content: CocoFile, images: Path | None) -> tuple[Path, list[st
     homes = [home, home.parent] if home.name == "annotations" else [home]
     inner = (f"images/{own}", own, "images", f"data/{own}", "data", ".")
     folders = [images] if images else [root / name for root in homes for name in inner]
-    names = [row["file_name"] for row in list(content.images.values())[:PROBE]]
+    names = [_image_id(row) for row in list(content.images.values())[:PROBE]]
     held = {folder: sum(is_file(folder / name) for name in names) for folder in folders if folder.is_dir()}
     return image_folder(held, content.path)
 
@@ -233,7 +244,13 @@ def _split_of(path: Path) -> str:
 
 
 def _image_id(row: dict[str, Any]) -> str:
-    return row["file_name"].replace("\\", "/").removeprefix("./")
+    """The path of a photograph below its folder; of a name that leads out, as Label Studio's do, the last part."""
+    name = row["file_name"].replace("\\", "/").removeprefix("./")
+    return name.rsplit("/", 1)[-1] if _leads_out(name) else name
+
+
+def _leads_out(name: str) -> bool:
+    return bool(PureWindowsPath(name).anchor) or ".." in PureWindowsPath(name).parts
 
 
 def _shape(row: dict[str, Any], names: dict[int, str]) -> Shape:
@@ -248,6 +265,10 @@ def _shape(row: dict[str, Any], names: dict[int, str]) -> Shape:
 
 def _is_crowd(row: dict[str, Any]) -> bool:
     return row.get("iscrowd") in (1, True)
+
+
+def _is_image(row: Any) -> bool:
+    return isinstance(row, dict) and _is_key(row.get("id")) and isinstance(row.get("file_name"), str)
 
 
 def _is_id(value: Any) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, Truth
-from labelpenet.data.files import listing, read_json
+from labelpenet.data.files import listing, read_json, safe_name
 from labelpenet.data.images import image_size
 from labelpenet.errors import InputError
 from labelpenet.formats.open import open_annotated
@@ -82,17 +82,26 @@ def _read_review(path: Path, images: TaggedImages) -> tuple[dict[str, Read], set
 
 def _read_annotated(path: Path, images: TaggedImages) -> tuple[dict[str, Read], set[str], list[str]]:
     root = Path(os.path.commonpath([image.path.parent.absolute() for image in images.images]))
-    annotated = open_annotated(path, None, None, root)
+    opened: list[tuple[AnnotatedImages, list[tuple[TaggedImage, TaggedImage]]]] = []
+    problems: list[InputError] = []
+    for home in (root, None):  # beside our photographs, or with copies of its own
+        try:
+            found = open_annotated(path, None, None, home)
+            opened.append((found, _matched(found.tagged.images, images.images)))
+        except InputError as error:
+            problems.append(error)
+    if not opened:
+        raise problems[0]
+    annotated, pairs = max(opened, key=lambda one: len(one[1]))
     tagged = annotated.tagged
     labels = torch.tensor([images.classes.index(name) if name in images.classes else -1 for name in tagged.classes])
     strangers = [name for name in tagged.classes if name not in images.classes]
     if len(strangers) == len(tagged.classes):
         raise InputError(f"{path}: none of its classes ({listing(strangers)}) is among {listing(images.classes)}")
     notes = [f"{path}: its objects of {listing(strangers)} are left out: no class of that name"] if strangers else []
-    pairs = _matched(tagged.images, images.images)
     absent = len(tagged.images) - len(pairs)
     if absent:
-        notes.append(f"{path}: {absent} of its {len(tagged.images)} photographs are not trained on")
+        notes.append(f"{path}: {absent} of its {len(tagged.images)} photographs are not trained on, or several fit")
 
     def reader(theirs: TaggedImage, ours: TaggedImage) -> Read:
         return lambda: _named(lambda: _renamed(annotated, theirs, ours, labels), path, ours.id)
@@ -101,18 +110,36 @@ def _read_annotated(path: Path, images: TaggedImages) -> tuple[dict[str, Read], 
 
 
 def _matched(theirs: Sequence[TaggedImage], ours: Sequence[TaggedImage]) -> list[tuple[TaggedImage, TaggedImage]]:
-    """Pairs of the same photograph: the same file, else the only one of its name on both sides."""
+    """Pairs of the same photograph: the same file, else the only one of its name on both sides, else of the name that
+    an export gives a copy. Of two photographs that differ in their suffix no copy is known by its name.
+    """
     files = {os.path.realpath(image.path): image for image in ours}
-    names = {image.path.name: image for image in ours}
-    counts = [Counter(image.path.name for image in side) for side in (theirs, ours)]
-    pairs = []
+    stems = Counter(image.path.stem.casefold() for image in ours)
+    named = {image.path.name: image for image in ours if stems[image.path.stem.casefold()] == 1}
+    copies = Counter(map(_copy, ours))
+    copied = {_copy(image): image for image in ours if copies[_copy(image)] == 1}
+    names = Counter(image.path.name for image in theirs)
+    alike = [Counter(map(_copy, theirs)), Counter(_plain(image.path.stem) for image in theirs)]
+    pairs: dict[str, tuple[TaggedImage, TaggedImage]] = {}
     for image in theirs:
         same = files.get(os.path.realpath(image.path))
-        if same is None and all(count[image.path.name] == 1 for count in counts):
-            same = names[image.path.name]
+        if same is None and names[image.path.name] == 1:
+            same = named.get(image.path.name)
+        for count, plain in zip(alike, (_copy(image), _plain(image.path.stem)), strict=True):
+            if same is None and count[plain] == 1:
+                same = copied.get(plain)
         if same is not None:
-            pairs.append((image, same))
-    return pairs
+            pairs.setdefault(same.id, (image, same))
+    return list(pairs.values())
+
+
+def _copy(image: TaggedImage) -> str:
+    """The name, without suffix, of the copy of a photograph in an export, folders included."""
+    return _plain(image.id.removesuffix(image.path.suffix))
+
+
+def _plain(name: str) -> str:
+    return safe_name(name).casefold()
 
 
 def _renamed(annotated: AnnotatedImages, theirs: TaggedImage, ours: TaggedImage, labels: torch.Tensor) -> Truth:

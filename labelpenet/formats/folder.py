@@ -14,7 +14,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "train
 _NO_CLASSES = (
     *("images", "annotations", "labels", "jpegimages", "imagesets", "segmentationclass", "segmentationobject", "masks"),
     *("data", "obj_train_data", "obj_valid_data", "obj_test_data", "obj_validation_data"),
-    *("img", "imgs", "image", "mask", "gt", "leftimg8bit", "gtfine"),
+    *("img", "imgs", "image", "mask", "gt", "leftimg8bit", "gtfine", "default", "defaultannot"),
 )
 _UNLABELLED = ("no_label", "_unlabeled")  # where CVAT and datumaro, and FiftyOne, put photographs without a class
 _NO_TAGS = ("nan", "none", "null", "n/a", "na", "-", "?")
@@ -118,6 +118,15 @@ def open_class_folders(data: Path, split: str | None = None, classes: Sequence[s
     if deep:
         notes.append(f"{deep} images lie deeper; their class is the {'lower' if level else 'upper'} folder's name")
     tags = {"/".join(parts): frozenset({parts[level]}) for parts in files}
+    for copies in _copies(data, tags):
+        tags[copies[0]] = frozenset().union(*(tags[name] for name in copies))
+        for name in copies[1:]:
+            del tags[name]
+    copied = len(files) - len(tags)
+    if copied:
+        notes.append(
+            f"{copied} images are copies of one of the same name in another class's folder: it has all the tags"
+        )
     empty = {path.name for path in data.iterdir() if path.is_dir()} - {parts[0] for parts in files} - set(_UNLABELLED)
     empty = {name for name in empty if not name.startswith((".", "__", "@eaDir"))}
     if empty:
@@ -126,6 +135,21 @@ def open_class_folders(data: Path, split: str | None = None, classes: Sequence[s
     if loose:
         notes.append(f"{loose} images lie in no class's sub-folder; they are not used")
     return tag_names(tags, data, data, split, classes, notes)
+
+
+def _copies(data: Path, tags: Mapping[str, frozenset[str]]) -> Iterator[list[str]]:
+    """Names of files of one content and file name with different tags: a photograph of several classes, as CVAT and
+    datumaro write it, in the folder of each.
+    """
+    named: dict[str, list[str]] = {}
+    for name in tags:
+        named.setdefault(name.rsplit("/", 1)[-1], []).append(name)
+    for names in named.values():
+        sizes = {name: (data / name).stat().st_size for name in names} if len(names) > 1 else {}
+        alike: dict[bytes, list[str]] = {}
+        for name in (one for one in sizes if list(sizes.values()).count(sizes[one]) > 1):
+            alike.setdefault((data / name).read_bytes(), []).append(name)
+        yield from (one for one in alike.values() if len({tags[name] for name in one}) > 1)
 
 
 def class_folders(data: Path) -> dict[str, list[str]]:
@@ -177,7 +201,7 @@ def _doubts(known: set[str], classes: Sequence[str], source: Path) -> Iterator[s
         if alike.setdefault(tag.lower(), tag) != tag:
             yield f"{source.name}: {alike[tag.lower()]!r} and {tag!r} are two classes; write them alike if they are one"
     for tag in sorted(known - set(classes)):
-        parts = [part for part in re.split(r"[\s/+&]+", tag) if part.lower() != "and"]
+        parts = [part for part in re.split(r"[\s/+&,;|]+", tag) if part.lower() != "and"]
         if len(parts) > 1 and known.issuperset(parts):
             raise InputError(
                 f"{source}: {tag!r} may be one tag or several, for {listing(parts)} are tags, too; "
@@ -246,7 +270,7 @@ def _read_csv(path: Path) -> _Table:
     _add_cells(table, cells, path)
     if extra:
         table.notes.append(f"{extra} lines of {path.name} are longer than the first; all that follows is taken as tags")
-    unread = [one for index, one in enumerate(header) if index not in (file, tag)]
+    unread = [one for index, one in enumerate(header) if one and index not in (file, tag)]
     if unread:
         table.notes.append(f"{path.name}: the columns {listing(unread, 8)} are not read")
     return table

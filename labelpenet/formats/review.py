@@ -49,6 +49,27 @@ def is_review(content: Any) -> bool:
     return isinstance(info, dict) and info.get("description") == KIND
 
 
+def accepted(path: Path, content: Any) -> tuple[Any, list[str]]:
+    """Parsed JSON, of a review without the photographs that were not accepted: that they list no object says nothing of
+    them. With a note on these.
+    """
+    if not is_review(content) or not isinstance(content.get("images"), list):
+        return content, []
+    images = [one for one in content["images"] if isinstance(one, dict) and one.get("status") == "accepted"]
+    kept = {str(one.get("id")) for one in images}
+    rows = content.get("annotations")
+    rows = [
+        {**row, "score": 1.0}
+        for row in (rows if isinstance(rows, list) else [])
+        if isinstance(row, dict) and str(row.get("image_id")) in kept
+    ]
+    if not images:
+        raise InputError(f"{path}: no photograph was accepted in this review; accept some first")
+    others = len(content["images"]) - len(images)
+    notes = [f"{path}: {others} photographs of the review are not accepted; they are left out"] * bool(others)
+    return {**content, "images": images, "annotations": rows}, notes
+
+
 def write_review(
     path: Path, reviewed: Mapping[str, Reviewed], images: Sequence[TaggedImage], classes: Sequence[str]
 ) -> Path:

@@ -180,20 +180,23 @@ def match_images(
     if entries is None:
         digits = _unique(*((int(text), image) for image in images if (text := _digits(image.path.stem))))
         return {key: image.id for key, image in (digits | by_stem | by_name | by_id | by_number).items()}
-    matched: dict[Any, str | None] = {}
+    exact: dict[Any, TaggedImage] = {}
+    alike: dict[Any, TaggedImage] = {}
     for entry in entries:
-        name = entry.get("file_name")
-        if name is None:
-            name = str(entry["id"])
-            image = by_number.get(entry["id"]) or by_id.get(name) or by_name.get(name) or by_stem.get(name)
-        elif isinstance(name, str):
-            name = name.replace("\\", "/")
-            base = name.rsplit("/", 1)[-1]
-            # The whole path first: beside a/x.jpg, x.jpg is a photograph of its own.
-            image = by_id.get(name) or by_file.get(name) or by_name.get(base) or by_stem.get(base.rsplit(".", 1)[0])
-        else:
-            raise InputError(f"{path}: file_name of image {entry['id']} is no text")
-        matched[entry["id"]] = None if image is None else image.id
+        key, name = entry["id"], entry.get("file_name")
+        if name is not None and not isinstance(name, str):
+            raise InputError(f"{path}: file_name of image {key} is no text")
+        whole = str(key) if name is None else name.replace("\\", "/")
+        base = whole if name is None else whole.rsplit("/", 1)[-1]
+        stem = base if name is None else base.rsplit(".", 1)[0]
+        if same := (by_number.get(key) if name is None else None) or by_id.get(whole) or by_file.get(whole):
+            exact[key] = same
+        elif like := by_name.get(base) or by_stem.get(stem):
+            alike[key] = like
+    # The whole path first: beside a/x.jpg, x.jpg is a photograph of its own.
+    named = {image.id for image in exact.values()}
+    found = exact | {key: image for key, image in alike.items() if image.id not in named}
+    matched = {entry["id"]: found[entry["id"]].id if entry["id"] in found else None for entry in entries}
     for double in _doubles([name for name in matched.values() if name is not None]):
         raise InputError(f"{path}: two of its images are both {double}; list every image once")
     strangers = [str(entry.get("file_name", entry["id"])) for entry in entries if matched[entry["id"]] is None]

@@ -14,6 +14,7 @@ from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImage, Tr
 from labelpenet.data.files import inside, is_file, listing, read_text, safe_name, write_text
 from labelpenet.data.images import find_images
 from labelpenet.errors import InputError
+from labelpenet.formats.folder import image_files
 from labelpenet.formats.polygons import contours, joined, outline, straight
 from labelpenet.formats.selection import (
     Exported,
@@ -110,9 +111,11 @@ _LISTS = ("data.yaml", "data.yml", "dataset.yaml", "obj.data")
 
 
 def settings_file(data: Path) -> Path | None:
-    """What describes a folder of YOLO labels: data.yaml, darknet's obj.data, or a list of classes beside ``labels``."""
+    """What describes a folder of YOLO labels: data.yaml, darknet's obj.data, or a list of classes beside ``labels``
+    or among photographs and their labels."""
     lists = [data / name for name in _LISTS]
-    names = [data / name for name in ("classes.txt", "obj.names") if (data / "labels").is_dir()]
+    beside = (data / "labels").is_dir() or any((data / one).with_suffix(".txt").is_file() for one in image_files(data))
+    names = [data / name for name in ("classes.txt", "obj.names") if beside]
     return next((path for path in [*lists, *names] if path.is_file()), None)
 
 
@@ -127,7 +130,7 @@ def open_annotated(
         path: ``data.yaml``, ``obj.data``, ``classes.txt`` or ``obj.names``; all paths in it stay inside its folder.
         split: ``train``, ``val``, ``test`` as the file calls them; None: all but ``test``.
         classes: as `open.open_tagged` takes them; errors, too.
-        images: the folder that the file's paths are relative to, where it is another one.
+        images: the folder that the file's paths are relative to, where it is another one; labels may lie beside either.
     """
     names, places, pose = _settings_of(path, images)
     root = images or path.parent
@@ -143,7 +146,8 @@ def open_annotated(
     photographs = [one for places in listed.values() for place in places for one in _photographs(root, place, path)]
     for photograph in dict.fromkeys(photographs):
         try:
-            labels = _label_file(inside(root, photograph.relative_to(root).as_posix()))
+            inside(root, photograph.relative_to(root).as_posix())
+            labels = _labels(path, photograph, images)
             bare += not is_file(labels)
             indices = {index for index, _ in _rows(labels, len(names), pose).values()}
             tags = frozenset(names[index] for index in indices)
@@ -152,7 +156,7 @@ def open_annotated(
             problems.append(str(error))
     if found and bare == len(found):
         raise InputError(
-            f"{path}: none of {len(found)} images has a label file ({_label_file(found[0].path)}); add them"
+            f"{path}: none of {len(found)} images has a label file ({_labels(path, found[0].path, images)}); add them"
         )
     occurring = {name for one in found for name in one.names}
     if problems and not occurring:
@@ -164,7 +168,7 @@ def open_annotated(
     number = {name: index for index, name in reversed(list(enumerate(names, 1)))}
 
     def truth(image: TaggedImage) -> Truth:
-        labels = _label_file(image.path)
+        labels = _labels(path, image.path, images)
         size = checked_size(image.path, (None, None), labels)
         shapes = [_shape(line, row, size, names) for line, row in _rows(labels, len(names), pose).items()]
         return read_truth(shapes, size, tagged.classes, labels)
@@ -252,7 +256,7 @@ def _place(path: Path, base: Any, place: str, images: Path | None) -> str:
 
 def _photographs(root: Path, place: str, source: Path) -> list[Path]:
     """The images of a folder, or those that a list names, a path a line."""
-    path = inside(root, place)
+    path = root if place == "." else inside(root, place)
     if path.is_dir():
         return [one for _, one in find_images([path])]
     if path.suffix.lower() != ".txt":
@@ -263,6 +267,15 @@ def _photographs(root: Path, place: str, source: Path) -> list[Path]:
         tried = [name, name.removeprefix("data/")]
         found.append(next((inside(root, one) for one in tried if is_file(inside(root, one))), inside(root, tried[-1])))
     return found
+
+
+def _labels(path: Path, photograph: Path, images: Path | None) -> Path:
+    """The label file of a photograph, beside it or, where photographs lie in ``images``, beside the file ``path``."""
+    tried = [_label_file(photograph)]
+    if images is not None:
+        below = photograph.relative_to(images)
+        tried += [_label_file(path.parent / below), (path.parent / "labels" / below).with_suffix(".txt")]
+    return next((one for one in tried if is_file(one)), tried[0])
 
 
 def _label_file(image: Path) -> Path:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,11 +71,18 @@ def coco(names: tuple[str, str], first: int = 1) -> dict[str, Any]:
 
 def coco_layout(file: str, images: str, given: str = ".", names: tuple[str, str] = ("a.jpg", "b.jpg")) -> Any:
     def fill(root: Path) -> Path:
-        photographs(root / images, *names)
+        photographs(root / images, *(name.replace("\\", "/") for name in names))
         write(root / file, coco(names))
         return root / given
 
     return fill
+
+
+def label_studio_coco(root: Path) -> Path:
+    """Label Studio's: names lead from a folder on its server to its uploads, also where the export holds the images."""
+    photographs(root / "images", "a.jpg", "b.jpg")
+    write(root / "result.json", coco(("../../media/upload/3/a.jpg", "..\\..\\media\\upload\\3\\b.jpg")))
+    return root
 
 
 def brushed(root: Path) -> Path:
@@ -177,6 +185,14 @@ def plain_yolo(root: Path) -> Path:
     write(root / "labels/b.txt", "")
     write(root / "classes.txt", "cat\ndog\n")
     write(root / "notes.json", {"categories": []})
+    return root
+
+
+def flat_yolo(root: Path) -> Path:
+    """labelImg's, everything in one folder."""
+    photographs(root, "a.jpg", "b.jpg")
+    write(root / "a.txt", yolo_box(0, CAT) + yolo_box(1, DOG))
+    write(root / "classes.txt", "\ufeffcat\r\ndog\r\n")
     return root
 
 
@@ -298,6 +314,13 @@ def class_folders(*names: str) -> Any:
     return fill
 
 
+def photograph_in_two_folders(root: Path) -> Path:
+    """A photograph of two classes, as CVAT's and datumaro's ImageNet has it; and another that is called as one is."""
+    photographs(root, "cat/a.jpg", "cat/b.jpg", "dog/b.jpg")
+    shutil.copy(root / "cat/a.jpg", root / "dog/a.jpg")
+    return root
+
+
 def two_files(root: Path) -> Path:
     photographs(root, "a.jpg")
     for name in ("one.csv", "two.csv"):
@@ -315,6 +338,9 @@ LAYOUTS: dict[str, Layout] = {
     "COCO, photographs in sub-folders": Layout(
         coco_layout("instances.json", "images", names=("a.jpg", "sub/b.jpg")), tags=DEEP, boxes=True, masks=True
     ),
+    "COCO, photographs in sub-folders, by Windows": Layout(
+        coco_layout("instances.json", "images", names=("a.jpg", "sub\\b.jpg")), tags=DEEP, boxes=True, masks=True
+    ),
     "COCO by CVAT": Layout(coco_layout("annotations/instances_default.json", "images"), **WHOLE),
     "COCO by CVAT, images of a subset": Layout(
         coco_layout("annotations/instances_default.json", "images/default"), **WHOLE
@@ -328,6 +354,7 @@ LAYOUTS: dict[str, Layout] = {
         coco_layout("result.json", ".", names=("images/a.jpg", "images/b.jpg")),
         tags={"images/a.jpg": ("cat", "dog"), "images/b.jpg": ()}, boxes=True, masks=True,
     ),
+    "COCO by Label Studio, images where its server has them": Layout(label_studio_coco, **WHOLE),
     "COCO by our own export": Layout(coco_layout("annotations.json", "images"), **WHOLE),
     "COCO under a name of its own": Layout(coco_layout("my export.json", "images"), **WHOLE),
     "YOLO boxes, data.yaml": Layout(yolo(ULTRALYTICS), split="train", tags=TRAIN, boxes=True),
@@ -342,6 +369,7 @@ LAYOUTS: dict[str, Layout] = {
     "YOLO 1.1 by CVAT, darknet": Layout(
         darknet, split="train", tags={"obj_train_data/a.jpg": ("cat", "dog"), "obj_train_data/b.jpg": ()}, boxes=True
     ),
+    "YOLO by labelImg": Layout(flat_yolo, tags=FLAT, boxes=True),
     "YOLO by Label Studio": Layout(plain_yolo, tags={"images/a.jpg": ("cat", "dog"), "images/b.jpg": ()}, boxes=True),
     "Labelme": Layout(labelme(shapes=True), **WHOLE),
     "X-AnyLabeling, photographs classified": Layout(labelme(shapes=False), tags=FLAT),
@@ -427,6 +455,9 @@ LAYOUTS: dict[str, Layout] = {
     "a sub-folder a class, by FiftyOne": Layout(
         class_folders("cat/a.jpg", "_unlabeled/c.jpg"), tags={"cat/a.jpg": ("cat",)}
     ),
+    "a sub-folder a class, a photograph of two": Layout(
+        photograph_in_two_folders, tags={"cat/a.jpg": ("cat", "dog"), "cat/b.jpg": ("cat",), "dog/b.jpg": ("dog",)}
+    ),
     "a single class": Layout(class_folders("cat/a.jpg"), classes=("cat",), tags={"cat/a.jpg": ("cat",)}),
 }  # fmt: skip
 
@@ -436,12 +467,17 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str | None, str]] = {
     "CVAT's YOLO without its lists": (class_folders("obj_train_data/a.jpg"), None, "no data set recognised"),
     "photographs alone": (class_folders("a.jpg", "b.jpg"), None, "2 photographs, but no tags; write .*a.jpg,cat;dog"),
     "KITTI's photographs": (class_folders("image_2/a.jpg", "image_2/b.jpg"), None, "in one sub-folder, image_2; if"),
+    "CamVid by datumaro": (class_folders("default/a.png", "defaultannot/a.png"), None, "no data set recognised"),
     "photographs beside masks": (class_folders("img/a.jpg", "gt/a.jpg"), None, "no data set recognised"),
     "a tag, or two with a blank": (table("tags.csv", "file,tags\na.jpg,cat dog\nsub/b.jpg,cat;dog\n"), None,
                                    "'cat dog' may be one tag or several, for cat, dog are tags, too"),
     "a tag, or two joined": (table("tags.json", '{"a.jpg": ["cat and dog"], "sub/b.jpg": ["cat", "dog"]}'), None,
                              "'cat and dog' may be one tag or several"),
     "lists by NumPy": (table("tags.csv", "file,tags\na.jpg,['cat' 'dog']\n"), None, "line 2: no list of tags"),
+    "COCO without annotations": (table("instances.json", '{"images": [], "categories": []}'), None,
+                                 "needs the lists images, annotations, categories, but lacks annotations"),
+    "a comma within a tag of a list": (table("tags.json", '{"a.jpg": ["cat, dog"], "sub/b.jpg": ["cat", "dog"]}'), None,
+                                       "'cat, dog' may be one tag or several"),
     "COCO, crowds alone": (crowds, None, "holds crowds alone; set iscrowd to 0"),
     "two kinds of mark": (table("tags.csv", "file,tags\na.jpg,cat;dog\nsub/b.jpg,cat|dog\n"), None,
                           r"tags.csv: tags are separated by ';' \(line 2\) and '\|' \(line 3\); use ; alone"),

@@ -104,8 +104,8 @@ def test_damaged_rows_cost_themselves(tmp_path: Path) -> None:
     content["annotations"] += [{"image_id": 99, "category_id": 3}, {"image_id": 7, "category_id": 77}, 5, {}]
     images = open_tagged(coco_set(tmp_path, content))
     assert [image.id for image in images.images] == ["x.jpg", "sub/y.jpg"]
-    assert "7 rows are skipped" in images.notes
-    assert "2 of 4 images are skipped" in images.notes
+    assert "8 rows are skipped" in images.notes
+    assert "1 of 3 images are skipped" in images.notes
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from labelpenet import InputError
 from labelpenet.formats import open_annotated, open_tagged
-from tests.formats.corpus import CAT, DOG, LAYOUTS, REFUSED
+from tests.formats.corpus import CAT, DOG, LAYOUTS, REFUSED, coco, photographs, plain_yolo, write, yolo
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -45,3 +47,22 @@ def test_what_is_not_clear_is_refused_in_one_line(tmp_path: Path, name: str) -> 
         open_tagged(write(tmp_path), split)
     assert re.search(words, str(caught.value)), str(caught.value)
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("fill", [plain_yolo, yolo("train: images/train\nnames: [cat, dog]\n")])
+def test_yolo_labels_may_lie_beside_the_file_and_the_photographs_elsewhere(tmp_path: Path, fill: Any) -> None:
+    data, elsewhere = fill(tmp_path / "data"), tmp_path / "elsewhere"
+    shutil.move(data / "images", elsewhere / "images" if fill is not plain_yolo else elsewhere)
+    annotated = open_annotated(data, None, None, elsewhere)
+    (first,) = (one for one in annotated.tagged.images if one.path.name == "a.jpg")
+    assert first.tags == (0, 1) and len(annotated.read(first.id).instances) == 2
+
+
+def test_photographs_of_one_name_that_coco_has_elsewhere_are_not_mixed_up(tmp_path: Path) -> None:
+    photographs(tmp_path / "images", "a.jpg", "b.jpg")
+    write(tmp_path / "result.json", coco(("/home/one/a.jpg", "/home/two/a.jpg")))
+    with pytest.raises(InputError, match="its images are in none of"):
+        open_tagged(tmp_path)
+    write(tmp_path / "result.json", coco(("/home/one/a.jpg", "b.jpg")))
+    images = open_tagged(tmp_path)
+    assert [one.id for one in images.images] == ["a.jpg", "b.jpg"] and "1 names of result.json" in images.notes[0]

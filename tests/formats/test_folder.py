@@ -70,8 +70,9 @@ def test_flags_beside_shapes_are_said_to_be_no_tags(tmp_path: Path) -> None:
 
 
 def test_one_sub_folder_per_class(tmp_path: Path) -> None:
-    for name in ("cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/.hidden.jpg", "loose.jpg", "cat/deep/x.jpg"):
-        photograph(tmp_path / name)
+    names = ("cat/1.jpg", "cat/2.jpg", "dog/1.jpg", "dog/.hidden.jpg", "loose.jpg", "cat/deep/x.jpg")
+    for seed, name in enumerate(names):
+        photograph(tmp_path / name, seed=seed)
     assert tags_of(tmp_path) == {
         "cat/1.jpg": ("cat",),
         "cat/2.jpg": ("cat",),

@@ -149,6 +149,16 @@ def test_photographs_without_tags_are_exported_and_a_bare_list_of_theirs_is_refu
     assert "names no classes" in capsys.readouterr().err
 
 
+def test_photographs_sorted_into_folders_that_are_no_classes_are_exported_too(tmp_path):
+    images = photographs(tmp_path / "photos", ("2020/a.jpg", "2021/b.jpg", "b.jpg"))
+    images = replace(images, images=(*images.images[:2], TaggedImage("b.jpg", images.images[2].path, ())))
+    file = write_predictions(tmp_path / "p.json", predictions(images), images, CLASSES)
+    main(["export", str(file), str(tmp_path / "photos"), "--out", str(tmp_path / "out")])
+    content = json.loads((tmp_path / "out/annotations/instances_default.json").read_text())
+    assert [row["name"] for row in content["categories"]] == list(CLASSES)
+    assert [row["file_name"] for row in content["images"]] == ["2020/a.jpg", "2021/b.jpg", "b.jpg"]
+
+
 def test_a_bare_list_takes_the_ids_of_its_coco_data_set(tmp_path):
     Image.new("RGB", (20, 10)).save(tmp_path / "a.jpg")
     box = {"image_id": 7, "category_id": 18, "bbox": [1, 1, 5, 5]}

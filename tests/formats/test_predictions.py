@@ -54,6 +54,16 @@ def test_a_generator_can_be_written_and_the_order_of_classes_may_differ_in_readi
         assert (2 - turned[name].labels).tolist() == found[name].labels.tolist()
 
 
+def test_a_photograph_of_its_own_name_is_not_taken_for_one_of_that_name_in_a_folder(tmp_path):
+    images = photographs(tmp_path, ("sub/a.jpg", "b/a.jpg"))
+    every = (*images.images, TaggedImage("a.jpg", images.images[0].path, ()))
+    found = {image.id: instances((10 + k % 2, 14), k) for k, image in enumerate(every)}
+    path = write_predictions(tmp_path / "p.json", found, every, CLASSES)
+    read = read_predictions(path, images.images[:1], CLASSES)
+    assert list(read) == ["sub/a.jpg"] and "2 of its 3 images are not asked for" in read.notes[0]
+    assert_same(read["sub/a.jpg"], found["sub/a.jpg"])
+
+
 def test_pycocotools_reads_the_file(tmp_path):
     images = photographs(tmp_path, NAMES)
     found = predictions(images)
@@ -214,7 +224,7 @@ def test_a_bad_row_is_named(tmp_path, change, message):
             "no size of an image",
         ),
         (
-            '{"annotations": [], "images": [{"id": 1, "file_name": "2008_000001.jpg"}, {"id": 2, "file_name": '
+            '{"annotations": [], "images": [{"id": 1, "file_name": "y/2008_000001.jpg"}, {"id": 2, "file_name": '
             '"x/2008_000001.jpg"}]}',
             "two of its images are both 2008_000001",
         ),

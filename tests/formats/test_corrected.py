@@ -1,0 +1,90 @@
+"""Labels that come back from a tool with copies of the photographs, whatever the export called these."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from labelpenet.data.dataset import TaggedImage
+from labelpenet.errors import InputError
+from labelpenet.formats import export, open_annotated, read_predictions
+from labelpenet.formats.corrected import read_corrected
+from labelpenet.formats.open import open_photographs
+from labelpenet.formats.review import Reviewed, write_review
+from labelpenet.instances import Instances, masks_to_boxes
+
+from .photographs import CLASSES, photographs
+
+NAMES = ("a #1.png", "sub/b c.jpg", "d.jpg", "x.jpg", "x.png")
+
+
+def drawn(images: tuple[TaggedImage, ...]) -> dict[str, Instances]:
+    """A rectangle of another width and class in each."""
+    found = {}
+    for k, image in enumerate(images):
+        mask = torch.zeros(1, 10, 14, dtype=torch.bool)
+        mask[:, 2:7, 1 : 4 + k] = True
+        label = torch.tensor([k % len(CLASSES)])
+        found[image.id] = Instances(masks_to_boxes(mask), label, torch.ones(1), (10, 14), mask)
+    return found
+
+
+def test_a_review_gives_accepted_photographs_alone_to_whatever_reads_it(tmp_path: Path) -> None:
+    for name in NAMES[:3]:
+        photographs(tmp_path / "photos", (name,))
+    ours = open_photographs(tmp_path / "photos", CLASSES)
+    rows = {name: one.to_coco(0) for name, one in drawn(ours.images).items()}
+    first, second, third = rows
+    said = {
+        first: Reviewed("accepted", (10, 14), rows[first]),
+        second: Reviewed("rejected", (10, 14), []),
+        third: Reviewed("open", (10, 14), rows[third]),
+    }
+    file = write_review(tmp_path / "review.json", said, ours.images, CLASSES)
+    read = read_predictions(file, ours, CLASSES)
+    assert list(read) == [first] and read[first].weights.tolist() == [1]
+    assert any("2 photographs of the review are not accepted" in note for note in read.notes)
+    annotated = open_annotated(file, images=tmp_path / "photos")
+    assert [image.id for image in annotated.tagged.images] == [first]
+    assert any("2 photographs of the review are not accepted" in note for note in annotated.tagged.notes)
+    write_review(file, {second: said[second]}, ours.images, CLASSES)
+    with pytest.raises(InputError, match="no photograph was accepted"):
+        read_predictions(file, ours, CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("to", "back"),
+    [
+        ("coco", "."),
+        ("coco-polygons", "annotations/instances_default.json"),
+        ("yolo", "."),
+        ("voc", "VOCdevkit/VOC2012"),
+        ("labelme", "."),
+    ],
+)
+@pytest.mark.parametrize("copies", [True, False])
+def test_what_an_export_wrote_is_read_back_for_its_photographs_and_never_for_others(
+    tmp_path: Path, to: Any, back: str, copies: bool
+) -> None:
+    if not copies and to in ("yolo", "voc"):
+        pytest.skip("they hold their photographs")
+    for name in NAMES:
+        photographs(tmp_path / "photos", (name,))
+    ours = open_photographs(tmp_path / "photos", CLASSES)
+    truth = drawn(ours.images)
+    export(truth, ours, CLASSES, tmp_path / "out", to, copy_images=copies)
+    for path in (tmp_path / "out").rglob("*.json"):
+        content = json.loads(path.read_text())
+        if "flags" in content:
+            path.write_text(json.dumps({**content, "flags": {"checked": True}}))
+    found = read_corrected([tmp_path / "out" / back], ours)
+    certain = {"a #1.png", "sub/b c.jpg", "d.jpg"}
+    assert certain <= set(found.truths) and (copies or set(found.truths) == set(NAMES))
+    for name, read in found.truths.items():
+        one = read().instances
+        assert one.labels.tolist() == truth[name].labels.tolist()
+        assert one.masks is not None and torch.equal(one.masks, truth[name].masks)
