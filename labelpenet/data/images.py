@@ -203,6 +203,15 @@ def voc_palette() -> np.ndarray:
     return colours.astype(np.uint8)
 
 
+def palette_png(pixels: np.ndarray) -> bytes:
+    """(H, W) values 0..255 as an indexed PNG in VOC's colours."""
+    image = Image.fromarray(pixels.astype(np.uint8), mode="P")
+    image.putpalette(voc_palette().tobytes())
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return content.getvalue()
+
+
 def read_index_map(path: Path | str) -> np.ndarray:
     """Reads a class or instance map, such as VOC's SegmentationClass and SegmentationObject.
 

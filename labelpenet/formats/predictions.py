@@ -24,7 +24,6 @@ from labelpenet.formats.parts import part_classes, read_parts
 from labelpenet.formats.review import accepted
 from labelpenet.formats.rows import (
     Predictions,
-    RowReader,
     Rows,
     check_id,
     check_same_size,
@@ -36,6 +35,7 @@ from labelpenet.formats.rows import (
     match_categories,
     match_images,
     read_entries,
+    read_rows,
 )
 from labelpenet.instances import Instances
 
@@ -172,7 +172,6 @@ def read_predictions(
         if name is not None and label is not None:
             kept[name].append((index, row))
     sizes = _sizes(path, entries, names)
-    read = RowReader(path, labels)
     by_name: dict[str, Rows] = {}
     unreadable: list[str] = []
     for image in images:
@@ -186,7 +185,7 @@ def read_predictions(
             check_same_size(path, image, true if size is None else size, true)  # before a mask of any size is decoded
             size = true
         if size is not None:
-            by_name[image.id] = read.rows(kept[image.id], image.id, size)
+            by_name[image.id] = read_rows(path, kept[image.id], labels, image.id, size)
     notes += brief(unreadable, "photographs cannot be read; what was found in them is left out")
     _rescale(by_name, notes)
     return Predictions(tuple(classes), tuple(notes), by_name)

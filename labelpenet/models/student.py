@@ -39,11 +39,10 @@ from labelpenet.data.images import Photograph, as_pixels, several
 from labelpenet.data.transforms import divisible
 from labelpenet.errors import InputError, reason
 from labelpenet.instances import Instances
-from labelpenet.models.build import BACKBONES, build_backbone
+from labelpenet.models.build import build_backbone, whole_network
 from labelpenet.models.cascade import LabelPEnet, read_run
 from labelpenet.models.detection import ANCHOR_RATIOS, DoubtingRPN, covered, rcnn_loss
 from labelpenet.models.segmentation import crop_masks, mask_loss
-from labelpenet.models.weights import load_weights, torchvision_weights
 
 KIND = "student"  # what ``run.json`` says of such a folder, and the name of its weights
 STRIDES = (8, 16, 32)  # of the pyramid's maps; the last one, subsampled, is the fourth
@@ -382,14 +381,8 @@ def build_body(
     Arguments and errors as `build_backbone`; a network of timm must be a chain of stages.
     """
     if name.startswith("timm/"):
-        return _timm_body(name.removeprefix("timm/"), weights, pretrained)
-    backbone = build_backbone(name, weights, pretrained)
-    build, kind = BACKBONES[name]
-    network = build(weights=None)
-    if weights is not None:
-        load_weights(network, weights, name)
-    elif pretrained and kind.imagenet:
-        network.load_state_dict(torchvision_weights(name))
+        return _timm_body(name, weights, pretrained)
+    backbone, network = build_backbone(name, weights, pretrained), whole_network(name, weights, pretrained)
     body: Any = getattr(network, "features", network)
     if name == "mobilenet_v2":
         body = body[:-1]  # the last layer serves the classifier alone
@@ -397,17 +390,10 @@ def build_body(
 
 
 def _timm_body(name: str, weights: Path | None, pretrained: bool) -> tuple[nn.Module, dict[str, Sequence[float]]]:
-    try:
-        import timm
-    except ImportError as error:
-        raise InputError("backbones of timm need the package timm; install it with pip install timm") from error
-    try:
-        network = timm.create_model(name, pretrained=pretrained and weights is None)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise InputError(f"timm/{name}: cannot be built ({reason(error)}); see timm.list_models()") from None
-    if weights is not None:
-        load_weights(network, weights, f"timm/{name}")
-    body = timm_features(name)
+    from labelpenet.models.timm_backbones import timm_network  # takes a second to import
+
+    network = timm_network(name, weights, pretrained)
+    body = timm_features(name.removeprefix("timm/"))
     full = network.state_dict()
     body.load_state_dict({key: full[_timm_key(network, key)] for key in body.state_dict()})
     settings: Any = network.pretrained_cfg

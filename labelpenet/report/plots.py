@@ -81,11 +81,8 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
 
 
-def loss_plot(one: Curves, size: tuple[float, float] = (5.2, 2.9)) -> str:
-    """The losses of a stage against its steps, as an ``<svg>`` element without any reference to the outside.
-
-    ``size`` is its width and height in inches.
-    """
+def loss_plot(one: Curves) -> str:
+    """The losses of a stage against its steps, as an ``<svg>`` element without any reference to the outside."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -96,7 +93,7 @@ def loss_plot(one: Curves, size: tuple[float, float] = (5.2, 2.9)) -> str:
         "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "legend.frameon": False,
     }  # fmt: skip
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Figure(figsize=(5.2, 2.9), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         window = max(1, len(one.steps) // 20)
