@@ -19,6 +19,9 @@ from labelpenet.cli import main
 from labelpenet.data import write_scenes
 
 
+SIDES = ("images.sides=96", "images.test_side=96")  # as the scenes are: less than half the time
+
+
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_scenes(tmp_path_factory.mktemp("kit") / "scenes", train=8, val=4, size=(96, 96), seed=3)
@@ -33,7 +36,8 @@ def run(kit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_arguments(kit: Path, out: Path, *more: str) -> list[str]:
     options = ["--recipe", "demo", "--backbone", "tiny", "--shorten", "0.01", "--device", "cpu"]
-    return ["train", str(kit), "--out", str(out), *options, "--cache", str(out.parent / "cache"), *more]
+    own = ["--set", *SIDES] * ("--set" not in more)
+    return ["train", str(kit), "--out", str(out), *options, "--cache", str(out.parent / "cache"), *own, *more]
 
 
 def one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -206,7 +210,7 @@ def test_train_refuses_a_folder_in_use_and_changed_settings(
     run: Path, kit: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "--resume" in one_line(train_arguments(kit, run), capsys)
-    assert "recipe" in one_line(train_arguments(kit, run, "--resume", "--set", "modules.2.rois=7"), capsys)
+    assert "recipe" in one_line(train_arguments(kit, run, "--resume", "--set", *SIDES, "modules.2.rois=7"), capsys)
     main(train_arguments(kit, run, "--resume"))  # finished: nothing left to do
 
 
