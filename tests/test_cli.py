@@ -18,7 +18,6 @@ from labelpenet import Instances, LabelPEnet
 from labelpenet.cli import main
 from labelpenet.data import write_scenes
 
-
 SIDES = ("images.sides=96", "images.test_side=96")  # as the scenes are: less than half the time
 
 
