@@ -115,9 +115,9 @@ def test_the_report_calls_no_photograph_held_out_that_was_trained_on(
     facts = json.loads((copy / "run.json").read_text())
     del facts["checksum"]
     names = [f"{label}/a.jpg" for label in facts["classes"]]
-    for name in names:
+    for index, name in enumerate(names):
         (photos / name).parent.mkdir(parents=True)
-        Image.new("RGB", (64, 64)).save(photos / name)
+        Image.new("RGB", (64, 64), (60 * index, 0, 0)).save(photos / name)
 
     def report(data: Path, split: str | None) -> str:
         (copy / "run.json").write_text(json.dumps({**facts, "source": {"data": str(data), "split": split}}))
