@@ -40,7 +40,7 @@ from labelpenet.config import Calibration
 from labelpenet.data import AnnotatedImages, Truth, read_image
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import write_json
-from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.data.proposals import compute_proposals
 from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou, cascade_table, classification_ap, evaluate, mask_iou
@@ -308,7 +308,7 @@ def measure_baselines(
     for key, source, truth in (("train", train, train_truths), ("val", held_out, truths)):
         images = source.tagged.images
         found, probabilities = baselines(activation, images, thresholds, key == "train")
-        boxes = compute_proposals(images, predictor.cascade.recipe.proposals, cache or default_cache(), progress=True)
+        boxes = compute_proposals(images, predictor.cascade.recipe.proposals, cache, progress=True)
         features = RoIFeatures(run, predictor.cascade, boxes, predictor.fabric) if key == "train" else None
         ranked, _ = rank_images(predictor, images, boxes, features)
         for name, one in {**found, "module 1, top proposals": ranked}.items():

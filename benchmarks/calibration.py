@@ -86,7 +86,7 @@ def whole_image(run: Path, data: Path, cache: Path, images: int) -> None:
     for name, (choice, kind) in kinds.items():
         times = []
         for image in chosen:
-            proposals = network.select(torch.from_numpy(boxes[image.id].copy()), read_image(image.path).shape)
+            proposals = network.select(boxes[image.id], read_image(image.path).shape)
             with torch.no_grad(), predictor.fabric.autocast():
                 times.append(one_image(network, image, proposals, choice, kind))
         print(

@@ -56,7 +56,7 @@ from labelpenet.calibration import project_maps
 from labelpenet.calibration.calibrate import drop_components, resize_masks, segment, working_canvas
 from labelpenet.data import AnnotatedImages, Truth, read_image, run_folder
 from labelpenet.data.dataset import TaggedImage
-from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.data.proposals import compute_proposals
 from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
 from labelpenet.evaluation import (
@@ -557,7 +557,7 @@ def network_tables(
     predictor, classes = Predictor(run, device), data.tagged.classes
     network = predictor.cascade
     images = [image for image in data.tagged.images if image.id in truths]
-    boxes = compute_proposals(images, network.recipe.proposals, cache or default_cache(), progress=True)
+    boxes = compute_proposals(images, network.recipe.proposals, cache, progress=True)
 
     def alone(image: TaggedImage) -> Record:
         truth = truths[image.id]
@@ -565,8 +565,7 @@ def network_tables(
 
     found: dict[str, list[tuple[np.ndarray, Record]]] = {
         network.recipe.proposals.method: [
-            (network.select(torch.from_numpy(boxes[i.id].copy()), truths[i.id].instances.image_size).numpy(), alone(i))
-            for i in images
+            (network.select(boxes[i.id], truths[i.id].instances.image_size).numpy(), alone(i)) for i in images
         ]
     }
     chosen = [image for image in images if truths[image.id].instances.masks is not None]

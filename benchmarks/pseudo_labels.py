@@ -37,7 +37,7 @@ from labelpenet.calibration import Candidates, calibrate, choose_instances, prop
 from labelpenet.config import AttentionCalibration
 from labelpenet.data import read_image
 from labelpenet.data.dataset import TaggedImage, Truth
-from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.data.proposals import compute_proposals
 from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou, mask_iou
@@ -367,7 +367,7 @@ def main() -> None:
     network = predictor.cascade
     annotated = open_annotated(one.data, one.split, network.classes)
     images = annotated.tagged.images
-    boxes = compute_proposals(images, network.recipe.proposals, one.cache or default_cache())
+    boxes = compute_proposals(images, network.recipe.proposals, one.cache)
     features = RoIFeatures(one.run, network, boxes, predictor.fabric)
     chosen = [index for index, image in enumerate(images) if image.tags]
     random.Random(one.seed).shuffle(chosen)  # what is there after any time is a fair sample
@@ -381,7 +381,7 @@ def main() -> None:
         image = images[chosen[place]]
         truth = annotated.read(image.id)
         pixels = read_image(image.path)
-        proposals = network.select(torch.from_numpy(boxes[image.id].copy()), pixels.shape).float()
+        proposals = network.select(boxes[image.id], pixels.shape)
         known = features.kept(image)
         if known is None:
             raise InputError(f"{one.run} does not hold the RoI features of {image.id}; choose the run's --split")

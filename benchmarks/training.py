@@ -47,7 +47,7 @@ from labelpenet import config
 from labelpenet.calibration import DenseCRF
 from labelpenet.config import Recipe, Schedule
 from labelpenet.data import TaggedImages, read_image, write_scenes
-from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.data.proposals import compute_proposals
 from labelpenet.engine.distributed import build_fabric, map_images
 from labelpenet.engine.sampler import batches, seed_step, stream_seed
 from labelpenet.engine.stage import Stage, build_optimiser, learning_rate
@@ -184,7 +184,7 @@ def prepare(one: argparse.Namespace, folder: Path) -> Setting:
     if loaded is not None:
         network.load_state_dict(loaded.state_dict())
     network.to(fabric.device).stem.requires_grad_(False)
-    boxes = compute_proposals(images.images, recipe.proposals, one.cache or default_cache(), progress=True)
+    boxes = compute_proposals(images.images, recipe.proposals, one.cache, progress=True)
     targets = {}
     for image in images.images:
         height, width = read_image(image.path).shape[:2]

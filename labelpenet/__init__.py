@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from labelpenet.errors import InputError
@@ -15,18 +16,16 @@ __version__ = "0.2.0.dev0"
 __all__ = ["InputError", "Instances", "LabelPEnet", "Student", "__version__", "load"]
 
 
+_HOMES = {
+    "Instances": "instances",
+    "LabelPEnet": "models.cascade",
+    "Student": "models.student",
+    "load": "models.student",
+}
+
+
 def __getattr__(name: str) -> Any:
     """What needs torch on first use: its import takes seconds, which ``labelpenet --help`` need not wait for."""
-    if name == "Instances":
-        from labelpenet.instances import Instances
-
-        return Instances
-    if name == "LabelPEnet":
-        from labelpenet.models.cascade import LabelPEnet
-
-        return LabelPEnet
-    if name in ("Student", "load"):
-        from labelpenet.models import student
-
-        return getattr(student, name)
-    raise AttributeError(f"module 'labelpenet' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'labelpenet' has no attribute {name!r}")
+    return getattr(import_module(f"labelpenet.{_HOMES[name]}"), name)

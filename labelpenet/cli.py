@@ -26,7 +26,7 @@ from tyro.conf import Positional, arg, subcommand
 
 from labelpenet import __version__
 from labelpenet.config import CascadeOptions, RunOptions, check_ranges
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from labelpenet.data import AnnotatedImages, TaggedImages
@@ -507,18 +507,13 @@ def _parsed(arguments: list[str]) -> Any:
 def _end(status: int, line: str) -> NoReturn:
     """Ends the command with a line on standard error, if there still is one."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        print(f"labelpenet: {_printable(line)}", file=sys.stderr, flush=True)
+        print(f"labelpenet: {one_line(line)}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
 def _say(*notes: str) -> None:
     for note in notes:
-        print(f"note: {_printable(note)}", file=sys.stderr)
-
-
-def _printable(line: str) -> str:
-    """A line in which no name of a file or class breaks the line or moves the cursor."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
+        print(f"note: {one_line(note)}", file=sys.stderr)
 
 
 def _open_training(
@@ -593,6 +588,7 @@ def distill(args: Distill) -> None:
     from labelpenet.formats import open_annotated
     from labelpenet.models.cascade import read_run
     from labelpenet.training import distill as training
+    from labelpenet.training.supervised import read_supervision
 
     facts = read_run(args.run)
     recipe = config.shorten(config.override(config.StudentRecipe(), args.set), args.shorten)
@@ -600,7 +596,8 @@ def distill(args: Distill) -> None:
     if args.supervision == "full":
         if args.labels:
             raise InputError("--labels and --supervision full exclude each other: the labels are DATA's own")
-        labels, notes = training.read_truths(open_annotated(args.data, source["split"], images.classes, args.images))
+        truth = read_supervision("full", open_annotated(args.data, source["split"], images.classes, args.images))
+        labels, notes = truth.truths, truth.notes
     else:
         labels, notes = training.read_labels(args.run, args.labels, images)
     _say(*notes)
@@ -611,9 +608,14 @@ def distill(args: Distill) -> None:
         recipe,
         backbone=args.backbone or facts["backbone"],
         weights=args.weights,
-        source={**source, "teacher": str(args.run)},
+        source={
+            **source,
+            "teacher": str(args.run),
+            "teacher_supervision": facts.get("supervision", "tags"),
+            **({"labels": str(args.labels)} if args.labels else {}),
+        },
         supervision=args.supervision,
-        **vars(args.training),
+        options=args.training,
     )
     print(f"trained: {args.out} - next: labelpenet predict {args.out} PHOTOS --out predictions.json")
 

@@ -338,17 +338,8 @@ def check_segmentation(segmentation: Any, image_size: tuple[int, int]) -> np.nda
 
 def masks_to_boxes(masks: Tensor) -> Tensor:
     """The tight boxes (N, 4) float32 of (N, H, W) bool masks, half-open in pixels; zeros for an empty mask."""
-    n, height, width = masks.shape
-    columns, rows = masks.any(1), masks.any(2)
-    ends = []
-    for hit, size in ((columns, width), (rows, height)):
-        position = torch.arange(size, device=masks.device)
-        first = torch.where(hit, position, size).amin(1) if size else position.new_zeros(n)
-        last = torch.where(hit, position + 1, 0).amax(1) if size else position.new_zeros(n)
-        ends.append((first.clamp(max=size), last))
-    (x1, x2), (y1, y2) = ends
-    boxes = torch.stack([x1, y1, x2, y2], 1).float()
-    return torch.where((x2 > 0)[:, None], boxes, torch.zeros_like(boxes))
+    _, height, width = masks.shape
+    return CompactMasks.of((height, width), masks.cpu().numpy()).boxes().to(masks.device)
 
 
 def _runs(counts: str | bytes | list[Any]) -> np.ndarray | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
-from types import TracebackType
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 
@@ -34,9 +34,7 @@ class Progress:
             self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 
@@ -46,6 +44,12 @@ class Progress:
             self._bar.console.print(message, markup=False, highlight=False)
         else:
             self._warn(message)
+
+    def tracked(self, items: Iterable[T], done: int = 0) -> Iterator[T]:
+        """The items, of which ``done`` came before; `show` is called after each."""
+        for step, item in enumerate(items, done + 1):
+            yield item
+            self.show(step, {})
 
     def show(self, step: int, row: Mapping[str, Any]) -> None:
         """Shows the state after ``step`` steps with the values of ``row``, if the last time is long enough ago."""

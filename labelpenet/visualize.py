@@ -89,23 +89,19 @@ def draw_mask(image: np.ndarray, mask: np.ndarray | Tensor, colour: Sequence[int
     return picture
 
 
-def draw_boxes(
-    image: np.ndarray, boxes: np.ndarray | Tensor, limit: int = 60, colours: np.ndarray | None = None
-) -> np.ndarray:
-    """Boxes on their photograph, as thin lines.
+def draw_boxes(image: np.ndarray, boxes: np.ndarray | Tensor, limit: int = 60) -> np.ndarray:
+    """Boxes on their photograph, as thin lines: yellow for the first one shown, through to purple for the last.
 
     Args:
         boxes: (R, 4) ``x1, y1, x2, y2`` in pixels, best first.
         limit: only the first ones are drawn; the first of all lies on top.
-        colours: (R, 3) uint8; by default yellow for the first box shown, through to purple for the last.
     """
     picture = _checked(image)
     rows = np.asarray(boxes.cpu() if isinstance(boxes, Tensor) else boxes, np.float64).reshape(-1, 4)[:limit]
-    if colours is None:
-        place = np.linspace(255, 40, max(len(rows), 1))
-        colours = _colour_map(place.astype(np.uint8)[None], cv2.COLORMAP_PLASMA)[0]
+    place = np.linspace(255, 40, max(len(rows), 1))
+    colours = _colour_map(place.astype(np.uint8)[None], cv2.COLORMAP_PLASMA)[0]
     width = max(1, _line_width(picture) // 2)
-    for box, colour in reversed(list(zip(rows.tolist(), colours[:limit], strict=False))):
+    for box, colour in reversed(list(zip(rows.tolist(), colours, strict=False))):
         _frame(picture, _pixels(box, picture.shape), colour, width)
     return picture
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +18,7 @@ from labelpenet.data.scenes import write_scenes
 from labelpenet.formats import open_annotated
 from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import MODULES, LabelPEnet
+from labelpenet.models.student import KIND
 from labelpenet.training.distill import distill
 from labelpenet.training.pretrain import save_part
 from labelpenet.training.supervised import read_supervision
@@ -29,15 +33,25 @@ CHOICES = (
 
 @functools.cache
 def small_student() -> tuple[Path, Path]:
-    """The folder of the student, and the data set (VOC) whose `train` split it learnt from."""
-    out = Path(tempfile.mkdtemp(prefix="labelpenet-student"))
-    year = write_scenes(out / "scenes", 16, 3, size=(SIDE, SIDE))
-    annotated = open_annotated(year, "train")
-    truths = read_supervision("full", annotated).truths
-    recipe = config.override(config.StudentRecipe(), CHOICES)
-    source = {"data": str(year), "split": "train"}
-    distill(annotated.tagged, truths, out / "student", recipe, backbone="tiny", device="cpu", source=source)
-    return out / "student", year
+    """A folder of the student, and the data set (VOC) whose `train` split it learnt from.
+
+    The first process of a test session trains it; each has a copy of its own.
+    """
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    home = Path(tempfile.gettempdir(), f"labelpenet-student-{session}")
+    home.mkdir(exist_ok=True)
+    with (home / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        year = write_scenes(home / "scenes", 16, 3, size=(SIDE, SIDE))
+        if not run_folder.weights(home / "student", KIND).is_file():
+            annotated = open_annotated(year, "train")
+            truths = read_supervision("full", annotated).truths
+            recipe = config.override(config.StudentRecipe(), CHOICES)
+            source = {"data": str(year), "split": "train"}
+            options = config.RunOptions(device="cpu")
+            distill(annotated.tagged, truths, home / "student", recipe, backbone="tiny", source=source, options=options)
+    own = Path(tempfile.mkdtemp(prefix="labelpenet-student"), "student")
+    return shutil.copytree(home / "student", own), year
 
 
 def random_run(run: Path, classes: Sequence[str]) -> Path:

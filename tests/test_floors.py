@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import labelpenet
@@ -29,6 +30,7 @@ STRANGERS = {  # rooms that lie no higher, but are none of a room's business
 }
 
 
+@functools.cache
 def imports() -> dict[str, set[str]]:
     """For each module the modules of the package that it imports, wherever in the file, but not for types alone."""
     found: dict[str, set[str]] = {}

@@ -1,8 +1,7 @@
 """The commands of docs/reproduce.md, as they stand there, on a miniature VOCdevkit of generated scenes.
 
-Shortened to a few iterations on small images with random weights; that the commands run, and that what they write can
-be read, is all that this shows. VGG-16's convolutions are as they are; its hidden layers have 64 units instead of
-4,096, for to initialise, save and load those (2 GB a run) would take longer than everything else.
+Shortened to a few iterations on small images with a narrow VGG-16 of random weights; that the commands run, and that
+what they write can be read, is all that this shows.
 """
 
 from __future__ import annotations
@@ -17,18 +16,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 from PIL import Image
-from torch import nn
 
 from labelpenet.cli import main
 from labelpenet.data import proposals, write_scenes
 from labelpenet.data.dataset import VOC_CLASSES
 from labelpenet.formats import export_voc, open_annotated, open_tagged, read_predictions
-from labelpenet.models import backbones, build
+from labelpenet.models import build
+from tests.models.tiny import NarrowPlug, NarrowVGG
 
 PAGE = Path(__file__).parents[1] / "docs" / "reproduce.md"
-WIDTH = 64
 RUNS = ("voc07", "voc07-fb", "voc12", "voc12-fb", "voc12seg", "voc12seg-fb")
 SUBSET = ("bottle", "chair", "diningtable", "tvmonitor")  # what the four kinds of scenes' objects are called
 SMALL = [
@@ -51,26 +48,6 @@ set -eu
 labelpenet() { printf '%s\0' labelpenet "$@" $'\1'; }
 tar() { printf '%s\0' tar "$@" $'\1'; }
 """
-
-
-class NarrowVGG(nn.Module):
-    """torchvision's VGG-16 with `WIDTH` hidden units, under the same names."""
-
-    def __init__(self, weights: None = None) -> None:
-        super().__init__()
-        self.features = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
-        hidden = (nn.Linear(512 * 7 * 7, WIDTH), nn.ReLU(True), nn.Dropout(), nn.Linear(WIDTH, WIDTH), nn.ReLU(True))
-        self.classifier = nn.Sequential(*hidden, nn.Dropout(), nn.Linear(WIDTH, 1000))
-        for layer in self.modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-
-
-class NarrowPlug(backbones.VGG16):
-    """The backbone `vgg16`, which says how wide its RoI head is."""
-
-    def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
-        return super().roi_head(cells)[0], WIDTH
 
 
 @pytest.fixture(scope="module")

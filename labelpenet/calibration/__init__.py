@@ -3,28 +3,19 @@
 from labelpenet.calibration.calibrate import Candidates, Chosen, Trace, calibrate, choose_instances, proposal_candidates
 from labelpenet.calibration.crf import DenseCRF, dense_crf
 from labelpenet.calibration.excitation import excitation_backprop, forward_with_activations
-from labelpenet.calibration.maps import (
-    background_map,
-    confidence_map,
-    heat_map,
-    normalise,
-    project_maps,
-)
+from labelpenet.calibration.maps import heat_map, project_maps
 
 __all__ = [
     "Candidates",
     "Chosen",
     "DenseCRF",
     "Trace",
-    "background_map",
     "calibrate",
     "choose_instances",
-    "confidence_map",
     "dense_crf",
     "excitation_backprop",
     "forward_with_activations",
     "heat_map",
-    "normalise",
     "project_maps",
     "proposal_candidates",
 ]

@@ -84,13 +84,13 @@ def read_json(path: Path, limit: int = 4 * 2**30) -> Any:
     return content
 
 
-def read_xml(path: Path, limit: int = XML_LIMIT) -> Any:
+def read_xml(path: Path) -> Any:
     """The root element of an XML file; document types and entities are refused, so that none can be expanded.
 
     Raises:
         InputError: as `read_text`, or the text is not XML or declares a document type.
     """
-    text = read_text(path, limit)
+    text = read_text(path, XML_LIMIT)
     try:
         return ElementTree.fromstring(text, forbid_dtd=True)
     except (ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:
@@ -237,6 +237,15 @@ def write_bytes(path: Path, content: bytes | Callable[[BinaryIO], object], remed
             raise
         raise InputError(f"{path}: cannot be written ({reason(cause)}); {remedy}") from error
     return path
+
+
+@contextlib.contextmanager
+def writing(path: Path, remedy: str = ROOM) -> Iterator[None]:
+    """For what is written piece by piece: an error of the system becomes an `InputError` about ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({reason(error)}); {remedy}") from error
 
 
 def write_text(path: Path, text: str, remedy: str = ROOM) -> Path:

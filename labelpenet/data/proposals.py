@@ -16,13 +16,13 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import cv2
 import numpy as np
@@ -31,12 +31,10 @@ from labelpenet.config import Proposals as Settings
 from labelpenet.data.files import brief, hash_file, hash_files, read_array, write_array, write_text
 from labelpenet.data.images import read_image
 from labelpenet.errors import InputError, reason
-from labelpenet.progress import Progress
+from labelpenet.progress import Progress, silent
 
 if TYPE_CHECKING:
     from labelpenet.data.dataset import TaggedImage
-
-T = TypeVar("T")
 
 _VERSION = 1  # of what `propose` and `read_image` compute; a change makes every cached file stale
 
@@ -229,7 +227,7 @@ class Proposals(Mapping[str, np.ndarray]):
 def compute_proposals(
     images: Sequence[TaggedImage],
     settings: Settings,
-    cache: Path,
+    cache: Path | None = None,
     workers: int | None = None,
     progress: bool = False,
     model: Path | None = None,
@@ -242,7 +240,7 @@ def compute_proposals(
 
     Args:
         images, settings, model: as `propose` takes them.
-        cache: folder of the cache; made if it does not exist.
+        cache: folder of the cache, made if it does not exist; None for the user's.
         workers: processes, 1 to compute in this process; None for one per usable core, but not for a few images, which
             are done before other processes have started.
         progress: say how far it is.
@@ -250,7 +248,7 @@ def compute_proposals(
     Raises:
         InputError: as `propose`; the cache cannot be written, or a worker process died.
     """
-    folder = _prepare(cache, settings, model)
+    folder = _prepare(cache or default_cache(), settings, model)
     count = workers or _usable_cores()
     hashed = hash_files([image.path for image in images], count)
     targets = {path: folder / key[:2] / f"{key}.npy" for path, key in hashed.items() if not isinstance(key, Exception)}
@@ -259,8 +257,9 @@ def compute_proposals(
     damaged = [f"{target} was damaged; the proposals were computed again" for target in missing if target.is_file()]
     processes = workers or min(count, len(missing) // LEAST_WORK)
     results = _run_all(list(missing.values()), partial(_compute, settings, model), processes)
-    with contextlib.closing(results):
-        for path, result in _tracked(results, len(missing)) if progress and missing else results:
+    log = None if progress and missing else silent
+    with contextlib.closing(results), Progress("proposals", len(missing), log=log) as shown:
+        for path, result in shown.tracked(results):
             if isinstance(result, np.ndarray):
                 write_array(targets[path], result, "free some space or name another cache, then run again")
             else:
@@ -380,11 +379,3 @@ def _terminate(pool: ProcessPoolExecutor) -> None:
 
 def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _tracked(results: Iterable[T], total: int) -> Iterator[T]:
-    """The results; meanwhile `Progress` tells how many there are."""
-    with Progress("proposals", total) as progress:
-        for done, result in enumerate(results, 1):
-            yield result
-            progress.show(done, {})

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from labelpenet.data.files import listing, locked, read_json, write_json
+from labelpenet.data.files import listing, locked, read_json, write_json, writing
 from labelpenet.errors import InputError
 
 _LOCK = ".lock"
@@ -82,7 +82,7 @@ def claimed(run: Path) -> Iterator[None]:
     Raises:
         InputError: it holds something else than a run, cannot be made, or another process works on it.
     """
-    try:
+    with writing(run, "choose another --out"):
         inside = {path.name for path in run.iterdir()} if run.is_dir() else set()
         # a run that was killed before run.json had its name left these
         if inside - {_LOCK, f"{facts(run).name}.tmp"} and facts(run).name not in inside:
@@ -90,8 +90,6 @@ def claimed(run: Path) -> Iterator[None]:
         run.mkdir(parents=True, exist_ok=True)
         lock = contextlib.ExitStack()
         free = lock.enter_context(locked(run / _LOCK))
-    except OSError as error:
-        raise InputError(f"{run}: cannot be written ({error.strerror}); choose another --out") from error
     with lock:
         if not free:
             raise InputError(f"{run}: another process is working on it; wait until it ends or choose another --out")

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from labelpenet.data.files import whole_folder
-from labelpenet.data.images import voc_palette
+from labelpenet.data.images import palette_png
 from labelpenet.errors import InputError
 
 CLASSES = ("ball", "box", "star", "tent")
@@ -321,16 +321,10 @@ def _write_kit(year: Path, counts: dict[str, int], size: tuple[int, int], seed: 
 
 def _write_scene(year: Path, name: str, scene: Scene) -> None:
     Image.fromarray(scene.image).save(year / "JPEGImages" / f"{name}.jpg", quality=92)
-    _save_map(scene.instances, year / "SegmentationObject" / f"{name}.png")
     classes = np.array([0, *(label + 1 for label in scene.labels)], np.uint8)[scene.instances]
-    _save_map(classes, year / "SegmentationClass" / f"{name}.png")
+    (year / "SegmentationObject" / f"{name}.png").write_bytes(palette_png(scene.instances))
+    (year / "SegmentationClass" / f"{name}.png").write_bytes(palette_png(classes))
     (year / "Annotations" / f"{name}.xml").write_text(_annotation(name, scene))
-
-
-def _save_map(indices: np.ndarray, path: Path) -> None:
-    image = Image.fromarray(indices, mode="L")
-    image.putpalette(voc_palette().tobytes())
-    image.save(path)
 
 
 def _annotation(name: str, scene: Scene) -> str:

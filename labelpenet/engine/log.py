@@ -1,6 +1,5 @@
 """What a run writes about itself: ``metrics.jsonl``, TensorBoard and ``environment.json``."""
 
-import contextlib
 import functools
 import json
 import math
@@ -10,7 +9,7 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ import numpy as np
 import torch
 
 from labelpenet.data import run_folder
-from labelpenet.data.files import write_json, write_text
+from labelpenet.data.files import write_json, write_text, writing
 from labelpenet.engine.checkpoint import git_revision, versions
-from labelpenet.errors import InputError, reason
 
 Row = dict[str, Any]
 
@@ -48,7 +46,7 @@ class MetricsLog:
         self.rows = list(rows)
         self._stage = stage
         self._path = run_folder.metrics(run_dir)
-        with _writing(self._path):
+        with writing(self._path, _REMEDY):
             kept = [row for row in read_metrics(run_dir) if row.get("stage") != stage] + self.rows
             write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept), _REMEDY)
             self._file = self._path.open("a", encoding="utf-8")
@@ -61,7 +59,7 @@ class MetricsLog:
         lost = {key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
         clean = {"stage": self._stage} | {key: None if key in lost else value for key, value in row.items()}
         self.rows.append(clean)
-        with _writing(self._path):
+        with writing(self._path, _REMEDY):
             self._file.write(json.dumps(clean) + "\n")
             self._file.flush()
             for key, value in clean.items():
@@ -70,12 +68,12 @@ class MetricsLog:
 
     def picture(self, name: str, picture: np.ndarray, step: int) -> None:
         """Shows an (H, W, 3) uint8 picture in TensorBoard under ``name``."""
-        with _writing(self._path):
+        with writing(self._path, _REMEDY):
             self._board.add_image(name, picture, step, dataformats="HWC")
 
     def close(self) -> None:
         """Writes out what is buffered."""
-        with _writing(self._path):
+        with writing(self._path, _REMEDY):
             self._file.close()
             self._board.close()
 
@@ -146,11 +144,3 @@ def _silence_worker() -> None:
             before(failure)
 
     threading.excepthook = hook
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({reason(error)}); {_REMEDY}") from error

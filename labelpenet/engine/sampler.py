@@ -19,7 +19,6 @@ import numpy as np
 import torch
 
 from labelpenet.engine.stage import Stage
-from labelpenet.errors import InputError
 
 _STEPS_AHEAD = 2  # how many steps' images are loaded while one is trained on
 
@@ -113,22 +112,13 @@ def batches(
     once (a batch may reach into the next epoch).
 
     Args:
-        batch_size: images per step over all processes.
+        batch_size: images per step over all processes, a multiple of ``world`` (see `Stage.check`).
         seed, stage, step: what the draw depends on.
         rank, world: this process and the number of processes.
 
     Returns:
         ``batch_size / world`` image indices; those of all ranks, one after the other, are those of one process.
-
-    Raises:
-        InputError: there is no image, or ``batch_size`` cannot be shared evenly.
     """
-    if n_images < 1:
-        raise InputError(f"stage {stage} has no training image; check the data set and the classes asked for")
-    if batch_size < 1 or batch_size % world:
-        raise InputError(
-            f"a batch of {batch_size} cannot be shared by {world} processes; make it a multiple of {world}"
-        )
     chosen = []
     for position in range(step * batch_size, (step + 1) * batch_size):
         epoch, place = divmod(position, n_images)

@@ -30,7 +30,7 @@ from labelpenet.engine.checkpoint import (
     save_checkpoint,
     versions,
 )
-from labelpenet.engine.distributed import Machine
+from labelpenet.engine.distributed import Machine, together
 from labelpenet.engine.log import MetricsLog, Row, memory_mb, write_environment
 from labelpenet.engine.sampler import MicroBatch, Sampler, seed_step
 from labelpenet.engine.stage import Stage, build_optimiser, learning_rate
@@ -169,29 +169,21 @@ class _Trainer:
     def save(self) -> None:
         """Writes a checkpoint (first process); if that fails, every process raises the `InputError`."""
         self._gather_window()
-        problem = None
-        if self.machine.rank == 0:
-            state = {
-                "stage": self.stage.name,
-                "step": self.step,
-                "model": self.stage.module.state_dict(),
-                "optimiser": self.optimiser.state_dict(),
-                "scaler": self.machine.scaler.state_dict(),
-                "average": self.average,
-                "kept": self.kept,
-                "skipped": self.skipped,
-                "window": self.window,
-                "metrics": self.rows,
-                "config": self.config,
-                "source": self.source,
-            }
-            try:
-                save_checkpoint(self.folder, self.step, state)
-            except InputError as error:
-                problem = str(error)
-        problem = self.machine.gather(problem)[0]
-        if problem is not None:
-            raise InputError(problem)
+        state = {
+            "stage": self.stage.name,
+            "step": self.step,
+            "model": self.stage.module.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.machine.scaler.state_dict(),
+            "average": self.average,
+            "kept": self.kept,
+            "skipped": self.skipped,
+            "window": self.window,
+            "metrics": self.rows,
+            "config": self.config,
+            "source": self.source,
+        }
+        together(self.machine.world, lambda: self.machine.rank or save_checkpoint(self.folder, self.step, state))
 
     def finish(self) -> None:
         """Puts the averaged weights into the module, where there are any."""

@@ -151,11 +151,11 @@ def class_average_precisions(
     return values
 
 
-def corloc(records: Iterable[Record], classes: int, threshold: float = 0.5) -> np.ndarray:
+def corloc(records: Iterable[Record], classes: int) -> np.ndarray:
     """CorLoc of each class, (C,) float64 in [0, 1]; NaN for a class that no image contains.
 
     Of the images that contain the class (difficult objects included; a crowd region is no object), the fraction whose
-    highest-scoring box of the class has IoU >= ``threshold`` with an object of it. Of several boxes with the highest
+    highest-scoring box of the class has IoU >= 0.5 with an object of it. Of several boxes with the highest
     score the first counts; an image without a box of the class counts as a miss.
     """
     images, hits = np.zeros(classes), np.zeros(classes)
@@ -167,7 +167,7 @@ def corloc(records: Iterable[Record], classes: int, threshold: float = 0.5) -> n
             if len(mine):
                 top = mine[item.scores[mine].argmax()]
                 truths = item.truth_boxes[objects & (item.truth_labels == label)]
-                hits[label] += bool((box_iou(item.boxes[top : top + 1], truths) >= threshold).any())
+                hits[label] += bool((box_iou(item.boxes[top : top + 1], truths) >= 0.5).any())
     return np.divide(hits, images, out=np.full(classes, np.nan), where=images > 0)
 
 

@@ -4,6 +4,8 @@ Shape letters: ``H, W`` image size in pixels, ``C`` foreground classes; class ma
 255 ignore.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from labelpenet.instances import Instances
@@ -11,14 +13,17 @@ from labelpenet.instances import Instances
 IGNORE = 255
 
 
-def paint(instances: Instances) -> np.ndarray:
-    """The class map (H, W) uint16 of instances painted in ascending order of score; without masks all background."""
+def paint(instances: Instances, values: Sequence[int] | None = None) -> np.ndarray:
+    """The map (H, W) uint16 of instances painted in ascending order of score; without masks all background.
+
+    ``values`` are those of the instances, 1 and above; None for their classes, as class maps count them.
+    """
     painted = np.zeros(instances.image_size, dtype=np.uint16)
     if instances.masks is None:
         return painted
-    masks, labels = instances.masks.cpu().numpy(), instances.labels.cpu().numpy()
+    masks, values = instances.masks.cpu().numpy(), (instances.labels + 1).tolist() if values is None else values
     for index in np.argsort(instances.weights.cpu().numpy(), kind="stable"):
-        painted[masks[index]] = labels[index] + 1
+        painted[masks[index]] = values[index]
     return painted
 
 

@@ -126,13 +126,12 @@ def beside_paper(number: int, ours: Mapping[str, Result]) -> Table:
     return Table(title, headings, (*theirs, *rows))
 
 
-def paper_tables(result: Result, protocol: str, name: str = "ours") -> list[Table]:
-    """The tables of the paper that a result can stand beside: 1 and 3 for ``voc07``, 2, 4, 5 and 6 for ``voc12``.
-
-    ``protocol`` is the one that it was measured by, ``name`` that of our row.
+def paper_tables(result: Result, protocol: str) -> list[Table]:
+    """The tables of the paper that a result can stand beside: 1 and 3 for ``voc07``, 2, 4, 5 and 6 for ``voc12``, the
+    protocol that it was measured by.
     """
     numbers = {"voc07": (1, 3), "voc12": (2, 4, 5, 6)}.get(protocol, ())
-    return [beside_paper(number, {name: result}) for number in numbers if _MEASURES[number][0] in result]
+    return [beside_paper(number, {"ours": result}) for number in numbers if _MEASURES[number][0] in result]
 
 
 def _chosen(values: Mapping[str, float | None], columns: Iterable[str]) -> tuple[float | None, ...]:

@@ -24,6 +24,7 @@ from labelpenet.data.dataset import (
 from labelpenet.data.files import brief, excerpt, inside, is_file, listing, read_json, read_names, write_text
 from labelpenet.errors import InputError
 from labelpenet.formats.polygons import coco_polygons
+from labelpenet.formats.review import accepted
 from labelpenet.formats.rows import file_names, image_numbers
 from labelpenet.formats.selection import Exported, copy_photograph, mask_arrays, new_export, selected, stems
 from labelpenet.formats.shapes import PROBE, Shape, checked_size, image_folder, read_truth
@@ -50,7 +51,7 @@ class CocoFile:
         images: the image rows by id, in the order of the file; each has a ``file_name``.
         annotations: the annotation rows of each image, each with a known ``category_id``.
         problems: one line for each row that cannot be used.
-        painted: how many masks with ``iscrowd`` 1 are single objects, for CVAT and datumaro write every mask so.
+        notes: what else there is to say of it.
     """
 
     path: Path
@@ -58,7 +59,7 @@ class CocoFile:
     images: dict[int | str, dict[str, Any]]
     annotations: dict[int | str, list[dict[str, Any]]]
     problems: tuple[str, ...]
-    painted: int
+    notes: tuple[str, ...]
 
 
 def is_coco(content: Any) -> bool:
@@ -122,7 +123,7 @@ def open_annotated(
 
 
 def _read(path: Path, content: Any) -> CocoFile:
-    content = read_json(path) if content is None else content
+    content, notes = accepted(path, read_json(path) if content is None else content)
     lacking = [key for key in _LISTS if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if lacking:
         raise InputError(
@@ -170,7 +171,12 @@ def _read(path: Path, content: Any) -> CocoFile:
             single = by_datumaro and _is_crowd(row)
             painted += single
             annotations[row["image_id"]].append({**row, "iscrowd": 0} if single else row)
-    return CocoFile(path, names, images, dict(annotations), tuple(problems), painted)
+    if painted:
+        notes.append(
+            f"{painted} masks with iscrowd 1 are taken for single objects: CVAT and datumaro, which wrote {path.name}, "
+            "write every mask so"
+        )
+    return CocoFile(path, names, images, dict(annotations), tuple(problems), tuple(notes))
 
 
 def _tagged(content: CocoFile, split: str | None, classes: Sequence[str] | None, images: Path | None) -> TaggedImages:
@@ -190,16 +196,11 @@ def _tagged(content: CocoFile, split: str | None, classes: Sequence[str] | None,
             found.append(NamedImage(_image_id(content.images[key]), path, single, number))
         except InputError as error:
             problems.append(str(error))
-    notes += brief(content.problems, "rows are skipped")
+    notes += [*brief(content.problems, "rows are skipped"), *content.notes]
     out = sum(_leads_out(content.images[key]["file_name"]) for key in chosen)
     if out:
         notes.append(
             f"{out} names of {content.path.name} lead elsewhere; the files of these names in {folder} are used"
-        )
-    if content.painted:
-        notes.append(
-            f"{content.painted} masks with iscrowd 1 are taken for single objects: CVAT and datumaro, which wrote "
-            f"{content.path.name}, write every mask so"
         )
     if only_crowd and not any(one.names for one in found):
         raise InputError(f"{content.path}: holds crowds alone; set iscrowd to 0 where they are single objects")

@@ -173,7 +173,7 @@ def tag_names(
     notes: Sequence[str],
 ) -> TaggedImages:
     """Tagged images from tags by file name relative to ``home``; ids are these names. Errors as `tag_images`."""
-    chosen, split_notes = _restrict(tags, home, source, split)
+    chosen, split_notes = restrict(tags, home, source, split)
     found, problems = [], []
     for name in chosen:
         try:
@@ -216,24 +216,23 @@ def tag_set(values: Iterable[Any]) -> frozenset[str]:
     return frozenset(" ".join(str(value).split()) for value in values) - {""}
 
 
-def _restrict(
-    tags: dict[str, frozenset[str]], home: Path, source: Path, split: str | None
-) -> tuple[list[str], list[str]]:
-    """The names of a split, in the order of ``tags``, and notes. A data set without any lists is used whole."""
+def restrict(names: Iterable[str], home: Path, source: Path, split: str | None) -> tuple[list[str], list[str]]:
+    """Those of the names that are in a split, in order, and notes. A data set without any lists is used whole."""
     lists = [path.stem for path in sorted(home.glob("*.txt")) if path.stem.lower() in SPLIT_NAMES]
+    names = list(names)
     if split is None:
-        return list(tags), []
+        return names, []
     for path in (home / f"{split}.txt", Path(split)):
         if path.suffix and is_file(path):
             wanted = {line.strip().replace("\\", "/") for line in read_text(path).splitlines()} - {""}
-            chosen = [name for name in tags if name in wanted]
+            chosen = [name for name in names if name in wanted]
             if not chosen:
                 raise InputError(f"{path}: names no image of {source}; give file names relative to {home}")
             missing = sorted(wanted - set(chosen))
             return chosen, [f"{len(missing)} lines of {path.name} name no tagged image"] if missing else []
     if lists:
         raise InputError(f"{source}: no split {split!r}; available are {listing(lists)}, or give a text file")
-    return list(tags), [f"{source} has no splits: all its images are used as {split!r}"]
+    return names, [f"{source} has no splits: all its images are used as {split!r}"]
 
 
 def _read_csv(path: Path) -> _Table:

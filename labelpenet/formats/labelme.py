@@ -30,6 +30,7 @@ from labelpenet.data.dataset import (
 )
 from labelpenet.data.files import inside, is_file, listing, read_json, unchanged, write_text
 from labelpenet.errors import InputError
+from labelpenet.formats.folder import restrict
 from labelpenet.formats.polygons import drawn, joined, outline, signed_area, straight
 from labelpenet.formats.rows import file_names
 from labelpenet.formats.selection import Exported, copy_photograph, new_export, objects, selected, stems
@@ -168,7 +169,12 @@ def open_data(
             problems.append(str(error))
     if waiting and not found and not problems:
         raise InputError(f"{data}: none of its {waiting} files is checked or changed; correct some first")
-    notes = [f"{waiting} files are neither checked nor changed since their export; they are left out"] * bool(waiting)
+    asked, said = restrict(files, data, data, split) if found else ([], [])
+    by_name = {one.id: one for one in found}
+    found = [by_name[name] for name in asked]
+    notes = [*said]
+    if waiting:
+        notes.append(f"{waiting} files are neither checked nor changed since their export; they are left out")
     flags = frozenset().union(*flagged.values())
     if flags and not drawn_on:
         found = [replace(one, names=flagged[one.id]) for one in found]

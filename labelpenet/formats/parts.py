@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from labelpenet.data.dataset import TaggedImage
-from labelpenet.data.files import ROOM, is_file, is_whole, locked, sealed, write_bytes
+from labelpenet.data.files import is_file, is_whole, locked, sealed, write_bytes, writing
 from labelpenet.data.images import image_size
 from labelpenet.errors import InputError
 from labelpenet.formats.rows import (
     Predictions,
-    RowReader,
     Rows,
     check_same_size,
     check_size,
@@ -33,6 +32,7 @@ from labelpenet.formats.rows import (
     image_numbers,
     match_categories,
     match_images,
+    read_rows,
 )  # fmt: skip
 from labelpenet.instances import Instances
 
@@ -81,12 +81,11 @@ class Part:
         self._header = {
             "labelpenet": "part", "shard": list(shard), "images": len(images), "classes": list(classes), **facts,
         }  # fmt: skip
-        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Part:
-        try:
+        with writing(self.path), contextlib.ExitStack() as opened:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if not self._stack.enter_context(locked(self.path.with_suffix(".lock"))):
+            if not opened.enter_context(locked(self.path.with_suffix(".lock"))):
                 raise InputError(f"{self.path}: another process is writing this part; give each its own --shard")
             there = self.path if self.path.exists() else self.partial
             self.done, length = self._already(there) if there.exists() else (set(), 0)
@@ -95,20 +94,15 @@ class Part:
                 if there == self.path:
                     _log.warning("note: %s is damaged; what is missing is made again", self.path)
                     self.path.replace(self.partial)
-                self._file: BinaryIO = self._stack.enter_context(self.partial.open("ab"))
+                self._file: BinaryIO = opened.enter_context(self.partial.open("ab"))
                 self._file.truncate(length)
                 if not length:
                     self._write(self._header)
-        except OSError as error:
-            self._stack.close()
-            raise InputError(f"{self.path}: cannot be written ({error.strerror or error}); {ROOM}") from error
-        except BaseException:
-            self._stack.close()
-            raise
+            self._opened = opened.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        self._opened.close()
 
     def left(self) -> list[TaggedImage]:
         """The shard's photographs that the part does not hold yet."""
@@ -135,11 +129,9 @@ class Part:
         self.path.with_suffix(".lock").unlink(missing_ok=True)
 
     def _write(self, row: dict[str, Any]) -> None:
-        try:
+        with writing(self.partial):
             self._file.write(sealed(json.dumps(row, allow_nan=False)).encode() + b"\n")
             self._file.flush()
-        except OSError as error:
-            raise InputError(f"{self.partial}: cannot be written ({error.strerror or error}); {ROOM}") from error
 
     def _already(self, path: Path) -> tuple[set[str], int]:
         """The ids that a part holds, and its length up to the last whole line."""
@@ -233,7 +225,7 @@ class _Lines(Mapping[str, Rows]):
         size = check_size(row["height"], row["width"], str(part))
         check_same_size(part, image, size, image_size(image.path))
         asked = [one for one in enumerate(row["instances"]) if self._labels.get(one[1]["category_id"]) is not None]
-        return RowReader(part, self._labels).rows(asked, name, size)
+        return read_rows(part, asked, self._labels, name, size)
 
 
 def _in_order(paths: Sequence[Path]) -> tuple[list[Path], dict[str, Any]]:
@@ -304,7 +296,7 @@ def _rows_of(parts: Iterable[Path], check: bool = True) -> Iterator[dict[str, An
 def _is_photograph(part: Path, row: dict[str, Any], labels: Mapping[Any, int]) -> bool:
     try:
         size = check_size(row["height"], row["width"], "")
-        rows = RowReader(part, labels).rows(list(enumerate(row["instances"])), "", size)
+        rows = read_rows(part, list(enumerate(row["instances"])), labels, "", size)
         scored = all(one["bbox"] and 0 <= one["score"] <= 1 for one in row["instances"])
         named = isinstance(row["image"], str) and isinstance(row["file_name"], str) and type(row["number"]) is int
         return named and scored and len(rows.scores) == len(row["instances"])

@@ -21,9 +21,9 @@ from labelpenet.data.files import brief, listing, read_json, write_text
 from labelpenet.data.images import image_size
 from labelpenet.errors import InputError
 from labelpenet.formats.parts import part_classes, read_parts
+from labelpenet.formats.review import accepted
 from labelpenet.formats.rows import (
     Predictions,
-    RowReader,
     Rows,
     check_id,
     check_same_size,
@@ -35,6 +35,7 @@ from labelpenet.formats.rows import (
     match_categories,
     match_images,
     read_entries,
+    read_rows,
 )
 from labelpenet.instances import Instances
 
@@ -128,6 +129,8 @@ def read_predictions(
 ) -> Predictions:
     """Reads predictions.json, a folder of parts, a bare COCO results list or a COCO annotation file.
 
+    Of a review only the photographs that were accepted are read, with scores of 1.
+
     Images are matched by ``file_name`` (the id, the name or the stem of an image's file) where the file lists its
     images, else by ``image_id``: the image's COCO number, its id, file name or stem, or the digits of the stem.
     Categories are matched by name where the file lists its categories, else by ``category_ids``. In a file that lists
@@ -153,12 +156,11 @@ def read_predictions(
     images = images.images if isinstance(images, TaggedImages) else images
     if path.is_dir():
         return read_parts(path, images, classes)
-    content = read_json(path)
+    content, notes = accepted(path, read_json(path))
     listed = isinstance(content, dict)
     rows = content.get("annotations") if listed else content
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: expected a COCO results list, or an object with images, categories and annotations")
-    notes: list[str] = []
     entries = read_entries(path, content, "images") if listed else None
     names = match_images(path, images, entries, notes)
     labels = match_categories(path, classes, category_ids, content if listed else None, notes)
@@ -170,7 +172,6 @@ def read_predictions(
         if name is not None and label is not None:
             kept[name].append((index, row))
     sizes = _sizes(path, entries, names)
-    read = RowReader(path, labels)
     by_name: dict[str, Rows] = {}
     unreadable: list[str] = []
     for image in images:
@@ -184,7 +185,7 @@ def read_predictions(
             check_same_size(path, image, true if size is None else size, true)  # before a mask of any size is decoded
             size = true
         if size is not None:
-            by_name[image.id] = read.rows(kept[image.id], image.id, size)
+            by_name[image.id] = read_rows(path, kept[image.id], labels, image.id, size)
     notes += brief(unreadable, "photographs cannot be read; what was found in them is left out")
     _rescale(by_name, notes)
     return Predictions(tuple(classes), tuple(notes), by_name)

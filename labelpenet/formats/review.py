@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import listing, read_json, write_text
 from labelpenet.errors import InputError
-from labelpenet.formats.rows import RowReader, check_size, coco_annotation, file_names, image_numbers
+from labelpenet.formats.rows import check_size, coco_annotation, file_names, image_numbers, read_rows
 from labelpenet.instances import Instances
 
 Status = Literal["accepted", "rejected", "dropped", "open"]
@@ -47,6 +47,27 @@ def is_review(content: Any) -> bool:
     """Whether parsed JSON is such a file."""
     info = content.get("info") if isinstance(content, dict) else None
     return isinstance(info, dict) and info.get("description") == KIND
+
+
+def accepted(path: Path, content: Any) -> tuple[Any, list[str]]:
+    """Parsed JSON, of a review without the photographs that were not accepted: that they list no object says nothing of
+    them. With a note on these.
+    """
+    if not is_review(content) or not isinstance(content.get("images"), list):
+        return content, []
+    images = [one for one in content["images"] if isinstance(one, dict) and one.get("status") == "accepted"]
+    kept = {str(one.get("id")) for one in images}
+    rows = content.get("annotations")
+    rows = [
+        {**row, "score": 1.0}
+        for row in (rows if isinstance(rows, list) else [])
+        if isinstance(row, dict) and str(row.get("image_id")) in kept
+    ]
+    if not images:
+        raise InputError(f"{path}: no photograph was accepted in this review; accept some first")
+    others = len(content["images"]) - len(images)
+    notes = [f"{path}: {others} photographs of the review are not accepted; they are left out"] * bool(others)
+    return {**content, "images": images, "annotations": rows}, notes
 
 
 def write_review(
@@ -97,14 +118,14 @@ def read_review(
             if category[row["category_id"]] is not None:
                 own = {**row, "category_id": category[row["category_id"]]}
                 rows.setdefault(row["image_id"], []).append((index, own))
-        read = RowReader(path, {number: number - 1 for number in label.values()})
+        labels = {number: number - 1 for number in label.values()}
         for entry in content["images"]:
             if entry["status"] not in get_args(Status):
                 raise ValueError(f"unknown status {str(entry['status'])[:40]!r} of {entry['image']!r}")
             name, own_rows = str(entry["image"]), rows.get(entry["id"], [])
             size = check_size(entry["height"], entry["width"], f"{path}: image {name}")
             try:  # refuses what is no box or mask
-                read.rows(own_rows, name, size)
+                read_rows(path, own_rows, labels, name, size)
             except InputError as error:  # whose remedy is one for predictions
                 what = str(error).rpartition("; ")[0] or str(error)
                 raise InputError(f"{what}; correct it again or take it out of the file") from error

@@ -113,35 +113,37 @@ class Predictions(Mapping[str, Instances]):
         return Instances(boxes, torch.from_numpy(rows.labels), torch.from_numpy(rows.scores).float(), rows.size, masks)
 
 
-class RowReader:
-    """Reads the rows of one image after another, by the label of each ``category_id`` of the file ``path``."""
+def read_rows(
+    path: Path,
+    rows: list[tuple[int, dict[str, Any]]],
+    labels: Mapping[Any, int | None],
+    image_id: str,
+    size: tuple[int, int],
+) -> Rows:
+    """The numbered rows of one image of size (H, W), checked; an `InputError` names file, row and fault.
 
-    def __init__(self, path: Path, labels: Mapping[Any, int | None]) -> None:
-        self.path = path
-        self.labels = labels
-
-    def rows(self, rows: list[tuple[int, dict[str, Any]]], image_id: str, size: tuple[int, int]) -> Rows:
-        """The numbered rows of one image of size (H, W), checked; an `InputError` names file, row and fault."""
-        boxes, scores, segmentations = np.zeros((len(rows), 4)), np.ones(len(rows)), []
-        for i, (index, row) in enumerate(rows):
-            where = f"{self.path}: row {index} (image {image_id})"
-            segmentation = row.get("segmentation") or None
-            if segmentation is not None:
-                try:
-                    check_segmentation(segmentation, size)
-                except InputError as error:
-                    raise InputError(f"{where}: {error}") from error
-            segmentations.append(segmentation)
-            if row.get("bbox") is not None:
-                boxes[i] = _box(row["bbox"], size, where)
-            elif segmentation is not None:
-                boxes[i] = np.nan  # the mask's tight box, once it is decoded
-            else:
-                raise InputError(f"{where}: neither bbox nor segmentation; give at least one")
-            if row.get("score") is not None:
-                scores[i] = _number(row["score"], f"{where}: score")
-        labels = np.array([self.labels[row["category_id"]] for _, row in rows], dtype=np.int64)
-        return Rows(size, boxes, labels, scores, segmentations)
+    ``labels`` are those of each ``category_id`` of the file ``path``.
+    """
+    boxes, scores, segmentations = np.zeros((len(rows), 4)), np.ones(len(rows)), []
+    for i, (index, row) in enumerate(rows):
+        where = f"{path}: row {index} (image {image_id})"
+        segmentation = row.get("segmentation") or None
+        if segmentation is not None:
+            try:
+                check_segmentation(segmentation, size)
+            except InputError as error:
+                raise InputError(f"{where}: {error}") from error
+        segmentations.append(segmentation)
+        if row.get("bbox") is not None:
+            boxes[i] = _box(row["bbox"], size, where)
+        elif segmentation is not None:
+            boxes[i] = np.nan  # the mask's tight box, once it is decoded
+        else:
+            raise InputError(f"{where}: neither bbox nor segmentation; give at least one")
+        if row.get("score") is not None:
+            scores[i] = _number(row["score"], f"{where}: score")
+    found = np.array([labels[row["category_id"]] for _, row in rows], dtype=np.int64)
+    return Rows(size, boxes, found, scores, segmentations)
 
 
 def check_same_size(path: Path, image: TaggedImage, size: tuple[int, int], true: tuple[int, int]) -> None:

@@ -43,6 +43,12 @@ def new_export(
     done.paths = [Path(out) / path.relative_to(folder) for path in done.paths]
 
 
+def check_new_split(paths: Iterable[Path], out: Path | str, split: str) -> None:
+    """Refuses a split of which an earlier export into ``out`` has written one of the paths."""
+    if any(path.exists() for path in paths):
+        raise InputError(f"{out}: already holds the split {split}; choose another folder, or replace it (--overwrite)")
+
+
 def stems(images: Iterable[TaggedImage], taken: Iterable[str] = (), folders: bool = False) -> dict[str, str]:
     """For each image id a file name without suffix, unique also on file systems that ignore case, and not ``taken``.
 
@@ -125,11 +131,3 @@ def copy_photograph(image: TaggedImage, place: Path, done: Exported, jpeg: bool 
         done.notes.append(f"{image.path.name} is stored again, upright, as {suffix.removeprefix('.').upper()}")
     done.paths.append(write_bytes(place.with_name(place.name + suffix), content))
     return place.name + suffix
-
-
-def check_class_count(classes: Sequence[str], limit: int = 254) -> None:
-    """Refuses more classes than an 8-bit class map holds beside background and *ignore*."""
-    if len(classes) > limit:
-        raise InputError(
-            f"{len(classes)} classes do not fit an 8-bit PNG, which holds {limit}; export fewer, or to coco"
-        )

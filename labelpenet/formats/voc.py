@@ -4,7 +4,6 @@ Tags come from the names of an image's objects alone (difficult ones included). 
 `open_annotated` only, when the truth of an image is asked for.
 """
 
-import io
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,6 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image
 
 from labelpenet.data.dataset import VOC_CLASSES, AnnotatedImages, NamedImage, TaggedImage, Truth, tag_images, with_truth
 from labelpenet.data.files import (
@@ -29,12 +27,12 @@ from labelpenet.data.files import (
     write_bytes,
     write_text,
 )
-from labelpenet.data.images import SUFFIXES, image_size, read_index_map, voc_palette
+from labelpenet.data.images import SUFFIXES, image_size, palette_png, read_index_map, voc_palette
 from labelpenet.errors import InputError
-from labelpenet.evaluation.semantic import paint
+from labelpenet.evaluation.semantic import IGNORE, paint
 from labelpenet.formats.selection import (
     Exported,
-    check_class_count,
+    check_new_split,
     clipped_boxes,
     copy_photograph,
     new_export,
@@ -44,8 +42,6 @@ from labelpenet.formats.selection import (
 from labelpenet.formats.shapes import Shape
 from labelpenet.formats.shapes import read_truth as read_shapes
 from labelpenet.instances import Instances
-
-IGNORE = 255
 
 
 def year_folder(data: Path) -> Path | None:
@@ -352,10 +348,7 @@ def export_voc(
     with new_export(out, images, overwrite, {"format": "voc", "classes": list(classes)}, True) as (folder, done):
         year = folder if re.fullmatch(r"VOC\d{4}", Path(out).name) else folder / "VOCdevkit" / "VOC2012"
         lists = [year / "ImageSets" / name / f"{safe_name(split)}.txt" for name in listed]
-        if any(path.exists() for path in lists):
-            raise InputError(
-                f"{out}: already holds the split {split}; choose another folder, or replace it (--overwrite)"
-            )
+        check_new_split(lists, out, split)
         names = stems(images, (path.stem for path in (year / "Annotations").glob("*.xml")))
         home = Path(out).name if year == folder else year.name
         for image, found in selected(predictions, images, min_score, done.notes):
@@ -371,8 +364,11 @@ def export_voc(
             xml = annotation_xml(home, file, found, boxes, classes)
             done.paths.append(write_bytes(year / "Annotations" / f"{name}.xml", xml))
             if found.masks is not None:
-                check_class_count(classes)
-                objects = paint_objects(found)
+                if len(classes) > 254:
+                    raise InputError(
+                        f"{len(classes)} classes do not fit an 8-bit PNG, which holds 254; export fewer, or to coco"
+                    )
+                objects = paint(found, range(1, len(found) + 1))
                 covered += len(found) - len(np.unique(objects[objects > 0]))
                 for kind, pixels in (("SegmentationClass", paint(found)), ("SegmentationObject", objects)):
                     done.paths.append(write_bytes(year / kind / f"{name}.png", palette_png(pixels)))
@@ -445,16 +441,6 @@ def annotation_xml(
     return ElementTree.tostring(root, encoding="utf-8") + b"\n"
 
 
-def paint_objects(instances: Instances) -> np.ndarray:
-    """(H, W) uint8, 0 background, k the k-th of at most 254 instances; painted in ascending order of score."""
-    painted = np.zeros(instances.image_size, dtype=np.uint8)
-    if instances.masks is not None:
-        masks = instances.masks.cpu().numpy()
-        for index in np.argsort(instances.weights.cpu().numpy(), kind="stable"):
-            painted[masks[index]] = index + 1
-    return painted
-
-
 def label_map(classes: Sequence[str]) -> str:
     """CVAT's list of classes and their colours; a colon, which separates its fields, becomes a space."""
     colours = voc_palette().tolist()
@@ -462,12 +448,3 @@ def label_map(classes: Sequence[str]) -> str:
     for name, colour in zip(["background", *classes], colours, strict=False):
         lines.append(f"{name.replace(':', ' ')}:{','.join(map(str, colour))}::")
     return "\n".join(lines) + "\n"
-
-
-def palette_png(pixels: np.ndarray) -> bytes:
-    """(H, W) values 0..255 as an indexed PNG in VOC's colours."""
-    image = Image.fromarray(pixels.astype(np.uint8), mode="P")
-    image.putpalette(voc_palette().tobytes())
-    content = io.BytesIO()
-    image.save(content, "PNG")
-    return content.getvalue()

@@ -10,9 +10,9 @@ import numpy as np
 
 from labelpenet.data.dataset import VOC_CLASSES, TaggedImage
 from labelpenet.data.files import brief, safe_name, write_bytes
+from labelpenet.data.images import palette_png
 from labelpenet.evaluation.semantic import paint
 from labelpenet.formats.selection import Exported, new_export, stems
-from labelpenet.formats.voc import palette_png
 from labelpenet.instances import Instances
 
 

@@ -16,7 +16,15 @@ from labelpenet.data.images import find_images
 from labelpenet.errors import InputError
 from labelpenet.formats.folder import image_files
 from labelpenet.formats.polygons import contours, joined, outline, straight
-from labelpenet.formats.selection import Exported, copy_photograph, new_export, objects, selected, stems
+from labelpenet.formats.selection import (
+    Exported,
+    check_new_split,
+    copy_photograph,
+    new_export,
+    objects,
+    selected,
+    stems,
+)
 from labelpenet.formats.shapes import Shape, checked_size, read_truth
 from labelpenet.instances import Instances
 
@@ -47,10 +55,7 @@ def export_yolo(
     bridged, split = 0, safe_name(split)
     with new_export(out, images, overwrite, {"format": "yolo", "classes": list(classes)}, True) as (folder, done):
         labels = folder / "labels" / split
-        if labels.exists():
-            raise InputError(
-                f"{out}: already holds the split {split}; choose another folder, or replace it (--overwrite)"
-            )
+        check_new_split([labels], out, split)
         labels.mkdir(parents=True)
         names = stems(images)
         for image, found in selected(predictions, images, min_score, done.notes):

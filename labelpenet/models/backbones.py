@@ -38,6 +38,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import FrozenBatchNorm2d
 
+from labelpenet.models.layers import initialise
+
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
@@ -75,12 +77,13 @@ class Backbone:
         self._network = network
 
     def region_tail(self) -> Part:
-        """From the stem to the map that modules 1 and 2 pool RoIs from; ``stride`` is relative to the image."""
-        raise NotImplementedError
+        """From the stem to the map that modules 1 and 2 pool RoIs from (here the stem's own); ``stride`` is relative to
+        the image."""
+        return Part(nn.Identity(), self.stem.channels, self.stem.stride)
 
     def detection_tail(self) -> Part:
-        """From the stem to the map that the detection part of modules 3 and 4 works on."""
-        raise NotImplementedError
+        """From the stem to the map that the detection part of modules 3 and 4 works on (here the stem's own)."""
+        return self.region_tail()
 
     def mask_tail(self) -> Part:
         """From the stem to the map that the mask branch's spatial pyramid reads."""
@@ -145,12 +148,6 @@ class MobileNetV2(Backbone):
         self._network = network
         self.stem = Part(copy.deepcopy(network.features[:14]), 96, 16)
 
-    def region_tail(self) -> Part:
-        return Part(nn.Identity(), 96, 16)
-
-    def detection_tail(self) -> Part:
-        return Part(nn.Identity(), 96, 16)
-
     def mask_tail(self) -> Part:
         blocks = copy.deepcopy(self._network.features[14:18])
         for number, block in enumerate(blocks):
@@ -198,12 +195,6 @@ class Tiny(Backbone):
         self._network = network
         self.stem = Part(copy.deepcopy(network.stem), 96, 8)
 
-    def region_tail(self) -> Part:
-        return Part(nn.Identity(), 96, 8)
-
-    def detection_tail(self) -> Part:
-        return Part(nn.Identity(), 96, 8)
-
     def mask_tail(self) -> Part:
         return Part(copy.deepcopy(self._network.last), self._network.channels, 8)
 
@@ -233,8 +224,7 @@ def for_training(layer: nn.Module) -> nn.Module | None:
 
 def _convolution(channels: int, width: int, stride: int = 1) -> tuple[nn.Conv2d, nn.ReLU]:
     layer = nn.Conv2d(channels, width, 3, stride, 1)
-    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    initialise(layer, std=None)
     return layer, nn.ReLU()
 
 

@@ -35,32 +35,35 @@ def build_backbone(name: str, weights: Path | None = None, pretrained: bool = Tr
         from labelpenet.models.timm_backbones import build_timm  # takes a second to import
 
         return build_timm(name, weights, pretrained)
+    network = whole_network(name, weights, pretrained)
+    kind = BACKBONES[name][1]
+    own_statistics = name == "mobilenet_v2" and not _is_folded(network)
+    backbone = kind(network)
+    if own_statistics:
+        backbone.mean, backbone.std = VGG16.mean, VGG16.std
+    if weights is None and not (pretrained and kind.imagenet):
+        backbone.untrained = network
+    return backbone
+
+
+def whole_network(name: str, weights: Path | None, pretrained: bool) -> nn.Module:
+    """The whole network behind one of `BACKBONES`; arguments and errors as `build_backbone`."""
     if name not in BACKBONES:
         raise InputError(f"unknown backbone {name!r}; choose from {', '.join(BACKBONES)} and timm/NAME (any of timm's)")
     build, kind = BACKBONES[name]
-    if weights is None and pretrained and kind.imagenet:
-        network = build(weights=None)
+    network = build(weights=None)
+    if weights is not None:
+        load_weights(network, weights, name)
+    elif pretrained and kind.imagenet:
         network.load_state_dict(torchvision_weights(name))
-        backbone = kind(network)
-        # torchvision's own weights expect ImageNet's mean and standard deviation
-        backbone.mean, backbone.std = VGG16.mean, VGG16.std
-    else:
-        network = build(weights=None)
-        if weights is not None:
-            load_weights(network, weights, name)
-        own_statistics = weights is not None and name == "mobilenet_v2" and not _is_folded(network)
-        backbone = kind(network)
-        if own_statistics:
-            backbone.mean, backbone.std = VGG16.mean, VGG16.std
-        if weights is None:
-            backbone.untrained = network
-    return backbone
+    return network
 
 
 def _is_folded(network: nn.Module) -> bool:
     """Whether all batch norms are identities plus a bias, as in weights converted from an 8-bit model.
 
-    Those expect inputs in [-1, 1]; torchvision's own expect ImageNet's mean and standard deviation.
+    Those, and MobileNetV2's random ones here, expect inputs in [-1, 1]; torchvision's own expect ImageNet's mean and
+    standard deviation.
     """
     norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
     return all(bool((layer.running_mean == 0).all()) for layer in norms if isinstance(layer.running_mean, Tensor))

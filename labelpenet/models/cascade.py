@@ -9,12 +9,11 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import nms
 
@@ -24,9 +23,9 @@ from labelpenet.calibration.excitation import layer_without_rule
 from labelpenet.config import MODULES, Recipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
-from labelpenet.data.images import as_pixels, find_images
+from labelpenet.data.images import Photograph, as_pixels, several
 from labelpenet.data.proposals import propose
-from labelpenet.data.transforms import Batch, View, stack
+from labelpenet.data.transforms import Batch, View, scaled, stack
 from labelpenet.errors import DamagedError, InputError
 from labelpenet.instances import Instances
 from labelpenet.models.backbones import Backbone
@@ -35,9 +34,6 @@ from labelpenet.models.classification import Classification
 from labelpenet.models.detection import Detection
 from labelpenet.models.segmentation import Segmentation
 from labelpenet.models.weights import check_weights
-
-Photograph = np.ndarray | Image.Image | str | Path
-"""A photograph in whatever form one has it (see `data.images.as_pixels`)."""
 
 Tags = tuple[int, ...] | None
 """The classes that a photograph shows, None where they are not known."""
@@ -106,15 +102,13 @@ class LabelPEnet(nn.Module):
         """The photograph (H, W, 3) uint8 RGB with its shorter side scaled to ``side`` (the recipe's if None)."""
         height, width = image.shape[:2]
         images = self.recipe.images
-        side = images.test_side if side is None else side
-        factor = 1.0 if side is None else min(side / min(height, width), images.longest / max(height, width))
-        size = (max(32, round(width * factor)), max(32, round(height * factor)))
-        if size != (width, height):
-            image = cv2.resize(image, size, interpolation=cv2.INTER_LINEAR if factor > 0.5 else cv2.INTER_AREA)
+        (h, w), factor = scaled(image.shape, images.test_side if side is None else side, images.longest)
+        if (h, w) != (height, width):
+            image = cv2.resize(image, (w, h), interpolation=cv2.INTER_LINEAR if factor > 0.5 else cv2.INTER_AREA)
         if flip:
             image = image[:, ::-1]
         pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].to(self.device)
-        return View((pixels.float() - self._mean) / self._std, (size[0] / width, size[1] / height), flip)
+        return View((pixels.float() - self._mean) / self._std, (w / width, h / height), flip)
 
     def stem_map(self, *views: View) -> Tensor:
         """The shared stem's map (N, D, h, w) of views; without gradients where the stem is frozen."""
@@ -143,11 +137,11 @@ class LabelPEnet(nn.Module):
 
     def proposals(self, image: np.ndarray) -> Tensor:
         """Selective-search proposals (R, 4) of a photograph, computed now, as the recipe wants them."""
-        return self.select(torch.from_numpy(propose(image, self.recipe.proposals)), image.shape[:2])
+        return self.select(propose(image, self.recipe.proposals), image.shape[:2])
 
-    def select(self, boxes: Tensor, size: tuple[int, ...]) -> Tensor:
+    def select(self, boxes: Tensor | np.ndarray, size: tuple[int, ...]) -> Tensor:
         """Of precomputed proposals (R, 4) those that the recipe keeps, and the whole image as the first."""
-        choice = self.recipe.proposals
+        choice, boxes = self.recipe.proposals, boxes if isinstance(boxes, Tensor) else torch.tensor(boxes)
         height, width = size[:2]
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
         boxes = boxes[area >= choice.min_area * height * width][: choice.limit]
@@ -211,11 +205,12 @@ class LabelPEnet(nn.Module):
             InputError: a file cannot be read; no such module.
         """
         self.require(module)
-        if isinstance(image, (str, Path)) and Path(image).is_dir():
-            image = [path for _, path in find_images([Path(image)])]
-        if isinstance(image, (list, tuple)):
-            return [self.predict(one, module) for one in image]
-        return self.predict_batch([as_pixels(image)], module, None if proposals is None else [proposals])[0]
+        images = several(image)
+        if images is not None:
+            return [self.predict(one, module) for one in images]
+        return self.predict_batch(
+            [as_pixels(cast(Photograph, image))], module, None if proposals is None else [proposals]
+        )[0]
 
     @torch.no_grad()
     def predict_batch(

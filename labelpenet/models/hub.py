@@ -19,6 +19,13 @@ from labelpenet.errors import InputError, reason
 from labelpenet.models.cascade import MODULES, LabelPEnet, read_run
 from labelpenet.models.student import KIND, Student, load
 
+_FILES = ("config.json", "model.safetensors")
+_NOTHING = "Not measured."
+_TAUGHT = {
+    "tags": "image tags alone",
+    "full": "true boxes and masks",
+    "mixed": "image tags and, for some of them, true or corrected boxes and masks",
+}
 _FACTS = ("kind", "classes", "backbone", "normalisation", "recipe", "network", "seed", "images", "supervision")
 
 
@@ -51,7 +58,10 @@ def save_pretrained(run: Path | str, folder: Path | str, licence: str = "other",
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "model.safetensors", state)
     write_json(folder / "config.json", {key: facts[key] for key in _FACTS if key in facts}, indent=1)
-    write_text(folder / "README.md", model_card(facts, results, licence))
+    source = facts.get("source") or {}
+    about: dict[str, Any] = {"data": Path(str(source["data"])).name} if source.get("data") else {}
+    about |= {"teacher": source.get("teacher_supervision", "tags"), "labels_file": source.get("labels")}
+    write_text(folder / "README.md", model_card({**facts, **about}, results, licence))
     if push is not None:
         _upload(folder, push)
     return folder
@@ -93,8 +103,16 @@ def model_card(facts: Mapping[str, Any], results: Mapping[str, Any], licence: st
     """The card in Markdown: what it is, classes, data, measured figures, limits, licence."""
     student = facts.get("kind") == KIND
     kind = "Mask R-CNN with a feature pyramid" if student else "Label-PEnet cascade of four modules"
-    learnt = {"full": "true boxes and masks", "labels": "the labels of a network that saw image tags alone"}
-    taught = learnt.get(str(facts.get("supervision")), "image tags alone")
+    taught = _TAUGHT.get(str(facts.get("supervision", "tags")), "unknown labels")
+    if facts.get("supervision") == "labels":
+        teacher = _TAUGHT.get(str(facts.get("teacher", "tags")), "unknown labels")
+        taught = (
+            "a file of labels" if facts.get("labels_file") else f"the labels of a cascade that learnt from {teacher}"
+        )
+    data = f" of {facts['data']}" if facts.get("data") else ""
+    backbone = facts["backbone"] if facts["backbone"] == "tiny" else f"{facts['backbone']}, from ImageNet weights"
+    measured = _figures(results)
+    seen = "not measured" if measured == _NOTHING else "measured on no other photographs than those above"
     head = {"license": licence, "library_name": "labelpenet", "pipeline_tag": "image-segmentation",
             "tags": ["instance-segmentation", "object-detection", "weakly-supervised"]}  # fmt: skip
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
@@ -105,8 +123,8 @@ def model_card(facts: Mapping[str, Any], results: Mapping[str, Any], licence: st
 # {kind}: {", ".join(facts["classes"])}
 
 Detects and segments every instance of {len(facts["classes"])} classes. Trained by
-Label-PEnet on {facts.get("images", "?")} photographs from {taught}.
-Backbone: {facts["backbone"]}, from ImageNet weights.
+Label-PEnet on {facts.get("images", "?")} photographs{data} from {taught}.
+Backbone: {backbone}.
 
 ```python
 from labelpenet.models.hub import from_pretrained
@@ -116,11 +134,11 @@ found = from_pretrained("this folder or repository").predict("photo.jpg")
 
 ## Measured
 
-{_figures(results)}
+{measured}
 
 ## Limits
 
-It knows no other classes than these and was measured on no other kind of photographs than those above. What is learnt
+It knows no other classes than these and was {seen}. What is learnt
 from tags tends to miss some instances of a group, and to cut off or add parts of an object. Check it on photographs of
 your own before you rely on it.
 
@@ -138,7 +156,7 @@ def _figures(results: Mapping[str, Any]) -> str:
         figures = [f"{key} {100 * value:.1f}" for key, value in parts.items() if value is not None]
         rows.append(f"- {'module ' if name.isdigit() else ''}{name}: {', '.join(figures)}")
     if not rows:
-        return "Not measured."
+        return _NOTHING
     return f"Split `{results.get('split')}`, protocol {results.get('protocol')}, in %:\n\n" + "\n".join(rows)
 
 
@@ -154,7 +172,7 @@ def _upload(folder: Path, name: str) -> None:
     hub = _hub()
     try:
         hub.create_repo(name, exist_ok=True)
-        hub.upload_folder(repo_id=name, folder_path=folder)
+        hub.upload_folder(repo_id=name, folder_path=folder, allow_patterns=[*_FILES, "README.md"])
     except Exception as error:  # no network, no permission, a bad name: the package has an exception for each
         raise InputError(f"{name}: cannot be uploaded ({reason(error)}); the folder {folder} is whole") from error
 
@@ -162,6 +180,6 @@ def _upload(folder: Path, name: str) -> None:
 def _download(name: str) -> Path:
     hub = _hub()
     try:
-        return Path(hub.snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
+        return Path(hub.snapshot_download(name, allow_patterns=[*_FILES]))
     except Exception as error:  # as above
         raise InputError(f"{name}: no such folder, and no repository that can be read ({reason(error)})") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,13 +59,13 @@ def by_rois(layers: nn.Module, pooled: Tensor) -> Tensor:
     return torch.cat([layers(part) for part in pooled.split(AT_A_TIME)])
 
 
-def initialise(*layers: nn.Module, std: float | None = 0.01) -> None:
-    """Weights from N(0, std), or He's initialiser if None, and zero biases (section 4.1)."""
+def initialise(*layers: nn.Module, std: float | None = 0.01, mode: Literal["fan_in", "fan_out"] = "fan_in") -> None:
+    """Weights from N(0, std), or He's initialiser, of that ``mode``, if None, and zero biases (section 4.1)."""
     for layer in layers:
         for child in layer.modules():
             if isinstance(child, (nn.Conv2d, nn.Linear, nn.ConvTranspose2d)):
                 if std is None:
-                    nn.init.kaiming_normal_(child.weight, nonlinearity="relu")
+                    nn.init.kaiming_normal_(child.weight, mode=mode, nonlinearity="relu")
                 else:
                     nn.init.normal_(child.weight, std=std)
                 if child.bias is not None:

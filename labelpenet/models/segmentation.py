@@ -29,13 +29,13 @@ PYRAMID_DILATIONS = (1, 2, 4, 6)
 class SpatialPyramid(nn.Module):
     """Atrous spatial pyramid pooling (section 4.1): parallel 3x3 convolutions, concatenated and mixed by a 1x1 one."""
 
-    def __init__(self, channels: int, width: int, dilations: tuple[int, ...] = PYRAMID_DILATIONS):
+    def __init__(self, channels: int, width: int):
         super().__init__()
         self.branches = nn.ModuleList(
-            nn.Conv2d(channels, width, 3, padding=dilation, dilation=dilation) for dilation in dilations
+            nn.Conv2d(channels, width, 3, padding=dilation, dilation=dilation) for dilation in PYRAMID_DILATIONS
         )
-        self.mix = nn.Conv2d(width * len(dilations), width, 1)
-        _he(self)
+        self.mix = nn.Conv2d(width * len(PYRAMID_DILATIONS), width, 1)
+        initialise(self, std=None, mode="fan_out")
 
     def forward(self, features: Tensor) -> Tensor:
         """(N, D, h, w) to (N, width, h, w)."""
@@ -49,7 +49,7 @@ class MaskHead(nn.Module):
         super().__init__()
         self.convolutions = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for _ in range(depth))
         self.up = nn.ConvTranspose2d(width, width, 2, stride=2)
-        _he(self)
+        initialise(self, std=None, mode="fan_out")
         self.logits = nn.Conv2d(width, num_classes, 1)
         initialise(self.logits)
 
@@ -160,11 +160,3 @@ def mask_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """
     each = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none").mean((1, 2))
     return (each * weights).sum() / len(logits)
-
-
-def _he(module: nn.Module) -> None:
-    for child in module.modules():
-        if isinstance(child, (nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.kaiming_normal_(child.weight, mode="fan_out", nonlinearity="relu")
-            if child.bias is not None:
-                nn.init.zeros_(child.bias)

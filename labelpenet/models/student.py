@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import numpy as np
 import torch
@@ -35,15 +35,14 @@ from labelpenet import config
 from labelpenet.config import StudentRecipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
-from labelpenet.data.images import read_image
+from labelpenet.data.images import Photograph, as_pixels, several
 from labelpenet.data.transforms import divisible
 from labelpenet.errors import InputError, reason
 from labelpenet.instances import Instances
-from labelpenet.models.build import BACKBONES, build_backbone
+from labelpenet.models.build import build_backbone, whole_network
 from labelpenet.models.cascade import LabelPEnet, read_run
 from labelpenet.models.detection import ANCHOR_RATIOS, DoubtingRPN, covered, rcnn_loss
 from labelpenet.models.segmentation import crop_masks, mask_loss
-from labelpenet.models.weights import load_weights, torchvision_weights
 
 KIND = "student"  # what ``run.json`` says of such a folder, and the name of its weights
 STRIDES = (8, 16, 32)  # of the pyramid's maps; the last one, subsampled, is the fourth
@@ -252,22 +251,28 @@ class Student(nn.Module):
 
     # -- predicting --------------------------------------------------------------------------------------------------
 
+    @overload
+    def predict(self, image: Photograph, module: int = 4, proposals: Tensor | None = None) -> Instances: ...
+
+    @overload
+    def predict(self, image: list[Photograph] | tuple[Photograph, ...], module: int = 4) -> list[Instances]: ...
+
     @torch.no_grad()
-    def predict(self, image: np.ndarray | str | Path, module: int = 4, proposals: Tensor | None = None) -> Instances:
-        """The instances of a photograph.
+    def predict(
+        self,
+        image: Photograph | list[Photograph] | tuple[Photograph, ...],
+        module: int = 4,
+        proposals: Tensor | None = None,
+    ) -> Instances | list[Instances]:
+        """The instances of a photograph, or of each of several, with masks.
 
-        Args:
-            image: (H, W, 3) uint8 RGB, or an image file.
-            module, proposals: as `LabelPEnet.predict` takes them; a student stands for module 4 alone, without any.
-
-        Returns:
-            `Instances` on the CPU, best first: scores in [0, 1] as weights, with masks.
-
-        Raises:
-            InputError: the file cannot be read; another module is asked for.
+        Arguments, result and errors as `LabelPEnet.predict`; a student stands for module 4 alone, without proposals.
         """
         self.require(module)
-        pixels = image if isinstance(image, np.ndarray) else read_image(image)
+        images = several(image)
+        if images is not None:
+            return [self.predict(one) for one in images]
+        pixels = as_pixels(cast(Photograph, image))
         batch = [torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device).permute(2, 0, 1).float() / 255]
         found = {name: value.cpu() for name, value in self.network(batch)[0].items()}
         size = (pixels.shape[0], pixels.shape[1])
@@ -376,14 +381,8 @@ def build_body(
     Arguments and errors as `build_backbone`; a network of timm must be a chain of stages.
     """
     if name.startswith("timm/"):
-        return _timm_body(name.removeprefix("timm/"), weights, pretrained)
-    backbone = build_backbone(name, weights, pretrained)
-    build, kind = BACKBONES[name]
-    network = build(weights=None)
-    if weights is not None:
-        load_weights(network, weights, name)
-    elif pretrained and kind.imagenet:
-        network.load_state_dict(torchvision_weights(name))
+        return _timm_body(name, weights, pretrained)
+    backbone, network = build_backbone(name, weights, pretrained), whole_network(name, weights, pretrained)
     body: Any = getattr(network, "features", network)
     if name == "mobilenet_v2":
         body = body[:-1]  # the last layer serves the classifier alone
@@ -391,17 +390,10 @@ def build_body(
 
 
 def _timm_body(name: str, weights: Path | None, pretrained: bool) -> tuple[nn.Module, dict[str, Sequence[float]]]:
-    try:
-        import timm
-    except ImportError as error:
-        raise InputError("backbones of timm need the package timm; install it with pip install timm") from error
-    try:
-        network = timm.create_model(name, pretrained=pretrained and weights is None)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise InputError(f"timm/{name}: cannot be built ({reason(error)}); see timm.list_models()") from None
-    if weights is not None:
-        load_weights(network, weights, f"timm/{name}")
-    body = timm_features(name)
+    from labelpenet.models.timm_backbones import timm_network  # takes a second to import
+
+    network = timm_network(name, weights, pretrained)
+    body = timm_features(name.removeprefix("timm/"))
     full = network.state_dict()
     body.load_state_dict({key: full[_timm_key(network, key)] for key in body.state_dict()})
     settings: Any = network.pretrained_cfg

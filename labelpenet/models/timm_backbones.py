@@ -39,7 +39,16 @@ _BOTTLENECKS = (resnet.BasicBlock, resnet.Bottleneck, regnet.Bottleneck)
 
 
 def build_timm(name: str, weights: Path | None, pretrained: bool) -> Backbone:
-    """The backbone ``timm/NAME``; arguments and errors as `build.build_backbone`.
+    """The backbone ``timm/NAME``; arguments and errors as `build.build_backbone`."""
+    network = timm_network(name, weights, pretrained, num_classes=0)
+    backbone = Staged(network, name)
+    if weights is None and not pretrained:
+        backbone.untrained = network
+    return backbone
+
+
+def timm_network(name: str, weights: Path | None, pretrained: bool, **options: Any) -> Any:
+    """timm's network ``timm/NAME``, built with its ``options``; other arguments and errors as `build.build_backbone`.
 
     Without ``weights``, timm's own are downloaded (safetensors, or a file of tensors only) and kept in its cache.
     """
@@ -52,7 +61,7 @@ def build_timm(name: str, weights: Path | None, pretrained: bool) -> Backbone:
     if download and not timm.is_model_pretrained(short):
         raise InputError(f"timm has no pretrained weights of {name}; give a file with --weights")
     try:
-        network = timm.create_model(short, pretrained=download, num_classes=0)
+        network = timm.create_model(short, pretrained=download, **options)
     except (OSError, RuntimeError, ValueError) as error:  # no network; an unknown tag
         remedy = "give a file with --weights" if download else "check the name"
         raise InputError(
@@ -60,10 +69,7 @@ def build_timm(name: str, weights: Path | None, pretrained: bool) -> Backbone:
         ) from error
     if weights is not None:
         load_weights(network, weights, name)
-    backbone = Staged(network, name)
-    if not download and weights is None:
-        backbone.untrained = network
-    return backbone
+    return network
 
 
 class Staged(Backbone):
@@ -95,12 +101,6 @@ class Staged(Backbone):
         self.stem = Part(
             nn.Sequential(PadToStride(), *copy.deepcopy(self._cut.before)), int(self._cut.seen.shape[1]), STRIDE
         )
-
-    def region_tail(self) -> Part:
-        return Part(nn.Identity(), self.stem.channels, STRIDE)
-
-    def detection_tail(self) -> Part:
-        return Part(nn.Identity(), self.stem.channels, STRIDE)
 
     def mask_tail(self) -> Part:
         return Part(replace(copy.deepcopy(self._tail), for_training), self._tail_channels, STRIDE)

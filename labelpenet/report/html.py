@@ -4,7 +4,7 @@ import base64
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -259,12 +259,7 @@ def _predictions(run: Path, facts: Facts, images: TaggedImages, problems: list[s
 def _strips(
     source: Source, chosen: Sequence[TaggedImage], problems: list[str], progress: Progress, done: int
 ) -> Section:
-    def tracked() -> Iterator[TaggedImage]:
-        for place, image in enumerate(chosen, 1):
-            yield image
-            progress.show(done + place, {})
-
-    strips = _made(partial(make_strip, source), tracked(), problems)
+    strips = _made(partial(make_strip, source), progress.tracked(chosen, done), problems)
     if source.training:
         lead = "What the modules passed on: instances of the image's tags alone, all of them drawn."
     else:

@@ -4,7 +4,7 @@ const $ = (id) => document.getElementById(id);
 const SVG = "http://www.w3.org/2000/svg";
 const token = location.hash.slice(1);
 const loaded = new Map(); // place in the ranking -> promise of the photograph
-let overview, place, photograph, kept, chosen;
+let overview, place, shown, photograph, kept, chosen; // shown: the place of the photograph; place: of the one asked for
 let saving = Promise.resolve(); // one verdict after the other
 
 async function request(path, options = {}) {
@@ -38,10 +38,12 @@ function load(index) {
 async function show(index) {
   place = Math.max(0, Math.min(overview.photographs.length - 1, index));
   const wanted = place;
+  $("picture").classList.add("loading");
   try {
     const one = await load(wanted);
     if (wanted !== place) return; // another was asked for meanwhile
-    photograph = one;
+    [photograph, shown] = [one, wanted];
+    $("picture").classList.remove("loading");
   } catch (error) {
     say(error.message);
     return;
@@ -132,7 +134,7 @@ function judge(status) {
 }
 
 function edit(change) {
-  if (chosen < 0) return;
+  if (chosen < 0 || shown !== place) return;
   change();
   const status = overview.photographs[place].status;
   judge(status === "accepted" ? status : "open"); // to touch an object of a rejected photograph opens it again
@@ -167,20 +169,24 @@ const actions = {
   ArrowDown: () => choose(chosen + 1),
 };
 
+// Until the photograph that was asked for is on the page, nothing is said of it: a verdict would hold the labels of another.
+const act = (key) => { if (shown === place || key.startsWith("Arrow") || key === "n") actions[key](); };
+
 addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || !photograph) return;
   if (event.target.matches("input, select")) {
     if (event.key === "Escape" || event.key === "Enter") event.target.blur();
     return;
   }
-  const label = "123456789".indexOf(event.key);
-  if (event.key.length === 1 && label >= 0) {
-    if (label < overview.classes.length) setClass(label);
-  } else if (Object.hasOwn(actions, event.key)) actions[event.key]();
-  else return;
+  const key = event.key.length === 1 ? event.key.toLowerCase() : event.key; // Caps Lock
+  const label = key.length === 1 ? "123456789".indexOf(key) : -1;
+  if (label < 0 && !Object.hasOwn(actions, key)) return;
   event.preventDefault();
+  if (event.repeat && !key.startsWith("Arrow")) return; // a key that is held down is one verdict
+  if (label < 0) act(key);
+  else if (label < overview.classes.length) setClass(label);
 });
-document.querySelectorAll("[data-key]").forEach((button) => button.addEventListener("click", () => actions[button.dataset.key]()));
+document.querySelectorAll("[data-key]").forEach((button) => button.addEventListener("click", () => act(button.dataset.key)));
 $("class").addEventListener("change", (event) => { setClass(Number(event.target.value)); event.target.blur(); });
 $("number").addEventListener("change", (event) => { if (event.target.value) show(Number(event.target.value) - 1); event.target.blur(); });
 

@@ -28,7 +28,7 @@ from labelpenet import config
 from labelpenet.config import MODULES, CascadeOptions, Recipe
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.images import read_image
-from labelpenet.data.transforms import mirror
+from labelpenet.data.transforms import drawn, mirror
 from labelpenet.engine.distributed import build_fabric, gather, images_together
 from labelpenet.engine.sampler import stream_seed
 from labelpenet.engine.stage import Stage
@@ -49,7 +49,7 @@ from labelpenet.training.pretrain import (
     save_part,
     to_batch,
 )
-from labelpenet.training.run import build_observer, given_proposals, open_run, read_proposals
+from labelpenet.training.run import build_observer, open_training
 
 STAGE = "forward-backward"
 WATCHED = 12  # photographs whose labels are compared with the cascade's
@@ -100,12 +100,7 @@ def forward_backward(
     anchors = read_anchors(start, images)
     weights = digest(value.numpy().tobytes() for value in network.state_dict().values())
     own = {**run_facts(network, images, options.seed, str(fabric._precision.precision)), "start": weights}
-    given, known = given_proposals(images, options)
-    own |= known
-    with open_run(run, {**own, "source": source or {}}, options.resume, images, fabric):
-        network.to(fabric.device)
-        images, boxes = read_proposals(images, recipe, options.cache, fabric, given)
-        training = Training(network, images, boxes, run, fabric, options, own)
+    with open_training(network, images, run, fabric, options, own, source) as training:
         observer = build_observer(training, held_out, options)
         parts = ("stem", *MODULES)
         if not all(load_trained(training, part) for part in parts):
@@ -230,8 +225,7 @@ def load(training: Training, anchors: Anchors) -> Callable[[list[int], torch.Gen
     def one(image: TaggedImage, generator: torch.Generator) -> Shown:
         pixels = read_image(image.path)
         boxes = training.boxes(image, pixels.shape)
-        side = choice.sides[int(torch.randint(len(choice.sides), (1,), generator=generator))]
-        flip = choice.flip and bool(torch.rand((), generator=generator) < 0.5)
+        side, flip = drawn(choice, generator)
         if learning.labels == "inferred":
             if flip:
                 # The photograph itself is mirrored, for what the modules infer is in its pixels.

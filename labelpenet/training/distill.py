@@ -11,6 +11,7 @@ Shape letters: ``N`` instances, ``h, w`` the network's input.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ from torch import Tensor
 
 from labelpenet import config
 from labelpenet.calibration.nms import confident
-from labelpenet.config import Images, Noise, StudentRecipe
+from labelpenet.config import Images, Noise, RunOptions, StudentRecipe
 from labelpenet.data import run_folder
-from labelpenet.data.dataset import AnnotatedImages, TaggedImages
+from labelpenet.data.dataset import TaggedImages
 from labelpenet.data.files import write_tensors
 from labelpenet.data.images import read_image
-from labelpenet.data.transforms import mirror, resize_masks
+from labelpenet.data.transforms import View, drawn, scaled
 from labelpenet.engine.distributed import build_fabric, images_together
 from labelpenet.engine.sampler import seed_step
 from labelpenet.engine.stage import Stage
@@ -37,7 +38,6 @@ from labelpenet.instances import Instances
 from labelpenet.models.student import KIND, Lesson, Student
 from labelpenet.training.pretrain import digest
 from labelpenet.training.run import open_run
-from labelpenet.training.supervised import read_supervision
 
 
 def distill(
@@ -48,15 +48,9 @@ def distill(
     *,
     backbone: str,
     weights: Path | None = None,
-    resume: bool = False,
-    seed: int = 0,
-    device: str = "auto",
-    devices: int = 1,
-    nodes: int = 1,
-    precision: str = "auto",
-    checkpoint_minutes: float = 5.0,
     source: Mapping[str, Any] | None = None,
     supervision: str = "labels",
+    options: RunOptions = RunOptions(),
 ) -> Student:
     """Trains a student on labels and writes it to a folder, or continues what the folder holds.
 
@@ -65,7 +59,7 @@ def distill(
             that is not there is not trained on; one without instances shows nothing.
         out: the student's folder; recipe: every choice.
         backbone, weights: as `models.student.build_body` takes them.
-        resume, seed, device, devices, nodes, precision, checkpoint_minutes, source: as `train_run` takes them.
+        source, options: as `train_run` takes them.
         supervision: ``labels``, or ``full`` where the labels are the truth; kept in ``run.json``.
 
     Raises:
@@ -74,8 +68,8 @@ def distill(
     taught = TaggedImages(images.classes, tuple(image for image in images.images if image.id in labels), images.notes)
     if not any(len(labels[image.id]) for image in taught.images):
         raise InputError("no photograph has a label; check the labels, the split and the classes")
-    fabric = build_fabric(device, devices, nodes, precision)
-    seed_step(seed, "initialisation", 0)
+    fabric = build_fabric(options.device, options.devices, options.nodes, options.precision)
+    seed_step(options.seed, "initialisation", 0)
     student = Student.start(backbone, images.classes, recipe, weights)
     facts = {
         "kind": KIND,
@@ -83,7 +77,7 @@ def distill(
         "backbone": backbone,
         "normalisation": student.normalisation,
         "network": student.description(),
-        "seed": seed,
+        "seed": options.seed,
         "precision": str(fabric._precision.precision),
         "supervision": supervision,
         "images": len(taught.images),
@@ -91,16 +85,16 @@ def distill(
         "recipe": config.to_dict(recipe),
     }
     weights_file = run_folder.weights(out, KIND)
-    with open_run(out, {**facts, "source": dict(source or {})}, resume, taught, fabric):
+    with open_run(out, {**facts, "source": dict(source or {})}, options.resume, taught, fabric):
         if not weights_file.is_file():
             train_stage(
                 stage(student, taught, labels, images_together(recipe.schedule.batch_size, fabric)),
                 out,
-                seed=seed,
+                seed=options.seed,
                 config=facts,
                 fabric=fabric,
-                resume=resume,
-                checkpoint_minutes=checkpoint_minutes,
+                resume=options.resume,
+                checkpoint_minutes=options.checkpoint_minutes,
             )
             if fabric.global_rank == 0:
                 write_tensors(weights_file, student.plain_state(), "free some space and use --resume")
@@ -119,12 +113,6 @@ def read_labels(run: Path, path: Path | None, images: TaggedImages) -> tuple[Map
         raise InputError(f"{path}: not there; train the run's module 4, or give labels with --labels")
     labels = read_predictions(path, images, images.classes)
     return labels, labels.notes
-
-
-def read_truths(annotated: AnnotatedImages) -> tuple[Mapping[str, Instances], tuple[str, ...]]:
-    """The true objects of the images, for the yardstick; and notes about them."""
-    found = read_supervision("full", annotated)
-    return found.truths, found.notes
 
 
 def stage(student: Student, images: TaggedImages, labels: Mapping[str, Instances], micro_batch: int = 1) -> Stage:
@@ -155,22 +143,17 @@ def stage(student: Student, images: TaggedImages, labels: Mapping[str, Instances
 
 def lesson(image: np.ndarray, labels: Instances, images: Images, noise: Noise, generator: torch.Generator) -> Lesson:
     """A photograph (H, W, 3) uint8 RGB and its labels as they are taught once: at a drawn size, perhaps mirrored."""
-    side = images.sides[int(torch.randint(len(images.sides), (1,), generator=generator))]
-    flip = images.flip and bool(torch.rand((), generator=generator) < 0.5)
+    side, flip = drawn(images, generator)
     taught, doubtful = sort_out(labels, noise)
-    height, width = image.shape[:2]
-    factor = min(side / min(height, width), images.longest / max(height, width))
-    size = (max(32, round(height * factor)), max(32, round(width * factor)))
+    if taught.masks is None:
+        taught = replace(taught, masks=torch.zeros(len(taught), *image.shape[:2], dtype=torch.bool))
+    (height, width), _ = scaled(image.shape, side, images.longest)
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
     # as torchvision's own transform resizes, so that the student sees in training what it sees later
-    pixels = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)[0]
-    scale = torch.tensor([size[1] / width, size[0] / height] * 2)
-    masks = resize_masks(torch.zeros(len(taught), height, width) if taught.masks is None else taught.masks, size)
-    boxes, doubtful = taught.boxes * scale, doubtful * scale
-    if flip:
-        pixels, masks = pixels.flip(-1), masks.flip(-1)
-        boxes, doubtful = (mirror(one, size[1]) for one in (boxes, doubtful))
-    return Lesson(pixels, Instances(boxes, taught.labels, taught.weights, size, masks), doubtful)
+    pixels = F.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=False)
+    scale = width / image.shape[1], height / image.shape[0]
+    view = View(pixels.flip(-1) if flip else pixels, scale, flip)
+    return Lesson(view.pixels[0], view.instances(taught), view.boxes(doubtful))
 
 
 def sort_out(labels: Instances, noise: Noise) -> tuple[Instances, Tensor]:

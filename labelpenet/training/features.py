@@ -72,7 +72,7 @@ class RoIFeatures:
         try:
             pixels = read_image(image.path)
             with evaluating(self.network), torch.no_grad(), self.fabric.autocast():
-                chosen = self.network.select(torch.from_numpy(np.array(self.proposals[image.id])).float(), pixels.shape)
+                chosen = self.network.select(self.proposals[image.id], pixels.shape)
                 (features,) = module.features(self.network.batch([pixels], proposals=[chosen]))
             found = features.to(torch.float16).cpu().numpy()
         except InputError as error:
@@ -91,8 +91,7 @@ class RoIFeatures:
             Progress("RoI features", len(missing), 0) as progress,
             contextlib.closing(map_images(self.compute, missing, self.fabric.device)) as results,
         ):
-            for done, (_, note) in enumerate(results):
-                progress.show(done + 1, {})
+            for _, note in progress.tracked(results):
                 if note:
                     progress.say(note)
         if self.fabric.global_rank == 0:

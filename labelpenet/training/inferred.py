@@ -16,11 +16,11 @@ import torch
 
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
-from labelpenet.data.files import is_whole, read_json, sealed, write_text
+from labelpenet.data.files import is_whole, read_json, sealed, write_text, writing
 from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
 from labelpenet.formats.predictions import coco_text
-from labelpenet.formats.rows import RowReader, check_size
+from labelpenet.formats.rows import check_size, read_rows
 from labelpenet.instances import Instances
 
 Rows = list[dict[str, Any]]
@@ -68,9 +68,9 @@ def read_inferred(run: Path, name: str, num_classes: int) -> Inferred:
         rows: dict[str, Rows] = {}
         for row in content["annotations"]:
             rows.setdefault(names[row["image_id"]], []).append(row)
-        read = RowReader(path, {number + 1: number for number in range(num_classes)})
+        labels = {number + 1: number for number in range(num_classes)}
         for name, size in sizes.items():
-            own = read.rows(list(enumerate(rows.get(name, []))), name, check_size(*size, name))
+            own = read_rows(path, list(enumerate(rows.get(name, []))), labels, name, check_size(*size, name))
             if own.scores.min(initial=0) < 0 or own.scores.max(initial=1) > 1:
                 raise ValueError(f"{name}: a score is not in [0, 1]")
     except (ValueError, KeyError, TypeError) as error:
@@ -118,14 +118,15 @@ def infer_all(
         rows = found.to("cpu").to_coco(image.id)
         return {"id": image.id, "size": list(found.image_size), "rows": rows}, ""
 
-    try:
-        with part.open("a", encoding="utf-8") as file, contextlib.closing(map_images(attempt, mine, device)) as lines:
-            for line, note in lines:
-                file.write("\n" + sealed(json.dumps(line)))
-                file.flush()
-                advance(note)
-    except OSError as error:
-        raise InputError(f"{part}: cannot be written ({error.strerror}); free some space and use --resume") from error
+    with (
+        writing(part, "free some space and use --resume"),
+        part.open("a", encoding="utf-8") as file,
+        contextlib.closing(map_images(attempt, mine, device)) as lines,
+    ):
+        for line, note in lines:
+            file.write("\n" + sealed(json.dumps(line)))
+            file.flush()
+            advance(note)
     barrier()
     if rank == 0:
         by_id = {line["id"]: line for line in _read_parts(target)}

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from labelpenet.data import read_image, run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage
 from labelpenet.data.files import hash_file, hash_files, read_json, write_json
-from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.data.proposals import compute_proposals
 from labelpenet.engine.checkpoint import versions
 from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
@@ -66,7 +65,7 @@ def measure_run(
     boxes: Boxes = {}
     if not student:
         settings = predictor.cascade.recipe.proposals
-        boxes = compute_proposals(photographs, settings, cache or default_cache(), progress=True)
+        boxes = compute_proposals(photographs, settings, cache, progress=True)
     key = made_from(run, predictor, photographs)
     truths, notes = held_out.readable_truths()
     trained_on = sum(image.id in labelled for image in photographs)
@@ -101,7 +100,7 @@ def measure_run(
         results["uncalibrated"] = {"val": evaluate(ranked, truths, classes, protocol)}  # type: ignore[arg-type]
         if training:
             settings = predictor.cascade.recipe.proposals
-            train_boxes = compute_proposals(training.tagged.images, settings, cache or default_cache(), progress=True)
+            train_boxes = compute_proposals(training.tagged.images, settings, cache, progress=True)
             learnt = [image for image in training.tagged.images if image.id in train_boxes]
             features = RoIFeatures(run, predictor.cascade, train_boxes, predictor.fabric)
             top, _ = rank_images(predictor, learnt, train_boxes, features)
@@ -169,7 +168,7 @@ def rank_images(
     def rank(index: int) -> tuple[Instances, np.ndarray]:
         image = images[index]
         pixels = read_image(image.path)
-        chosen = network.select(torch.from_numpy(boxes[image.id].copy()), pixels.shape)
+        chosen = network.select(boxes[image.id], pixels.shape)
         known = None if features is None else features.kept(image)
         with predictor.fabric.autocast():
             found, share = network.rank_proposals(pixels, chosen, None, known)
@@ -180,10 +179,9 @@ def rank_images(
         Progress("module 1 ranks proposals", len(images), 0) as progress,
         contextlib.closing(map_images(rank, range(len(images)), network.device)) as results,
     ):
-        for done, (found, share) in enumerate(results):
-            ranked[images[done].id] = found
+        for image, (found, share) in zip(images, progress.tracked(results), strict=True):
+            ranked[image.id] = found
             probabilities.append(share)
-            progress.show(done + 1, {})
     return ranked, np.array(probabilities)
 
 

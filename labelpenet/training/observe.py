@@ -16,9 +16,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
-
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.images import read_image
 from labelpenet.engine.distributed import gather, map_images
@@ -29,6 +26,7 @@ from labelpenet.errors import InputError
 from labelpenet.evaluation import evaluate
 from labelpenet.training.features import evaluating
 from labelpenet.training.inferred import Inferred
+from labelpenet.training.predict import predict_photograph
 from labelpenet.training.pretrain import Boxes, Training
 from labelpenet.visualize import draw_instances
 
@@ -143,15 +141,9 @@ class Observer:
 
         def predict(image: TaggedImage) -> _Line | None:
             try:
-                pixels = read_image(image.path)
+                found = predict_photograph(network, image, number, held_out.proposals, training.fabric)
             except InputError:
                 return None
-            proposals = None
-            if network.needs_proposals(number) and image.id in held_out.proposals:
-                boxes = torch.from_numpy(np.array(held_out.proposals[image.id]))
-                proposals = network.select(boxes, pixels.shape)
-            with training.fabric.autocast():
-                found = network.predict(pixels, number, proposals)
             return image.id, found.image_size, found.to_coco(image.id)
 
         lines = map_images(predict, [images[index] for index in indices], training.fabric.device)

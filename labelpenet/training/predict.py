@@ -9,10 +9,11 @@ from pathlib import Path
 
 import cv2
 import torch
+from lightning_fabric import Fabric
 
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.images import read_image
-from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.data.proposals import compute_proposals
 from labelpenet.engine.distributed import build_fabric, gather, map_images, peers, together
 from labelpenet.errors import InputError
 from labelpenet.formats import read_predictions, write_predictions
@@ -58,12 +59,7 @@ class Predictor:
         they are computed now, where the module needs them.
         """
         try:
-            pixels = read_image(image.path)
-            proposals, network = None, self.network
-            if boxes is not None and image.id in boxes and isinstance(network, LabelPEnet):
-                proposals = network.select(torch.from_numpy(boxes[image.id].copy()), pixels.shape)
-            with self.fabric.autocast():
-                return network.predict(pixels, module, proposals)
+            return predict_photograph(self.network, image, module, boxes or {}, self.fabric)
         except (MemoryError, RuntimeError, cv2.error) as error:
             if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "memory" not in str(error):
                 raise
@@ -86,13 +82,12 @@ class Predictor:
             Progress(work, len(images), 0, None if self.first else silent) as progress,
             contextlib.closing(map_images(attempt, images, self.fabric.device)) as results,
         ):
-            for done, (image, found, note) in enumerate(results):
-                if found is None:
-                    progress.say(note) if self.first else _log.warning("%s", note)
-                    skipped.append(image.id)
+            for image, found, note in progress.tracked(results):
+                if found is not None:
+                    yield image, found
                     continue
-                yield image, found
-                progress.show(done + 1, {})
+                progress.say(note) if self.first else _log.warning("%s", note)
+                skipped.append(image.id)
 
     def proposals(self, images: Sequence[TaggedImage], module: int, cache: Path | None = None) -> Boxes | None:
         """The photographs' proposals, on all of this process's cores; None where the module needs none."""
@@ -101,7 +96,18 @@ class Predictor:
         settings = self.network.recipe.proposals
         # Of several processes on a machine each has its share of the cores, which Fabric or torchrun told torch.
         workers = torch.get_num_threads() if self.fabric.world_size > 1 else None
-        return compute_proposals(images, settings, cache or default_cache(), workers, progress=self.first)
+        return compute_proposals(images, settings, cache, workers, progress=self.first)
+
+
+def predict_photograph(
+    network: LabelPEnet | Student, image: TaggedImage, module: int, boxes: Boxes, fabric: Fabric
+) -> Instances:
+    """What a network predicts for a photograph, with its proposals in ``boxes`` where they are there."""
+    pixels, proposals = read_image(image.path), None
+    if image.id in boxes and isinstance(network, LabelPEnet):
+        proposals = network.select(boxes[image.id], pixels.shape)
+    with fabric.autocast():
+        return network.predict(pixels, module, proposals)
 
 
 def predict_images(
@@ -144,18 +150,11 @@ def predict_images(
     if world == 1:
         predict(out)
         return skipped
-    with peers(world):
-        return _predict_together(predictor, images, out, predict, skipped)
-
-
-def _predict_together(
-    predictor: Predictor, images: Sequence[TaggedImage], out: Path, predict: Callable[[Path], None], skipped: list[str]
-) -> list[str]:
-    rank, world, classes = predictor.fabric.global_rank, predictor.fabric.world_size, predictor.network.classes
     parts = [out.with_name(f"{out.name}.part{other}") for other in range(world)]
-    together(world, lambda: predict(parts[rank]))
-    together(world, lambda: _join(parts, out, images, classes) if predictor.first else None)
-    return [name for one in gather(world, skipped) for name in one]
+    with peers(world):
+        together(world, lambda: predict(parts[rank]))
+        together(world, lambda: _join(parts, out, images, classes) if predictor.first else None)
+        return [name for one in gather(world, skipped) for name in one]
 
 
 def _join(parts: Sequence[Path], out: Path, images: Sequence[TaggedImage], classes: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.files import write_tensors
 from labelpenet.data.images import read_image
-from labelpenet.data.transforms import Batch, View
+from labelpenet.data.transforms import Batch, View, drawn
 from labelpenet.engine.distributed import gather, images_together
 from labelpenet.engine.stage import Stage
 from labelpenet.engine.trainer import train_stage
@@ -78,7 +78,7 @@ class Training:
 
     def boxes(self, image: TaggedImage, size: tuple[int, ...]) -> Tensor:
         """The proposals of an image (R, 4) that the recipe keeps."""
-        return self.network.select(torch.from_numpy(np.array(self.proposals[image.id])).float(), size)
+        return self.network.select(self.proposals[image.id], size)
 
     def infer(self, number: int, image: TaggedImage, pixels: np.ndarray) -> Instances:
         """What module ``number`` passes on for a training image of these ``pixels`` (H, W, 3) uint8."""
@@ -260,8 +260,7 @@ def load_samples(
 
     def sample(image: TaggedImage, generator: torch.Generator) -> Sample:
         pixels = read_image(image.path)
-        side = choice.sides[int(torch.randint(len(choice.sides), (1,), generator=generator))]
-        flip = choice.flip and bool(torch.rand((), generator=generator) < 0.5)
+        side, flip = drawn(choice, generator)
         view, target = training.network.view(pixels, side, flip), None
         if targets is not None:
             found = targets[image.id]

@@ -15,7 +15,7 @@ from labelpenet.config import CascadeOptions, Recipe
 from labelpenet.data import precomputed, run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImages
 from labelpenet.data.files import hash_files
-from labelpenet.data.proposals import compute_proposals, default_cache
+from labelpenet.data.proposals import compute_proposals
 from labelpenet.engine.distributed import build_fabric, peers, together
 from labelpenet.engine.sampler import seed_step
 from labelpenet.errors import InputError
@@ -81,12 +81,7 @@ def train_run(
     facts = run_facts(network, images, options.seed, str(fabric._precision.precision))
     if supervision is not None:
         facts |= supervision.facts()
-    given, known = given_proposals(images, options)
-    facts |= known
-    with open_run(run, {**facts, "source": source or {}}, options.resume, images, fabric):
-        network.to(fabric.device)
-        images, boxes = read_proposals(images, recipe, options.cache, fabric, given)
-        training = Training(network, images, boxes, run, fabric, options, facts)
+    with open_training(network, images, run, fabric, options, facts, source) as training:
         torch.backends.cudnn.benchmark = False
         if body.untrained is not None:
             body = warm_up(training, body)
@@ -107,6 +102,31 @@ def train_run(
             training.truths = supervision.truths
         pretrain(training, until, observer=observer)
         return training.network
+
+
+@contextlib.contextmanager
+def open_training(
+    network: LabelPEnet,
+    images: TaggedImages,
+    run: Path,
+    fabric: Fabric,
+    options: CascadeOptions,
+    facts: Mapping[str, Any],
+    source: Mapping[str, Any] | None,
+) -> Iterator[Training]:
+    """The training of a cascade in its run folder (see `open_run`), on the device, with the images' proposals: those of
+    another tool where the options name them. Errors also as `precomputed.read_proposals` and `read_proposals`.
+    """
+    given = None if options.proposals is None else precomputed.read_proposals(options.proposals, images.images)
+    facts = dict(facts)
+    if given is not None:
+        facts["proposals"] = digest(name.encode() + given[name].tobytes() for name in given)
+        for note in given.notes:
+            _log.warning("note: %s", note)
+    with open_run(run, {**facts, "source": dict(source or {})}, options.resume, images, fabric):
+        network.to(fabric.device)
+        images, boxes = read_proposals(images, network.recipe, options.cache, fabric, given)
+        yield Training(network, images, boxes, run, fabric, options, facts)
 
 
 @contextlib.contextmanager
@@ -150,18 +170,6 @@ def build_observer(training: Training, held_out: AnnotatedImages | None, options
     return Observer(training, options.observe_minutes, HeldOut(held_out, boxes))
 
 
-def given_proposals(images: TaggedImages, options: CascadeOptions) -> tuple[Boxes | None, dict[str, Any]]:
-    """The proposals that another tool has computed, None where none are given, and what ``run.json`` holds of them.
-    Errors as `precomputed.read_proposals`.
-    """
-    if options.proposals is None:
-        return None, {}
-    given = precomputed.read_proposals(options.proposals, images.images)
-    for note in given.notes:
-        _log.warning("note: %s", note)
-    return given, {"proposals": digest(name.encode() + given[name].tobytes() for name in given)}
-
-
 def read_proposals(
     images: TaggedImages, recipe: Recipe, cache: Path | None, fabric: Fabric, given: Boxes | None = None
 ) -> tuple[TaggedImages, Boxes]:
@@ -171,20 +179,20 @@ def read_proposals(
     """
     boxes = given
     if boxes is None:
-        boxes = _computed(images, recipe, cache or default_cache(), fabric)
+        boxes = _computed(images, recipe, cache, fabric)
     readable = tuple(image for image in images.images if image.id in boxes)
     if not readable:
         raise InputError("no image can be read; see the notes above")
     return TaggedImages(images.classes, readable, images.notes), boxes
 
 
-def _computed(images: TaggedImages, recipe: Recipe, folder: Path, fabric: Fabric) -> Boxes:
+def _computed(images: TaggedImages, recipe: Recipe, cache: Path | None, fabric: Fabric) -> Boxes:
     settings = recipe.proposals
     if fabric.world_size > 1:  # each process its share, into the cache that all of them read
         share = images.images[fabric.global_rank :: fabric.world_size]
-        compute_proposals(share, settings, folder, torch.get_num_threads(), progress=fabric.global_rank == 0)
+        compute_proposals(share, settings, cache, torch.get_num_threads(), progress=fabric.global_rank == 0)
         fabric.barrier()
-    boxes = compute_proposals(images.images, settings, folder, progress=fabric.global_rank == 0)
+    boxes = compute_proposals(images.images, settings, cache, progress=fabric.global_rank == 0)
     for note in boxes.notes if fabric.global_rank == 0 else ():
         _log.warning("note: %s", note)
     return boxes

@@ -4,13 +4,11 @@ import itertools
 import random
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labelpenet.engine.sampler import batches, seed_step, stream_seed
-from labelpenet.errors import InputError
 
 
 @given(
@@ -38,13 +36,6 @@ def test_order_depends_on_seed_stage_and_epoch():
     settings = itertools.product((0, 1), ("module1", "module2"), (0, 1))
     orders = {tuple(batches(30, 30, *setting)) for setting in settings}
     assert len(orders) == 8
-
-
-def test_batches_that_cannot_be():
-    with pytest.raises(InputError, match="no training image"):
-        batches(0, 2, 0, "m", 0)
-    with pytest.raises(InputError, match="multiple of 2"):
-        batches(10, 3, 0, "m", 0, world=2)
 
 
 def test_seeding_reaches_every_generator_and_depends_on_every_argument():

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from labelpenet.data.dataset import TaggedImage
-from labelpenet.formats import export
+from labelpenet.errors import InputError
+from labelpenet.formats import export, open_annotated, read_predictions
 from labelpenet.formats.corrected import read_corrected
 from labelpenet.formats.open import open_photographs
+from labelpenet.formats.review import Reviewed, write_review
 from labelpenet.instances import Instances, masks_to_boxes
 
 from .photographs import CLASSES, photographs
@@ -29,6 +31,29 @@ def drawn(images: tuple[TaggedImage, ...]) -> dict[str, Instances]:
         label = torch.tensor([k % len(CLASSES)])
         found[image.id] = Instances(masks_to_boxes(mask), label, torch.ones(1), (10, 14), mask)
     return found
+
+
+def test_a_review_gives_accepted_photographs_alone_to_whatever_reads_it(tmp_path: Path) -> None:
+    for name in NAMES[:3]:
+        photographs(tmp_path / "photos", (name,))
+    ours = open_photographs(tmp_path / "photos", CLASSES)
+    rows = {name: one.to_coco(0) for name, one in drawn(ours.images).items()}
+    first, second, third = rows
+    said = {
+        first: Reviewed("accepted", (10, 14), rows[first]),
+        second: Reviewed("rejected", (10, 14), []),
+        third: Reviewed("open", (10, 14), rows[third]),
+    }
+    file = write_review(tmp_path / "review.json", said, ours.images, CLASSES)
+    read = read_predictions(file, ours, CLASSES)
+    assert list(read) == [first] and read[first].weights.tolist() == [1]
+    assert any("2 photographs of the review are not accepted" in note for note in read.notes)
+    annotated = open_annotated(file, images=tmp_path / "photos")
+    assert [image.id for image in annotated.tagged.images] == [first]
+    assert any("2 photographs of the review are not accepted" in note for note in annotated.tagged.notes)
+    write_review(file, {second: said[second]}, ours.images, CLASSES)
+    with pytest.raises(InputError, match="no photograph was accepted"):
+        read_predictions(file, ours, CLASSES)
 
 
 @pytest.mark.parametrize(

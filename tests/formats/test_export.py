@@ -24,7 +24,6 @@ from pycocotools.coco import COCO
 
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import safe_name
-from labelpenet.data.images import voc_palette
 from labelpenet.errors import InputError
 from labelpenet.formats import coco as coco_format
 from labelpenet.formats import (
@@ -163,12 +162,6 @@ def test_voc_boxes_are_rounded_and_stay_inside(tmp_path):
     assert [read_voc_box(item) for item in root.findall("object")] == [[0, 0, 3, 3], [13, 9, 14, 10]]
     assert "1 instances without area are left out" in done.notes
     assert not (tmp_path / "out/VOCdevkit/VOC2012/SegmentationClass").exists()
-
-
-def test_voc_palette_is_the_official_one():
-    colours = voc_palette().tolist()
-    assert colours[:4] == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]
-    assert (colours[15], colours[20], colours[255]) == ([192, 128, 128], [0, 64, 128], [224, 224, 192])
 
 
 def test_more_masks_than_a_png_holds(tmp_path):

@@ -200,3 +200,15 @@ def test_huge_scores_and_names_in_two_folders(tmp_path):
     Path(tmp_path / "p.json").write_text(json.dumps({"images": entries, "annotations": rows}))
     read = read_predictions(tmp_path / "p.json", images, CLASSES, (1, 2, 3))
     assert {name: one.weights.tolist() for name, one in read.items()} == {"sub/a.jpg": [0.0], "a.jpg": [1.0]}
+
+
+def test_a_list_of_photographs_makes_a_split(tmp_path):
+    images = photographs(tmp_path / "in", NAMES)
+    export_labelme(predictions(images), images.images, CLASSES, tmp_path / "out", copy_images=True)
+    for path in (tmp_path / "out").rglob("*.json"):
+        path.write_text(path.read_text().replace('"checked": false', '"checked": true'))
+    (tmp_path / "out" / "val.txt").write_text("b.jpg\n")
+    assert [image.id for image in open_tagged(tmp_path / "out", "val").images] == ["b.jpg"]
+    assert len(open_tagged(tmp_path / "out").images) == len(NAMES)
+    with pytest.raises(InputError, match="no split 'test'; available are val"):
+        open_tagged(tmp_path / "out", "test")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from labelpenet.data.files import write_json, write_tensors
 from labelpenet.errors import InputError
 from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import MODULES, LabelPEnet
-from labelpenet.models.hub import from_pretrained, save_pretrained
+from labelpenet.models.hub import from_pretrained, model_card, save_pretrained
 from tests.students import small_student
 
 RESULTS = {"split": "val", "protocol": "voc12", "val": {"4": {"box": {"mAP": 0.512}, "mask": {"mAP@0.5": 0.25}}}}
@@ -48,6 +50,34 @@ def test_a_cascade_comes_back_with_its_card(tmp_path):
     card = (folder / "README.md").read_text()
     assert card.startswith('---\nlicense: "apache-2.0"\n') and "cat, dog" in card and "7 photographs" in card
     assert "module 4: box mAP@.5 51.2, mask mAP@0.5 25.0" in card
+
+
+def test_the_card_claims_no_more_than_is_known(tmp_path):
+    cascade_run(tmp_path / "run")
+    facts = json.loads(run_folder.facts(tmp_path / "run").read_text())
+    del facts["checksum"]
+    facts |= {"supervision": "mixed", "source": {"data": "/home/me/pets"}}
+    write_json(run_folder.facts(tmp_path / "run"), facts)
+    card = (save_pretrained(tmp_path / "run", tmp_path / "hub") / "README.md").read_text()
+    assert "7 photographs of pets from image tags and, for some of them, true or corrected boxes and masks" in card
+    assert "image tags alone" not in card and "ImageNet weights.\n" not in card and "/home" not in card
+    assert "Not measured." in card and "was not measured" in card
+    student = {"kind": "student", "classes": ["cat"], "backbone": "vgg16", "images": 3, "supervision": "labels"}
+    assert "a cascade that learnt from image tags alone" in model_card(student, {}, "mit")
+    assert "a cascade that learnt from true boxes" in model_card({**student, "teacher": "full"}, {}, "mit")
+    assert "3 photographs from a file of labels" in model_card({**student, "labels_file": "c.json"}, {}, "mit")
+
+
+def test_pushing_uploads_the_three_files_and_nothing_else_of_the_folder(tmp_path, monkeypatch):
+    cascade_run(tmp_path / "run")
+    (tmp_path / "secret.txt").write_text("mine")
+    uploads = []
+    hub = SimpleNamespace(create_repo=lambda *_, **__: None, upload_folder=lambda **options: uploads.append(options))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    folder = save_pretrained(tmp_path / "run", tmp_path, push="me/model")
+    (options,) = uploads
+    assert set(options["allow_patterns"]) == {"config.json", "model.safetensors", "README.md"}
+    assert (options["repo_id"], options["folder_path"]) == ("me/model", folder)
 
 
 def test_a_student_comes_back_and_answers_as_before(tmp_path):

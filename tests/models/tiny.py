@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 import torchvision
 from torch import nn
 
-from labelpenet.models.backbones import Backbone, MobileNetV2, Part
+from labelpenet.models.backbones import VGG16, Backbone, MobileNetV2, Part, Tiny, TinyNetwork
 
 CHANNELS, FEATURES, POOL = 6, 10, 4
+WIDE, HIDDEN = 64, 32  # of the narrow VGG-16: its stem's channels, its hidden units
 
 
 def lively_mobilenet(seed: int) -> MobileNetV2:
@@ -19,6 +23,12 @@ def lively_mobilenet(seed: int) -> MobileNetV2:
         if isinstance(layer, nn.Conv2d):
             nn.init.normal_(layer.weight, std=(2 / layer.weight[0].numel()) ** 0.5)
     return MobileNetV2(network)
+
+
+def lively_tiny(seed: int) -> Tiny:
+    """The package's own smallest backbone with random weights: what is trained on it takes a third of the time."""
+    torch.manual_seed(seed)
+    return Tiny(TinyNetwork())
 
 
 class TinyBackbone(Backbone):
@@ -40,3 +50,40 @@ class TinyBackbone(Backbone):
     def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
         convolution = nn.Sequential(nn.Conv2d(CHANNELS, FEATURES, 3, padding=1), nn.ReLU())
         return nn.Sequential(convolution, nn.AdaptiveAvgPool2d(cells), nn.Flatten()), FEATURES * cells**2
+
+
+class NarrowVGG(nn.Module):
+    """torchvision's VGG-16, an eighth as wide and with random weights, under the same names."""
+
+    def __init__(self, weights: None = None) -> None:
+        super().__init__()
+        cfg = [one if one == "M" else int(one) // 8 for one in torchvision.models.vgg.cfgs["D"]]
+        self.features = torchvision.models.vgg.make_layers(cfg)
+        hidden = (
+            nn.Linear(WIDE * 7 * 7, HIDDEN),
+            nn.ReLU(True),
+            nn.Dropout(),
+            nn.Linear(HIDDEN, HIDDEN),
+            nn.ReLU(True),
+        )
+        self.classifier = nn.Sequential(*hidden, nn.Dropout(), nn.Linear(HIDDEN, 1000))
+        for layer in self.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+
+
+class NarrowPlug(VGG16):
+    """The backbone `vgg16`, which says how wide it is."""
+
+    def __init__(self, network: Any) -> None:
+        super().__init__(network)
+        self.stem = replace(self.stem, channels=WIDE)
+
+    def _dilated_conv5(self) -> Part:
+        return replace(super()._dilated_conv5(), channels=WIDE)
+
+    def detection_tail(self) -> Part:
+        return replace(super().detection_tail(), channels=WIDE)
+
+    def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
+        return super().roi_head(cells)[0], HIDDEN

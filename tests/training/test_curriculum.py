@@ -38,7 +38,7 @@ from labelpenet.training.curriculum import (
 )
 from labelpenet.training.pretrain import Sample, Training, pretrain, run_facts, to_batch
 from labelpenet.training.validated import validate
-from tests.models.tiny import lively_mobilenet
+from tests.models.tiny import lively_tiny
 from tests.training.test_pretrain import boxes_of, results, tiny_recipe
 
 CHANGES = (
@@ -69,7 +69,7 @@ def start(images, tmp_path_factory) -> Path:
 
 
 def cascade(images: TaggedImages, run: Path, until: int) -> Path:
-    network = LabelPEnet(lively_mobilenet(7), images.classes, tiny_recipe(*CHANGES))
+    network = LabelPEnet(lively_tiny(7), images.classes, tiny_recipe(*CHANGES))
     fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
     fabric.launch()
     facts = run_facts(network, images, 0, "32-true")
@@ -279,7 +279,7 @@ def test_mirrored_photographs_carry_their_proposals_along(start, images):
     boxes = boxes_of(images)
     seen = set()
     for flip in ("true", "false"):
-        network = LabelPEnet(lively_mobilenet(7), images.classes, tiny_recipe(f"images.flip={flip}", INFERRED))
+        network = LabelPEnet(lively_tiny(7), images.classes, tiny_recipe(f"images.flip={flip}", INFERRED))
         load = curriculum.load(Training(network, images, boxes, start, fabric), ())
         for draw in range(6):
             (one,) = load([1], torch.Generator().manual_seed(draw))

@@ -10,7 +10,7 @@ import torch
 
 import labelpenet
 from labelpenet import cli, config
-from labelpenet.config import Images, Noise
+from labelpenet.config import Images, Noise, RunOptions
 from labelpenet.errors import InputError
 from labelpenet.evaluation import evaluate
 from labelpenet.formats import open_annotated, write_predictions
@@ -87,7 +87,7 @@ def test_a_finished_student_is_only_loaded_again_and_other_labels_are_refused(mo
     truths = {image.id: annotated.read(image.id).instances for image in annotated.tagged.images}
     recipe = config.override(config.StudentRecipe(), CHOICES)
     monkeypatch.setattr(distill, "train_stage", None)
-    again = {"backbone": "tiny", "device": "cpu", "resume": True, "supervision": "labels"}
+    again = {"backbone": "tiny", "supervision": "labels", "options": RunOptions(resume=True, device="cpu")}
     student = distill.distill(annotated.tagged, truths, folder, recipe, **again)
     assert torch.equal(
         student.plain_state()["rpn.head.cls_logits.weight"],

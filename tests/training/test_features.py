@@ -19,7 +19,7 @@ from labelpenet.formats import open_tagged
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.training.features import RoIFeatures
 from labelpenet.training.measure import is_kept, made_from
-from tests.models.tiny import lively_mobilenet
+from tests.models.tiny import lively_tiny
 from tests.training.test_pretrain import boxes_of, results, tiny_recipe, train
 
 N = 4
@@ -32,7 +32,7 @@ def images(tmp_path) -> TaggedImages:
 
 def kept(run: Path, images: TaggedImages, boxes: dict, seed: int = 7) -> tuple[RoIFeatures, dict[str, torch.Tensor]]:
     """The features of all images in a new process, which knows nothing but the run folder."""
-    network = LabelPEnet(lively_mobilenet(seed), images.classes, tiny_recipe())
+    network = LabelPEnet(lively_tiny(seed), images.classes, tiny_recipe())
     features = RoIFeatures(run, network, boxes, Fabric(accelerator="cpu", devices=1, precision="32-true"))
     features.compute_all(images.images)
     return features, {image.id: features.kept(image) for image in images.images}

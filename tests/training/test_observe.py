@@ -23,7 +23,7 @@ from labelpenet.training import observe
 from labelpenet.training.features import evaluating
 from labelpenet.training.observe import HeldOut, Observer, check_held_out
 from labelpenet.training.pretrain import Training, pretrain, stage
-from tests.models.tiny import lively_mobilenet
+from tests.models.tiny import lively_tiny
 from tests.training.test_pretrain import boxes_of, results, tiny_recipe
 
 UNTIL = 3
@@ -43,7 +43,7 @@ def a_training(year: Path, run: Path, resume: bool = False) -> Training:
     images = open_tagged(year, "train")
     fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
     fabric.launch()
-    network = LabelPEnet(lively_mobilenet(7), images.classes, RECIPE)
+    network = LabelPEnet(lively_tiny(7), images.classes, RECIPE)
     return Training(network, images, boxes_of(images), run, fabric, RunOptions(resume, checkpoint_minutes=0.0))
 
 
@@ -90,7 +90,7 @@ def test_every_part_is_in_its_mode_again(scenes, tmp_path):
 
 def test_figures_are_those_of_the_finished_module(scenes, observed):
     """Once a stage is done; measured anew here, image by image, from the run folder's weights."""
-    network = LabelPEnet(lively_mobilenet(7), observed.images.classes, RECIPE)
+    network = LabelPEnet(lively_tiny(7), observed.images.classes, RECIPE)
     for part in ("stem", *MODULES[:UNTIL]):
         assert network.load_part(observed.run, part)
     one = held_out(scenes)

@@ -6,14 +6,11 @@ The network is torchvision's VGG-16 cut where the paper cuts it, an eighth as wi
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torchvision
-from torch import nn
 
 from labelpenet import config
 from labelpenet.data import proposals
@@ -21,13 +18,14 @@ from labelpenet.data.images import read_image
 from labelpenet.data.scenes import write_scenes
 from labelpenet.engine.log import read_metrics
 from labelpenet.formats import open_tagged
-from labelpenet.models import backbones, build
+from labelpenet.models import build
 from labelpenet.models.cascade import MODULES, LabelPEnet, read_run
 from labelpenet.training.curriculum import STAGE, forward_backward
 from labelpenet.training.inferred import read_inferred
 from labelpenet.training.run import train_run
+from tests.models.tiny import NarrowPlug, NarrowVGG
 
-WIDE, HIDDEN, STEPS = 64, 32, 40
+STEPS = 40
 SMALL = [
     *("images.sides=64,80", "images.longest=112", "proposals.limit=12"),
     *(f"modules.*.{one}" for one in ("rois=16", "rpn_post_nms_top_n_train=24", "rpn_post_nms_top_n_test=24")),
@@ -39,43 +37,6 @@ SMALL = [
 ]
 
 
-class Narrow(nn.Module):
-    """VGG-16 under torchvision's names."""
-
-    def __init__(self, weights: None = None) -> None:
-        super().__init__()
-        cfg = [one if one == "M" else int(one) // 8 for one in torchvision.models.vgg.cfgs["D"]]
-        self.features = torchvision.models.vgg.make_layers(cfg)
-        hidden = (
-            nn.Linear(WIDE * 7 * 7, HIDDEN),
-            nn.ReLU(True),
-            nn.Dropout(),
-            nn.Linear(HIDDEN, HIDDEN),
-            nn.ReLU(True),
-        )
-        self.classifier = nn.Sequential(*hidden, nn.Dropout(), nn.Linear(HIDDEN, 1000))
-        for layer in self.modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-
-
-class Plug(backbones.VGG16):
-    """The backbone `vgg16`, which says how wide it is."""
-
-    def __init__(self, network: Any) -> None:
-        super().__init__(network)
-        self.stem = replace(self.stem, channels=WIDE)
-
-    def _dilated_conv5(self) -> backbones.Part:
-        return replace(super()._dilated_conv5(), channels=WIDE)
-
-    def detection_tail(self) -> backbones.Part:
-        return replace(super().detection_tail(), channels=WIDE)
-
-    def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
-        return super().roi_head(cells)[0], HIDDEN
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, LabelPEnet]:
     """The folder of scenes, cascade and second stage; and the cascade as it came out of training."""
@@ -83,12 +44,12 @@ def trained(tmp_path_factory) -> tuple[Path, LabelPEnet]:
     (home / "year").symlink_to(write_scenes(home / "scenes", train=4, val=0, size=(64, 80), seed=5))
     images = open_tagged(home / "year", "train")
     torch.manual_seed(0)
-    torch.save(Narrow().state_dict(), home / "vgg16.pth")
+    torch.save(NarrowVGG().state_dict(), home / "vgg16.pth")
     threads = torch.get_num_threads()
     recipe = config.override(config.recipe("paper"), SMALL)
     options = config.CascadeOptions(device="cpu", precision="32-true", cache=home / "cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(build.BACKBONES, "vgg16", (Narrow, Plug))
+        patch.setitem(build.BACKBONES, "vgg16", (NarrowVGG, NarrowPlug))
         patch.setattr(proposals, "_usable_cores", lambda: 1)  # starting processes would take longer than the work
         torch.set_num_threads(1)
         network = train_run(images, home / "run", recipe, backbone="vgg16", weights=home / "vgg16.pth", options=options)
@@ -144,7 +105,7 @@ def test_the_weights_come_back_as_they_were_trained(trained):
     image = open_tagged(home / "year", "train").images[0]
     pixels = read_image(image.path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(build.BACKBONES, "vgg16", (Narrow, Plug))
+        patch.setitem(build.BACKBONES, "vgg16", (NarrowVGG, NarrowPlug))
         loaded = LabelPEnet.from_run(home / "run")
     boxes = loaded.select(torch.tensor([[5.0, 5, 40, 50], [20, 10, 70, 60]]), pixels.shape)
     for number in range(1, 5):
@@ -157,7 +118,7 @@ def test_the_weights_come_back_as_they_were_trained(trained):
 def test_the_second_stage_moves_all_layers(trained):
     home, network = trained
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(build.BACKBONES, "vgg16", (Narrow, Plug))
+        patch.setitem(build.BACKBONES, "vgg16", (NarrowVGG, NarrowPlug))
         later = LabelPEnet.from_run(home / "fb")
     before = dict(network.named_parameters())
     moved = {name for name, value in later.named_parameters() if not torch.equal(value, before[name])}

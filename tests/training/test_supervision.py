@@ -37,7 +37,7 @@ from labelpenet.training.supervised import (
     true_objects,
     with_masks,
 )
-from tests.models.tiny import lively_mobilenet
+from tests.models.tiny import lively_tiny
 from tests.test_cli import one_line, train_arguments
 from tests.training.test_pretrain import boxes_of, results, tiny_recipe
 
@@ -181,7 +181,7 @@ def test_full_supervision_has_as_many_presentations_as_the_weak_detectors_togeth
 
 def test_an_image_with_boxes_only_teaches_boxes_and_no_masks(kit, tmp_path):
     images = open_tagged(kit, "train")
-    network = LabelPEnet(lively_mobilenet(7), images.classes, tiny_recipe())
+    network = LabelPEnet(lively_tiny(7), images.classes, tiny_recipe())
     training = Training(network, images, boxes_of(images), tmp_path, Fabric(accelerator="cpu", devices=1))
     truths = read_supervision("full", open_annotated(kit, "train")).truths
     load, loss = load_samples(training, truths, masks=True), module_loss(training, 4)
@@ -331,6 +331,7 @@ def test_what_does_not_go_together_is_refused(kit, folder, tmp_path, capsys):
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_full_supervision_learns(tmp_path):
     year = write_scenes(tmp_path / "scenes", train=40, val=16, size=(96, 96), seed=1)
     annotated, held_out = open_annotated(year, "train"), open_annotated(year, "val")
