@@ -50,19 +50,34 @@ def read_image(path: Path | str) -> np.ndarray:
         return _upright(pixels, _orientation(image))
 
 
-def as_pixels(image: np.ndarray | Image.Image | str | Path) -> np.ndarray:
+Photograph = np.ndarray | Image.Image | str | Path
+"""A photograph in whatever form one has it (see `as_pixels`)."""
+
+
+def several(image: Photograph | list[Photograph] | tuple[Photograph, ...]) -> list[Photograph] | None:
+    """The photographs of a list or, in order of name (`find_images`), of a folder; None of what is one photograph."""
+    if isinstance(image, (str, Path)) and Path(image).is_dir():
+        return [path for _, path in find_images([Path(image)])]
+    return list(image) if isinstance(image, (list, tuple)) else None
+
+
+def as_pixels(image: Photograph) -> np.ndarray:
     """A photograph in whatever form one has it, as `read_image` returns it.
 
     Args:
         image: a file, a PIL image (its EXIF orientation is applied), or an array (H, W, 3) or (H, W) uint8.
 
     Raises:
-        InputError: the file cannot be read; an array of another shape or type.
+        InputError: the file cannot be read; an array of another shape or type, or something else.
     """
     if isinstance(image, (str, Path)):
         return read_image(image)
     if isinstance(image, Image.Image):
         return _upright(_rgb(image), _orientation(image))
+    if not isinstance(image, np.ndarray):
+        raise InputError(
+            f"an image must be a file, a PIL image or an array (H, W, 3) uint8, not a {type(image).__name__}"
+        )
     if image.ndim == 2:
         image = np.repeat(image[..., None], 3, axis=2)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:

@@ -9,12 +9,11 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torchvision.ops import nms
 
@@ -24,7 +23,7 @@ from labelpenet.calibration.excitation import layer_without_rule
 from labelpenet.config import MODULES, Recipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
-from labelpenet.data.images import as_pixels, find_images
+from labelpenet.data.images import Photograph, as_pixels, several
 from labelpenet.data.proposals import propose
 from labelpenet.data.transforms import Batch, View, scaled, stack
 from labelpenet.errors import DamagedError, InputError
@@ -35,9 +34,6 @@ from labelpenet.models.classification import Classification
 from labelpenet.models.detection import Detection
 from labelpenet.models.segmentation import Segmentation
 from labelpenet.models.weights import check_weights
-
-Photograph = np.ndarray | Image.Image | str | Path
-"""A photograph in whatever form one has it (see `data.images.as_pixels`)."""
 
 Tags = tuple[int, ...] | None
 """The classes that a photograph shows, None where they are not known."""
@@ -209,11 +205,12 @@ class LabelPEnet(nn.Module):
             InputError: a file cannot be read; no such module.
         """
         self.require(module)
-        if isinstance(image, (str, Path)) and Path(image).is_dir():
-            image = [path for _, path in find_images([Path(image)])]
-        if isinstance(image, (list, tuple)):
-            return [self.predict(one, module) for one in image]
-        return self.predict_batch([as_pixels(image)], module, None if proposals is None else [proposals])[0]
+        images = several(image)
+        if images is not None:
+            return [self.predict(one, module) for one in images]
+        return self.predict_batch(
+            [as_pixels(cast(Photograph, image))], module, None if proposals is None else [proposals]
+        )[0]
 
     @torch.no_grad()
     def predict_batch(

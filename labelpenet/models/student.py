@@ -16,7 +16,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from labelpenet import config
 from labelpenet.config import StudentRecipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
-from labelpenet.data.images import read_image
+from labelpenet.data.images import Photograph, as_pixels, several
 from labelpenet.data.transforms import divisible
 from labelpenet.errors import InputError, reason
 from labelpenet.instances import Instances
@@ -251,22 +251,28 @@ class Student(nn.Module):
 
     # -- predicting --------------------------------------------------------------------------------------------------
 
+    @overload
+    def predict(self, image: Photograph, module: int = 4, proposals: Tensor | None = None) -> Instances: ...
+
+    @overload
+    def predict(self, image: list[Photograph] | tuple[Photograph, ...], module: int = 4) -> list[Instances]: ...
+
     @torch.no_grad()
-    def predict(self, image: np.ndarray | str | Path, module: int = 4, proposals: Tensor | None = None) -> Instances:
-        """The instances of a photograph.
+    def predict(
+        self,
+        image: Photograph | list[Photograph] | tuple[Photograph, ...],
+        module: int = 4,
+        proposals: Tensor | None = None,
+    ) -> Instances | list[Instances]:
+        """The instances of a photograph, or of each of several, with masks.
 
-        Args:
-            image: (H, W, 3) uint8 RGB, or an image file.
-            module, proposals: as `LabelPEnet.predict` takes them; a student stands for module 4 alone, without any.
-
-        Returns:
-            `Instances` on the CPU, best first: scores in [0, 1] as weights, with masks.
-
-        Raises:
-            InputError: the file cannot be read; another module is asked for.
+        Arguments, result and errors as `LabelPEnet.predict`; a student stands for module 4 alone, without proposals.
         """
         self.require(module)
-        pixels = image if isinstance(image, np.ndarray) else read_image(image)
+        images = several(image)
+        if images is not None:
+            return [self.predict(one) for one in images]
+        pixels = as_pixels(cast(Photograph, image))
         batch = [torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device).permute(2, 0, 1).float() / 255]
         found = {name: value.cpu() for name, value in self.network(batch)[0].items()}
         size = (pixels.shape[0], pixels.shape[1])

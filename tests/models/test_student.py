@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import labelpenet
@@ -128,6 +129,24 @@ def test_load_tells_students_from_cascades_and_unfinished_ones(tmp_path):
         student.predict(np.zeros((SIDE, SIDE, 3), np.uint8), module=2)
     found = student.predict(next(Path(year, "JPEGImages").glob("*.jpg"))).validate(len(student.classes))
     assert found.masks is not None and (found.weights.diff() <= 0).all()
+
+
+def test_a_student_takes_photographs_in_every_form_that_a_cascade_takes(tmp_path):
+    student = labelpenet.load(small_student()[0])
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 64, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "b.png")
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    expected = student.predict(pixels)
+    with Image.open(tmp_path / "a.png") as picture:
+        listed = student.predict([picture, tmp_path / "b.png", pixels, pixels[..., 0]])
+    assert [one.image_size for one in listed] == [(64, 40), (40, 64), (40, 64), (40, 64)]
+    assert all(torch.equal(one.boxes, expected.boxes) for one in listed[1:3])
+    assert [one.image_size for one in student.predict(tmp_path)] == [(64, 40), (40, 64)]
+    for wrong in (pixels / 255, pixels.transpose(2, 0, 1), None, torch.zeros(3, 40, 64)):
+        with pytest.raises(InputError, match="an image must be"):
+            student.predict(wrong)
 
 
 def test_the_lines_in_the_docs_load_a_student_in_torchvision_alone():
