@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from labelpenet import Instances, LabelPEnet
+from labelpenet import Instances, LabelPEnet, cli, config
 from labelpenet.cli import main
 from labelpenet.data import write_scenes
 
@@ -343,3 +343,19 @@ def test_streams_that_end_or_cannot_write_a_name_cost_no_traceback(tmp_path: Pat
     refused = shell(f"PYTHONIOENCODING=ascii {missing}")
     assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1) and "2603" in refused.stderr
     assert shell(f"{missing} 2>&-").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "base", "steps"),
+    [
+        (["train", "photos"], config.recipe("best").modules[1], "modules.2.schedule.steps=7"),
+        (["forward-backward", "run", "photos"], config.recipe("best").modules[1], "modules.2.schedule.steps=7"),
+        (["distill", "run", "photos"], config.StudentRecipe(), "schedule.steps=7"),
+    ],
+)
+def test_what_is_set_is_not_shortened(words: list[str], base: Any, steps: str) -> None:
+    for change, expected in (([steps], 7), ([], base.schedule.steps // 10)):
+        command = cli._parsed([*words, "--out", "new", "--shorten", "0.1", "--set", *change])
+        recipe = config.StudentRecipe() if words[0] == "distill" else config.recipe("best")
+        changed = cli._changed(recipe, command)
+        assert (changed if words[0] == "distill" else changed.modules[1]).schedule.steps == expected
