@@ -1,10 +1,10 @@
 """What a large set of photographs takes: photographs a second by workers, memory and disk by number of photographs.
 
-    python benchmarks/scale.py --photographs 20000 --workers 1 2
+    python benchmarks/scale.py --photographs 2000 5000 20000 --workers 1
 
-Generates small photographs and a cascade of the tiny backbone with random weights, labels them by `predict --shard`,
-one process a shard, merges the parts, and exports them as parts. Rates hold for this network, which is as cheap as one
-gets, and these photographs; what does not depend on them is how memory and disk grow.
+Generates scenes of 64 x 48 pixels, trains the tiny backbone for a few steps on twenty of them, labels the others by
+`predict --shard`, one process a shard, and merges, exports, evaluates and reports the parts. Rates hold for this
+network, which is as cheap as one gets, and these photographs; what does not depend on them is how memory and disk grow.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,45 +21,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-
-from labelpenet import config
 from labelpenet.data import run_folder
-from labelpenet.models.build import build_backbone
-from labelpenet.models.cascade import MODULES, LabelPEnet
-from labelpenet.training.pretrain import save_part
+from labelpenet.data.scenes import write_scenes
 
-CLASSES = ("cat", "dog")
-
-
-def random_run(run: Path) -> Path:
-    """A run folder of random weights that find one instance a class."""
-    torch.manual_seed(0)
-    small = [f"modules.2.predict.{one}" for one in ("per_class=1", "side=64", "iterations=0", "max_attention=5")]
-    recipe = config.override(
-        config.recipe("demo"), ["images.test_side=64", "modules.*.rpn_post_nms_top_n_test=10", *small]
-    )
-    network = LabelPEnet(build_backbone("tiny", pretrained=False), CLASSES, recipe)
-    run.mkdir()
-    facts = {"classes": list(CLASSES), "backbone": "tiny", "normalisation": network.normalisation}
-    run_folder.start_run(run, {**facts, "recipe": config.to_dict(network.recipe)}, False)
-    for part in ("stem", *MODULES):
-        save_part(network, run, part)
-    return run
-
-
-def photographs(folder: Path, count: int, side: int) -> Path:
-    """A folder of generated photographs with ``tags.csv``."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for index in range(count):
-        small = Image.fromarray(rng.integers(0, 255, (6, 6, 3), dtype=np.uint8))
-        small.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{index:07d}.jpg")
-    rows = (f"{index:07d}.jpg,{CLASSES[index % 2]}" for index in range(count))
-    (folder / "tags.csv").write_text("\n".join(["file,tags", *rows]) + "\n")
-    return folder
+SIZE = (48, 64)
+SETTINGS = (
+    *("images.sides=48", "images.test_side=48", "modules.*.rpn_post_nms_top_n_test=10", "proposals.limit=20"),
+    *("modules.2.predict.iterations=0", "modules.2.predict.max_attention=5"),
+)
 
 
 def timed(
@@ -100,19 +70,61 @@ def resident(pid: int) -> int:
         return 0
 
 
-def measure(home: Path, count: int, workers: int, side: int) -> dict[str, Any]:
+def trained(home: Path) -> Path:
+    """A run of a few steps."""
+    year, run = write_scenes(home / "few", train=20, val=0, size=SIZE), home / "run"
+    train = ["train", str(year), "--out", str(run), "--split", "train", "--recipe", "demo", "--backbone", "tiny"]
+    timed(
+        [
+            [
+                *train,
+                "--shorten",
+                "0.1",
+                "--until",
+                "2",
+                "--device",
+                "cpu",
+                "--cache",
+                str(home / "cache"),
+                "--set",
+                *SETTINGS,
+            ]
+        ]
+    )
+    return run
+
+
+def measure(run: Path, home: Path, count: int, workers: int) -> dict[str, Any]:
     """One row of the table."""
     home.mkdir()
-    run, photos, parts = random_run(home / "run"), photographs(home / "photos", count, side), home / "parts"
+    parts, merged = home / "parts", home / "found.json"
+    year = write_scenes(home / "scenes", train=1, val=count, size=SIZE)
+    held_out = [str(year), "--split", "val"]
+    photos = home / "photos"
+    photos.mkdir()
+    for path in (year / "JPEGImages").glob("val_*"):
+        (photos / path.name).symlink_to(path)
     predict = ["predict", str(run), str(photos), "--module", "2", "--device", "cpu", "--out", str(parts)]
     shards = [[*predict, "--shard", f"{i + 1}/{workers}"] for i in range(workers)]
     clock, spent, memory, curve = timed(shards, parts)
     each = sum(path.stat().st_size for path in parts.iterdir()) / count
     row = {"photographs": count, "workers": workers, "a second": count / clock, "CPU ms each": 1000 * spent / count}
     row |= {"MiB predict": memory, "bytes each": each}
-    merged = timed([["merge", str(parts), "--out", str(home / "found.json")]])
-    exported = timed([["export", str(parts), str(photos), "--to", "yolo", "--out", str(home / "yolo")]])
-    row |= {"s merge": merged[1], "MiB merge": merged[2], "s export": exported[1], "MiB export": exported[2]}
+    steps = {
+        "merge": ["merge", str(parts), "--out", str(merged)],
+        "parquet": ["merge", str(parts), "--out", str(home / "found.parquet")],
+        "export": ["export", str(parts), *held_out, "--to", "yolo", "--out", str(home / "yolo")],
+        "evaluate": ["evaluate", str(parts), *held_out],
+    }
+    for name, command in steps.items():
+        _, spent, memory, _ = timed([command])
+        row |= {f"s {name}": spent, f"MiB {name}": memory}
+    kept = run_folder.predictions(run, "val", 2)
+    kept.parent.mkdir(exist_ok=True)
+    shutil.move(merged, kept)
+    (run / "results.json").write_text(json.dumps({"split": "val"}))
+    _, spent, memory, _ = timed([["report", str(run), "--data", str(year), "--images", "2"]])
+    row |= {"s report": spent, "MiB report": memory}
     tenths = [curve[len(curve) * part // 10] for part in range(10) if curve]
     shown = {key: round(value, 2) for key, value in row.items()}
     return shown | {"photographs, MiB": [[round(size / each), memory] for size, memory in tenths]}
@@ -121,15 +133,17 @@ def measure(home: Path, count: int, workers: int, side: int) -> dict[str, Any]:
 def main() -> None:
     """Prints a line of JSON a measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photographs", type=int, nargs="+", default=[1000, 20_000])
+    parser.add_argument("--photographs", type=int, nargs="+", default=[2000, 5000, 20_000])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--side", type=int, default=64, help="pixels of a photograph")
     options = parser.parse_args()
-    for count in options.photographs:
-        for workers in options.workers:
-            with tempfile.TemporaryDirectory() as home:
-                row = measure(Path(home) / "home", count, workers, options.side)
-            print(json.dumps(row), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder)
+        run = trained(home)
+        for count in options.photographs:
+            for workers in options.workers:
+                row = measure(run, home / "many", count, workers)
+                print(json.dumps(row), flush=True)
+                shutil.rmtree(home / "many")
 
 
 if __name__ == "__main__":

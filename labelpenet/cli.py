@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
-from labelpenet import __version__
-from labelpenet.config import CascadeOptions, RunOptions, check_ranges
+from labelpenet import __version__, config
+from labelpenet.config import CascadeOptions, R, RunOptions, check_ranges
 from labelpenet.errors import InputError, one_line
 
 if TYPE_CHECKING:
@@ -545,6 +545,11 @@ def _open_training(
     return images, source | ({"images": str(args.images)} if args.images else {})
 
 
+def _changed(recipe: R, args: Train | ForwardBackward | Distill) -> R:
+    """The recipe shortened, and then with single choices changed: what is set is as it is set."""
+    return config.override(config.shorten(recipe, args.shorten), args.set)
+
+
 def _open_held_out(args: Train | ForwardBackward, images: TaggedImages) -> AnnotatedImages | None:
     from labelpenet.formats import open_annotated
 
@@ -553,9 +558,7 @@ def _open_held_out(args: Train | ForwardBackward, images: TaggedImages) -> Annot
 
 def train(args: Train) -> None:
     """``labelpenet train``; bad input is an `InputError`."""
-    from labelpenet import config
-
-    recipe = config.override(config.shorten(config.recipe(args.recipe), args.shorten), args.set)
+    recipe = _changed(config.recipe(args.recipe), args)
     images, source = _open_training(args, _names(args.classes))
     held_out = _open_held_out(args, images)
     from labelpenet.training.run import train_run  # loads torch, for which a mistake above need not wait
@@ -581,12 +584,11 @@ def train(args: Train) -> None:
 
 def forward_backward(args: ForwardBackward) -> None:
     """``labelpenet forward-backward``; bad input is an `InputError`."""
-    from labelpenet import config
     from labelpenet.models.cascade import read_run
     from labelpenet.training import curriculum
 
     facts = read_run(args.run)
-    recipe = config.override(config.shorten(config.from_dict(facts["recipe"]), args.shorten), args.set)
+    recipe = _changed(config.from_dict(facts["recipe"]), args)
     images, source = _open_training(args, facts["classes"])
     held_out = _open_held_out(args, images)
     curriculum.forward_backward(
@@ -597,14 +599,13 @@ def forward_backward(args: ForwardBackward) -> None:
 
 def distill(args: Distill) -> None:
     """``labelpenet distill``; bad input is an `InputError`."""
-    from labelpenet import config
     from labelpenet.formats import open_annotated
     from labelpenet.models.cascade import read_run
     from labelpenet.training import distill as training
     from labelpenet.training.supervised import read_supervision
 
     facts = read_run(args.run)
-    recipe = config.shorten(config.override(config.StudentRecipe(), args.set), args.shorten)
+    recipe = _changed(config.StudentRecipe(), args)
     images, source = _open_training(args, facts["classes"])
     if args.supervision == "full":
         if args.labels:
@@ -737,7 +738,6 @@ def evaluate(args: Evaluate) -> None:
 
 def proposals(args: Proposals) -> None:
     """``labelpenet proposals``; bad input is an `InputError`."""
-    from labelpenet import config
     from labelpenet.data.proposals import compute_proposals, default_cache
     from labelpenet.evaluation.recall import recall, recall_table
     from labelpenet.formats import open_annotated, open_tagged

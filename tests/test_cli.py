@@ -14,9 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from labelpenet import Instances, LabelPEnet
+from labelpenet import Instances, LabelPEnet, cli, config
 from labelpenet.cli import main
 from labelpenet.data import write_scenes
+
+SIDES = ("images.sides=96", "images.test_side=96")  # as the scenes are: less than half the time
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,8 @@ def run(kit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_arguments(kit: Path, out: Path, *more: str) -> list[str]:
     options = ["--recipe", "demo", "--backbone", "tiny", "--shorten", "0.01", "--device", "cpu"]
-    return ["train", str(kit), "--out", str(out), *options, "--cache", str(out.parent / "cache"), *more]
+    own = ["--set", *SIDES] * ("--set" not in more)
+    return ["train", str(kit), "--out", str(out), *options, "--cache", str(out.parent / "cache"), *own, *more]
 
 
 def one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -112,9 +115,9 @@ def test_the_report_calls_no_photograph_held_out_that_was_trained_on(
     facts = json.loads((copy / "run.json").read_text())
     del facts["checksum"]
     names = [f"{label}/a.jpg" for label in facts["classes"]]
-    for name in names:
+    for index, name in enumerate(names):
         (photos / name).parent.mkdir(parents=True)
-        Image.new("RGB", (64, 64)).save(photos / name)
+        Image.new("RGB", (64, 64), (60 * index, 0, 0)).save(photos / name)
 
     def report(data: Path, split: str | None) -> str:
         (copy / "run.json").write_text(json.dumps({**facts, "source": {"data": str(data), "split": split}}))
@@ -206,7 +209,7 @@ def test_train_refuses_a_folder_in_use_and_changed_settings(
     run: Path, kit: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "--resume" in one_line(train_arguments(kit, run), capsys)
-    assert "recipe" in one_line(train_arguments(kit, run, "--resume", "--set", "modules.2.rois=7"), capsys)
+    assert "recipe" in one_line(train_arguments(kit, run, "--resume", "--set", *SIDES, "modules.2.rois=7"), capsys)
     main(train_arguments(kit, run, "--resume"))  # finished: nothing left to do
 
 
@@ -340,3 +343,19 @@ def test_streams_that_end_or_cannot_write_a_name_cost_no_traceback(tmp_path: Pat
     refused = shell(f"PYTHONIOENCODING=ascii {missing}")
     assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1) and "2603" in refused.stderr
     assert shell(f"{missing} 2>&-").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "base", "steps"),
+    [
+        (["train", "photos"], config.recipe("best").modules[1], "modules.2.schedule.steps=7"),
+        (["forward-backward", "run", "photos"], config.recipe("best").modules[1], "modules.2.schedule.steps=7"),
+        (["distill", "run", "photos"], config.StudentRecipe(), "schedule.steps=7"),
+    ],
+)
+def test_what_is_set_is_not_shortened(words: list[str], base: Any, steps: str) -> None:
+    for change, expected in (([steps], 7), ([], base.schedule.steps // 10)):
+        command = cli._parsed([*words, "--out", "new", "--shorten", "0.1", "--set", *change])
+        recipe = config.StudentRecipe() if words[0] == "distill" else config.recipe("best")
+        changed = cli._changed(recipe, command)
+        assert (changed if words[0] == "distill" else changed.modules[1]).schedule.steps == expected

@@ -15,10 +15,11 @@ from labelpenet.data import run_folder
 from labelpenet.formats import open_tagged
 from labelpenet.review.server import Review
 from labelpenet.training.inferred import read_inferred
+from tests.test_cli import SIDES
 from tests.test_docs import ROOT, fences
 
 SHORT = {
-    "train": ["--shorten", "0.01", "--device", "cpu", "--cache", "cache"],
+    "train": ["--shorten", "0.01", "--device", "cpu", "--cache", "cache", "--set", *SIDES],
     "measure": ["--device", "cpu", "--cache", "cache"],
 }
 

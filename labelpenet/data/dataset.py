@@ -10,13 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from labelpenet.data.files import brief, listing
 from labelpenet.errors import InputError
-from labelpenet.instances import Instances
+
+if TYPE_CHECKING:  # torch would make every process that computes proposals start 2 seconds later
+    from torch import Tensor
+
+    from labelpenet.instances import Instances
 
 # Index i + 1 in VOC's class maps.
 VOC_CLASSES = (

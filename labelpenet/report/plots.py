@@ -1,10 +1,7 @@
 """Loss curves as SVG that sits in a page: its lines and letters take the page's colours, light or dark."""
 
-import io
 import itertools
-import re
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +9,9 @@ import numpy as np
 from markupsafe import escape
 
 Row = Mapping[str, Any]
+_Place = Callable[[float, float], tuple[float, float]]  # from step and loss to x and y
 
-_INK = "#010203"  # stands for the page's text colour until the SVG is written
+_WIDTH, _LEFT, _TOP, _BASE = 374, 44, 20, 170  # of the plot and its axes, in points
 _COLOURS = ("#e69f00", "#56b4e9", "#009e73", "#d55e00", "#cc79a7", "#8c8c8c")
 
 
@@ -83,50 +81,63 @@ def smoothed(values: np.ndarray, window: int) -> np.ndarray:
 
 def loss_plot(one: Curves) -> str:
     """The losses of a stage against its steps, as an ``<svg>`` element without any reference to the outside."""
-    import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
+    window = max(1, len(one.steps) // 20)
+    lines = [(name, smoothed(values, window)) for name, values in one.terms.items()]
+    colours = dict(zip(one.terms, itertools.cycle(_COLOURS), strict=False))
+    lines.append(("total", smoothed(one.total, window)))
+    known = np.concatenate([one.total, *(values for _, values in lines)])
+    known = known[np.isfinite(known)]
+    down = _ticks(min(0.0, known.min(initial=0)), known.max(initial=1e-6))
+    along = _ticks(float(one.steps[0]), max(float(one.steps[-1]), one.steps[0] + 1))
 
-    style: Any = {
-        "svg.fonttype": "none", "svg.hashsalt": one.stage, "text.parse_math": False, "font.size": 9,
-        "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "legend.frameon": False,
-    }  # fmt: skip
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5.2, 2.9), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        window = max(1, len(one.steps) // 20)
-        marker = "o" if len(one.steps) == 1 else None  # a line through one point is not to be seen
-        for (name, values), colour in zip(one.terms.items(), itertools.cycle(_COLOURS)):
-            axes.plot(one.steps, smoothed(values, window), color=colour, linewidth=1.2, label=name, marker=marker)
-        axes.plot(one.steps, one.total, color=_INK, linewidth=0.7, alpha=0.25)
-        axes.plot(one.steps, smoothed(one.total, window), color=_INK, linewidth=1.6, label="total", marker=marker)
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss")
-        if np.isfinite(one.total).any():
-            axes.set_ylim(bottom=min(0.0, float(np.nanmin(one.total))))
-        axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.6)
+    def place(step: float, loss: float) -> tuple[float, float]:
+        across, up = (step - along[0]) / (along[-1] - along[0]), (loss - down[0]) / (down[-1] - down[0])
+        return _LEFT + across * (_WIDTH - _LEFT - 10), _BASE - up * (_BASE - _TOP)
+
+    parts = []
+    for loss in down:
+        y = place(along[0], loss)[1]
+        parts.append(f'<path d="M{_LEFT} {y:.1f}H{_WIDTH - 10}" stroke-opacity=".12"/>')
+        parts.append(_text(_LEFT - 6, y + 3, f"{loss:g}", "end"))
+    for step in along:
+        parts.append(_text(place(step, down[0])[0], _BASE + 14, f"{step:g}", "middle"))
+    parts.append(f'<path d="M{_LEFT} {_TOP}V{_BASE}H{_WIDTH - 10}"/>')
+    parts.append(_text((_LEFT + _WIDTH) / 2, _BASE + 30, "step", "middle"))
+    parts.append(_text(_LEFT, _TOP - 8, "loss", "end"))
+    parts.append(_line(place, one.steps, one.total, 'stroke-opacity=".25"'))
+    for row, (name, values) in enumerate(lines):
+        style = f'stroke="{colours[name]}"' if name in colours else 'stroke-width="1.6"'
+        parts.append(_line(place, one.steps, values, style))
         if one.terms:
-            axes.legend(fontsize=8, ncols=2)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _embedded(buffer.getvalue(), one.stage)
+            x, y = _WIDTH - 190 + 100 * (row % 2), _TOP + 7 + 14 * (row // 2)
+            parts.append(f'<path d="M{x} {y}h14" {style}/>{_text(x + 18, y + 3, name)}')
+    head = f'<svg viewBox="0 0 {_WIDTH} {_BASE + 40}" role="img" aria-label="loss curves of {escape(one.stage)}">'
+    return f'{head}<g fill="none" stroke="currentColor" font-size="9">{"".join(parts)}</g></svg>'
 
 
-def _embedded(svg: str, stage: str) -> str:
-    """The ``<svg>`` element alone, scalable, without metadata (which names addresses), in the page's colour.
+def _ticks(low: float, high: float) -> list[float]:
+    """Four to nine round numbers at equal distances, the first not above ``low`` and the last not below ``high``."""
+    raw = (high - low) / 4
+    unit = 10.0 ** np.floor(np.log10(raw))
+    step = unit * max(one for one in (1, 2, 2.5, 5) if one * unit <= raw)
+    return [float(round(k * step, 12)) for k in range(int(np.floor(low / step)), int(np.ceil(high / step)) + 1)]
 
-    Its ids get a prefix of the stage's, because a page holds several plots and an id may be there once.
-    """
-    body = svg[svg.index("<svg") :]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-    viewed = re.search(r'viewBox="([^"]*)"', body)
-    assert viewed is not None
-    head = f'<svg viewBox="{viewed[1]}" role="img" aria-label="loss curves of {escape(stage)}">'
-    body = head + body[body.index(">") + 1 :].replace("xlink:href", "href").replace(_INK, "currentColor")
-    prefix = f"p{zlib.crc32(stage.encode()):08x}-"
-    return re.sub(r'(\bid="|\bhref="#|url\(#)', rf"\g<1>{prefix}", body)
+
+def _line(place: _Place, steps: np.ndarray, values: np.ndarray, style: str) -> str:
+    """A line through the values that are numbers, broken at the others; a dot if there is one alone."""
+    finite = np.isfinite(values)
+    moves = np.where(finite & ~np.concatenate([[False], finite[:-1]]), "M", "L")
+    points = [
+        f"{move}{x:.1f} {y:.1f}"
+        for move, (x, y) in zip(moves[finite], map(place, steps[finite], values[finite]), strict=True)
+    ]
+    path = "".join(points) + ("h.1" if len(points) == 1 else "")
+    return f'<path d="{path}" stroke-linecap="round" {style}/>'
+
+
+def _text(x: float, y: float, text: str, anchor: str = "start") -> str:
+    head = f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="currentColor" stroke="none">'
+    return f"{head}{escape(text)}</text>"
 
 
 def number_of(value: Any) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from labelpenet.errors import InputError
 from labelpenet.formats.predictions import coco_text
 from labelpenet.formats.rows import check_size, read_rows
 from labelpenet.instances import Instances
+from labelpenet.progress import Progress
+
+_log = logging.getLogger(__name__)
 
 Rows = list[dict[str, Any]]
 
@@ -87,7 +91,6 @@ def infer_all(
     rank: int = 0,
     world: int = 1,
     barrier: Callable[[], None] = lambda: None,
-    advance: Callable[[str], None] = lambda note: None,
 ) -> None:
     """Labels every training image once, where an earlier run has not, and writes ``RUN/instances/NAME.json``.
 
@@ -95,7 +98,6 @@ def infer_all(
         infer: from an image to its instances; an `InputError` skips the image (it then has no instances).
         device: where it infers: several images at a time on a CPU (`map_images`).
         rank, world, barrier: this process among those that share the work.
-        advance: called after each image, with a note about it or an empty string.
     """
     target = run_folder.instances(run, name)
     if target.is_file():
@@ -103,11 +105,13 @@ def infer_all(
             read_inferred(run, name, len(images.classes))
             return
         except InputError:
-            advance(f"{target} is damaged; it is made again")
+            _log.warning("note: %s is damaged; it is made again", target)
     target.parent.mkdir(parents=True, exist_ok=True)
     done = {line["id"] for line in _read_parts(target)}
     barrier()
-    mine = [image for image in images.images[rank::world] if image.id not in done]
+    share = images.images[rank::world]
+    mine = [image for image in share if image.id not in done]
+    before = len(share) - len(mine)
     part = target.with_suffix(f".part{rank}.jsonl")
 
     def attempt(image: TaggedImage) -> tuple[dict[str, Any], str]:
@@ -119,14 +123,16 @@ def infer_all(
         return {"id": image.id, "size": list(found.image_size), "rows": rows}, ""
 
     with (
+        Progress(f"{name} labels the images", len(share), before) as progress,
         writing(part, "free some space and use --resume"),
         part.open("a", encoding="utf-8") as file,
         contextlib.closing(map_images(attempt, mine, device)) as lines,
     ):
-        for line, note in lines:
+        for line, note in progress.tracked(lines, before):
             file.write("\n" + sealed(json.dumps(line)))
             file.flush()
-            advance(note)
+            if note:
+                progress.say(note)
     barrier()
     if rank == 0:
         by_id = {line["id"]: line for line in _read_parts(target)}

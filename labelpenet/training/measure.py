@@ -15,7 +15,6 @@ import numpy as np
 from labelpenet.data import read_image, run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage
 from labelpenet.data.files import hash_file, hash_files, read_json, write_json
-from labelpenet.data.proposals import compute_proposals
 from labelpenet.engine.checkpoint import versions
 from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
@@ -62,10 +61,7 @@ def measure_run(
     labelled = set[str]() if student else labelled_images(run, len(classes))
     training = None if student else training_images(labelled, data, train_split, classes, images)
     photographs = held_out.tagged.images
-    boxes: Boxes = {}
-    if not student:
-        settings = predictor.cascade.recipe.proposals
-        boxes = compute_proposals(photographs, settings, cache, progress=True)
+    boxes = predictor.proposals(photographs, 1, cache) or {}
     key = made_from(run, predictor, photographs)
     truths, notes = held_out.readable_truths()
     trained_on = sum(image.id in labelled for image in photographs)
@@ -99,8 +95,7 @@ def measure_run(
             results["classification_mAP"] = float(np.nanmean(precision))
         results["uncalibrated"] = {"val": evaluate(ranked, truths, classes, protocol)}  # type: ignore[arg-type]
         if training:
-            settings = predictor.cascade.recipe.proposals
-            train_boxes = compute_proposals(training.tagged.images, settings, cache, progress=True)
+            train_boxes = predictor.proposals(training.tagged.images, 1, cache) or {}
             learnt = [image for image in training.tagged.images if image.id in train_boxes]
             features = RoIFeatures(run, predictor.cascade, train_boxes, predictor.fabric)
             top, _ = rank_images(predictor, learnt, train_boxes, features)

@@ -28,7 +28,6 @@ from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import DamagedError
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet
-from labelpenet.progress import Progress
 from labelpenet.training.features import RoIFeatures
 from labelpenet.training.inferred import infer_all, read_inferred
 from labelpenet.training.supervised import with_masks
@@ -174,9 +173,6 @@ def label_images(training: Training, number: int) -> None:
     """Lets module ``number`` infer the instances of every training image whose true objects are not known."""
     network, fabric = training.network, training.fabric
     network.eval()
-    images = training.images
-    share = len(images.images[fabric.global_rank :: fabric.world_size])
-
     crf = network.recipe.modules[number - 1].label
 
     def infer(image: TaggedImage) -> Instances:
@@ -187,27 +183,8 @@ def label_images(training: Training, number: int) -> None:
         found = training.infer(number, image, pixels)
         return found if truth is None else with_masks(truth, found, pixels, crf)
 
-    done = 0
-    with Progress(f"module {number} labels the images", share, 0) as progress:
-
-        def advance(note: str) -> None:
-            nonlocal done
-            done += 1
-            progress.show(done, {})
-            if note:
-                progress.say(note)
-
-        infer_all(
-            training.run,
-            f"module{number}",
-            images,
-            infer,
-            fabric.device,
-            fabric.global_rank,
-            fabric.world_size,
-            fabric.barrier,
-            advance,
-        )
+    place = fabric.global_rank, fabric.world_size, fabric.barrier
+    infer_all(training.run, f"module{number}", training.images, infer, fabric.device, *place)
 
 
 def stage(training: Training, number: int, targets: Mapping[str, Instances] | None = None) -> Stage:

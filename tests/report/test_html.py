@@ -398,6 +398,23 @@ def test_a_plot_is_one_svg_in_the_colour_of_the_page(losses: list[float]) -> Non
     assert svg.startswith("<svg viewBox=") and "currentColor" in svg and "http" not in svg and page.tags[0] == "svg"
 
 
+def test_a_plots_lines_are_to_scale_and_its_axes_hold_them() -> None:
+    rows = [{"stage": "a", "step": step, "loss/total": 3.7 - step} for step in (1, 2, 4)]
+    svg = loss_plot(curves(rows)[0])
+    drawn = [
+        np.array([pair.split() for pair in re.split("[ML]", path)[1:]], float)
+        for path in re.findall(r'd="(M[\d.]+ [\d.]+L[^"]*)"', svg)
+    ]
+    assert len(drawn) == 2  # as it is, and smoothed
+    (first, second, third), (x, y) = drawn[0], drawn[0].T
+    np.testing.assert_allclose((third - first), 3 * (second - first), atol=0.3)  # points have one digit
+    ticks = re.findall(r'y="([\d.]+)" text-anchor="end"[^>]*>(-?[\d.]+)<', svg)
+    labels = {float(text): float(place) - 3 for place, text in ticks}
+    values = sorted(labels)
+    np.testing.assert_allclose(np.interp([2.7, 1.7, -0.3], values, [labels[one] for one in values]), y, atol=0.2)
+    assert x.min() >= 44 and x.max() <= 364
+
+
 def test_flattening_keeps_order_and_names() -> None:
     content = {"a": 1, "b": {"c": None, "d": [1, (2, 3)]}, "e": True, "f": [], "g": [{"h": 1}]}
     assert flatten(content) == [
