@@ -913,6 +913,8 @@ def _tagged(images: AnnotatedImages | TaggedImages) -> TaggedImages:
 
 def demo(args: Demo) -> None:
     """``labelpenet demo``; bad input is an `InputError`."""
+    # before torch is loaded: between the tiny layers, threads would spin longer than they compute
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from labelpenet.demo import run_demo
 
     print(run_demo(args.out, args.seed))

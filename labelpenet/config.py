@@ -505,12 +505,12 @@ def demo() -> Recipe:
         "min_component": 1.0, "mask_nms": 0.5,
     }  # fmt: skip
     schedule = Schedule(
-        steps=300, lr=1e-3, kind="adamw", weight_decay=1e-2, batch_size=4, warmup=20, clip=10.0,
+        steps=200, lr=1e-3, kind="adamw", weight_decay=1e-2, batch_size=4, warmup=20, clip=10.0,
         decay=((0.6, 0.3), (0.85, 0.1)),
     )  # fmt: skip
     detector: dict[str, Any] = {
-        "anchor_sides": (48, 80, 112), "rois": 48, "pool": "align", "cells": 3, "schedule": schedule,
-        "rpn_pre_nms_top_n_train": 2000, "rpn_pre_nms_top_n_test": 1000,
+        "anchor_sides": (48, 80, 112), "rois": 32, "pool": "align", "cells": 3, "schedule": schedule,
+        "rpn_pre_nms_top_n_train": 400, "rpn_pre_nms_top_n_test": 400,
         "rpn_post_nms_top_n_train": 60, "rpn_post_nms_top_n_test": 60,
     }  # fmt: skip
     label = AttentionCalibration(combine="mean", members="class", per_class=1, max_attention=40, **crf)
@@ -518,14 +518,14 @@ def demo() -> Recipe:
     masks = MaskCalibration(per_class=4, max_masks=40, **crf)
     answer: dict[str, Any] = {"per_class": 20, "min_score": 0.05, "box": "proposal", "compete": "background"}
     segmenter: dict[str, Any] = {
-        **detector, "mask_width": 64, "mask_depth": 1, "label": masks, "predict": replace(masks, **answer),
+        **detector, "mask_width": 48, "mask_depth": 1, "label": masks, "predict": replace(masks, **answer),
     }  # fmt: skip
     return Recipe(
         name="demo",
         images=Images(sides=(160,), longest=240, flip=True, test_side=160),
-        proposals=Proposals(side=None, limit=100, min_area=0.02),
+        proposals=Proposals(side=128, limit=100, min_area=0.02),
         warm_up=Schedule(
-            steps=400, lr=2e-3, kind="adam", weight_decay=0.0, batch_size=8, warmup=20, decay=((0.6, 0.3), (0.85, 0.1))
+            steps=280, lr=2e-3, kind="adam", weight_decay=0.0, batch_size=8, warmup=20, decay=((0.6, 0.3), (0.85, 0.1))
         ),
         modules=(
             Classification(
