@@ -15,7 +15,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -462,11 +462,24 @@ def _run(arguments: list[str]) -> None:
     if arguments in ([], ["-h"], ["--help"]):
         print(overview())
         return
-    command = _parsed(arguments)
+    command = _at_home(_parsed(arguments))
     for part in (command, getattr(command, "training", None)):
         if part is not None:
             check_ranges(part, _spelt)
     RUN[type(command)](command)
+
+
+def _at_home(value: Any) -> Any:
+    """The options with ``~`` of paths read as the home folder: of ``--out=~/runs`` a shell leaves that to the program,
+    and a folder called ~ would be a trap for who wants to remove it."""
+    if isinstance(value, Path):
+        with contextlib.suppress(RuntimeError):  # there is no such home
+            return value.expanduser()
+    if isinstance(value, tuple):
+        return tuple(map(_at_home, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{name: _at_home(one) for name, one in vars(value).items()})
+    return value
 
 
 def _spelt(field: str) -> str:

@@ -110,7 +110,9 @@ def model_card(facts: Mapping[str, Any], results: Mapping[str, Any], licence: st
             "a file of labels" if facts.get("labels_file") else f"the labels of a cascade that learnt from {teacher}"
         )
     data = f" of {facts['data']}" if facts.get("data") else ""
-    backbone = facts["backbone"] if facts["backbone"] == "tiny" else f"{facts['backbone']}, from ImageNet weights"
+    started = facts["backbone"] != "tiny"
+    backbone = f"{facts['backbone']}{', from ImageNet weights' * started}"
+    sources = f"from the photographs{' and from the ImageNet weights of the backbone' * started}"
     measured = _figures(results)
     seen = "not measured" if measured == _NOTHING else "measured on no other photographs than those above"
     head = {"license": licence, "library_name": "labelpenet", "pipeline_tag": "image-segmentation",
@@ -122,7 +124,7 @@ def model_card(facts: Mapping[str, Any], results: Mapping[str, Any], licence: st
 
 # {kind}: {", ".join(facts["classes"])}
 
-Detects and segments every instance of {len(facts["classes"])} classes. Trained by
+Finds instances of {len(facts["classes"])} classes: boxes, masks and scores. Trained by
 Label-PEnet on {facts.get("images", "?")} photographs{data} from {taught}.
 Backbone: {backbone}.
 
@@ -144,7 +146,7 @@ your own before you rely on it.
 
 ## Licence
 
-{licence}. The weights derive from the photographs and from the backbone's ImageNet weights, whose licences apply too.
+{licence}. The weights derive {sources}, whose licences apply too.
 """
 
 

@@ -149,6 +149,16 @@ def test_photographs_without_tags_are_exported_and_a_bare_list_of_theirs_is_refu
     assert "names no classes" in capsys.readouterr().err
 
 
+def test_a_tilde_that_the_shell_has_left_is_the_home_folder(tmp_path, monkeypatch):
+    images = photographs(tmp_path / "photos", ("a.jpg",))
+    write_predictions(tmp_path / "p.json", predictions(images), images, CLASSES)
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "here")
+    main(["export", "~/p.json", "~/photos", "--out=~/out"])
+    assert (tmp_path / "out/annotations/instances_default.json").is_file() and not list(Path().iterdir())
+
+
 def test_photographs_sorted_into_folders_that_are_no_classes_are_exported_too(tmp_path):
     images = photographs(tmp_path / "photos", ("2020/a.jpg", "2021/b.jpg", "b.jpg"))
     images = replace(images, images=(*images.images[:2], TaggedImage("b.jpg", images.images[2].path, ())))
