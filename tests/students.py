@@ -37,8 +37,8 @@ def small_student() -> tuple[Path, Path]:
 
     The first process of a test session trains it; each has a copy of its own.
     """
-    session = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-    home = Path(tempfile.gettempdir(), f"labelpenet-student-{session}")
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID")  # the same for all processes
+    home = Path(tempfile.gettempdir(), f"labelpenet-{session}") if session else Path(tempfile.mkdtemp())
     home.mkdir(exist_ok=True)
     with (home / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -48,7 +48,7 @@ def small_student() -> tuple[Path, Path]:
             truths = read_supervision("full", annotated).truths
             recipe = config.override(config.StudentRecipe(), CHOICES)
             source = {"data": str(year), "split": "train"}
-            options = config.RunOptions(device="cpu")
+            options = config.RunOptions(resume=(home / "student").exists(), device="cpu")
             distill(annotated.tagged, truths, home / "student", recipe, backbone="tiny", source=source, options=options)
     own = Path(tempfile.mkdtemp(prefix="labelpenet-student"), "student")
     return shutil.copytree(home / "student", own), year

@@ -11,7 +11,6 @@ Shape letters: ``N`` instances, ``h, w`` the network's input.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +54,8 @@ def distill(
     """Trains a student on labels and writes it to a folder, or continues what the folder holds.
 
     Args:
-        images: the photographs; labels: their instances by image id, with masks, confidences as weights. A photograph
-            that is not there is not trained on; one without instances shows nothing.
+        images: the photographs; labels: their instances by image id, confidences as weights. A photograph that is not
+            there is not trained on; one without instances shows nothing; one without masks teaches boxes and classes.
         out: the student's folder; recipe: every choice.
         backbone, weights: as `models.student.build_body` takes them.
         source, options: as `train_run` takes them.
@@ -68,6 +67,8 @@ def distill(
     taught = TaggedImages(images.classes, tuple(image for image in images.images if image.id in labels), images.notes)
     if not any(len(labels[image.id]) for image in taught.images):
         raise InputError("no photograph has a label; check the labels, the split and the classes")
+    if all(not len(one) or one.masks is None for one in (labels[image.id] for image in taught.images)):
+        raise InputError("no label has a mask, and a student learns masks, too; give labels with masks")
     fabric = build_fabric(options.device, options.devices, options.nodes, options.precision)
     seed_step(options.seed, "initialisation", 0)
     student = Student.start(backbone, images.classes, recipe, weights)
@@ -145,8 +146,6 @@ def lesson(image: np.ndarray, labels: Instances, images: Images, noise: Noise, g
     """A photograph (H, W, 3) uint8 RGB and its labels as they are taught once: at a drawn size, perhaps mirrored."""
     side, flip = drawn(images, generator)
     taught, doubtful = sort_out(labels, noise)
-    if taught.masks is None:
-        taught = replace(taught, masks=torch.zeros(len(taught), *image.shape[:2], dtype=torch.bool))
     (height, width), _ = scaled(image.shape, side, images.longest)
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
     # as torchvision's own transform resizes, so that the student sees in training what it sees later

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 import labelpenet
 from labelpenet import cli, config
 from labelpenet.config import Images, Noise, RunOptions
+from labelpenet.data import read_image
 from labelpenet.errors import InputError
 from labelpenet.evaluation import evaluate
 from labelpenet.formats import open_annotated, write_predictions
@@ -70,6 +72,21 @@ def test_masks_do_not_move_against_their_boxes():
     found = lesson(image, one, choice, Noise(nested=1.0), torch.Generator()).target
     moved = (masks_to_boxes(found.masks) - found.boxes).mean(0)
     assert moved.abs().max() < 0.15, "of 0.33 where the corner of a pixel stands for it"
+
+
+def test_labels_without_masks_teach_no_masks(tmp_path):
+    folder, year = small_student()
+    annotated = open_annotated(year, "train")
+    image = annotated.tagged.images[0]
+    bare = replace(annotated.read(image.id).instances, masks=None)
+    choice, generator = Images(sides=(96,), longest=200), torch.Generator().manual_seed(0)
+    student = labelpenet.load(folder).train()
+    losses = student.losses([lesson(read_image(image.path), bare, choice, Noise(), generator)])
+    assert losses["mask"] == 0 and losses["box"] > 0, "an empty mask would be taught as one"
+    recipe = config.override(config.StudentRecipe(), CHOICES)
+    with pytest.raises(InputError, match="no label has a mask"):
+        distill.distill(annotated.tagged, {image.id: bare}, tmp_path / "out", recipe, backbone="tiny")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_student_learns_from_labels():
