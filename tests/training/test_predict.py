@@ -92,7 +92,8 @@ def test_two_processes_write_what_one_writes(run, photographs, tmp_path):
     content = json.loads(one.read_text())
     assert [image["file_name"] for image in content["images"]] == [f"photo{i}.jpg" for i in (0, 1, 3, 4)]
     assert len({row["image_id"] for row in content["annotations"]}) > 1, "nothing was found that could differ"
-    assert done.stdout.strip().splitlines() == [f"{two}: 4 images, 1 skipped"], "one process speaks for both"
+    said = [line for line in done.stdout.strip().splitlines() if not line.startswith("[Gloo]")]  # torch 2.8 does
+    assert said == [f"{two}: 4 images, 1 skipped"], "one process speaks for both"
     assert done.stderr.count("photo2.jpg") == 1
     assert not list(tmp_path.glob("*.part*"))
 
