@@ -44,8 +44,12 @@ def predict_shard(
     Raises:
         InputError: see `Part`; the module is not trained.
     """
-    predictor.network.require(module)
-    weights = digest(value.cpu().numpy().tobytes() for value in predictor.network.state_dict().values())
+    network = predictor.network
+    network.require(module)
+    # what a run has no weights for is random, in each process anew
+    random = tuple(f"{name}." for name in getattr(network, "untrained", ()))
+    state = network.state_dict().items()
+    weights = digest(value.cpu().numpy().tobytes() for name, value in state if not name.startswith(random))
     listed = digest(image.id.encode() for image in images)
     facts = {"weights": weights, "module": module, "list": listed, **(choices or {})}
     skipped: list[str] = []

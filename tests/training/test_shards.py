@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,8 @@ import torch
 from PIL import Image
 
 from labelpenet.cli import main
+from labelpenet.config import MODULES
+from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import sealed
 from labelpenet.data.scenes import render_scene
@@ -267,6 +270,32 @@ def test_a_killed_shard_goes_on_and_the_result_is_that_of_one_process(run: Path,
     assert merged.read_bytes() == expected.read_bytes()
     assert len(json.loads(merged.read_text())["images"]) == 5
     assert sorted(path.name for path in parts.iterdir()) == ["part-00001-of-00002.jsonl", "part-00002-of-00002.jsonl"]
+
+
+def test_shards_of_a_run_of_two_modules_belong_together(run: Path, photos: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half"
+    shutil.copytree(run, half)
+    for part in MODULES[2:]:
+        run_folder.weights(half, part).unlink()
+    for seed, shard in enumerate(("1/2", "2/2")):
+        torch.manual_seed(seed)  # of the modules that the run has no weights for
+        main(
+            [
+                "predict",
+                str(half),
+                str(photos),
+                "--module",
+                "2",
+                "--shard",
+                shard,
+                "--out",
+                str(tmp_path / "parts"),
+                "--device",
+                "cpu",
+            ]
+        )
+    main(["merge", str(tmp_path / "parts"), "--out", str(tmp_path / "found.json")])
+    assert len(json.loads((tmp_path / "found.json").read_text())["images"]) == 5, "all but the damaged one"
 
 
 def test_batches_of_columns_give_the_same_instances(run: Path, photos: Path, tmp_path: Path) -> None:
