@@ -398,7 +398,7 @@ class Report:
 
 @dataclass
 class Demo:
-    """Train all four modules on generated scenes, print the table, write a report. Five minutes on two cores.
+    """Train all modules on generated scenes, print the table, write a report. Five minutes on two cores.
 
     Try:
       labelpenet demo --out demo
