@@ -53,13 +53,13 @@ class View:
         return Instances(self.boxes(one.boxes), one.labels.to(device), one.weights.to(device), (height, width), masks)
 
 
-def drawn(images: Images, generator: torch.Generator) -> tuple[int, bool]:
+def random_view(images: Images, generator: torch.Generator) -> tuple[int, bool]:
     """The shorter side at which a photograph is presented, and whether it is mirrored."""
     side = images.sides[int(torch.randint(len(images.sides), (1,), generator=generator))]
     return side, images.flip and bool(torch.rand((), generator=generator) < 0.5)
 
 
-def scaled(size: tuple[int, ...], side: int | None, longest: int) -> tuple[tuple[int, int], float]:
+def scaled_size(size: tuple[int, ...], side: int | None, longest: int) -> tuple[tuple[int, int], float]:
     """(h, w), 32 at least, of a photograph (H, W) whose shorter side becomes ``side`` (None: as it is); the factor."""
     height, width = size[:2]
     factor = 1.0 if side is None else min(side / min(height, width), longest / max(height, width))

@@ -25,7 +25,7 @@ from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
 from labelpenet.data.images import Photograph, as_pixels, several
 from labelpenet.data.proposals import propose
-from labelpenet.data.transforms import Batch, View, scaled, stack
+from labelpenet.data.transforms import Batch, View, scaled_size, stack
 from labelpenet.errors import DamagedError, InputError
 from labelpenet.instances import Instances
 from labelpenet.models.backbones import Backbone
@@ -102,7 +102,7 @@ class LabelPEnet(nn.Module):
         """The photograph (H, W, 3) uint8 RGB with its shorter side scaled to ``side`` (the recipe's if None)."""
         height, width = image.shape[:2]
         images = self.recipe.images
-        (h, w), factor = scaled(image.shape, images.test_side if side is None else side, images.longest)
+        (h, w), factor = scaled_size(image.shape, images.test_side if side is None else side, images.longest)
         if (h, w) != (height, width):
             image = cv2.resize(image, (w, h), interpolation=cv2.INTER_LINEAR if factor > 0.5 else cv2.INTER_AREA)
         if flip:

@@ -226,8 +226,10 @@ class Student(nn.Module):
             return sum((features.sum() * 0 for features in maps.values()), boxes.new_zeros(()))
         logits = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(maps, [boxes], [size])))
         own = logits[torch.arange(len(positive), device=boxes.device), rois.labels[positive]]
-        inside = crop_masks(lesson.target.masks, boxes, rois.matched[positive], own.shape[-1])
-        return mask_loss(own, inside, weights)
+        matched = rois.matched[positive]
+        inside = crop_masks(lesson.target.masks, boxes, matched, own.shape[-1])
+        known = lesson.target.masks.flatten(1).any(1)  # not of a box alone, beside instances with masks
+        return mask_loss(own, inside, weights * known[matched])
 
     @torch.no_grad()
     def _sample(self, proposals: Tensor, lesson: Lesson) -> Rois:

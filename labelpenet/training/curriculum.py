@@ -28,7 +28,7 @@ from labelpenet import config
 from labelpenet.config import MODULES, CascadeOptions, Recipe
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.images import read_image
-from labelpenet.data.transforms import drawn, mirror
+from labelpenet.data.transforms import mirror, random_view
 from labelpenet.engine.distributed import build_fabric, gather, images_together
 from labelpenet.engine.sampler import stream_seed
 from labelpenet.engine.stage import Stage
@@ -225,7 +225,7 @@ def load(training: Training, anchors: Anchors) -> Callable[[list[int], torch.Gen
     def one(image: TaggedImage, generator: torch.Generator) -> Shown:
         pixels = read_image(image.path)
         boxes = training.boxes(image, pixels.shape)
-        side, flip = drawn(choice, generator)
+        side, flip = random_view(choice, generator)
         if learning.labels == "inferred":
             if flip:
                 # The photograph itself is mirrored, for what the modules infer is in its pixels.

@@ -21,7 +21,7 @@ from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.files import write_tensors
 from labelpenet.data.images import read_image
-from labelpenet.data.transforms import Batch, View, drawn
+from labelpenet.data.transforms import Batch, View, random_view
 from labelpenet.engine.distributed import gather, images_together
 from labelpenet.engine.stage import Stage
 from labelpenet.engine.trainer import train_stage
@@ -237,7 +237,7 @@ def load_samples(
 
     def sample(image: TaggedImage, generator: torch.Generator) -> Sample:
         pixels = read_image(image.path)
-        side, flip = drawn(choice, generator)
+        side, flip = random_view(choice, generator)
         view, target = training.network.view(pixels, side, flip), None
         if targets is not None:
             found = targets[image.id]
