@@ -433,7 +433,7 @@ def inference_row(setting: Setting, number: int, clock: Clock) -> Row:
                 pixels = read_image(images[index].path)
                 boxes = training.boxes(images[index], pixels.shape)
             features = training.features.known(images[index]) if number == 1 else None
-            proposals = [boxes] if network.needs_proposals(number) else None
+            proposals = [boxes] if network.module(number).needs_proposals else None
             with training.fabric.autocast():
                 batch = network.batch(
                     [pixels], [images[index].tags], proposals, None if features is None else [features]

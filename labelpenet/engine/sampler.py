@@ -40,10 +40,6 @@ class Sampler:
     def __init__(self, stage: Stage, seed: int, rank: int, world: int) -> None:
         self.stage, self.seed, self.rank, self.world = stage, seed, rank, world
 
-    def whole_batch(self, step: int) -> list[int]:
-        """The images of a step in all processes."""
-        return self._draw(step, 0, 1)
-
     @contextmanager
     def micro_batches(self, start: int) -> Iterator[Iterator[list[MicroBatch]]]:
         """The micro-batches of each step from ``start`` on; loaded ahead in threads if the stage can load."""
@@ -65,7 +61,7 @@ class Sampler:
 
     def _begin(self, step: int, pool: ThreadPoolExecutor | None) -> list[MicroBatch]:
         stage, found = self.stage, []
-        indices = self._draw(step, self.rank, self.world)
+        indices = self.draw(step, self.rank, self.world)
         for start in range(0, len(indices), stage.micro_batch):
             position, share = self.rank * len(indices) + start, indices[start : start + stage.micro_batch]
             if pool is None or stage.load is None:
@@ -76,10 +72,11 @@ class Sampler:
             found.append(MicroBatch(position, share, loaded.result))
         return found
 
-    def _draw(self, step: int, rank: int, world: int) -> list[int]:
+    def draw(self, step: int, rank: int = 0, world: int = 1) -> list[int]:
+        """The images of a step in a process, by default the whole batch."""
         stage = self.stage
-        draw = len(stage.images), stage.batch_size, self.seed, stage.name, step // stage.repeat
-        return batches(*draw, rank, world)
+        size = len(stage.images), stage.batch_size
+        return batches(*size, self.seed, stage.name, step // stage.repeat, rank, world)
 
 
 def stream_seed(seed: int, stage: str, step: int, position: int = 0, use: str = "") -> int:

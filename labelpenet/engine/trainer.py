@@ -30,7 +30,7 @@ from labelpenet.engine.checkpoint import (
     save_checkpoint,
     versions,
 )
-from labelpenet.engine.distributed import Machine, together
+from labelpenet.engine.distributed import Machine, gather, together
 from labelpenet.engine.log import MetricsLog, Row, memory_mb, write_environment
 from labelpenet.engine.sampler import MicroBatch, Sampler, seed_step
 from labelpenet.engine.stage import Stage, build_optimiser, learning_rate
@@ -263,7 +263,7 @@ class _Trainer:
         failed, stopping, saving = (count > 0 for count in counts[:3])
         problems, overflow = [], False
         if failed:
-            problems = [line for line in self.machine.gather(problem) if line is not None]
+            problems = [line for line in gather(self.machine.world, problem) if line is not None]
         else:
             norm = self._update([p for p, count in zip(self.parameters, counts[3:], strict=True) if count])
             if math.isfinite(norm):
@@ -271,7 +271,7 @@ class _Trainer:
             elif self.machine.scaler.is_enabled():
                 overflow = True  # the usual way in which the scaler finds its scale: not worth a report
             else:
-                names = self._names(self.sampler.whole_batch(self.step))
+                names = self._names(self.sampler.draw(self.step))
                 problems = [f"the gradient is not finite: {names}"]
         self.skipped += bool(problems)
         self.clock["steps"] += 1
@@ -378,7 +378,7 @@ class _Trainer:
 
     def _gather_window(self) -> None:
         """Brings what all processes have summed up to the first one."""
-        windows = self.machine.gather(self.window)
+        windows = gather(self.machine.world, self.window)
         self.window = {}
         for window in windows if self.machine.rank == 0 else ():
             _add(self.window, window)

@@ -288,14 +288,10 @@ class LabelPEnet(nn.Module):
             parts.append(Instances(proposals[kept], labels, share[kept, label], parts[0].image_size))
         return Instances.cat(parts), probabilities
 
-    def needs_proposals(self, module: int) -> bool:
-        """Whether a module works on selective-search proposals."""
-        return self.module(module).needs_proposals
-
     def _proposed(
         self, images: Sequence[np.ndarray], module: int, proposals: Sequence[Tensor] | None
     ) -> Sequence[Tensor] | None:
-        if proposals is not None or not self.needs_proposals(module):
+        if proposals is not None or not self.module(module).needs_proposals:
             return proposals
         return [self.proposals(image) for image in images]
 

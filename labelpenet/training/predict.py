@@ -91,7 +91,7 @@ class Predictor:
 
     def proposals(self, images: Sequence[TaggedImage], module: int, cache: Path | None = None) -> Boxes | None:
         """The photographs' proposals, on all of this process's cores; None where the module needs none."""
-        if isinstance(self.network, Student) or not self.network.needs_proposals(module):
+        if isinstance(self.network, Student) or not self.network.module(module).needs_proposals:
             return None
         settings = self.network.recipe.proposals
         # Of several processes on a machine each has its share of the cores, which Fabric or torchrun told torch.
