@@ -88,8 +88,8 @@ class Machine:
     def __init__(self, fabric: Fabric | None) -> None:
         fabric = fabric or Fabric(accelerator="cpu", devices=1)
         self.device, self.rank, self.world = fabric.device, fabric.global_rank, fabric.world_size
-        self.autocast, precision = fabric.autocast, fabric.strategy.precision
-        self.precision = str(precision.precision)
+        precision = fabric.strategy.precision
+        self.precision, self.autocast = str(precision.precision), precision.forward_context
         if self.precision not in PRECISIONS[1:]:
             raise InputError(f"precision {self.precision} is not supported; choose 32-true, bf16-mixed or 16-mixed")
         self.scaler = getattr(precision, "scaler", None) or torch.amp.GradScaler(self.device.type, enabled=False)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from labelpenet.config import Schedule
+from labelpenet.engine.log import MetricsLog
 from labelpenet.errors import InputError
-
-if TYPE_CHECKING:
-    from labelpenet.engine.log import MetricsLog
 
 
 def learning_rate(schedule: Schedule, step: int) -> float:

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 
 from labelpenet.data import run_folder
@@ -36,9 +37,6 @@ from labelpenet.engine.sampler import MicroBatch, Sampler, seed_step
 from labelpenet.engine.stage import Stage, build_optimiser, learning_rate
 from labelpenet.errors import InputError
 from labelpenet.progress import Progress, silent
-
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
 
 MAX_SKIPPED_IN_A_ROW = 20
 

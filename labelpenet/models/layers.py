@@ -39,9 +39,6 @@ class RoIPooling(nn.Module):
             pooled = roi_align(features, rois, self.size, 1 / self.stride, sampling_ratio=1, aligned=True)
         return pooled.contiguous(memory_format=torch.channels_last)
 
-    def extra_repr(self) -> str:
-        return f"size={self.size}, stride={self.stride}, kind={self.kind}"
-
 
 def by_rois(layers: nn.Module, pooled: Tensor) -> Tensor:
     """Layers that see each RoI by itself, applied without gradients to RoIs (R, ...), `AT_A_TIME` or a multiple of it.

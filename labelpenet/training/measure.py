@@ -169,15 +169,12 @@ def rank_images(
             found, share = network.rank_proposals(pixels, chosen, None, known)
         return found, share.cpu().numpy()
 
-    ranked, probabilities = {}, []
     with (
         Progress("module 1 ranks proposals", len(images), 0) as progress,
         contextlib.closing(map_images(rank, range(len(images)), network.device)) as results,
     ):
-        for image, (found, share) in zip(images, progress.tracked(results), strict=True):
-            ranked[image.id] = found
-            probabilities.append(share)
-    return ranked, np.array(probabilities)
+        ranked = dict(zip((image.id for image in images), progress.tracked(results), strict=True))
+    return {name: found for name, (found, _) in ranked.items()}, np.array([share for _, share in ranked.values()])
 
 
 def render(results: dict[str, Any]) -> str:
