@@ -4,8 +4,6 @@
 generated scenes. `docs/paper-notes.md` has a row for each choice.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence

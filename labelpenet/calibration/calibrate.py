@@ -9,8 +9,6 @@ Shape letters: ``M`` candidates, ``C`` foreground classes, ``K`` instances, ``n`
 map, ``H, W`` the image, ``h, w`` the canvas.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

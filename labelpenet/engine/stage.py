@@ -1,7 +1,5 @@
 """One stretch of training as the engine sees it: a module, a loss, images, and how the parameters are moved."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass

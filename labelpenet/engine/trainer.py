@@ -5,8 +5,6 @@ summed over the processes. As the cut does not depend on the number of processes
 rounding.
 """
 
-from __future__ import annotations
-
 import math
 import signal
 import threading

@@ -23,8 +23,6 @@ is a third backbone for generated scenes, which no one has pretrained: a run tra
 the last stage of stride 16, and what follows it becomes RoI head and, dilated, mask tail (`Staged`).
 """
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 Shape letters: ``N`` images, ``R`` proposals of an image, ``C`` foreground classes, ``D`` features of a RoI.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

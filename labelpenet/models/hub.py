@@ -4,8 +4,6 @@ A folder is written and read offline and without the package huggingface_hub; on
 need it (extra ``hub``).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

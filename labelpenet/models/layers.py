@@ -1,7 +1,5 @@
 """Parts that several modules share: RoI pooling, initialisation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

@@ -3,8 +3,6 @@
 Shape letters: ``R`` RoIs, ``C`` foreground classes, ``K`` detections, ``S`` side of a predicted mask.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """Pretrained weights from files that others made: nothing in them is run, and what no network can use is refused."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Mapping

@@ -10,8 +10,6 @@ With validated labels (`training.validated`) the same module infers for the same
 phases at once, and its instances are checked before they are learnt.
 """
 
-from __future__ import annotations
-
 import copy
 import random
 from collections.abc import Callable, Mapping, Sequence

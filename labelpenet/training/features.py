@@ -4,8 +4,6 @@ A file is named after what its features were made from: the photograph's content
 weights. So no photograph gets the features of another, nor those of other weights, however names and order change.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

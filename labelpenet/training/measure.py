@@ -1,7 +1,5 @@
 """Measures every module of a finished run. The only place beside `evaluate` where annotation is read."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -6,8 +6,6 @@ in which they were; the loop seeds every pass anew, so that nothing drawn here c
 The held-out split's boxes and masks are seen by the `Observer` alone. What trains, `Training`, has no way to it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import random
 import time

@@ -1,7 +1,5 @@
 """A trained run applied to many photographs, by one process or shared by many."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """One run from tags to a trained cascade: the function behind ``labelpenet train``."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
