@@ -20,6 +20,7 @@ import torch
 
 from labelpenet.engine.stage import Stage
 
+_LOADERS = 2  # threads that load
 _STEPS_AHEAD = 2  # how many steps' images are loaded while one is trained on
 
 
@@ -46,7 +47,7 @@ class Sampler:
         if self.stage.load is None:
             yield (self._begin(step, None) for step in range(start, self.stage.steps))
             return
-        pool = ThreadPoolExecutor(max(self.stage.workers, 1), thread_name_prefix="load")
+        pool = ThreadPoolExecutor(_LOADERS, thread_name_prefix="load")
         try:
             yield self._ahead(range(start, self.stage.steps), pool)
         finally:

@@ -19,6 +19,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
+from labelpenet.config import RunOptions
 from labelpenet.data import run_folder
 from labelpenet.engine.checkpoint import (
     check_configuration,
@@ -42,12 +43,10 @@ MAX_SKIPPED_IN_A_ROW = 20
 def train_stage(
     stage: Stage,
     run_dir: Path,
+    options: RunOptions = RunOptions(),
     *,
-    seed: int = 0,
     config: Mapping[str, Any] | None = None,
     fabric: Fabric | None = None,
-    resume: bool = False,
-    checkpoint_minutes: float = 10.0,
     log_every: int = 20,
     log: Callable[[str], None] | None = None,
 ) -> None:
@@ -57,12 +56,11 @@ def train_stage(
     With several processes all must see the same run folder.
 
     Args:
-        seed: of everything random.
+        options: with ``resume`` it continues from the newest checkpoint, and starts where there is none; a finished
+            stage is only loaded. What they say of devices is the fabric's.
         config: the run's configuration, plain values; kept in the checkpoint, and a resumed run must have the same.
         fabric: a launched Fabric: device, precision (``32-true``, ``bf16-mixed`` or ``16-mixed``), processes; None for
             one process on the CPU.
-        resume: continue from the newest checkpoint, start where there is none; a finished stage is only loaded.
-        checkpoint_minutes: time between checkpoints; 0 for one after every step.
         log_every: steps between rows of metrics.
         log: where messages and plain lines of progress go; None for the terminal.
 
@@ -71,13 +69,13 @@ def train_stage(
             damaged, the disk is full, or `MAX_SKIPPED_IN_A_ROW` steps in a row failed (the state is saved).
         KeyboardInterrupt: on Ctrl-C or SIGTERM, after the step was finished and the state saved.
     """
-    trainer = _Trainer(stage, Path(run_dir), seed, config or {}, Machine(fabric), log_every)
-    notes = trainer.restore(resume)
+    trainer = _Trainer(stage, Path(run_dir), options.seed, config or {}, Machine(fabric), log_every)
+    notes = trainer.restore(options.resume)
     with Progress(stage.name, stage.steps, trainer.step, silent if trainer.machine.rank else log) as progress:
         for note in notes:
             progress.say(note)
         if trainer.step < stage.steps:
-            trainer.train(checkpoint_minutes, progress)
+            trainer.train(options.checkpoint_minutes, progress)
     trainer.finish()
 
 

@@ -88,15 +88,8 @@ def distill(
     weights_file = run_folder.weights(out, KIND)
     with open_run(out, {**facts, "source": dict(source or {})}, options.resume, taught, fabric):
         if not weights_file.is_file():
-            train_stage(
-                stage(student, taught, labels, images_together(recipe.schedule.batch_size, fabric)),
-                out,
-                seed=options.seed,
-                config=facts,
-                fabric=fabric,
-                resume=options.resume,
-                checkpoint_minutes=options.checkpoint_minutes,
-            )
+            lessons = stage(student, taught, labels, images_together(recipe.schedule.batch_size, fabric))
+            train_stage(lessons, out, options, config=facts, fabric=fabric)
             if fabric.global_rank == 0:
                 write_tensors(weights_file, student.plain_state(), "free some space and use --resume")
             fabric.barrier()

@@ -91,15 +91,7 @@ class Training:
 
     def train(self, stage: Stage) -> None:
         """Trains a stage of this run, or continues it; see `train_stage`."""
-        train_stage(
-            stage,
-            self.run,
-            seed=self.options.seed,
-            config=self.facts,
-            fabric=self.fabric,
-            resume=self.options.resume,
-            checkpoint_minutes=self.options.checkpoint_minutes,
-        )
+        train_stage(stage, self.run, self.options, config=self.facts, fabric=self.fabric)
 
 
 def pretrain(training: Training, until: int = 4, observer: Observer | None = None) -> None:
