@@ -70,6 +70,11 @@ def build_fabric(device: str = "auto", devices: int = 1, nodes: int = 1, precisi
     return fabric
 
 
+def precision_of(fabric: Fabric) -> str:
+    """What a Fabric computes in, such as ``bf16-mixed``."""
+    return str(fabric.strategy.precision.precision)
+
+
 def _leave() -> None:
     """Ends the process group, whose threads would else abort the process now and then while Python shuts down."""
     if dist.is_initialized():
@@ -89,7 +94,7 @@ class Machine:
         fabric = fabric or Fabric(accelerator="cpu", devices=1)
         self.device, self.rank, self.world = fabric.device, fabric.global_rank, fabric.world_size
         precision = fabric.strategy.precision
-        self.precision, self.autocast = str(precision.precision), precision.forward_context
+        self.precision, self.autocast = precision_of(fabric), precision.forward_context
         if self.precision not in PRECISIONS[1:]:
             raise InputError(f"precision {self.precision} is not supported; choose 32-true, bf16-mixed or 16-mixed")
         self.scaler = getattr(precision, "scaler", None) or torch.amp.GradScaler(self.device.type, enabled=False)

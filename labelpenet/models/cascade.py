@@ -70,15 +70,12 @@ class LabelPEnet(nn.Module):
         self.eval()
 
     def _check_attention(self, backbone: Backbone) -> None:
-        one, two, _, _ = self.recipe.modules
-        for name, attention in ((one.name, one.attention), (two.name, two.attention)):
-            if attention == "excitation":
-                missing = layer_without_rule(getattr(self, name).head)
-                if missing is not None:
-                    raise InputError(
-                        f"{backbone.name}: excitation backprop cannot pass its {missing}; choose "
-                        "--set modules.*.attention=gradient"
-                    )
+        for module in (self.classification, self.detection):
+            if module.settings.attention == "excitation" and (missing := layer_without_rule(module.head)) is not None:
+                raise InputError(
+                    f"{backbone.name}: excitation backprop cannot pass its {missing}; choose "
+                    "--set modules.*.attention=gradient"
+                )
 
     @property
     def device(self) -> torch.device:

@@ -24,7 +24,6 @@ class Classification(nn.Module):
     Args:
         backbone: names tail and RoI head.
         num_classes: C.
-        settings: the recipe's choices.
     """
 
     needs_proposals, needs_masks = True, False

@@ -166,7 +166,6 @@ class Detector(nn.Module):
         backbone: names the parts.
         num_classes: C foreground classes.
         tail: from the stem to the map that RPN and RoI pooling work on.
-        settings: the recipe's choices.
     """
 
     needs_proposals, needs_masks = False, False

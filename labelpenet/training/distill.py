@@ -27,7 +27,7 @@ from labelpenet.data.dataset import TaggedImages
 from labelpenet.data.files import write_tensors
 from labelpenet.data.images import read_image
 from labelpenet.data.transforms import View, random_view, scaled_size
-from labelpenet.engine.distributed import build_fabric, images_together
+from labelpenet.engine.distributed import build_fabric, images_together, precision_of
 from labelpenet.engine.sampler import seed_step
 from labelpenet.engine.stage import Stage
 from labelpenet.engine.trainer import train_stage
@@ -79,7 +79,7 @@ def distill(
         "normalisation": student.normalisation,
         "network": student.description(),
         "seed": options.seed,
-        "precision": str(fabric._precision.precision),
+        "precision": precision_of(fabric),
         "supervision": supervision,
         "images": len(taught.images),
         "labels": digest(_fingerprint(image.id, labels[image.id]) for image in taught.images),

@@ -14,7 +14,7 @@ from labelpenet.data import read_image, run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage
 from labelpenet.data.files import hash_file, hash_files, read_json, write_json
 from labelpenet.engine.checkpoint import versions
-from labelpenet.engine.distributed import map_images
+from labelpenet.engine.distributed import map_images, precision_of
 from labelpenet.errors import InputError
 from labelpenet.evaluation import cascade_table, classification_ap, evaluate
 from labelpenet.formats import open_annotated, read_predictions, write_predictions
@@ -131,7 +131,7 @@ def made_from(run: Path, predictor: Predictor, images: Sequence[TaggedImage]) ->
     hashes = hash_files([image.path for image in images])
     weights = [(path.name, hash_file(path)) for path in sorted(run_folder.weights(run, "stem").parent.iterdir())]
     contents = [(image.id, str(hashes[image.path])) for image in images]
-    text = json.dumps([versions()["labelpenet"], facts, weights, predictor.precision, contents])
+    text = json.dumps([versions()["labelpenet"], facts, weights, precision_of(predictor.fabric), contents])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

@@ -43,11 +43,6 @@ class Predictor:
         return self.network
 
     @property
-    def precision(self) -> str:
-        """That of the predictions, such as ``bf16-mixed``."""
-        return str(self.fabric._precision.precision)
-
-    @property
     def first(self) -> bool:
         """Whether this is the first process, the one that speaks for all."""
         return self.fabric.global_rank == 0

@@ -14,7 +14,7 @@ from labelpenet.data import precomputed, run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImages
 from labelpenet.data.files import hash_files
 from labelpenet.data.proposals import compute_proposals
-from labelpenet.engine.distributed import build_fabric, peers, together
+from labelpenet.engine.distributed import build_fabric, peers, precision_of, together
 from labelpenet.engine.sampler import seed_step
 from labelpenet.errors import InputError
 from labelpenet.models.build import build_backbone
@@ -76,7 +76,7 @@ def train_run(
     seed_step(options.seed, "initialisation", 0)
     body = build_backbone(backbone, weights)
     network = LabelPEnet(body, images.classes, recipe)
-    facts = run_facts(network, images, options.seed, str(fabric._precision.precision))
+    facts = run_facts(network, images, options.seed, precision_of(fabric))
     if supervision is not None:
         facts |= supervision.facts()
     with open_training(network, images, run, fabric, options, facts, source) as training:
