@@ -60,7 +60,7 @@ def measure_run(
     training = None if student else training_images(labelled, data, train_split, classes, images)
     photographs = held_out.tagged.images
     boxes = predictor.proposals(photographs, 1, cache) or {}
-    key = made_from(run, predictor, photographs)
+    key = made_from(run, precision_of(predictor.fabric), photographs)
     truths, notes = held_out.readable_truths()
     trained_on = sum(image.id in labelled for image in photographs)
     if trained_on:
@@ -125,13 +125,13 @@ def training_images(
     return None
 
 
-def made_from(run: Path, predictor: Predictor, images: Sequence[TaggedImage]) -> str:
+def made_from(run: Path, precision: str, images: Sequence[TaggedImage]) -> str:
     """A hash of all that predictions depend on: facts, weights, precision, the photographs' names and content."""
     facts = {name: value for name, value in run_folder.read_facts(run).items() if name != "source"}
     hashes = hash_files([image.path for image in images])
     weights = [(path.name, hash_file(path)) for path in sorted(run_folder.weights(run, "stem").parent.iterdir())]
     contents = [(image.id, str(hashes[image.path])) for image in images]
-    text = json.dumps([versions()["labelpenet"], facts, weights, precision_of(predictor.fabric), contents])
+    text = json.dumps([versions()["labelpenet"], facts, weights, precision, contents])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
