@@ -20,8 +20,8 @@ import torch
 
 from labelpenet.engine.stage import Stage
 
-_LOADERS = 2  # threads that load
-_STEPS_AHEAD = 2  # how many steps' images are loaded while one is trained on
+LOADERS = 2  # threads that load
+STEPS_AHEAD = 2  # how many steps' images are loaded while one is trained on
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,17 @@ class Sampler:
         if self.stage.load is None:
             yield (self._begin(step, None) for step in range(start, self.stage.steps))
             return
-        pool = ThreadPoolExecutor(_LOADERS, thread_name_prefix="load")
+        pool = ThreadPoolExecutor(LOADERS, thread_name_prefix="load")
         try:
             yield self._ahead(range(start, self.stage.steps), pool)
         finally:
             pool.shutdown(cancel_futures=True)
 
     def _ahead(self, steps: range, pool: ThreadPoolExecutor) -> Iterator[list[MicroBatch]]:
-        waiting = deque(self._begin(step, pool) for step in steps[:_STEPS_AHEAD])
+        waiting = deque(self._begin(step, pool) for step in steps[:STEPS_AHEAD])
         for step in steps:
-            if step + _STEPS_AHEAD < steps.stop:
-                waiting.append(self._begin(step + _STEPS_AHEAD, pool))
+            if step + STEPS_AHEAD < steps.stop:
+                waiting.append(self._begin(step + STEPS_AHEAD, pool))
             yield waiting.popleft()
 
     def _begin(self, step: int, pool: ThreadPoolExecutor | None) -> list[MicroBatch]:

@@ -210,7 +210,7 @@ def test_loaded_images_and_their_draws_are_those_of_the_step(tmp_path, workers, 
         return {"a": net.weight.sum()}
 
     stage = Stage("m", net, Schedule(9, batch_size=4), IMAGES, loss, micro_batch=2, load=load)
-    monkeypatch.setattr(sampler, "_LOADERS", workers)
+    monkeypatch.setattr(sampler, "LOADERS", workers)
     train_stage(stage, tmp_path, seed=5, **QUIET)
     draws = set()
     for step in range(9):
