@@ -117,6 +117,7 @@ class _Trainer:
         self.kept = {name: value.clone() for name, value in self.result.items()} if stage.guard else {}
         self.step = 0
         self.skipped = 0
+        self.averaged = 0  # updates that the average has seen, as skipped steps make none
         self.rows: list[Row] = []
         # Sums since the last row of metrics; in the checkpoint, so that a row does not depend on interruptions.
         self.window: dict[str, float] = {}
@@ -150,6 +151,7 @@ class _Trainer:
         if state["scaler"]:
             self.machine.scaler.load_state_dict(state["scaler"])
         self.step, self.skipped, self.rows = state["step"], state["skipped"], state["metrics"]
+        self.averaged = state.get("averaged", self.step // self.stage.repeat)  # earlier versions did not say
         if self.machine.rank == 0:
             self.window = state["window"]
         old, new = state["source"]["versions"], versions()
@@ -172,6 +174,7 @@ class _Trainer:
             "average": self.average,
             "kept": self.kept,
             "skipped": self.skipped,
+            "averaged": self.averaged,
             "window": self.window,
             "metrics": self.rows,
             "config": self.config,
@@ -343,12 +346,12 @@ class _Trainer:
         return problem
 
     def _update_average(self) -> None:
-        ema, (updates, between) = self.stage.ema, divmod(self.step + 1, self.stage.repeat)
-        if ema is None or between:
+        ema = self.stage.ema
+        if ema is None or (self.step + 1) % self.stage.repeat:
             return
-        share = 1 - ema
+        share, self.averaged = 1 - ema, self.averaged + 1
         if not self.stage.ema_from_start:
-            share /= 1 - ema**updates  # the first update replaces the start, and the shares of all add up to 1
+            share /= 1 - ema**self.averaged  # the first update replaces the start, and the shares of all add up to 1
         for name, parameter in self.stage.module.named_parameters():
             if name in self.average:
                 self.average[name].lerp_(parameter.detach(), share)
