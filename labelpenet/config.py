@@ -369,6 +369,7 @@ class StudentNetwork(_Ranged):
         width: channels of the feature pyramid and of the mask head; mask_depth: the latter's convolutions.
         rois: sampled from each image in training; proposals: boxes that the RPN passes on in prediction.
         detections: instances of an image at most.
+        context: whether every RoI also sees the mean of the whole image (see `models.student.build_body`).
     """
 
     width: int = 128
@@ -376,6 +377,7 @@ class StudentNetwork(_Ranged):
     rois: int = 64
     proposals: int = 150
     detections: int = 50
+    context: bool = True
 
 
 @dataclass(frozen=True)
