@@ -160,9 +160,11 @@ def sort_out(labels: Instances, noise: Noise) -> tuple[Instances, Tensor]:
     area = labels.boxes[:, 2:] - labels.boxes[:, :2]
     sure = confident(labels, noise.keep, noise.nested) & (area > 0).all(1)
     taught = labels[sure]
-    if not noise.weighted:
-        taught = Instances(taught.boxes, taught.labels, torch.ones(len(taught)), taught.image_size, taught.masks)
-    return taught, labels.boxes[~sure]
+    if noise.weighted and len(taught):  # the tag is certain, and so is that something shows it
+        same = taught.labels[:, None] == taught.labels
+        best = torch.where(same, taught.weights, 0).amax(1)
+        return taught.weighted(torch.where(best > 0, taught.weights / best, best)), labels.boxes[~sure]
+    return taught.weighted(torch.ones(len(taught))), labels.boxes[~sure]
 
 
 def _fingerprint(name: str, one: Instances) -> bytes:
