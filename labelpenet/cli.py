@@ -746,7 +746,7 @@ def proposals(args: Proposals) -> None:
     try:
         images = open_tagged(args.data, args.split, _names(args.classes), args.images)
     except NotRecognised:
-        images = open_photographs(args.data, ())  # proposals need no tags
+        images = open_photographs(args.data, (), args.split, args.images)  # proposals need no tags
     annotated = open_annotated(args.data, args.split, _names(args.classes), args.images) if args.recall else None
     settings = config.Proposals(args.method, args.side)
     cache = args.cache or default_cache()
@@ -830,7 +830,7 @@ def _exported(args: Export) -> TaggedImages:
         sorted_otherwise = args.split is None and args.data.is_dir() and class_folders(args.data)
         if asked is not None or known is None or not sorted_otherwise:
             return open_tagged(args.data, args.split, asked, args.images)
-    return open_photographs(args.data, known or class_names(args.predictions))
+    return open_photographs(args.data, known or class_names(args.predictions), args.split, args.images)
 
 
 def _doubtful(args: Export, images: TaggedImages) -> TaggedImages:

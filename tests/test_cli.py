@@ -103,6 +103,11 @@ def test_measure_says_which_photographs_it_cannot_judge_the_training_by(
         assert words in capsys.readouterr().err
         results = json.loads((copy / "results.json").read_text())
         assert (results["train"], set(results["val"])) == ({}, {"4"})  # a CorLoc of 0 would be a lie
+    twin = write_scenes(tmp_path / "twin", train=8, val=4, size=(96, 96), seed=4)  # other photographs of the same names
+    for split, words in (("val", "trained on none of the photographs"), ("train", "")):
+        main(["measure", str(copy), str(twin), "--split", split, *options])
+        said = capsys.readouterr().err
+        assert words in said and "photographs that it is measured on" not in said
 
 
 def test_the_report_calls_no_photograph_held_out_that_was_trained_on(

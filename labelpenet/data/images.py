@@ -89,7 +89,12 @@ def image_size(path: Path | str) -> tuple[int, int]:
     """(H, W) in pixels of what `read_image` returns, from the header where the format allows it; errors as there."""
     with _quiet(), _open(Path(path)) as image:
         width, height = image.size
-        return (width, height) if _orientation(image) >= 5 else (height, width)
+        if _orientation(image) < 5:
+            return height, width
+        if image.format == "TIFF":  # Pillow turns these itself: some of its versions the size first, the pixels later
+            height, width, _ = read_image(path).shape
+            return height, width
+        return width, height
 
 
 def upright_file(path: Path, jpeg: bool = False) -> tuple[bytes, str, bool]:

@@ -62,12 +62,15 @@ def read_proposals(path: Path | str, images: Sequence[TaggedImage], limit: int |
     raw = _read(path)
     lookup = _lookup(raw)
     found: dict[str, np.ndarray] = {}
+    owners: dict[str, str] = {}
     notes = []
     for image in images:
-        key = next((lookup[name] for name in _image_names(image) if name in lookup), None)
+        key = _key(image, raw, lookup, path)
         if key is None:
             notes.append(f"{path}: names no proposals for image {image.id}")
             continue
+        if owners.setdefault(key, image.id) != image.id:
+            raise InputError(f"{path}: {key} may be image {owners[key]} or {image.id}; call them by these names there")
         try:
             size = image_size(image.path)
         except InputError as error:
@@ -123,10 +126,16 @@ def _aliases(name: str) -> list[str]:
     return [file, stem, *number]
 
 
-def _image_names(image: TaggedImage) -> list[str]:
-    """The ways in which a file may name an image, the surest first."""
-    number = [] if image.number is None else [str(image.number)]
-    return [image.id, *number, image.path.name, *_aliases(image.id), *_aliases(image.path.name)]
+def _key(image: TaggedImage, raw: Mapping[str, Raw], lookup: Mapping[str, str], path: Path) -> str | None:
+    """The name of an image in the file, one as it is written before any other way to write it: the number of one image
+    is not what another's name ends in. `InputError` where both are there; COCO's rows count by number.
+    """
+    stem, number = image.path.stem, str(image.number)
+    exact = [name for name in (image.id, image.path.name, number, stem) if name in raw]
+    if exact[:2] == [number, stem] and number != stem and not isinstance(raw[number], list):
+        raise InputError(f"{path}: {number} and {stem} may both be {image.id}; call images by their file names there")
+    loose = (name for name in (*_aliases(image.id), *_aliases(image.path.name)) if name in lookup)
+    return exact[0] if exact else lookup.get(next(loose, ""))
 
 
 # --- Files ---

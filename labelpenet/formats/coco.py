@@ -218,10 +218,12 @@ def _chosen(content: CocoFile, split: str | None) -> tuple[list[int | str], list
     for list_file in (content.path.parent / f"{split}.txt", Path(split)):
         if list_file.suffix and is_file(list_file):
             wanted = set(read_names(list_file))
-            ids = [key for key, row in content.images.items() if {str(key), row["file_name"]} & wanted]
+            names = {key: {str(key), row["file_name"], _image_id(row)} for key, row in content.images.items()}
+            ids = [key for key in names if names[key] & wanted]
             if not ids:
                 raise InputError(f"{list_file}: names no image of {content.path}; give image ids or file names")
-            return ids, []
+            absent = len(wanted.difference(*(names[key] for key in ids)))
+            return ids, [f"{absent} lines of {list_file.name} name no image of {content.path.name}"] * bool(absent)
     if split in content.path.stem:
         return list(content.images), []
     return list(content.images), [f"{content.path.name} has no splits: all its images are used as {split!r}"]

@@ -61,7 +61,7 @@ def open_tags_file(
 
     Args:
         path, classes: as `open.open_tagged` takes them; errors, too.
-        split: a name for which ``SPLIT.txt`` lies beside the file, or a text file of file names.
+        split: a name for which ``SPLIT.txt`` lies beside the file or the photographs, or a text file of file names.
         images: the folder that the names are relative to; None: the file's own, or ``images``, ``data`` or one of the
             file's name there.
     """
@@ -217,14 +217,18 @@ def tag_set(values: Iterable[Any]) -> frozenset[str]:
 
 
 def restrict(names: Iterable[str], home: Path, source: Path, split: str | None) -> tuple[list[str], list[str]]:
-    """Those of the names that are in a split, in order, and notes. A data set without any lists is used whole."""
-    lists = [path.stem for path in sorted(home.glob("*.txt")) if path.stem.lower() in SPLIT_NAMES]
+    """Those of the names that are in a split, in order, and notes; its list lies beside the photographs or the file
+    that describes them. A data set without any lists is used whole.
+    """
+    folders = list(dict.fromkeys([source.parent if source.is_file() else source, home]))
+    files = [path for folder in folders for path in sorted(folder.glob("*.txt"))]
+    lists = [path.stem for path in files if path.stem.lower() in SPLIT_NAMES]
     names = list(names)
     if split is None:
         return names, []
-    for path in (home / f"{split}.txt", Path(split)):
+    for path in (*(folder / f"{split}.txt" for folder in folders), Path(split)):
         if path.suffix and is_file(path):
-            wanted = {line.strip().replace("\\", "/") for line in read_text(path).splitlines()} - {""}
+            wanted = set(map(_name, read_text(path).splitlines())) - {""}
             chosen = [name for name in names if name in wanted]
             if not chosen:
                 raise InputError(f"{path}: names no image of {source}; give file names relative to {home}")
@@ -371,7 +375,12 @@ def _read_json(path: Path) -> _Table:
     if not isinstance(content, dict):
         raise InputError(f'{path}: expected {{"file": ["tag", ...], ...}}; write one object with a list for each file')
     table, cells = _Table(), list[tuple[str, int, list[str]]]()
-    for number, (name, values) in enumerate(content.items(), 1):
+    # in pairs, for of a name that stands there twice an object has the last tags alone
+    pairs = [pair for pair in json.loads(read_text(path), object_pairs_hook=list) if pair[0] in content]
+    if len(pairs) > len(content):
+        again = len(pairs) - len(content)
+        table.notes.append(f"{again} entries of {path.name} name a file again; the tags of a file are put together")
+    for number, (name, values) in enumerate(pairs, 1):
         if isinstance(values, str):
             table.add(_name(name), frozenset())  # its place among the others
             cells.append((_name(name), number, [values]))

@@ -124,8 +124,8 @@ def _read(path: Path, images: Path | None) -> _Tasks:
             reason = f"may be {name}, as may be {addresses[name][:80]}" if name else f"is not in {home}"
             problems.append(f"{where}: its image ({address[:80]}) {reason}")
             continue
+        several += len(annotations) > 1 or name in tasks.tags
         tasks.tags[name] = tasks.tags.get(name, frozenset()) | tags
-        several += len(annotations) > 1
         tasks.results[name] = annotations[-1]
     if not tasks.tags:
         raise InputError(problems[0] if problems else f"{path}: no task has an annotation; annotate and export again")

@@ -232,10 +232,9 @@ def _truth(path: Path, photograph: Path, classes: Sequence[str]) -> Truth:
         drawing = np.logical_or.reduce([_drawn(shape, size, path) for shape in shapes])
         if not drawing.any():
             raise InputError(f"{path}: a {shapes[0]['label']} without a pixel inside the photograph; remove it")
-        found.append(Shape(shapes[0]["label"], f"object {len(found) + 1}", None, drawing))
-    if any(shape.get("shape_type") == "rectangle" for shapes in groups.values() for shape in shapes):
-        boxes = masks_to_boxes(torch.from_numpy(np.array([one.mask for one in found])))
-        found = [replace(one, box=box, mask=None) for one, box in zip(found, boxes.tolist(), strict=True)]
+        boxed = any(shape.get("shape_type") == "rectangle" for shape in shapes)
+        box = masks_to_boxes(torch.from_numpy(drawing)[None])[0].tolist() if boxed else None
+        found.append(Shape(shapes[0]["label"], f"object {len(found) + 1}", box, None if boxed else drawing))
     return read_truth(found, size, classes, path)
 
 

@@ -56,12 +56,21 @@ def open_annotated(
     return found
 
 
-def open_photographs(data: Path, classes: Sequence[str]) -> TaggedImages:
-    """A photograph, or all in a folder and below, without tags, as `labelpenet predict` takes them; errors:
-    `find_images`.
+def open_photographs(
+    data: Path, classes: Sequence[str], split: str | None = None, images: Path | None = None
+) -> TaggedImages:
+    """A photograph, or all in a folder and below, without tags, as `labelpenet predict` takes them.
+
+    Raises:
+        InputError: as `find_images`; an unknown ``split``; ``images``, as the folder is that of its photographs.
     """
-    images = tuple(TaggedImage(name, path, ()) for name, path in find_images([data]))
-    return TaggedImages(tuple(classes), images, (f"{data}: no tags are known of its {len(images)} photographs",))
+    _check_own(data, images)
+    if split is not None and (data / split).is_dir():
+        data, split = data / split, None
+    files = dict(find_images([data]))
+    names, notes = folder.restrict(files, data, data, split)
+    found = tuple(TaggedImage(name, files[name], ()) for name in names)
+    return TaggedImages(tuple(classes), found, (f"{data}: no tags are known of its {len(found)} photographs", *notes))
 
 
 def training_split(data: Path | str) -> str | None:

@@ -178,7 +178,9 @@ def match_images(
     by_stem = _unique(*((image.path.stem, image) for image in images))
     by_number = _unique(*((image.number, image) for image in images if image.number is not None))
     if entries is None:
-        digits = _unique(*((int(text), image) for image in images if (text := _digits(image.path.stem))))
+        # of images with numbers of their own, that another's name ends in the digits says nothing
+        stems = [] if by_number else [(_digits(image.path.stem), image) for image in images]
+        digits = _unique(*((int(text), image) for text, image in stems if text))
         return {key: image.id for key, image in (digits | by_stem | by_name | by_id | by_number).items()}
     exact: dict[Any, TaggedImage] = {}
     alike: dict[Any, TaggedImage] = {}

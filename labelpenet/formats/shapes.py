@@ -44,16 +44,18 @@ def read_truth(
     source: object,
     semantic: np.ndarray | None = None,
     notes: Sequence[str] = (),
+    masked: bool = True,
 ) -> Truth:
     """The truth of one image of ``size`` (H, W).
 
     A box that overhangs is cut at the border. An object without area, or without a box that can be read, is left out. A
     mask that cannot be read costs the image its masks, not its boxes. All that is said in the truth's notes, with
-    ``source``; what overhangs by no more than a pixel is not worth a word. Masks are kept where every object has one.
+    ``source``; what overhangs by no more than a pixel is not worth a word. Masks are kept where every object has one:
+    an image that shows none of the classes has all masks, none, and what is found in it is wrong.
 
     Args:
         classes: those that are asked for, in label order; other objects are skipped.
-        semantic, notes: taken over.
+        semantic, notes: taken over; masked: whether objects of the image would have masks.
     """
     label = {name: index for index, name in enumerate(classes)}
     said = list(notes)
@@ -87,12 +89,13 @@ def read_truth(
             masks.append(mask)
     if 0 < len(masks) < len(kept) and not damaged:
         said.append(f"{source}: {len(kept) - len(masks)} of {len(kept)} objects have no mask; only boxes are used")
+    whole = len(masks) == len(kept) and (bool(kept) or (masked and complete and not damaged))
     instances = Instances(
         torch.from_numpy(np.array(boxes, np.float32).reshape(-1, 4)),
         torch.tensor([label[shape.name] for shape in kept], dtype=torch.long),
         torch.ones(len(kept)),
         size,
-        torch.stack(masks) if masks and len(masks) == len(kept) else None,
+        torch.stack([torch.zeros(size, dtype=torch.bool), *masks])[1:] if whole else None,
     )
     return Truth(
         instances,

@@ -188,7 +188,7 @@ def read_truth(year: Path, image: TaggedImage, classes: Sequence[str], order: Ca
     if instance_map is not None:
         objects = [replace(one, mask=instance_map == number) for number, one in enumerate(objects, 1)]
     semantic = None if class_map is None else _chosen_classes(class_map, order(), classes)
-    return read_shapes(objects, size, classes, annotation, semantic, notes)
+    return read_shapes(objects, size, classes, annotation, semantic, notes, masked=instance_map is not None)
 
 
 def map_classes(year: Path) -> tuple[str, ...]:

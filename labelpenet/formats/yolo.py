@@ -272,6 +272,8 @@ def _photographs(root: Path, place: str, source: Path) -> list[Path]:
 def _labels(path: Path, photograph: Path, images: Path | None) -> Path:
     """The label file of a photograph, beside it or, where photographs lie in ``images``, beside the file ``path``."""
     tried = [_label_file(photograph)]
+    if not tried[0].parent.is_dir():  # labelImg writes them beside the photographs, whatever their folder is called
+        tried.append(photograph.with_suffix(".txt"))
     if images is not None:
         below = photograph.relative_to(images)
         tried += [_label_file(path.parent / below), (path.parent / "labels" / below).with_suffix(".txt")]

@@ -83,6 +83,8 @@ class Review:
             one.reviewed, notes = read_review(path, images.images, images.classes)
             if notes:  # going on would leave out of the file what cannot be shown
                 raise InputError(f"{notes[0]}; review them with their own data and classes, or choose another --out")
+            if any(_is_foreign(row, found.rows(name)) for name, said in one.reviewed.items() for row in said.rows):
+                raise InputError(f"{path}: was begun on other labels than {run} has now; choose another --out")
             one._written = path.stat().st_mtime_ns
         return one
 
@@ -149,6 +151,12 @@ class Review:
                 raise InputError(f"{self.path}: was changed by another program; end this review and start it again")
             write_review(self.path, reviewed, self.all, self.classes)
             self.reviewed, self._written = reviewed, self.path.stat().st_mtime_ns
+
+
+def _is_foreign(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
+    """Whether a row of a review is of another instance than that of its number now: a later module has labelled."""
+    number = row.get("instance")
+    return number is not None and (not 0 <= number < len(rows) or row.get("bbox") != rows[number].get("bbox"))
 
 
 def _path(found: Instances, index: int) -> str:

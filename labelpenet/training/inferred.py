@@ -18,6 +18,7 @@ import torch
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.files import is_whole, read_json, sealed, write_text, writing
+from labelpenet.data.images import image_size
 from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
 from labelpenet.formats.predictions import coco_text
@@ -118,7 +119,10 @@ def infer_all(
         try:
             found = infer(image)
         except InputError as error:
-            return {"id": image.id, "size": [1, 1], "rows": []}, f"skipped: {error}"
+            size = [1, 1]
+            with contextlib.suppress(InputError):  # of a truncated file the size is known
+                size = list(image_size(image.path))
+            return {"id": image.id, "size": size, "rows": []}, f"skipped: {error}"
         rows = found.to("cpu").to_coco(image.id)
         return {"id": image.id, "size": list(found.image_size), "rows": rows}, ""
 

@@ -59,14 +59,13 @@ def measure_run(
     modules = (4,) if student else modules
     held_out = open_annotated(data, split, classes, images)
     labelled = set[str]() if student else labelled_images(run, len(classes))
-    training = None if student else training_images(labelled, data, train_split, classes, images)
+    training = None if student else training_images(run, labelled, data, train_split, classes, images)
     photographs = held_out.tagged.images
     boxes = predictor.proposals(photographs, 1, cache) or {}
     key = made_from(run, predictor, photographs)
     truths, notes = held_out.readable_truths()
-    trained_on = sum(image.id in labelled for image in photographs)
-    if trained_on:
-        notes += (f"the run was trained on {trained_on} of the {len(photographs)} photographs that it is measured on",)
+    if both := len(trained_on(run, labelled, photographs)):
+        notes += (f"the run was trained on {both} of the {len(photographs)} photographs that it is measured on",)
     for note in (*held_out.tagged.notes, *notes):
         _log.warning("note: %s", note)
     train_truths = training.readable_truths()[0] if training else {}
@@ -112,14 +111,25 @@ def labelled_images(run: Path, num_classes: int) -> set[str]:
     return set()
 
 
+def trained_on(run: Path, labelled: Collection[str], images: Sequence[TaggedImage]) -> set[str]:
+    """The ids of the images that were labelled: under the same id and, where the run knows it, with the same content;
+    another data set may count its photographs in the same way.
+    """
+    path = run_folder.photographs(run)
+    known = read_json(path) if path.is_file() else {}
+    hashes = hash_files([image.path for image in images if image.id in labelled and image.id in known])
+    return {image.id for image in images if image.id in labelled and known.get(image.id) == hashes.get(image.path)}
+
+
 def training_images(
-    labelled: Collection[str], data: Path, split: str | None, classes: Sequence[str], images: Path | None
+    run: Path, labelled: Collection[str], data: Path, split: str | None, classes: Sequence[str], images: Path | None
 ) -> AnnotatedImages | None:
     """The annotated photographs of a split that were labelled; None, and a note, where ``data`` has none of them."""
     try:
-        own = open_annotated(data, split, classes, images).where(lambda image: image.id in labelled)
-        if own.tagged.images:
-            return own
+        found = open_annotated(data, split, classes, images)
+        own = trained_on(run, labelled, found.tagged.images)
+        if own:
+            return found.where(lambda image: image.id in own)
         why = f"the run was trained on none of the photographs of {data}, split {split}"
     except InputError as error:
         why = str(error)

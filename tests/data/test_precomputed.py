@@ -199,6 +199,27 @@ def test_ambiguous_names_are_not_guessed(tmp_path: Path, images: list[TaggedImag
         read_proposals(path, images)
 
 
+def test_no_image_takes_the_boxes_of_another(tmp_path: Path) -> None:
+    """Numbers as CVAT counts, one more than in the names; the same name in two folders."""
+    for name in ("000000.jpg", "000001.jpg", "000002.jpg", "a/x.jpg", "b/x.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", SIZE[::-1]).save(tmp_path / name)
+    counted = [TaggedImage(f"{i:06}.jpg", tmp_path / f"{i:06}.jpg", (0,), i + 1) for i in range(3)]
+    boxes = {i: [[0, 0, 10 + i, 10]] for i in range(3)}
+    np.savez(tmp_path / "by-stem.npz", **{f"{i:06}": boxes[i] for i in range(3)})
+    rows = [{"image_id": i + 1, "bbox": boxes[i][0]} for i in range(3)]
+    for path in (tmp_path / "by-stem.npz", write(tmp_path / "by-number.json", rows)):
+        assert {name: one.tolist() for name, one in read_proposals(path, counted).items()} == {
+            f"{i:06}.jpg": boxes[i] for i in range(3)
+        }
+    either = write(tmp_path / "either.json", {"1": boxes[0], "000000": boxes[1]})
+    with pytest.raises(InputError, match=r"either\.json: 1 and 000000 may both be 000000\.jpg"):
+        read_proposals(either, counted)
+    twins = [TaggedImage(name, tmp_path / name, (0,)) for name in ("a/x.jpg", "b/x.jpg")]
+    with pytest.raises(InputError, match=r"x\.jpg may be image a/x\.jpg or b/x\.jpg"):
+        read_proposals(write(tmp_path / "twins.json", {"x.jpg": boxes[0]}), twins)
+
+
 def test_limit_repetitions_edges_and_nothing(tmp_path: Path, images: list[TaggedImage]) -> None:
     rows = [[-0.5, 0, 80.9, 60], [0, 0, 80, 60], [3, 3, 3, 9], [1, 1, 2, 2], [4, 4, 9, 9]]
     path = write(tmp_path / "boxes.json", {"000005": rows, "2008_000002": []})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from labelpenet import InputError
+from labelpenet.evaluation import evaluate
 from labelpenet.formats import open_annotated, open_tagged
 from tests.formats.kits import coco_content, coco_set, photograph
 
@@ -40,8 +42,12 @@ def test_a_split_names_photographs_whose_names_hold_blanks(tmp_path: Path) -> No
     content["images"][0]["file_name"] = "x 1.jpg"
     coco_set(tmp_path, content)
     photograph(tmp_path / "images" / "x 1.jpg")
-    (tmp_path / "few.txt").write_text("# mine\nx 1.jpg\nsub/y.jpg  -1\n")
-    assert [image.id for image in open_tagged(tmp_path, "few").images] == ["x 1.jpg", "sub/y.jpg"]
+    content["images"][1]["file_name"] = "./sub\\y.jpg"
+    coco_set(tmp_path, content)
+    (tmp_path / "few.txt").write_text("# mine\nx 1.jpg\nsub/y.jpg  -1\nz.jpg\n")
+    few = open_tagged(tmp_path, "few")
+    assert [image.id for image in few.images] == ["x 1.jpg", "sub/y.jpg"]
+    assert "1 lines of few.txt name no image of instances.json" in few.notes
 
 
 def test_truth_polygons_run_lengths_and_crowd(tmp_path: Path) -> None:
@@ -58,6 +64,16 @@ def test_truth_polygons_run_lengths_and_crowd(tmp_path: Path) -> None:
     assert truth.instances.masks[1].sum() == 48
     assert truth.instances.masks[1][:, :2].all()
     assert len(annotated.read("sub/y.jpg").instances) == 0
+
+
+@pytest.mark.parametrize("protocol", ["voc12", "coco"])
+def test_what_is_found_in_a_photograph_without_objects_is_wrong_of_masks_too(tmp_path: Path, protocol: str) -> None:
+    truths = open_annotated(coco_set(tmp_path), classes=["cat"]).truths()
+    cat = truths["x.jpg"].instances
+    sure = replace(cat, weights=torch.tensor([0.9]))
+    found = {"x.jpg": replace(cat, weights=torch.tensor([0.5])), "sub/y.jpg": sure}
+    result = evaluate(found, truths, ["cat"], protocol)
+    assert [result["box"]["mAP"], result["mask"]["mAP@0.5"]] == pytest.approx([0.5, 0.5])
     assert open_annotated(tmp_path, classes=["cat"]).read("x.jpg").instances.labels.tolist() == [0]
 
 

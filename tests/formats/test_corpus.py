@@ -11,7 +11,7 @@ import pytest
 
 from labelpenet import InputError
 from labelpenet.formats import open_annotated, open_tagged
-from tests.formats.corpus import CAT, DOG, LAYOUTS, REFUSED, coco, photographs, plain_yolo, write, yolo
+from tests.formats.corpus import CAT, DOG, LAYOUTS, REFUSED, coco, flat_yolo, photographs, plain_yolo, write, yolo
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -56,6 +56,11 @@ def test_yolo_labels_may_lie_beside_the_file_and_the_photographs_elsewhere(tmp_p
     annotated = open_annotated(data, None, None, elsewhere)
     (first,) = (one for one in annotated.tagged.images if one.path.name == "a.jpg")
     assert first.tags == (0, 1) and len(annotated.read(first.id).instances) == 2
+
+
+def test_yolo_labels_beside_their_photographs_whatever_the_folder_is_called(tmp_path: Path) -> None:
+    images = open_tagged(flat_yolo(tmp_path / "images"))
+    assert {image.id: image.tags for image in images.images} == {"a.jpg": (0, 1), "b.jpg": ()}
 
 
 def test_photographs_of_one_name_that_coco_has_elsewhere_are_not_mixed_up(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from labelpenet import InputError
 from labelpenet.formats import open_annotated, open_tagged
+from labelpenet.formats.open import open_photographs
 from tests.formats.corpus import labelme
 from tests.formats.kits import photograph
 
@@ -47,6 +48,9 @@ def test_tags_json(tmp_path: Path) -> None:
     pets(tmp_path)
     (tmp_path / "tags.json").write_text(json.dumps({"one.jpg": ["cat"], "sub\\three.webp": "dog;cat", "four.jpg": []}))
     assert tags_of(tmp_path) == {"one.jpg": ("cat",), "sub/three.webp": ("cat", "dog"), "four.jpg": ()}
+    (tmp_path / "tags.json").write_text('{"one.jpg": ["cat"], "four.jpg": "dog", "one.jpg": ["dog"]}')
+    assert tags_of(tmp_path) == {"one.jpg": ("cat", "dog"), "four.jpg": ("dog",)}
+    assert any("1 entries of tags.json name a file again" in note for note in open_tagged(tmp_path).notes)
     (tmp_path / "tags.json").write_text(json.dumps({"one.jpg": ["cat"], "four.jpg": 7}))
     assert "1 rows look odd" in open_tagged(tmp_path).notes
 
@@ -62,6 +66,16 @@ def test_what_may_be_meant_otherwise_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="write cat;dog, or name the classes"):
         open_tagged(tmp_path)
     assert tags_of(tmp_path, None, ["cat & dog", "cat"]) == {"one.jpg": ("cat & dog",), "two.PNG": ("cat",)}
+
+
+def test_a_rectangle_among_outlines_costs_the_masks_and_it_is_said(tmp_path: Path) -> None:
+    labelme(shapes=True)(tmp_path)
+    content = json.loads((tmp_path / "a.json").read_text())
+    content["shapes"][1] |= {"shape_type": "rectangle", "points": [[10, 2], [30, 22]]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    truth = open_annotated(tmp_path).read("a.jpg")
+    assert truth.instances.boxes.tolist() == [[4, 6, 20, 18], [10, 2, 30, 22]] and truth.instances.masks is None
+    assert "1 of 2 objects have no mask; only boxes are used" in truth.notes[0]
 
 
 def test_flags_beside_shapes_are_said_to_be_no_tags(tmp_path: Path) -> None:
@@ -105,6 +119,28 @@ def test_lists_for_splits(tmp_path: Path) -> None:
     assert list(tags_of(tmp_path, "train")) == ["two.PNG"]
     with pytest.raises(InputError, match="no split 'val'; available are train"):
         open_tagged(tmp_path, "val")
+
+
+def test_lists_lie_beside_the_tags_file_or_the_photographs(tmp_path: Path) -> None:
+    pets(tmp_path / "images")
+    (tmp_path / "tags.csv").write_text("file,tags\none.jpg,cat\ntwo.PNG,dog\n")
+    (tmp_path / "val.txt").write_text("./two.PNG\r\n")
+    (tmp_path / "images" / "test.txt").write_text("one.jpg\n")
+    assert list(tags_of(tmp_path, "val")) == ["two.PNG"]
+    assert list(tags_of(tmp_path, "test")) == ["one.jpg"]
+    with pytest.raises(InputError, match="no split 'train'; available are val, test"):
+        open_tagged(tmp_path, "train")
+
+
+def test_photographs_without_tags_have_splits_too(tmp_path: Path) -> None:
+    pets(tmp_path)
+    (tmp_path / "val.txt").write_text("two.PNG\n")
+    assert [image.id for image in open_photographs(tmp_path, ["cat"], "val").images] == ["two.PNG"]
+    assert [image.id for image in open_photographs(tmp_path, ["cat"], "sub").images] == ["three.webp"]
+    with pytest.raises(InputError, match="no split 'train'"):
+        open_photographs(tmp_path, ["cat"], "train")
+    with pytest.raises(InputError, match="its photographs are its own"):
+        open_photographs(tmp_path, ["cat"], None, tmp_path / "sub")
 
 
 def test_supervision_of_another_layout_is_never_taken_for_images(tmp_path: Path) -> None:

@@ -96,6 +96,9 @@ def test_bare_results_list_of_another_tool(tmp_path, kind):
     assert f"their numbers are taken as 17 {CLASSES[0]}, 3 {CLASSES[1]}, 5 {CLASSES[2]}" in read.notes[0]
     for name in read:
         assert_same(read[name], found[name])
+    if kind == "number":  # that another photograph's name has the digits says nothing
+        with pytest.raises(InputError, match="image_id '2008000001' is unknown"):
+            read_predictions(saved(tmp_path / "r.json", [{**rows[0], "image_id": 2008000001}]), images, CLASSES, IDS)
 
 
 def test_sizes_come_from_the_photograph_where_the_file_has_none(tmp_path):

@@ -121,7 +121,10 @@ def test_truth_boxes_flags_masks_and_classes(tmp_path: Path) -> None:
 
 
 def test_a_class_left_out_becomes_background(tmp_path: Path) -> None:
-    truth = open_annotated(voc_kit(tmp_path), "train", ["dog"]).read("a")
+    birds = open_annotated(voc_kit(tmp_path), "train", ["bird"])
+    assert birds.read("a").instances.masks is not None  # its map shows that there is no bird; b has no map
+    assert birds.read("b").instances.masks is None
+    truth = open_annotated(tmp_path, "train", ["dog"]).read("a")
     assert truth.instances.labels.tolist() == [0]
     assert truth.instances.boxes.tolist() == [[10, 4, 30, 20]]
     assert truth.instances.masks is not None

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from labelpenet.cli import main
-from labelpenet.data import TaggedImages
+from labelpenet.data import TaggedImages, run_folder
 from labelpenet.errors import InputError
 from labelpenet.formats.review import read_review
 from labelpenet.instances import Instances
@@ -192,6 +192,21 @@ def test_large_photographs_are_sent_no_larger_than_a_screen(server: Server) -> N
 
     Image.new("RGB", (3200, 40)).save(server.review.ranked[0][0].path)
     assert Image.open(io.BytesIO(ask(server, "/photographs/0/picture")[1])).size == (1600, 20)
+
+
+def test_a_review_of_the_labels_of_an_earlier_module_is_not_gone_on_with(
+    run: tuple[Path, TaggedImages], tmp_path: Path
+) -> None:
+    folder, images = run
+    path, last = tmp_path / "review.json", run_folder.instances(folder, "module4")
+    labels = last.read_text()
+    last.unlink()
+    earlier = Review.open(folder, images, path)
+    earlier.judge(0, "accepted", {0: 1})
+    assert Review.open(folder, images, path).status(earlier.ranked[0][0]) == "accepted"
+    last.write_text(labels)
+    with pytest.raises(InputError, match="was begun on other labels"):
+        Review.open(folder, images, path)
 
 
 def test_a_file_of_another_data_set_or_kind_is_not_taken_over(run: tuple[Path, TaggedImages], tmp_path: Path) -> None:
