@@ -389,13 +389,15 @@ def build_body(
         context: ends the chain with a map of stride 64 and the mean of the whole image. As the coarsest map of the
             pyramid that mean is added to all others, so that each RoI knows what the photograph shows.
     """
+    normalisation: dict[str, Sequence[float]]
     if name.startswith("timm/"):
         body, normalisation = _timm_body(name, weights, pretrained)
     else:
         backbone, network = build_backbone(name, weights, pretrained), whole_network(name, weights, pretrained)
-        body, normalisation = getattr(network, "features", network), {"mean": backbone.mean, "std": backbone.std}
-        if name == "mobilenet_v2" and not context:
-            body = body[:-1]  # the last layer serves the classifier alone
+        chain: Any = getattr(network, "features", network)
+        # without context the last layer of MobileNetV2 serves the classifier alone
+        body = chain[:-1] if name == "mobilenet_v2" and not context else chain
+        normalisation = {"mean": backbone.mean, "std": backbone.std}
     if context:
         body.add_module(_COARSE, nn.MaxPool2d(1, 2))
         body.add_module(_CONTEXT, nn.AdaptiveAvgPool2d(1))
