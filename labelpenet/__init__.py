@@ -1,7 +1,5 @@
 """Label-PEnet: instance segmentation from image tags alone."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

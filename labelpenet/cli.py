@@ -57,7 +57,7 @@ HeldOut = Annotated[
     ),
 ]
 Shorten = Annotated[float, arg(help="Multiply every stage's number of steps.")]
-Device = Annotated[Literal["auto", "cpu", "cuda"], arg(help="Where to compute.")]
+Device = Annotated[config.Device, arg(help="Where to compute.")]
 Cache = Annotated[Path | None, _optional("PATH", "Folder of the proposals' cache. Default: the user's cache folder.")]
 Protocol = Annotated[
     Literal["voc07", "voc12", "coco"],
@@ -276,7 +276,7 @@ class Proposals:
     split: Split = None
     images: ImageFolder = None
     classes: Classes = None
-    method: Literal["selective-search-fast", "selective-search-quality", "edge-boxes"] = "selective-search-fast"
+    method: config.Method = "selective-search-fast"
     """How."""
     side: int | None = 250
     """Longer side of the image that they are computed on."""

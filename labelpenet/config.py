@@ -16,6 +16,9 @@ from labelpenet.old_recipe import inferred_second_stage, modernise, vote_in_cali
 
 Pool = typing.Literal["max", "align"]
 Attention = typing.Literal["excitation", "gradient"]
+Method = typing.Literal["selective-search-fast", "selective-search-quality", "edge-boxes"]
+Device = typing.Literal["auto", "cpu", "cuda"]
+Precision = typing.Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 _FIXED = {"fixed": True}  # of what says who a thing is and cannot be set
 
 
@@ -100,7 +103,7 @@ class Proposals(_Ranged):
         min_area: proposals smaller than this fraction of the image are dropped.
     """
 
-    method: typing.Literal["selective-search-fast", "selective-search-quality", "edge-boxes"] = "selective-search-fast"
+    method: Method = "selective-search-fast"
     side: int | None = None
     limit: int = 1600
     min_area: float = 0.0
@@ -420,13 +423,13 @@ class RunOptions:
     """Continue what the folder to write holds."""
     seed: int = 0
     """Of everything random."""
-    device: typing.Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """Where to train."""
     devices: int = 1
     """Processes on this machine (one per GPU)."""
     nodes: int = 1
     """Machines."""
-    precision: typing.Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
+    precision: Precision = "auto"
     """auto: bf16-mixed where the hardware has it, else 32-true."""
     checkpoint_minutes: float = 5.0
     """Minutes between checkpoints; 0 for one after every step."""

@@ -3,8 +3,6 @@
 scipy's reader ends the process (a segmentation fault) on some damaged files; this one raises.
 """
 
-from __future__ import annotations
-
 import struct
 import zlib
 from collections.abc import Iterator

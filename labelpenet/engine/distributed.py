@@ -13,13 +13,14 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from labelpenet.config import Device, Precision
 from labelpenet.errors import InputError, reason
 
 T = TypeVar("T")
@@ -29,7 +30,7 @@ _BUCKET = 16 * 2**20  # numbers in one message when gradients are summed over pr
 
 _REMEDY = "what is finished is kept: see what the process said, then run the command again, with --resume if it trains"
 
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+PRECISIONS = get_args(Precision)
 
 
 def build_fabric(device: str = "auto", devices: int = 1, nodes: int = 1, precision: str = "auto") -> Fabric:
@@ -43,7 +44,7 @@ def build_fabric(device: str = "auto", devices: int = 1, nodes: int = 1, precisi
     Raises:
         InputError: there is no such device, an unknown precision, or more processes than cores.
     """
-    if device not in ("auto", "cpu", "cuda"):
+    if device not in get_args(Device):
         raise InputError(f"unknown device {device!r}; choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("no CUDA device is available here; use --device cpu")
