@@ -109,7 +109,9 @@ def read_labels(run: Path, path: Path | None, images: TaggedImages) -> tuple[Map
     Raises:
         InputError: there are none, or the file cannot be used.
     """
-    path = path or run_folder.instances(run, "module4")
+    if path is None:
+        path = run_folder.instances(run, "module4")
+        run_folder.check_own(run, {image.id: image.path for image in images.images})
     if not path.exists():
         raise InputError(f"{path}: not there; train the run's module 4, or give labels with --labels")
     labels = read_predictions(path, images, images.classes)
