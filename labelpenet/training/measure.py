@@ -77,7 +77,7 @@ def measure_run(
     for note in (*held_out.tagged.notes, *notes):
         _log.warning("note: %s", note)
     train_truths = training.readable_truths()[0] if training else {}
-    results: dict[str, Any] = {"split": split, "protocol": protocol, "train": {}, "val": {}}
+    results: dict[str, Any] = {"split": split, "protocol": protocol, "trained_on": both, "train": {}, "val": {}}
     for number in modules:
         if training:
             labels = read_inferred(run, f"module{number}", len(classes))
