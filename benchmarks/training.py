@@ -49,7 +49,7 @@ from labelpenet.config import Recipe, Schedule
 from labelpenet.data import TaggedImages, read_image, write_scenes
 from labelpenet.data.proposals import compute_proposals
 from labelpenet.engine.distributed import build_fabric, map_images
-from labelpenet.engine.sampler import batches, seed_step, stream_seed
+from labelpenet.engine.sampler import LOADERS, STEPS_AHEAD, batches, seed_step, stream_seed
 from labelpenet.engine.stage import Stage, build_optimiser, learning_rate
 from labelpenet.engine.trainer import train_stage
 from labelpenet.formats import open_tagged, training_split
@@ -62,7 +62,6 @@ from labelpenet.models.segmentation import MASK_POOL, SpatialPyramid
 from labelpenet.training import curriculum
 from labelpenet.training.pretrain import Training, stage
 
-AHEAD = 2  # steps whose images are loaded while one is trained on, as in `train_stage`
 CHECKPOINT_SECONDS = 300  # between two checkpoints of `labelpenet train`
 VOC07 = 5011  # images of VOC 2007 trainval: what an inference's hours are for
 PARTS = ("data", "stem", "RoI heads", "dense CRF", "other", "backward", "optimiser")
@@ -222,11 +221,11 @@ def load_ahead(one: Stage) -> Iterator[list[Future[Any]]]:
             for i, seed in zip(cuts, seeds, strict=True)
         ]
 
-    with ThreadPoolExecutor(one.workers) as pool:
-        waiting = [begin(step) for step in range(min(AHEAD, one.steps))]
+    with ThreadPoolExecutor(LOADERS) as pool:
+        waiting = [begin(step) for step in range(min(STEPS_AHEAD, one.steps))]
         for step in range(one.steps):
-            if step + AHEAD < one.steps:
-                waiting.append(begin(step + AHEAD))
+            if step + STEPS_AHEAD < one.steps:
+                waiting.append(begin(step + STEPS_AHEAD))
             yield waiting.pop(0)
 
 
@@ -433,7 +432,7 @@ def inference_row(setting: Setting, number: int, clock: Clock) -> Row:
                 pixels = read_image(images[index].path)
                 boxes = training.boxes(images[index], pixels.shape)
             features = training.features.known(images[index]) if number == 1 else None
-            proposals = [boxes] if network.needs_proposals(number) else None
+            proposals = [boxes] if network.module(number).needs_proposals else None
             with training.fabric.autocast():
                 batch = network.batch(
                     [pixels], [images[index].tags], proposals, None if features is None else [features]

@@ -1,5 +1,6 @@
 """The command line: parses, calls, prints. Everything else lives in the rooms below.
 
+A command is a class, its options, and a function below, which raises `InputError` for what cannot be used.
 Exit status: 0 done; 2 the input cannot be used (one line on standard error says why and what to do); 130 interrupted.
 """
 
@@ -557,7 +558,6 @@ def _open_held_out(args: Train | ForwardBackward, images: TaggedImages) -> Annot
 
 
 def train(args: Train) -> None:
-    """``labelpenet train``; bad input is an `InputError`."""
     recipe = _changed(config.recipe(args.recipe), args)
     images, source = _open_training(args, _names(args.classes))
     held_out = _open_held_out(args, images)
@@ -583,7 +583,6 @@ def train(args: Train) -> None:
 
 
 def forward_backward(args: ForwardBackward) -> None:
-    """``labelpenet forward-backward``; bad input is an `InputError`."""
     from labelpenet.models.cascade import read_run
     from labelpenet.training import curriculum
 
@@ -598,7 +597,6 @@ def forward_backward(args: ForwardBackward) -> None:
 
 
 def distill(args: Distill) -> None:
-    """``labelpenet distill``; bad input is an `InputError`."""
     from labelpenet.formats import open_annotated
     from labelpenet.models.cascade import read_run
     from labelpenet.training import distill as training
@@ -635,7 +633,6 @@ def distill(args: Distill) -> None:
 
 
 def predict(args: Predict) -> None:
-    """``labelpenet predict``; bad input is an `InputError`."""
     from labelpenet.data import TaggedImage, read_image
     from labelpenet.data.files import check_outputs, real_path
     from labelpenet.data.images import find_images
@@ -698,7 +695,6 @@ def predict(args: Predict) -> None:
 
 
 def merge(args: Merge) -> None:
-    """``labelpenet merge``; bad input is an `InputError`."""
     from labelpenet.data.files import check_outputs
     from labelpenet.formats.parts import merge_parts
 
@@ -710,7 +706,6 @@ def merge(args: Merge) -> None:
 
 
 def evaluate(args: Evaluate) -> None:
-    """``labelpenet evaluate``; bad input is an `InputError`."""
     from labelpenet.data.files import check_outputs, write_bytes
     from labelpenet.evaluation import evaluate as measure
     from labelpenet.evaluation import paper_tables, summary_table
@@ -737,7 +732,6 @@ def evaluate(args: Evaluate) -> None:
 
 
 def proposals(args: Proposals) -> None:
-    """``labelpenet proposals``; bad input is an `InputError`."""
     from labelpenet.data.proposals import compute_proposals, default_cache
     from labelpenet.evaluation.recall import recall, recall_table
     from labelpenet.formats import open_annotated, open_tagged
@@ -761,7 +755,6 @@ def proposals(args: Proposals) -> None:
 
 
 def export(args: Export) -> None:
-    """``labelpenet export``; bad input is an `InputError`."""
     from labelpenet.data.files import check_new_folder, check_outputs
     from labelpenet.formats import export as write
     from labelpenet.formats import open_annotated, read_predictions
@@ -850,7 +843,6 @@ def _doubtful(args: Export, images: TaggedImages) -> TaggedImages:
 
 
 def measure(args: Measure) -> None:
-    """``labelpenet measure``; bad input is an `InputError`."""
     from labelpenet.training.measure import measure_run
 
     if not args.modules:
@@ -859,7 +851,6 @@ def measure(args: Measure) -> None:
 
 
 def review(args: Review) -> None:
-    """``labelpenet review``; bad input is an `InputError`."""
     from labelpenet.data import run_folder
     from labelpenet.models.cascade import read_run
     from labelpenet.review import serve
@@ -869,7 +860,6 @@ def review(args: Review) -> None:
 
 
 def report(args: Report) -> None:
-    """``labelpenet report``; bad input is an `InputError`."""
     from labelpenet.data.files import check_outputs, real_path
     from labelpenet.formats import open_annotated, open_tagged
     from labelpenet.models.cascade import read_run
@@ -912,7 +902,6 @@ def _tagged(images: AnnotatedImages | TaggedImages) -> TaggedImages:
 
 
 def demo(args: Demo) -> None:
-    """``labelpenet demo``; bad input is an `InputError`."""
     # before torch is loaded: between the tiny layers, threads would spin longer than they compute
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from labelpenet.demo import run_demo

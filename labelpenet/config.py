@@ -4,8 +4,6 @@
 generated scenes. `docs/paper-notes.md` has a row for each choice.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -429,7 +427,7 @@ class RunOptions:
     precision: typing.Literal["auto", "32-true", "bf16-mixed", "16-mixed"] = "auto"
     """auto: bf16-mixed where the hardware has it, else 32-true."""
     checkpoint_minutes: float = 5.0
-    """Minutes between checkpoints."""
+    """Minutes between checkpoints; 0 for one after every step."""
 
 
 @dataclass(frozen=True)

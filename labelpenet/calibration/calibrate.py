@@ -9,8 +9,6 @@ Shape letters: ``M`` candidates, ``C`` foreground classes, ``K`` instances, ``n`
 map, ``H, W`` the image, ``h, w`` the canvas.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -121,7 +119,6 @@ def choose_instances(found: Candidates, settings: Calibration, each_class: bool)
 
     Args:
         found: M candidates.
-        settings: the recipe's choices.
         each_class: whether the best of each class is kept whatever its score.
     """
     keep, leader = nms_groups(found.boxes, found.scores, found.labels, settings.nms)
@@ -168,7 +165,6 @@ def calibrate(
         chosen: which of them become instances.
         maps: (n, a, a) >= 0 of the candidates ``chosen.mapped``: attention maps (`config.AttentionCalibration`) or mask
             probabilities (`config.MaskCalibration`), on the device that is to compute.
-        settings: the recipe's choices.
         heat: boxes (R, 4) and class scores (R, C) that make the heat-maps of a class that has one instance; the
             candidates' own if None.
 
@@ -413,7 +409,6 @@ def to_instances(
         labels: (K,) class index from 0.
         weights: (K,).
         size: (H, W).
-        settings: the recipe's choices.
     """
     masks = resize_to_crops(marginals, size)
     parts = [drop_components(torch.from_numpy(crop), settings.min_component).numpy() for crop in masks.crops]

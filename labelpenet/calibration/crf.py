@@ -13,8 +13,6 @@ Shape letters: ``M`` instances, ``K`` labels, ``H, W`` height and width of the i
 ``D`` dimensions of a feature space, ``V`` vertices of a lattice, ``J = K - 1``.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import warnings

@@ -34,8 +34,6 @@ turns into a number, and never reaches another proposal. Nothing here waits for 
 Shape letters: ``R`` proposals.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial, singledispatch
 from typing import Any

@@ -9,8 +9,6 @@ Everything here is computed on the device of its input without waiting for it.
 Shape letters: ``R`` proposals, ``C`` classes, ``G`` groups (instances), ``h, w`` an attention map, ``H, W`` the image.
 """
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 

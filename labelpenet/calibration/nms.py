@@ -3,8 +3,6 @@
 Shape letters: ``M`` boxes, ``K`` kept ones, ``N`` instances.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

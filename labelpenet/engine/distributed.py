@@ -12,7 +12,6 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,6 +70,11 @@ def build_fabric(device: str = "auto", devices: int = 1, nodes: int = 1, precisi
     return fabric
 
 
+def precision_of(fabric: Fabric) -> str:
+    """What a Fabric computes in, such as ``bf16-mixed``."""
+    return str(fabric.strategy.precision.precision)
+
+
 def _leave() -> None:
     """Ends the process group, whose threads would else abort the process now and then while Python shuts down."""
     if dist.is_initialized():
@@ -87,19 +91,13 @@ class Machine:
     """Where a process computes, and its place among the processes."""
 
     def __init__(self, fabric: Fabric | None) -> None:
-        self.device = torch.device("cpu") if fabric is None else fabric.device
-        self.rank: int = 0 if fabric is None else fabric.global_rank
-        self.world: int = 1 if fabric is None else fabric.world_size
-        precision = None if fabric is None else fabric.strategy.precision
-        self.precision = "32-true" if precision is None else str(precision.precision)
-        if self.precision not in ("32-true", "bf16-mixed", "16-mixed"):
+        fabric = fabric or Fabric(accelerator="cpu", devices=1)
+        self.device, self.rank, self.world = fabric.device, fabric.global_rank, fabric.world_size
+        precision = fabric.strategy.precision
+        self.precision, self.autocast = precision_of(fabric), precision.forward_context
+        if self.precision not in PRECISIONS[1:]:
             raise InputError(f"precision {self.precision} is not supported; choose 32-true, bf16-mixed or 16-mixed")
         self.scaler = getattr(precision, "scaler", None) or torch.amp.GradScaler(self.device.type, enabled=False)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        if self.precision == "32-true":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16 if self.precision == "bf16-mixed" else torch.float16)
 
     def count(self, flags: Sequence[bool]) -> list[int]:
         """For each flag the number of processes that raise it."""
@@ -109,10 +107,6 @@ class Machine:
         message = torch.tensor(counts, dtype=torch.int32, device=self.device)
         dist.all_reduce(message)
         return message.tolist()
-
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, by rank."""
-        return gather(self.world, value)
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Sums the gradients over the processes; every process has one for each of the parameters."""

@@ -20,7 +20,8 @@ import torch
 
 from labelpenet.engine.stage import Stage
 
-_STEPS_AHEAD = 2  # how many steps' images are loaded while one is trained on
+LOADERS = 2  # threads that load
+STEPS_AHEAD = 2  # how many steps' images are loaded while one is trained on
 
 
 @dataclass(frozen=True)
@@ -40,32 +41,28 @@ class Sampler:
     def __init__(self, stage: Stage, seed: int, rank: int, world: int) -> None:
         self.stage, self.seed, self.rank, self.world = stage, seed, rank, world
 
-    def whole_batch(self, step: int) -> list[int]:
-        """The images of a step in all processes."""
-        return self._draw(step, 0, 1)
-
     @contextmanager
     def micro_batches(self, start: int) -> Iterator[Iterator[list[MicroBatch]]]:
         """The micro-batches of each step from ``start`` on; loaded ahead in threads if the stage can load."""
         if self.stage.load is None:
             yield (self._begin(step, None) for step in range(start, self.stage.steps))
             return
-        pool = ThreadPoolExecutor(max(self.stage.workers, 1), thread_name_prefix="load")
+        pool = ThreadPoolExecutor(LOADERS, thread_name_prefix="load")
         try:
             yield self._ahead(range(start, self.stage.steps), pool)
         finally:
             pool.shutdown(cancel_futures=True)
 
     def _ahead(self, steps: range, pool: ThreadPoolExecutor) -> Iterator[list[MicroBatch]]:
-        waiting = deque(self._begin(step, pool) for step in steps[:_STEPS_AHEAD])
+        waiting = deque(self._begin(step, pool) for step in steps[:STEPS_AHEAD])
         for step in steps:
-            if step + _STEPS_AHEAD < steps.stop:
-                waiting.append(self._begin(step + _STEPS_AHEAD, pool))
+            if step + STEPS_AHEAD < steps.stop:
+                waiting.append(self._begin(step + STEPS_AHEAD, pool))
             yield waiting.popleft()
 
     def _begin(self, step: int, pool: ThreadPoolExecutor | None) -> list[MicroBatch]:
         stage, found = self.stage, []
-        indices = self._draw(step, self.rank, self.world)
+        indices = self.draw(step, self.rank, self.world)
         for start in range(0, len(indices), stage.micro_batch):
             position, share = self.rank * len(indices) + start, indices[start : start + stage.micro_batch]
             if pool is None or stage.load is None:
@@ -76,10 +73,11 @@ class Sampler:
             found.append(MicroBatch(position, share, loaded.result))
         return found
 
-    def _draw(self, step: int, rank: int, world: int) -> list[int]:
+    def draw(self, step: int, rank: int = 0, world: int = 1) -> list[int]:
+        """The images of a step in a process, by default the whole batch."""
         stage = self.stage
-        draw = len(stage.images), stage.batch_size, self.seed, stage.name, step // stage.repeat
-        return batches(*draw, rank, world)
+        size = len(stage.images), stage.batch_size
+        return batches(*size, self.seed, stage.name, step // stage.repeat, rank, world)
 
 
 def stream_seed(seed: int, stage: str, step: int, position: int = 0, use: str = "") -> int:

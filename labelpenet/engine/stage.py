@@ -1,20 +1,16 @@
 """One stretch of training as the engine sees it: a module, a loss, images, and how the parameters are moved."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from labelpenet.config import Schedule
+from labelpenet.engine.log import MetricsLog
 from labelpenet.errors import InputError
-
-if TYPE_CHECKING:
-    from labelpenet.engine.log import MetricsLog
 
 
 def learning_rate(schedule: Schedule, step: int) -> float:
@@ -52,7 +48,6 @@ class Stage:
         micro_batch: images that `loss` gets at a time.
         load: ``load(indices, generator)`` reads and augments the images of a micro-batch ahead of time, in a thread;
             all its random numbers must come from ``generator``. An `InputError` skips the step.
-        workers: threads that `load`.
         repeat: consecutive steps that see the same batch with the same augmentation (the phases of an iteration).
         ema: decay of a moving average of the trained parameters (0.999, say), moved after every `repeat` steps, which
             the module holds once the stage is done; None keeps the parameters themselves.
@@ -73,7 +68,6 @@ class Stage:
     loss: Callable[[Any, int], Mapping[str, Tensor]]
     micro_batch: int = 1
     load: Callable[[list[int], torch.Generator], Any] | None = None
-    workers: int = 2
     repeat: int = 1
     ema: float | None = None
     ema_from_start: bool = True

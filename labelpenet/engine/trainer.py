@@ -5,8 +5,6 @@ summed over the processes. As the cut does not depend on the number of processes
 rounding.
 """
 
-from __future__ import annotations
-
 import math
 import signal
 import threading
@@ -15,11 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 
+from labelpenet.config import RunOptions
 from labelpenet.data import run_folder
 from labelpenet.engine.checkpoint import (
     check_configuration,
@@ -30,15 +30,12 @@ from labelpenet.engine.checkpoint import (
     save_checkpoint,
     versions,
 )
-from labelpenet.engine.distributed import Machine, together
+from labelpenet.engine.distributed import Machine, gather, together
 from labelpenet.engine.log import MetricsLog, Row, memory_mb, write_environment
 from labelpenet.engine.sampler import MicroBatch, Sampler, seed_step
 from labelpenet.engine.stage import Stage, build_optimiser, learning_rate
 from labelpenet.errors import InputError
 from labelpenet.progress import Progress, silent
-
-if TYPE_CHECKING:
-    from lightning_fabric import Fabric
 
 MAX_SKIPPED_IN_A_ROW = 20
 
@@ -46,12 +43,10 @@ MAX_SKIPPED_IN_A_ROW = 20
 def train_stage(
     stage: Stage,
     run_dir: Path,
+    options: RunOptions = RunOptions(),
     *,
-    seed: int = 0,
     config: Mapping[str, Any] | None = None,
     fabric: Fabric | None = None,
-    resume: bool = False,
-    checkpoint_minutes: float = 10.0,
     log_every: int = 20,
     log: Callable[[str], None] | None = None,
 ) -> None:
@@ -61,12 +56,11 @@ def train_stage(
     With several processes all must see the same run folder.
 
     Args:
-        seed: of everything random.
+        options: with ``resume`` it continues from the newest checkpoint, and starts where there is none; a finished
+            stage is only loaded. What they say of devices is the fabric's.
         config: the run's configuration, plain values; kept in the checkpoint, and a resumed run must have the same.
         fabric: a launched Fabric: device, precision (``32-true``, ``bf16-mixed`` or ``16-mixed``), processes; None for
             one process on the CPU.
-        resume: continue from the newest checkpoint, start where there is none; a finished stage is only loaded.
-        checkpoint_minutes: time between checkpoints; 0 for one after every step.
         log_every: steps between rows of metrics.
         log: where messages and plain lines of progress go; None for the terminal.
 
@@ -75,13 +69,13 @@ def train_stage(
             damaged, the disk is full, or `MAX_SKIPPED_IN_A_ROW` steps in a row failed (the state is saved).
         KeyboardInterrupt: on Ctrl-C or SIGTERM, after the step was finished and the state saved.
     """
-    trainer = _Trainer(stage, Path(run_dir), seed, config or {}, Machine(fabric), log_every)
-    notes = trainer.restore(resume)
+    trainer = _Trainer(stage, Path(run_dir), options.seed, config or {}, Machine(fabric), log_every)
+    notes = trainer.restore(options.resume)
     with Progress(stage.name, stage.steps, trainer.step, silent if trainer.machine.rank else log) as progress:
         for note in notes:
             progress.say(note)
         if trainer.step < stage.steps:
-            trainer.train(checkpoint_minutes, progress)
+            trainer.train(options.checkpoint_minutes, progress)
     trainer.finish()
 
 
@@ -263,7 +257,7 @@ class _Trainer:
         failed, stopping, saving = (count > 0 for count in counts[:3])
         problems, overflow = [], False
         if failed:
-            problems = [line for line in self.machine.gather(problem) if line is not None]
+            problems = [line for line in gather(self.machine.world, problem) if line is not None]
         else:
             norm = self._update([p for p, count in zip(self.parameters, counts[3:], strict=True) if count])
             if math.isfinite(norm):
@@ -271,7 +265,7 @@ class _Trainer:
             elif self.machine.scaler.is_enabled():
                 overflow = True  # the usual way in which the scaler finds its scale: not worth a report
             else:
-                names = self._names(self.sampler.whole_batch(self.step))
+                names = self._names(self.sampler.draw(self.step))
                 problems = [f"the gradient is not finite: {names}"]
         self.skipped += bool(problems)
         self.clock["steps"] += 1
@@ -378,7 +372,7 @@ class _Trainer:
 
     def _gather_window(self) -> None:
         """Brings what all processes have summed up to the first one."""
-        windows = self.machine.gather(self.window)
+        windows = gather(self.machine.world, self.window)
         self.window = {}
         for window in windows if self.machine.rank == 0 else ():
             _add(self.window, window)

@@ -3,8 +3,6 @@
 Shape letters: ``R`` RoIs, ``D`` channels, ``P`` side of the RoI features, ``a`` side of the attention map.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -23,8 +23,6 @@ is a third backbone for generated scenes, which no one has pretrained: a run tra
 the last stage of stride 16, and what follows it becomes RoI head and, dilated, mask tail (`Staged`).
 """
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from collections.abc import Callable
@@ -111,21 +109,18 @@ class VGG16(Backbone):
         self._network = network
         self.stem = Part(copy.deepcopy(network.features[:23]), 512, 8)
 
-    def _dilated_conv5(self) -> Part:
+    def region_tail(self) -> Part:
         conv5 = copy.deepcopy(self._network.features[24:30])
         for layer in conv5:
             if isinstance(layer, nn.Conv2d):
                 layer.dilation = layer.padding = (2, 2)
         return Part(conv5, 512, 8)
 
-    def region_tail(self) -> Part:
-        return self._dilated_conv5()
-
     def detection_tail(self) -> Part:
         return Part(copy.deepcopy(self._network.features[23]), 512, 16)
 
     def mask_tail(self) -> Part:
-        return self._dilated_conv5()
+        return self.region_tail()
 
     def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
         layers = copy.deepcopy(self._network.classifier[:6])
@@ -333,7 +328,9 @@ def fix_batch_norm(network: nn.Module, image: Tensor, kinds: tuple[type[nn.Conv2
             return None
         act = getattr(layer, "act", nn.Identity())
         if layer not in folded:
-            return nn.Sequential(_frozen(layer), act)
+            frozen = FrozenBatchNorm2d(layer.num_features, layer.eps)
+            frozen.load_state_dict(layer.state_dict(), strict=False)
+            return nn.Sequential(frozen, act)
         convolution: Any = folded[layer]
         plain = nn.BatchNorm2d(layer.num_features, layer.eps).eval()
         plain.load_state_dict(layer.state_dict(), strict=False)
@@ -342,9 +339,3 @@ def fix_batch_norm(network: nn.Module, image: Tensor, kinds: tuple[type[nn.Conv2
         return act
 
     replace(network, fixed)
-
-
-def _frozen(norm: nn.BatchNorm2d) -> FrozenBatchNorm2d:
-    one = FrozenBatchNorm2d(norm.num_features, norm.eps)
-    one.load_state_dict(norm.state_dict(), strict=False)
-    return one

@@ -1,7 +1,5 @@
 """A backbone by its name, with pretrained weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -70,15 +70,12 @@ class LabelPEnet(nn.Module):
         self.eval()
 
     def _check_attention(self, backbone: Backbone) -> None:
-        one, two, _, _ = self.recipe.modules
-        for name, attention in ((one.name, one.attention), (two.name, two.attention)):
-            if attention == "excitation":
-                missing = layer_without_rule(getattr(self, name).head)
-                if missing is not None:
-                    raise InputError(
-                        f"{backbone.name}: excitation backprop cannot pass its {missing}; choose "
-                        "--set modules.*.attention=gradient"
-                    )
+        for module in (self.classification, self.detection):
+            if module.settings.attention == "excitation" and (missing := layer_without_rule(module.head)) is not None:
+                raise InputError(
+                    f"{backbone.name}: excitation backprop cannot pass its {missing}; choose "
+                    "--set modules.*.attention=gradient"
+                )
 
     @property
     def device(self) -> torch.device:
@@ -288,14 +285,10 @@ class LabelPEnet(nn.Module):
             parts.append(Instances(proposals[kept], labels, share[kept, label], parts[0].image_size))
         return Instances.cat(parts), probabilities
 
-    def needs_proposals(self, module: int) -> bool:
-        """Whether a module works on selective-search proposals."""
-        return self.module(module).needs_proposals
-
     def _proposed(
         self, images: Sequence[np.ndarray], module: int, proposals: Sequence[Tensor] | None
     ) -> Sequence[Tensor] | None:
-        if proposals is not None or not self.needs_proposals(module):
+        if proposals is not None or not self.module(module).needs_proposals:
             return proposals
         return [self.proposals(image) for image in images]
 

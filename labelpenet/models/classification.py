@@ -3,8 +3,6 @@
 Shape letters: ``N`` images, ``R`` proposals of an image, ``C`` foreground classes, ``D`` features of a RoI.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -26,7 +24,6 @@ class Classification(nn.Module):
     Args:
         backbone: names tail and RoI head.
         num_classes: C.
-        settings: the recipe's choices.
     """
 
     needs_proposals, needs_masks = True, False

@@ -166,15 +166,13 @@ class Detector(nn.Module):
         backbone: names the parts.
         num_classes: C foreground classes.
         tail: from the stem to the map that RPN and RoI pooling work on.
-        settings: the recipe's choices.
     """
 
     needs_proposals, needs_masks = False, False
 
     def __init__(self, backbone: Backbone, num_classes: int, tail: Part, settings: config.Detector):
         super().__init__()
-        self.num_classes = num_classes
-        self.weighted, self.rois, self.score_threshold = settings.weighted, settings.rois, settings.score_threshold
+        self.num_classes, self.settings = num_classes, settings
         self.tail = tail.module
         self.rpn = WeightedRPN(
             StrideAnchors(settings.anchor_sides, ANCHOR_RATIOS, tail.stride),
@@ -217,7 +215,7 @@ class Detector(nn.Module):
         return proposals, {"rpn_objectness": losses["loss_objectness"], "rpn_box": losses["loss_rpn_box_reg"]}
 
     def _weights(self, target: Instances) -> Tensor:
-        return target.weights if self.weighted else (target.weights > 0).to(target.weights)
+        return target.weights if self.settings.weighted else (target.weights > 0).to(target.weights)
 
     def sample(self, proposals: Tensor, target: Instances) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """RoIs to train on: boxes (R, 4), labels (R,), encoded targets (R, 4), weights (R,), matched instance (R,).
@@ -229,7 +227,7 @@ class Detector(nn.Module):
         doubtful = target.boxes[target.weights == 0]
         if not len(sure):
             proposals = proposals[~covered(proposals, doubtful)]
-            count = min(len(proposals), self.rois)
+            count = min(len(proposals), self.settings.rois)
             chosen = proposals[torch.randperm(len(proposals), device=proposals.device)[:count]]
             zeros = torch.zeros(count, dtype=torch.long, device=chosen.device)
             return chosen, zeros, torch.zeros_like(chosen), torch.ones(count, device=chosen.device), zeros
@@ -253,8 +251,7 @@ class Detector(nn.Module):
             batch: N images.
             targets: the instances of each, which the module before inferred, in pixels of its view.
         """
-        losses, _ = self._detector_losses(batch, targets)
-        return losses
+        return self._detector_losses(batch, targets)[0]
 
     def _detector_losses(
         self, batch: Batch, targets: Sequence[Instances]
@@ -327,7 +324,7 @@ class Detector(nn.Module):
             allowed[list(tags)] = True
             scores = scores * allowed
         boxes = clip_boxes_to_image(boxes, view.size)
-        index, labels = torch.where(scores > self.score_threshold)
+        index, labels = torch.where(scores > self.settings.score_threshold)
         chosen, own = boxes[index, labels], scores[index, labels]
         order = own.argsort(descending=True, stable=True)[:limit]
         order = order[torch.isin(order, remove_small_boxes(chosen, 1.0))]
@@ -338,9 +335,10 @@ class Detector(nn.Module):
 class Detection(Detector):
     """Module 2: a `Detector` on the map of module 1, calibrated by attention maps."""
 
+    settings: config.Detection
+
     def __init__(self, backbone: Backbone, num_classes: int, settings: config.Detection):
         super().__init__(backbone, num_classes, backbone.region_tail(), settings)
-        self.settings = settings
 
     def infer(self, batch: Batch, settings: config.AttentionCalibration) -> list[tuple[Instances, Trace]]:
         """The instances of each image, several of a class, and the maps behind them."""

@@ -4,8 +4,6 @@ A folder is written and read offline and without the package huggingface_hub; on
 need it (extra ``hub``).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -87,15 +85,10 @@ def from_pretrained(source: Path | str, device: str = "cpu") -> LabelPEnet | Stu
 
 
 def _cascade(facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> LabelPEnet:
-    network = LabelPEnet.from_facts(facts)
-    missing = []
-    for part in ("stem", *MODULES):
-        own = {key.removeprefix(f"{part}."): value for key, value in state.items() if key.startswith(f"{part}.")}
-        if own:
-            getattr(network, part).load_state_dict(own)
-        else:
-            missing.append(part)
-    network.untrained = tuple(missing)
+    network, parts = LabelPEnet.from_facts(facts), {key.partition(".")[0] for key in state}
+    network.untrained = tuple(name for name in MODULES if name not in parts)
+    random = {key: own for key, own in network.state_dict().items() if key.partition(".")[0] in network.untrained}
+    network.load_state_dict({**random, **state})
     return network
 
 

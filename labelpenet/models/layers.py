@@ -1,7 +1,5 @@
 """Parts that several modules share: RoI pooling, initialisation."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 
@@ -38,9 +36,6 @@ class RoIPooling(nn.Module):
         else:
             pooled = roi_align(features, rois, self.size, 1 / self.stride, sampling_ratio=1, aligned=True)
         return pooled.contiguous(memory_format=torch.channels_last)
-
-    def extra_repr(self) -> str:
-        return f"size={self.size}, stride={self.stride}, kind={self.kind}"
 
 
 def by_rois(layers: nn.Module, pooled: Tensor) -> Tensor:

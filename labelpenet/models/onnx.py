@@ -8,8 +8,6 @@ above the threshold are chosen at the end.
 Shape letters: ``H, W`` the input, ``R`` RoIs, ``C`` foreground classes, ``K`` anchors or candidates, ``N`` detections.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

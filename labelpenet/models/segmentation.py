@@ -3,8 +3,6 @@
 Shape letters: ``R`` RoIs, ``C`` foreground classes, ``K`` detections, ``S`` side of a predicted mask.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -64,10 +62,10 @@ class Segmentation(Detector):
     """Modules 3 and 4: a `Detector` with a mask branch (tail, spatial pyramid, RoI pooling 14 x 14, mask head)."""
 
     needs_masks = True
+    settings: config.Segmentation
 
     def __init__(self, backbone: Backbone, num_classes: int, settings: config.Segmentation):
         super().__init__(backbone, num_classes, backbone.detection_tail(), settings)
-        self.settings = settings
         tail = backbone.mask_tail()
         self.mask_tail = tail.module
         self.pyramid = SpatialPyramid(tail.channels, settings.mask_width)

@@ -8,8 +8,6 @@ out is found by running it, for that is what counts.
 Shape letters: ``N`` images, ``R`` RoIs, ``D`` channels, ``h, w`` cells.
 """
 
-from __future__ import annotations
-
 import copy
 import difflib
 from collections.abc import Iterator

@@ -1,9 +1,6 @@
 """Pretrained weights from files that others made: nothing in them is run, and what no network can use is refused."""
 
-from __future__ import annotations
-
 import hashlib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -81,22 +78,17 @@ def torchvision_weights(name: str) -> dict[str, Tensor]:
     """
     url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    published = torch.hub.HASH_REGEX.findall(path.name)[-1]
     try:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), _published_hash(path))
+            torch.hub.download_url_to_file(url, str(path), published)
     except (OSError, RuntimeError) as error:  # RuntimeError: of another hash
         raise InputError(
             f"ImageNet weights of {name} could not be downloaded ({reason(error)}); give a file with --weights"
         ) from error
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if not found.startswith(_published_hash(path)):
+    if not found.startswith(published):
         raise InputError(f"{path}: not what torchvision published (wrong hash); delete it to download it again")
     return read_weights(path, f"torchvision.models.{name}")
-
-
-def _published_hash(path: Path) -> str:
-    match = re.search(r"-([0-9a-f]{8,})\.", path.name)
-    assert match is not None, f"torchvision names its files by their hash, but this one {path.name}"
-    return match.group(1)

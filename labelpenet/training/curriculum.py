@@ -10,8 +10,6 @@ With validated labels (`training.validated`) the same module infers for the same
 phases at once, and its instances are checked before they are learnt.
 """
 
-from __future__ import annotations
-
 import copy
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +28,7 @@ from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.images import read_image
 from labelpenet.data.transforms import mirror, random_view
-from labelpenet.engine.distributed import build_fabric, gather, images_together
+from labelpenet.engine.distributed import build_fabric, gather, images_together, precision_of
 from labelpenet.engine.sampler import stream_seed
 from labelpenet.engine.stage import Stage
 from labelpenet.errors import InputError
@@ -100,7 +98,7 @@ def forward_backward(
         network.require(number)
     anchors = read_anchors(start, images)
     weights = digest(value.numpy().tobytes() for value in network.state_dict().values())
-    own = {**run_facts(network, images, options.seed, str(fabric._precision.precision)), "start": weights}
+    own = {**run_facts(network, images, options.seed, precision_of(fabric)), "start": weights}
     with open_training(network, images, run, fabric, options, own, source) as training:
         observer = build_observer(training, held_out, options)
         parts = ("stem", *MODULES)

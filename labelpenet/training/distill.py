@@ -27,7 +27,7 @@ from labelpenet.data.dataset import TaggedImages
 from labelpenet.data.files import write_tensors
 from labelpenet.data.images import read_image
 from labelpenet.data.transforms import View, random_view, scaled_size
-from labelpenet.engine.distributed import build_fabric, images_together
+from labelpenet.engine.distributed import build_fabric, images_together, precision_of
 from labelpenet.engine.sampler import seed_step
 from labelpenet.engine.stage import Stage
 from labelpenet.engine.trainer import train_stage
@@ -79,7 +79,7 @@ def distill(
         "normalisation": student.normalisation,
         "network": student.description(),
         "seed": options.seed,
-        "precision": str(fabric._precision.precision),
+        "precision": precision_of(fabric),
         "supervision": supervision,
         "images": len(taught.images),
         "labels": digest(_fingerprint(image.id, labels[image.id]) for image in taught.images),
@@ -88,15 +88,8 @@ def distill(
     weights_file = run_folder.weights(out, KIND)
     with open_run(out, {**facts, "source": dict(source or {})}, options.resume, taught, fabric):
         if not weights_file.is_file():
-            train_stage(
-                stage(student, taught, labels, images_together(recipe.schedule.batch_size, fabric)),
-                out,
-                seed=options.seed,
-                config=facts,
-                fabric=fabric,
-                resume=options.resume,
-                checkpoint_minutes=options.checkpoint_minutes,
-            )
+            lessons = stage(student, taught, labels, images_together(recipe.schedule.batch_size, fabric))
+            train_stage(lessons, out, options, config=facts, fabric=fabric)
             if fabric.global_rank == 0:
                 write_tensors(weights_file, student.plain_state(), "free some space and use --resume")
             fabric.barrier()

@@ -4,8 +4,6 @@ A file is named after what its features were made from: the photograph's content
 weights. So no photograph gets the features of another, nor those of other weights, however names and order change.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -23,7 +21,7 @@ from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import hash_file, read_array, write_array
 from labelpenet.data.images import read_image
-from labelpenet.engine.distributed import map_images
+from labelpenet.engine.distributed import map_images, precision_of
 from labelpenet.errors import InputError
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.progress import Progress
@@ -46,7 +44,7 @@ class RoIFeatures:
         self.network, self.proposals, self.fabric = network, proposals, fabric
         module, recipe = network.classification, network.recipe
         settings = [asdict(recipe.images), asdict(recipe.proposals), recipe.modules[0].pool]
-        facts = [network.backbone_name, network.normalisation, str(fabric._precision.precision)]
+        facts = [network.backbone_name, network.normalisation, precision_of(fabric)]
         made_from = hashlib.blake2b(json.dumps([settings, facts]).encode(), digest_size=16)
         for part in (network.stem, module.tail, module.head):
             for value in part.state_dict().values():

@@ -4,8 +4,6 @@
 is still inferring, ``RUN/instances/MODULE.part0.jsonl`` grows by a line an image: an interruption costs a few images.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Measures every module of a finished run. The only place beside `evaluate` where annotation is read."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -16,7 +14,7 @@ from labelpenet.data import read_image, run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage
 from labelpenet.data.files import hash_file, hash_files, read_json, write_json
 from labelpenet.engine.checkpoint import versions
-from labelpenet.engine.distributed import map_images
+from labelpenet.engine.distributed import map_images, precision_of
 from labelpenet.errors import InputError
 from labelpenet.evaluation import cascade_table, classification_ap, evaluate
 from labelpenet.formats import open_annotated, read_predictions, write_predictions
@@ -70,7 +68,7 @@ def measure_run(
     training = None if student else training_images(run, labelled, data, train_split, classes, images)
     photographs = held_out.tagged.images
     boxes = predictor.proposals(photographs, 1, cache) or {}
-    key = made_from(run, predictor, photographs)
+    key = made_from(run, precision_of(predictor.fabric), photographs)
     truths, notes = held_out.readable_truths()
     if both := len(trained_on(run, labelled, photographs)):
         notes += (f"the run was trained on {both} of the {len(photographs)} photographs that it is measured on",)
@@ -141,13 +139,13 @@ def training_images(
     return None
 
 
-def made_from(run: Path, predictor: Predictor, images: Sequence[TaggedImage]) -> str:
+def made_from(run: Path, precision: str, images: Sequence[TaggedImage]) -> str:
     """A hash of all that predictions depend on: facts, weights, precision, the photographs' names and content."""
     facts = {name: value for name, value in run_folder.read_facts(run).items() if name != "source"}
     hashes = hash_files([image.path for image in images])
     weights = [(path.name, hash_file(path)) for path in sorted(run_folder.weights(run, "stem").parent.iterdir())]
     contents = [(image.id, str(hashes[image.path])) for image in images]
-    text = json.dumps([versions()["labelpenet"], facts, weights, predictor.precision, contents])
+    text = json.dumps([versions()["labelpenet"], facts, weights, precision, contents])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
@@ -183,15 +181,12 @@ def rank_images(
             found, share = network.rank_proposals(pixels, chosen, None, known)
         return found, share.cpu().numpy()
 
-    ranked, probabilities = {}, []
     with (
         Progress("module 1 ranks proposals", len(images), 0) as progress,
         contextlib.closing(map_images(rank, range(len(images)), network.device)) as results,
     ):
-        for image, (found, share) in zip(images, progress.tracked(results), strict=True):
-            ranked[image.id] = found
-            probabilities.append(share)
-    return ranked, np.array(probabilities)
+        ranked = dict(zip((image.id for image in images), progress.tracked(results), strict=True))
+    return {name: found for name, (found, _) in ranked.items()}, np.array([share for _, share in ranked.values()])
 
 
 def render(results: dict[str, Any]) -> str:

@@ -6,13 +6,11 @@ in which they were; the loop seeds every pass anew, so that nothing drawn here c
 The held-out split's boxes and masks are seen by the `Observer` alone. What trains, `Training`, has no way to it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,14 +33,6 @@ PART = 40  # images of the held-out split that are measured within a stage
 
 # One image's predictions: id, size (H, W) and COCO rows.
 _Line = tuple[str, tuple[int, int], list[dict[str, Any]]]
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Annotated images that are not trained on, for measuring, and their proposals by image id."""
-
-    annotated: AnnotatedImages
-    proposals: Boxes
 
 
 def check_held_out(images: TaggedImages, annotated: AnnotatedImages) -> None:
@@ -69,14 +59,21 @@ class Observer:
     Args:
         training: the run; its network may still be replaced.
         minutes: between two looks.
-        held_out: what is measured on; None to show pictures alone.
+        held_out: images that are not trained on, to measure on; None to show pictures alone.
+        proposals: of the held-out images, by image id.
     """
 
-    def __init__(self, training: Training, minutes: float = 5.0, held_out: HeldOut | None = None) -> None:
-        self.training, self.minutes, self.held_out = training, minutes, held_out
+    def __init__(
+        self,
+        training: Training,
+        minutes: float = 5.0,
+        held_out: AnnotatedImages | None = None,
+        proposals: Boxes | None = None,
+    ) -> None:
+        self.training, self.minutes, self.held_out, self.proposals = training, minutes, held_out, proposals or {}
         tagged = [index for index, image in enumerate(training.images.images) if image.tags]
         self.shown = self._choose(tagged, PICTURES)
-        count = 0 if held_out is None else len(held_out.annotated.tagged.images)
+        count = 0 if held_out is None else len(held_out.tagged.images)
         self.part = self._choose(range(count), PART)
 
     def watch(self, stage: Stage, numbers: Sequence[int]) -> Stage:
@@ -100,7 +97,7 @@ class Observer:
         lines: list[_Line] = []
         with evaluating(self.training.network):
             if self.held_out is not None:
-                count = len(self.held_out.annotated.tagged.images)
+                count = len(self.held_out.tagged.images)
                 own = list(self._predict(numbers[-1], range(fabric.global_rank, count, fabric.world_size)))
                 lines = [line for share in gather(fabric.world_size, own) for line in share]
             if fabric.global_rank:
@@ -135,13 +132,13 @@ class Observer:
 
     def _predict(self, number: int, indices: Sequence[int]) -> Iterator[_Line]:
         """What module ``number`` predicts for held-out images; an image that cannot be read is left out."""
-        training, held_out = self.training, self.held_out
-        assert held_out is not None
-        network, images = training.network, held_out.annotated.tagged.images
+        training = self.training
+        assert self.held_out is not None
+        network, images = training.network, self.held_out.tagged.images
 
         def predict(image: TaggedImage) -> _Line | None:
             try:
-                found = predict_photograph(network, image, number, held_out.proposals, training.fabric)
+                found = predict_photograph(network, image, number, self.proposals, training.fabric)
             except InputError:
                 return None
             return image.id, found.image_size, found.to_coco(image.id)
@@ -153,10 +150,8 @@ class Observer:
     def _measure(self, name: str, lines: Sequence[_Line], indices: Sequence[int]) -> dict[str, float]:
         """Figures of the held-out images ``indices``, of which ``lines`` hold the predictions."""
         assert self.held_out is not None
-        annotated, classes = self.held_out.annotated, self.training.images.classes
-        images = tuple(annotated.tagged.images[index] for index in indices)
-        chosen = replace(annotated, tagged=replace(annotated.tagged, images=images))
-        truths, _ = chosen.readable_truths()
+        classes, measured = self.training.images.classes, {self.held_out.tagged.images[index].id for index in indices}
+        truths, _ = self.held_out.where(lambda image: image.id in measured).readable_truths()
         found = Inferred({line[0]: line[2] for line in lines}, {line[0]: line[1] for line in lines}, len(classes))
         result = evaluate(found, truths, classes, "voc12")
         figures: dict[str, float] = {f"{name}/images": len(truths)}

@@ -1,7 +1,5 @@
 """A trained run applied to many photographs, by one process or shared by many."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,11 +43,6 @@ class Predictor:
         return self.network
 
     @property
-    def precision(self) -> str:
-        """That of the predictions, such as ``bf16-mixed``."""
-        return str(self.fabric._precision.precision)
-
-    @property
     def first(self) -> bool:
         """Whether this is the first process, the one that speaks for all."""
         return self.fabric.global_rank == 0
@@ -91,7 +84,7 @@ class Predictor:
 
     def proposals(self, images: Sequence[TaggedImage], module: int, cache: Path | None = None) -> Boxes | None:
         """The photographs' proposals, on all of this process's cores; None where the module needs none."""
-        if isinstance(self.network, Student) or not self.network.needs_proposals(module):
+        if isinstance(self.network, Student) or not self.network.module(module).needs_proposals:
             return None
         settings = self.network.recipe.proposals
         # Of several processes on a machine each has its share of the cores, which Fabric or torchrun told torch.

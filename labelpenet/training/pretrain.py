@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,7 +82,7 @@ class Training:
     def infer(self, number: int, image: TaggedImage, pixels: np.ndarray) -> Instances:
         """What module ``number`` passes on for a training image of these ``pixels`` (H, W, 3) uint8."""
         network, proposals, features = self.network, None, None
-        if network.needs_proposals(number):
+        if network.module(number).needs_proposals:
             proposals, features = [self.boxes(image, pixels.shape)], self.features.known(image)
         with self.fabric.autocast():
             batch = network.batch([pixels], [image.tags], proposals, None if features is None else [features])
@@ -91,15 +91,7 @@ class Training:
 
     def train(self, stage: Stage) -> None:
         """Trains a stage of this run, or continues it; see `train_stage`."""
-        train_stage(
-            stage,
-            self.run,
-            seed=self.options.seed,
-            config=self.facts,
-            fabric=self.fabric,
-            resume=self.options.resume,
-            checkpoint_minutes=self.options.checkpoint_minutes,
-        )
+        train_stage(stage, self.run, self.options, config=self.facts, fabric=self.fabric)
 
 
 def pretrain(training: Training, until: int = 4, observer: Observer | None = None) -> None:
@@ -114,8 +106,7 @@ def pretrain(training: Training, until: int = 4, observer: Observer | None = Non
 def freeze_stem(training: Training) -> None:
     """Keeps the stem as it is and writes it to the run folder."""
     network = training.network
-    for parameter in network.stem.parameters():
-        parameter.requires_grad_(False)
+    network.stem.requires_grad_(False)
     # A resumed run goes on with the stem that it began with, whatever weights this process was started with.
     if not load_trained(training, "stem") and training.fabric.global_rank == 0:
         save_part(network, training.run, "stem")
@@ -189,22 +180,17 @@ def label_images(training: Training, number: int) -> None:
 
 def stage(training: Training, number: int, targets: Mapping[str, Instances] | None = None) -> Stage:
     """The training stage of one module; ``targets`` as in `train_module`."""
-    images = [image.id for image in training.images.images]
-    common: dict[str, Any] = {
-        "name": MODULES[number - 1],
-        "module": training.network.module(number),
-        "schedule": training.recipe.modules[number - 1].schedule,
-        "images": images,
-    }
-    module = training.network.module(number)
-    common["micro_batch"] = images_together(common["schedule"].batch_size, training.fabric)
+    module, schedule = training.network.module(number), training.recipe.modules[number - 1].schedule
+    names = [image.id for image in training.images.images]
+    micro_batch = images_together(schedule.batch_size, training.fabric)
+    build = partial(Stage, MODULES[number - 1], module, schedule, names, micro_batch=micro_batch)
     if getattr(module.settings, "freeze_head", False):
         training.features.compute_all(training.images.images)
-        return Stage(**common, loss=cached_loss(training))
+        return build(loss=cached_loss(training))
     if targets is None and number > 1:
         targets = read_inferred(training.run, f"module{number - 1}", len(training.images.classes))
     load = load_samples(training, targets, module.needs_proposals, module.needs_masks)
-    return Stage(**common, load=load, loss=module_loss(training, number))
+    return build(loss=module_loss(training, number), load=load)
 
 
 # -- what a loss sees ------------------------------------------------------------------------------------------------

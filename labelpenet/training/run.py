@@ -1,7 +1,5 @@
 """One run from tags to a trained cascade: the function behind ``labelpenet train``."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
@@ -16,12 +14,12 @@ from labelpenet.data import precomputed, run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImages
 from labelpenet.data.files import hash_files
 from labelpenet.data.proposals import compute_proposals
-from labelpenet.engine.distributed import build_fabric, peers, together
+from labelpenet.engine.distributed import build_fabric, peers, precision_of, together
 from labelpenet.engine.sampler import seed_step
 from labelpenet.errors import InputError
 from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import LabelPEnet
-from labelpenet.training.observe import HeldOut, Observer, check_held_out
+from labelpenet.training.observe import Observer, check_held_out
 from labelpenet.training.pretrain import Boxes, Training, digest, freeze_stem, pretrain, run_facts, train_module
 from labelpenet.training.supervised import Supervision, fully_supervised
 from labelpenet.training.warmup import warm_up
@@ -78,7 +76,7 @@ def train_run(
     seed_step(options.seed, "initialisation", 0)
     body = build_backbone(backbone, weights)
     network = LabelPEnet(body, images.classes, recipe)
-    facts = run_facts(network, images, options.seed, str(fabric._precision.precision))
+    facts = run_facts(network, images, options.seed, precision_of(fabric))
     if supervision is not None:
         facts |= supervision.facts()
     with open_training(network, images, run, fabric, options, facts, source) as training:
@@ -164,10 +162,10 @@ def open_run(run: Path, facts: Mapping[str, Any], resume: bool, images: TaggedIm
 
 def build_observer(training: Training, held_out: AnnotatedImages | None, options: CascadeOptions) -> Observer:
     """What looks at the modules while they are trained; computes the held-out images' proposals if they are missing."""
-    if held_out is None:
-        return Observer(training, options.observe_minutes)
-    boxes = read_proposals(held_out.tagged, training.recipe, options.cache, training.fabric)[1]
-    return Observer(training, options.observe_minutes, HeldOut(held_out, boxes))
+    boxes = None
+    if held_out is not None:
+        boxes = read_proposals(held_out.tagged, training.recipe, options.cache, training.fabric)[1]
+    return Observer(training, options.observe_minutes, held_out, boxes)
 
 
 def read_proposals(
@@ -177,22 +175,16 @@ def read_proposals(
 
     Those ``given`` by another tool take the place of computed ones. An `InputError` where no image can be read.
     """
-    boxes = given
+    boxes, settings, first = given, recipe.proposals, fabric.global_rank == 0
     if boxes is None:
-        boxes = _computed(images, recipe, cache, fabric)
+        if fabric.world_size > 1:  # each process its share, into the cache that all of them read
+            share = images.images[fabric.global_rank :: fabric.world_size]
+            compute_proposals(share, settings, cache, torch.get_num_threads(), progress=first)
+            fabric.barrier()
+        boxes = computed = compute_proposals(images.images, settings, cache, progress=first)
+        for note in computed.notes if first else ():
+            _log.warning("note: %s", note)
     readable = tuple(image for image in images.images if image.id in boxes)
     if not readable:
         raise InputError("no image can be read; see the notes above")
     return TaggedImages(images.classes, readable, images.notes), boxes
-
-
-def _computed(images: TaggedImages, recipe: Recipe, cache: Path | None, fabric: Fabric) -> Boxes:
-    settings = recipe.proposals
-    if fabric.world_size > 1:  # each process its share, into the cache that all of them read
-        share = images.images[fabric.global_rank :: fabric.world_size]
-        compute_proposals(share, settings, cache, torch.get_num_threads(), progress=fabric.global_rank == 0)
-        fabric.barrier()
-    boxes = compute_proposals(images.images, settings, cache, progress=fabric.global_rank == 0)
-    for note in boxes.notes if fabric.global_rank == 0 else ():
-        _log.warning("note: %s", note)
-    return boxes

@@ -1,7 +1,5 @@
 """A run applied to a million photographs: independent shards, or batches for an engine such as Ray."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any

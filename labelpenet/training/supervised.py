@@ -6,8 +6,6 @@ it holds nothing that leads to a box or a mask.
 Shape letters: ``N`` true objects, ``M`` inferred instances, ``H, W`` the photograph.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence

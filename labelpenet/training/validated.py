@@ -8,8 +8,6 @@ paper, whose backward phase validates by teaching back alone. No annotation is r
 Shape letters: ``A`` instances of the anchor, ``T`` of the teacher.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Sequence
 

@@ -3,8 +3,6 @@
 Not in the paper, whose networks start from ImageNet weights. The supervision is the same: tags, nothing else.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -19,19 +19,23 @@ import pytest
 import torch
 from torch import nn
 
-from labelpenet.config import Schedule
+from labelpenet.config import RunOptions, Schedule
 from labelpenet.data import run_folder
-from labelpenet.engine import trainer
+from labelpenet.engine import sampler, trainer
 from labelpenet.engine.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from labelpenet.engine.log import read_metrics
 from labelpenet.engine.sampler import batches, seed_step, stream_seed
 from labelpenet.engine.stage import Stage, learning_rate
-from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
 
 N = 12
 IMAGES = [f"photo{i:02d}.jpg" for i in range(N)]
 QUIET = {"log": lambda message: None}
+
+
+def train_stage(stage: Stage, folder: Path, *, log=None, log_every=20, config=None, fabric=None, **options) -> None:
+    own = RunOptions(**options)
+    trainer.train_stage(stage, folder, own, config=config, fabric=fabric, log_every=log_every, log=log)
 
 
 class Net(nn.Module):
@@ -192,7 +196,7 @@ def test_what_cannot_be_trained_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_loaded_images_and_their_draws_are_those_of_the_step(tmp_path, workers):
+def test_loaded_images_and_their_draws_are_those_of_the_step(tmp_path, workers, monkeypatch):
     seen = {}
 
     def load(indices, generator):
@@ -205,7 +209,8 @@ def test_loaded_images_and_their_draws_are_those_of_the_step(tmp_path, workers):
         seen.setdefault(step, []).append((batch[0], batch[1].tolist()))
         return {"a": net.weight.sum()}
 
-    stage = Stage("m", net, Schedule(9, batch_size=4), IMAGES, loss, micro_batch=2, load=load, workers=workers)
+    stage = Stage("m", net, Schedule(9, batch_size=4), IMAGES, loss, micro_batch=2, load=load)
+    monkeypatch.setattr(sampler, "LOADERS", workers)
     train_stage(stage, tmp_path, seed=5, **QUIET)
     draws = set()
     for step in range(9):

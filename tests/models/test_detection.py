@@ -280,13 +280,12 @@ def test_losses_are_finite_and_reach_every_layer_that_is_trained(which):
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([None, (), (1,), (0, 2)]), st.sampled_from([0.05, 0.3]))
 def test_candidates(seed, tags, threshold):
-    one = detector()
+    one = detector(score_threshold=threshold)
     generator = torch.Generator().manual_seed(seed)
     corner = torch.rand(30, 2, generator=generator) * 90
     boxes = torch.cat([corner, corner + 1 + torch.rand(30, 2, generator=generator) * 60], 1)
     scores = (torch.randn(30, C + 1, generator=generator) * 3).softmax(1)[:, 1:]
     regressed = boxes[:, None] + torch.randn(30, C, 4, generator=generator) * 8
-    one.score_threshold = threshold
     found, seen = one.candidates(boxes, scores, regressed, replace(VIEW, scale=(2.0, 0.5)), tags, limit=20)
     torch.testing.assert_close(found.boxes * torch.tensor([2.0, 0.5, 2.0, 0.5]), seen)
     torch.testing.assert_close(found.regions * torch.tensor([2.0, 0.5, 2.0, 0.5]), boxes[found.rois])

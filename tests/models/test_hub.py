@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import labelpenet
 from labelpenet import config
@@ -96,6 +96,11 @@ def test_damaged_and_foreign_folders_are_refused(tmp_path):
         from_pretrained(tmp_path)
     cascade_run(tmp_path / "run")
     folder = save_pretrained(tmp_path / "run", tmp_path / "hub")
+    weights = load_file(folder / "model.safetensors")
+    save_file({key: one for key, one in weights.items() if not key.startswith("stem.")}, tmp_path / "stemless")
+    (tmp_path / "stemless").replace(folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"cannot be read.*stem"):
+        from_pretrained(folder)
     content = json.loads((folder / "config.json").read_text())
     del content["classes"], content["checksum"]
     (folder / "config.json").write_text(json.dumps(content))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,29 +107,29 @@ def test_a_finished_module_that_is_damaged_comes_back_bit_for_bit(tmp_path, capl
 
 
 def test_predictions_are_kept_for_what_they_were_made_from_alone(tmp_path, images):
-    run, predictor = tmp_path / "run", SimpleNamespace(precision="32-true")
+    run, precision = tmp_path / "run", "32-true"
     write_json(run_folder.facts(run), {"classes": list(images.classes), "recipe": {"a": 1}, "source": "x"})
     for part in ("stem", "detection"):
         path = run_folder.weights(run, part)
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(part.encode())
-    key = made_from(run, predictor, images.images)
+    key = made_from(run, precision, images.images)
     path = run_folder.predictions(run, "val", 2)
     write_json(path, {"annotations": []})
     assert not is_kept(path, key)
     write_json(path.with_suffix(".made-from.json"), {"made_from": key, "content": hash_file(path)})
     assert is_kept(path, key) and not is_kept(path, key[::-1])
-    assert made_from(run, predictor, images.images) == key
-    assert made_from(run, SimpleNamespace(precision="bf16-mixed"), images.images) != key
-    assert made_from(run, predictor, images.images[1:]) != key
+    assert made_from(run, precision, images.images) == key
+    assert made_from(run, "bf16-mixed", images.images) != key
+    assert made_from(run, precision, images.images[1:]) != key
     write_json(run_folder.facts(run), {"classes": list(images.classes), "recipe": {"a": 2}})
-    assert made_from(run, predictor, images.images) != key
+    assert made_from(run, precision, images.images) != key
     write_json(run_folder.facts(run), {"classes": list(images.classes), "recipe": {"a": 1}})
-    assert made_from(run, predictor, images.images) == key  # wherever the data lay
+    assert made_from(run, precision, images.images) == key  # wherever the data lay
     run_folder.weights(run, "detection").write_bytes(b"other")
-    assert made_from(run, predictor, images.images) != key
+    assert made_from(run, precision, images.images) != key
     run_folder.weights(run, "detection").write_bytes(b"detection")
     shutil.copy(images.images[1].path, images.images[0].path)
-    assert made_from(run, predictor, images.images) != key
+    assert made_from(run, precision, images.images) != key
     garble(path, "flip")
     assert not is_kept(path, key)

@@ -21,7 +21,7 @@ from labelpenet.formats import open_annotated, open_tagged
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.training import observe
 from labelpenet.training.features import evaluating
-from labelpenet.training.observe import HeldOut, Observer, check_held_out
+from labelpenet.training.observe import Observer, check_held_out
 from labelpenet.training.pretrain import Training, pretrain, stage
 from tests.models.tiny import lively_tiny
 from tests.training.test_pretrain import boxes_of, results, tiny_recipe
@@ -47,16 +47,16 @@ def a_training(year: Path, run: Path, resume: bool = False) -> Training:
     return Training(network, images, boxes_of(images), run, fabric, RunOptions(resume, checkpoint_minutes=0.0))
 
 
-def held_out(year: Path) -> HeldOut:
+def held_out(year: Path) -> tuple[AnnotatedImages, dict[str, np.ndarray]]:
     annotated = open_annotated(year, "val", open_tagged(year, "train").classes)
-    return HeldOut(annotated, boxes_of(annotated.tagged))
+    return annotated, boxes_of(annotated.tagged)
 
 
 @pytest.fixture(scope="module")
 def observed(scenes, tmp_path_factory) -> Training:
     """A run that is looked at after every step."""
     training = a_training(scenes, tmp_path_factory.mktemp("observed") / "run")
-    pretrain(training, UNTIL, Observer(training, 0.0, held_out(scenes)))
+    pretrain(training, UNTIL, Observer(training, 0.0, *held_out(scenes)))
     return training
 
 
@@ -81,7 +81,7 @@ def test_every_part_is_in_its_mode_again(scenes, tmp_path):
     before = [part.training for part in network.modules()]
     log = SimpleNamespace(write=lambda row: None, picture=lambda *picture: None)
     torch.manual_seed(5)
-    Observer(training, 0.0, held_out(scenes)).look([2, 3], 1, log)
+    Observer(training, 0.0, *held_out(scenes)).look([2, 3], 1, log)
     assert [part.training for part in network.modules()] == before
     with pytest.raises(InputError), evaluating(network):
         raise InputError("something went wrong")
@@ -93,13 +93,13 @@ def test_figures_are_those_of_the_finished_module(scenes, observed):
     network = LabelPEnet(lively_tiny(7), observed.images.classes, RECIPE)
     for part in ("stem", *MODULES[:UNTIL]):
         assert network.load_part(observed.run, part)
-    one = held_out(scenes)
-    truths = one.annotated.truths()
+    annotated, boxes = held_out(scenes)
+    truths = annotated.truths()
     for number in range(1, UNTIL + 1):
         found = {}
-        for image in one.annotated.tagged.images:
+        for image in annotated.tagged.images:
             pixels = read_image(image.path)
-            proposals = network.select(torch.from_numpy(one.proposals[image.id]), pixels.shape)
+            proposals = network.select(torch.from_numpy(boxes[image.id]), pixels.shape)
             found[image.id] = network.predict(pixels, number, proposals)
         expected = evaluate(found, truths, network.classes, "voc12")
         [row] = rows_of(observed.run, "val", number)
@@ -152,9 +152,9 @@ def test_the_images_are_chosen_by_the_seed_and_have_tags(scenes, tmp_path):
 def test_unreadable_images_cost_only_themselves(tmp_path):
     year = write_scenes(tmp_path / "scenes", train=6, val=5, size=(96, 96), seed=3)
     training, one = a_training(year, tmp_path / "run"), held_out(year)
-    watcher = Observer(training, 0.0, one)
+    watcher = Observer(training, 0.0, *one)
     training.images.images[watcher.shown[0]].path.write_bytes(b"no image")
-    one.annotated.tagged.images[2].path.write_bytes(b"no image")
+    one[0].tagged.images[2].path.write_bytes(b"no image")
     log = MetricsLog(tmp_path / "run", "detection", [])
     watcher.look([2], 1, log)
     log.close()
@@ -183,11 +183,11 @@ def test_after_an_interruption_the_figures_are_there_once(scenes, tmp_path, monk
     training = a_training(scenes, run)
     monkeypatch.setattr(Observer, "conclude", torn)
     with pytest.raises(KeyboardInterrupt):
-        pretrain(training, 1, Observer(training, 60.0, held_out(scenes)))
+        pretrain(training, 1, Observer(training, 60.0, *held_out(scenes)))
     before = read_metrics(run)
     monkeypatch.setattr(Observer, "conclude", conclude)
     training = a_training(scenes, run, resume=True)
-    pretrain(training, 1, Observer(training, 60.0, held_out(scenes)))
+    pretrain(training, 1, Observer(training, 60.0, *held_out(scenes)))
     after = read_metrics(run)
     assert len(rows_of(run, "val", 1)) == 1
     assert [{**row, "time": 0} for row in after] == [{**row, "time": 0} for row in before]
@@ -211,7 +211,7 @@ def test_processes_share_the_work_and_the_first_one_writes(scenes, observed, tmp
             global_rank=rank, world_size=2, device=fabric.device, autocast=fabric.autocast
         )
         assert not read_metrics(run)
-        Observer(training, 0.0, held_out(scenes)).conclude(one, [2])
+        Observer(training, 0.0, *held_out(scenes)).conclude(one, [2])
     assert [len(share) for share in shares] == [2, 3]
     [row], [expected] = rows_of(run, "val"), rows_of(observed.run, "val")
     assert {**row, "time": 0} == {**expected, "time": 0}
@@ -242,7 +242,7 @@ def test_what_trains_has_no_way_to_the_held_out_annotation(scenes, observed):
         if id(value) in seen or isinstance(value, (torch.Tensor, np.ndarray, Fabric)):
             continue
         seen.add(id(value))
-        assert not isinstance(value, (AnnotatedImages, HeldOut, Observer))
+        assert not isinstance(value, (AnnotatedImages, Observer))
         if isinstance(value, dict):
             waiting += [*value.keys(), *value.values()]
         elif isinstance(value, (list, tuple, set)):
