@@ -169,8 +169,8 @@ class Distill:
     """The photographs that it was trained on."""
     out: Path
     """Folder to write."""
-    labels: OptionalPath = None
-    """Predictions or COCO file to learn from. Default: RUN/instances/module4.json."""
+    labels: Annotated[tuple[Path, ...], _optional("[FILE ...]")] = ()
+    """Predictions or COCO file to learn from; several are put together. Default: RUN/instances/module4.json."""
     supervision: Literal["labels", "full"] = "labels"
     """labels: the run's. full, a yardstick: the true boxes and masks of DATA."""
     backbone: Annotated[str | None, _optional("NAME")] = None
@@ -624,7 +624,7 @@ def distill(args: Distill) -> None:
             **source,
             "teacher": str(args.run),
             "teacher_supervision": facts.get("supervision", "tags"),
-            **({"labels": str(args.labels)} if args.labels else {}),
+            **({"labels": " ".join(map(str, args.labels))} if args.labels else {}),
         },
         supervision=args.supervision,
         options=args.training,

@@ -1,16 +1,17 @@
 """Distillation: a student learns from a run's labels; the function behind ``labelpenet distill``.
 
 What makes labels of a network fit for another one: the best instance of every tag and all that are about as sure are
-taught, weighed by their confidence, and the doubtful rest is neither object nor background; RoIs whose loss stays large
-after a fifth of the steps leave the loss, for there the label is likely to be wrong; the result is the average of the
-weights over many steps.
+taught, weighed by their confidence beside it, and the doubtful rest is neither object nor background; RoIs whose loss
+stays large after a fifth of the steps leave the loss, for there the label is likely to be wrong; the result is the
+average of the weights over many steps.
 
 Shape letters: ``N`` instances, ``h, w`` the network's input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from labelpenet import config
+from labelpenet.calibration.fusion import fuse
 from labelpenet.calibration.nms import confident
 from labelpenet.config import Images, Noise, RunOptions, StudentRecipe
 from labelpenet.data import run_folder
@@ -96,19 +98,46 @@ def distill(
     return Student.from_run(out, fabric.device)
 
 
-def read_labels(run: Path, path: Path | None, images: TaggedImages) -> tuple[Mapping[str, Instances], tuple[str, ...]]:
-    """The labels of a run's last module, or of the predictions or COCO file ``path``; and notes about them.
+@dataclass(frozen=True)
+class _Fused(Mapping[str, Instances]):
+    """The labels of several models, put together when they are asked for (`calibration.fusion`)."""
+
+    opinions: tuple[Mapping[str, Instances], ...]
+    tags: dict[str, tuple[int, ...]]  # of the images that any of them names
+
+    def __len__(self) -> int:
+        return len(self.tags)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tags)
+
+    def __getitem__(self, image: str) -> Instances:
+        return fuse([one[image] for one in self.opinions if image in one], self.tags[image])
+
+
+def read_labels(
+    run: Path, paths: Sequence[Path], images: TaggedImages
+) -> tuple[Mapping[str, Instances], tuple[str, ...]]:
+    """The labels of a run's last module, or of the predictions or COCO files ``paths``; and notes about them.
+
+    Several files are several models' opinions, which are fused, classes of each photograph's tags alone.
 
     Raises:
-        InputError: there are none, or the file cannot be used.
+        InputError: there are none, or a file cannot be used.
     """
-    if path is None:
-        path = run_folder.instances(run, "module4")
+    if not paths:
+        paths = [run_folder.instances(run, "module4")]
         run_folder.check_own(run, {image.id: image.path for image in images.images})
-    if not path.exists():
-        raise InputError(f"{path}: not there; train the run's module 4, or give labels with --labels")
-    labels = read_predictions(path, images, images.classes)
-    return labels, labels.notes
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path}: not there; train the run's module 4, or give labels with --labels")
+    opinions = tuple(read_predictions(path, images, images.classes) for path in paths)
+    notes = tuple(dict.fromkeys(note for one in opinions for note in one.notes))
+    if len(opinions) == 1:
+        return opinions[0], notes
+    return _Fused(
+        opinions, {one.id: one.tags for one in images.images if any(one.id in own for own in opinions)}
+    ), notes
 
 
 def stage(student: Student, images: TaggedImages, labels: Mapping[str, Instances], micro_batch: int = 1) -> Stage:
@@ -155,9 +184,11 @@ def sort_out(labels: Instances, noise: Noise) -> tuple[Instances, Tensor]:
     area = labels.boxes[:, 2:] - labels.boxes[:, :2]
     sure = confident(labels, noise.keep, noise.nested) & (area > 0).all(1)
     taught = labels[sure]
-    if not noise.weighted:
-        taught = Instances(taught.boxes, taught.labels, torch.ones(len(taught)), taught.image_size, taught.masks)
-    return taught, labels.boxes[~sure]
+    if noise.weighted and len(taught):  # the tag is certain, and so is that something shows it
+        same = taught.labels[:, None] == taught.labels
+        best = torch.where(same, taught.weights, 0).amax(1)
+        return taught.weighted(torch.where(best > 0, taught.weights / best, best)), labels.boxes[~sure]
+    return taught.weighted(torch.ones(len(taught))), labels.boxes[~sure]
 
 
 def _fingerprint(name: str, one: Instances) -> bytes:

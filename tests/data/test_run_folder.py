@@ -118,7 +118,7 @@ def test_photographs_of_the_same_names_are_not_taken_for_those_of_the_run(tmp_pa
     files["b"].write_text("another")
     assert run_folder.others(tmp_path, files) == ["b"]
     images = TaggedImages(("cat",), tuple(TaggedImage(name, path, (0,)) for name, path in files.items()))
-    for use in (lambda: read_labels(tmp_path, None, images), lambda: rank_run(tmp_path, images)):
+    for use in (lambda: read_labels(tmp_path, (), images), lambda: rank_run(tmp_path, images)):
         (tmp_path / "instances").mkdir(exist_ok=True)
         (tmp_path / "instances/module4.json").write_text("{}")
         with pytest.raises(InputError, match=r"1 photographs have the names .* but are others \(b\)"):

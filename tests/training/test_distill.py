@@ -36,7 +36,9 @@ def test_the_best_of_every_tag_and_all_about_as_sure_are_taught():
     taught, doubtful = sort_out(labels(boxes, [0.8, 0.5, 0.3, 0.2], [0, 0, 0, 1]), Noise(keep=0.5))
     assert taught.boxes[:, 0].tolist() == [0, 10, 30], "the last one is unsure, but the best of its class"
     assert doubtful[:, 0].tolist() == [20]
-    assert taught.weights.tolist() == pytest.approx([0.8, 0.5, 0.2])
+    assert taught.weights.tolist() == pytest.approx([1, 0.5 / 0.8, 1]), "the tag is certain"
+    nobody_is_sure, _ = sort_out(labels(boxes[:1], [0.0]), Noise())
+    assert nobody_is_sure.weights.tolist() == [0]
     taught, _ = sort_out(labels(boxes, [0.8, 0.5, 0.3, 0.2], [0, 0, 0, 1]), Noise(keep=0.0, weighted=False))
     assert taught.weights.tolist() == [1, 1, 1, 1]
 
@@ -130,11 +132,18 @@ def test_from_a_file_of_labels_to_predictions_on_the_command_line(tmp_path, caps
         cli.main(common)
     assert "module4.json: not there" in capsys.readouterr().err
     annotated = open_annotated(year, "train")
-    images = annotated.tagged.images[:4]
+    images_of = annotated.tagged
+    images = images_of.images[:4]
     found = {image.id: annotated.read(image.id).instances for image in images}
     corrected = write_predictions(tmp_path / "corrected.json", found, images, annotated.tagged.classes)
     cli.main([*common, "--labels", str(corrected)])
     assert json.loads((out / "run.json").read_text())["images"] == 4
+    later = write_predictions(tmp_path / "later.json", dict(list(found.items())[2:]), images[2:], images_of.classes)
+    two = tmp_path / "two"
+    common[common.index(str(out))] = str(two)
+    cli.main([*common, "--labels", str(corrected), str(later)])
+    facts = json.loads((two / "run.json").read_text())
+    assert facts["images"] == 4 and facts["source"]["labels"] == f"{corrected} {later}"
     cli.main(["measure", str(folder), str(year), "--split", "val"])
     said = capsys.readouterr()
     assert "student" in said.out and "trained on" not in said.err
