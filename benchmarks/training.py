@@ -209,7 +209,6 @@ def made_up(boxes: np.ndarray, tags: tuple[int, ...], size: tuple[int, int]) -> 
 
 def load_ahead(one: Stage) -> Iterator[list[Future[Any]]]:
     """For each step the micro-batches, loaded in threads a little ahead of time."""
-    load = one.load or (lambda indices, generator: indices)
 
     def begin(step: int) -> list[Future[Any]]:
         drawn = step // one.repeat
@@ -217,7 +216,7 @@ def load_ahead(one: Stage) -> Iterator[list[Future[Any]]]:
         cuts = range(0, one.batch_size, one.micro_batch)
         seeds = [stream_seed(0, one.name, drawn, position, "load") for position in cuts]
         return [
-            pool.submit(load, indices[i : i + one.micro_batch], torch.Generator().manual_seed(seed))
+            pool.submit(one.load, indices[i : i + one.micro_batch], torch.Generator().manual_seed(seed))
             for i, seed in zip(cuts, seeds, strict=True)
         ]
 

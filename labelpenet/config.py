@@ -705,28 +705,24 @@ def _tupled(value: Any) -> Any:
 
 
 def _parse(text: str, hint: Any) -> Any:
-    options = typing.get_args(hint)
+    """A value of a setting's type from what is written: several are separated by commas, pairs are as 0.8:0.1."""
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if type(None) in inside:
+        return None if text.lower() == "none" else _parse(text, inside[0])
     if text.lower() == "none":
-        if type(None) in options:
-            return None
         raise ValueError("None is not allowed here")
-    if type(None) in options:
-        hint = next(option for option in options if option is not type(None))
-    if typing.get_origin(hint) is typing.Literal:
-        if text not in typing.get_args(hint):
-            raise ValueError(f"expected one of {', '.join(typing.get_args(hint))}, but got {text!r}")
+    if origin is typing.Literal:
+        if text not in inside:
+            raise ValueError(f"expected one of {', '.join(inside)}, but got {text!r}")
         return text
-    if typing.get_origin(hint) is tuple:
-        item = typing.get_args(hint)[0]
-        if typing.get_origin(item) is tuple:  # pairs, written 0.8:0.1,0.9:0.01
-            pairs = [tuple(float(number) for number in pair.split(":")) for pair in text.split(",") if pair]
-            if any(len(pair) != 2 for pair in pairs):
-                raise ValueError(f"expected pairs such as 0.8:0.1,0.9:0.01, but got {text!r}")
-            return tuple(pairs)
-        values = tuple(item(part) for part in text.split(",") if part)
-        if not values:
+    if origin is tuple:
+        several = inside[-1] is ...
+        parts = [part for part in text.split("," if several else ":") if part]
+        if not several and len(parts) != len(inside):
+            raise ValueError(f"expected pairs such as 0.8:0.1,0.9:0.01, but got {text!r}")
+        if not parts and typing.get_origin(inside[0]) is None:
             raise ValueError("expected at least one value")
-        return values
+        return tuple(_parse(part, inside[0]) for part in parts)
     if hint is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"expected true or false, but got {text!r}")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ STEPS_AHEAD = 2  # how many steps' images are loaded while one is trained on
 @dataclass(frozen=True)
 class MicroBatch:
     """Images of a batch that go through the loss together: the position of the first one in the batch of all processes,
-    their indices, and what gives their content, and waits for it where it is loaded ahead.
+    their indices, and what waits for their content and gives it.
     """
 
     position: int
@@ -35,49 +35,37 @@ class MicroBatch:
     batch: Callable[[], Any]
 
 
-class Sampler:
-    """What a process is fed in a stage: its micro-batches of each step."""
+@contextmanager
+def micro_batches(stage: Stage, seed: int, rank: int, world: int, start: int) -> Iterator[Iterator[list[MicroBatch]]]:
+    """A process's micro-batches of each step from ``start`` on, loaded ahead in threads."""
+    pool = ThreadPoolExecutor(LOADERS, thread_name_prefix="load")
 
-    def __init__(self, stage: Stage, seed: int, rank: int, world: int) -> None:
-        self.stage, self.seed, self.rank, self.world = stage, seed, rank, world
-
-    @contextmanager
-    def micro_batches(self, start: int) -> Iterator[Iterator[list[MicroBatch]]]:
-        """The micro-batches of each step from ``start`` on; loaded ahead in threads if the stage can load."""
-        if self.stage.load is None:
-            yield (self._begin(step, None) for step in range(start, self.stage.steps))
-            return
-        pool = ThreadPoolExecutor(LOADERS, thread_name_prefix="load")
-        try:
-            yield self._ahead(range(start, self.stage.steps), pool)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _ahead(self, steps: range, pool: ThreadPoolExecutor) -> Iterator[list[MicroBatch]]:
-        waiting = deque(self._begin(step, pool) for step in steps[:STEPS_AHEAD])
-        for step in steps:
-            if step + STEPS_AHEAD < steps.stop:
-                waiting.append(self._begin(step + STEPS_AHEAD, pool))
-            yield waiting.popleft()
-
-    def _begin(self, step: int, pool: ThreadPoolExecutor | None) -> list[MicroBatch]:
-        stage, found = self.stage, []
-        indices = self.draw(step, self.rank, self.world)
-        for start in range(0, len(indices), stage.micro_batch):
-            position, share = self.rank * len(indices) + start, indices[start : start + stage.micro_batch]
-            if pool is None or stage.load is None:
-                found.append(MicroBatch(position, share, partial(list, share)))
-                continue
-            seed = stream_seed(self.seed, stage.name, step // stage.repeat, position, "load")
-            loaded = pool.submit(stage.load, share, torch.Generator().manual_seed(seed))
+    def begin(step: int) -> list[MicroBatch]:
+        found, indices = [], draw(stage, seed, step, rank, world)
+        for first in range(0, len(indices), stage.micro_batch):
+            position, share = rank * len(indices) + first, indices[first : first + stage.micro_batch]
+            own = stream_seed(seed, stage.name, step // stage.repeat, position, "load")
+            loaded = pool.submit(stage.load, share, torch.Generator().manual_seed(own))
             found.append(MicroBatch(position, share, loaded.result))
         return found
 
-    def draw(self, step: int, rank: int = 0, world: int = 1) -> list[int]:
-        """The images of a step in a process, by default the whole batch."""
-        stage = self.stage
-        size = len(stage.images), stage.batch_size
-        return batches(*size, self.seed, stage.name, step // stage.repeat, rank, world)
+    def ahead(steps: range) -> Iterator[list[MicroBatch]]:
+        waiting = deque(map(begin, steps[:STEPS_AHEAD]))
+        for step in steps:
+            if step + STEPS_AHEAD < steps.stop:
+                waiting.append(begin(step + STEPS_AHEAD))
+            yield waiting.popleft()
+
+    try:
+        yield ahead(range(start, stage.steps))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def draw(stage: Stage, seed: int, step: int, rank: int = 0, world: int = 1) -> list[int]:
+    """The images of a step of a stage in a process, by default the whole batch."""
+    size = len(stage.images), stage.batch_size
+    return batches(*size, seed, stage.name, step // stage.repeat, rank, world)
 
 
 def stream_seed(seed: int, stage: str, step: int, position: int = 0, use: str = "") -> int:

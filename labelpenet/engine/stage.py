@@ -43,11 +43,12 @@ class Stage:
         schedule: how long and how its parameters are moved.
         images: the name of each training image, by index.
         loss: ``loss(batch, step)`` gives the named terms, each a mean over the images given; their sum is minimised.
-            ``batch`` is what `load` returned, or the list of image indices where there is no `load`. Terms may be
-            absent. The global random generators (torch, numpy, Python) are seeded before every call.
+            ``batch`` is what `load` returned. Terms may be absent. The global random generators (torch, numpy, Python)
+            are seeded before every call.
         micro_batch: images that `loss` gets at a time.
         load: ``load(indices, generator)`` reads and augments the images of a micro-batch ahead of time, in a thread;
-            all its random numbers must come from ``generator``. An `InputError` skips the step.
+            all its random numbers must come from ``generator``. An `InputError` skips the step. By default it returns
+            the indices.
         repeat: consecutive steps that see the same batch with the same augmentation (the phases of an iteration).
         ema: decay of a moving average of the trained parameters (0.999, say), moved after every `repeat` steps, which
             the module holds once the stage is done; None keeps the parameters themselves.
@@ -67,7 +68,7 @@ class Stage:
     images: Sequence[str]
     loss: Callable[[Any, int], Mapping[str, Tensor]]
     micro_batch: int = 1
-    load: Callable[[list[int], torch.Generator], Any] | None = None
+    load: Callable[[list[int], torch.Generator], Any] = lambda indices, generator: indices
     repeat: int = 1
     ema: float | None = None
     ema_from_start: bool = True

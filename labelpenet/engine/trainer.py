@@ -32,7 +32,7 @@ from labelpenet.engine.checkpoint import (
 )
 from labelpenet.engine.distributed import Machine, gather, together
 from labelpenet.engine.log import MetricsLog, Row, memory_mb, write_environment
-from labelpenet.engine.sampler import MicroBatch, Sampler, seed_step
+from labelpenet.engine.sampler import MicroBatch, draw, micro_batches, seed_step
 from labelpenet.engine.stage import Stage, build_optimiser, learning_rate
 from labelpenet.errors import InputError
 from labelpenet.progress import Progress, silent
@@ -99,7 +99,6 @@ class _Trainer:
         self, stage: Stage, run_dir: Path, seed: int, config: Mapping[str, Any], machine: Machine, log_every: int
     ) -> None:
         stage.check(machine.world)
-        self.sampler = Sampler(stage, seed, machine.rank, machine.world)
         self.stage, self.run_dir, self.seed, self.machine, self.log_every = stage, run_dir, seed, machine, log_every
         self.folder = run_folder.checkpoints(run_dir, stage.name)
         self.source = {"versions": versions(), "git": git_revision()}
@@ -117,6 +116,7 @@ class _Trainer:
         self.kept = {name: value.clone() for name, value in self.result.items()} if stage.guard else {}
         self.step = 0
         self.skipped = 0
+        self.averaged = 0  # updates that the average has seen, as skipped steps make none
         self.rows: list[Row] = []
         # Sums since the last row of metrics; in the checkpoint, so that a row does not depend on interruptions.
         self.window: dict[str, float] = {}
@@ -150,6 +150,7 @@ class _Trainer:
         if state["scaler"]:
             self.machine.scaler.load_state_dict(state["scaler"])
         self.step, self.skipped, self.rows = state["step"], state["skipped"], state["metrics"]
+        self.averaged = state.get("averaged", self.step // self.stage.repeat)  # earlier versions did not say
         if self.machine.rank == 0:
             self.window = state["window"]
         old, new = state["source"]["versions"], versions()
@@ -172,6 +173,7 @@ class _Trainer:
             "average": self.average,
             "kept": self.kept,
             "skipped": self.skipped,
+            "averaged": self.averaged,
             "window": self.window,
             "metrics": self.rows,
             "config": self.config,
@@ -195,10 +197,11 @@ class _Trainer:
         outcome = _Outcome([], stop=False, save=False)
         stage.module.train()
         try:
-            with _signals() as interrupted, self.sampler.micro_batches(self.step) as steps:
-                for micro_batches in steps:
+            feed = micro_batches(stage, self.seed, self.machine.rank, self.machine.world, self.step)
+            with _signals() as interrupted, feed as steps:
+                for share in steps:
                     began = time.monotonic()
-                    outcome = self.advance(micro_batches, interrupted.is_set, checkpoint.over)
+                    outcome = self.advance(share, interrupted.is_set, checkpoint.over)
                     self.clock["seconds"] += time.monotonic() - began
                     for problem in outcome.problems:
                         progress.say(f"{stage.name}: step {self.step} skipped, {problem}")
@@ -235,19 +238,17 @@ class _Trainer:
         if self.skipped:
             progress.say(f"{stage.name}: {self.skipped} of {stage.steps} steps were skipped")
 
-    def advance(
-        self, micro_batches: Sequence[MicroBatch], stop: Callable[[], bool], save: Callable[[], bool]
-    ) -> _Outcome:
+    def advance(self, share: Sequence[MicroBatch], stop: Callable[[], bool], save: Callable[[], bool]) -> _Outcome:
         """One optimiser step.
 
         Args:
-            micro_batches: this process's share of the batch.
+            share: this process's part of the batch.
             stop, save: asked once the gradient is there: whether this process wants to stop, to save.
         """
         self.optimiser.zero_grad(set_to_none=True)
         terms: dict[str, float] = {}
         problem = None
-        for micro_batch in micro_batches:
+        for micro_batch in share:
             problem = self._accumulate(micro_batch, terms)
             if problem is not None:
                 break
@@ -265,7 +266,7 @@ class _Trainer:
             elif self.machine.scaler.is_enabled():
                 overflow = True  # the usual way in which the scaler finds its scale: not worth a report
             else:
-                names = self._names(self.sampler.draw(self.step))
+                names = self._names(draw(self.stage, self.seed, self.step))
                 problems = [f"the gradient is not finite: {names}"]
         self.skipped += bool(problems)
         self.clock["steps"] += 1
@@ -343,12 +344,12 @@ class _Trainer:
         return problem
 
     def _update_average(self) -> None:
-        ema, (updates, between) = self.stage.ema, divmod(self.step + 1, self.stage.repeat)
-        if ema is None or between:
+        ema = self.stage.ema
+        if ema is None or (self.step + 1) % self.stage.repeat:
             return
-        share = 1 - ema
+        share, self.averaged = 1 - ema, self.averaged + 1
         if not self.stage.ema_from_start:
-            share /= 1 - ema**updates  # the first update replaces the start, and the shares of all add up to 1
+            share /= 1 - ema**self.averaged  # the first update replaces the start, and the shares of all add up to 1
         for name, parameter in self.stage.module.named_parameters():
             if name in self.average:
                 self.average[name].lerp_(parameter.detach(), share)
