@@ -250,15 +250,17 @@ def read_index_map(path: Path | str) -> np.ndarray:
 
 
 def find_images(paths: Iterable[Path]) -> list[tuple[str, Path]]:
-    """The image files among ``paths`` and, in order of name, in the folders among them (not in hidden ones).
+    """The image files among ``paths`` and, in order of name, in the folders among them (not in hidden ones), each once.
 
     Returns:
-        (id, file) pairs; the id is the path below the folder given, or the file's name.
+        (id, file) pairs; the id is the path below the folder given, or the file's name; of another image of the same id
+        the whole path.
 
     Raises:
         InputError: a path does not exist, or there is no image at all.
     """
     found: dict[str, Path] = {}
+    taken: set[Path] = set()
     for path in paths:
         if path.is_dir():
             inside = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file())
@@ -268,8 +270,9 @@ def find_images(paths: Iterable[Path]) -> list[tuple[str, Path]]:
         else:
             raise InputError(f"{path}: no such image or folder; check the path")
         for name, file in pairs:
-            if not any(part.startswith(".") for part in Path(name).parts):
-                found[name if found.get(name, file) == file else str(file)] = file
+            if file not in taken and not any(part.startswith(".") for part in Path(name).parts):
+                taken.add(file)
+                found[str(file) if name in found else name] = file
     if not found:
         raise InputError(f"no image in {', '.join(map(str, paths))}; known are {', '.join(sorted(SUFFIXES))}")
     return list(found.items())

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from labelpenet.data.files import listing, locked, read_json, write_json, writing
+from labelpenet.data.files import hash_files, listing, locked, read_json, write_json, writing
 from labelpenet.errors import InputError
 
 _LOCK = ".lock"
@@ -133,6 +133,23 @@ def read_facts(run: Path) -> dict[str, Any]:
         line = str(error).removeprefix(f"{path}: ")
         raise InputError(f"{path}: damaged ({line}); train again into a new folder") from error
     return found
+
+
+def others(run: Path, images: Mapping[str, Path]) -> list[str]:
+    """Of photographs by id those that are not what the run was trained on under the same id, by content."""
+    path = photographs(run)
+    known = read_json(path) if path.is_file() else {}
+    hashes = hash_files(file for name, file in images.items() if known.get(name))
+    return [name for name, file in images.items() if hashes.get(file) not in (None, known.get(name))]
+
+
+def check_own(run: Path, images: Mapping[str, Path]) -> None:
+    """`InputError` where one of the `others` is among the photographs: the run's labels are not theirs."""
+    if foreign := others(run, images):
+        raise InputError(
+            f"{run}: {len(foreign)} photographs have the names of those that it was trained on, but are others "
+            f"({listing(foreign, 3)}); give the data that it was trained on"
+        )
 
 
 def check_photographs(run: Path, contents: Mapping[str, str | None]) -> str:

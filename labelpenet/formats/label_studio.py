@@ -317,7 +317,7 @@ def _names(address: str) -> list[str]:
         local = parse_qs(parts.query).get("d")
     except ValueError:
         return []
-    path = PurePosixPath(unquote(local[0] if local else parts.path).replace("\\", "/"))
+    path = PurePosixPath((local[0] if local else unquote(parts.path)).replace("\\", "/"))  # a query is unquoted already
     pieces = [piece for piece in path.parts if piece not in ("/", "//", "..", ".")][-8:]
     names = ["/".join(pieces[start:]) for start in range(len(pieces))]
     plain = _UPLOAD.sub("", pieces[-1]) if pieces else ""

@@ -96,7 +96,7 @@ def selected(
         weak, total = weak + int((found.weights < MIN_SCORE).sum()), total + len(found)
         yield image, found
     if dropped:
-        notes.append(f"{dropped} instances without area are left out")
+        notes.append(f"{dropped} instances without area, or without a mask where others have one, are left out")
     if weak and as_labels:
         notes.append(f"{weak} of {total} instances have a score below {MIN_SCORE}; --min-score leaves out weak ones")
 

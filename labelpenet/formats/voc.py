@@ -27,7 +27,7 @@ from labelpenet.data.files import (
     write_bytes,
     write_text,
 )
-from labelpenet.data.images import SUFFIXES, image_size, palette_png, read_index_map, voc_palette
+from labelpenet.data.images import SUFFIXES, palette_png, read_index_map, voc_palette
 from labelpenet.errors import InputError
 from labelpenet.evaluation.semantic import IGNORE, paint
 from labelpenet.formats.selection import (
@@ -39,7 +39,7 @@ from labelpenet.formats.selection import (
     selected,
     stems,
 )
-from labelpenet.formats.shapes import Shape
+from labelpenet.formats.shapes import Shape, checked_size
 from labelpenet.formats.shapes import read_truth as read_shapes
 from labelpenet.instances import Instances
 
@@ -136,16 +136,16 @@ def object_names(path: Path) -> list[str]:
     return [_name(one, path) for one in read_xml(path).findall("object")]
 
 
-def read_objects(path: Path) -> list[Shape]:
-    """The objects of an annotation, in the order of the file.
+def read_objects(path: Path) -> tuple[list[Shape], tuple[int | None, int | None]]:
+    """The objects of an annotation, in the order of the file, and the (height, width) that it says of its image.
 
     VOC's ``xmin..xmax`` (1-based, inclusive) becomes the interval ``[xmin - 1, xmax]``; what are no four numbers, NaN.
 
     Raises:
         InputError: the XML cannot be read, or an object has no name.
     """
-    objects = []
-    for number, one in enumerate(read_xml(path).findall("object"), 1):
+    objects, root = [], read_xml(path)
+    for number, one in enumerate(root.findall("object"), 1):
         corners = [one.findtext(f"bndbox/{side}", "") for side in ("xmin", "ymin", "xmax", "ymax")]
         try:
             x1, y1, x2, y2 = (float(corner) for corner in corners)
@@ -153,7 +153,9 @@ def read_objects(path: Path) -> list[Shape]:
             x1 = y1 = x2 = y2 = math.nan
         difficult = one.findtext("difficult", "0").strip() == "1"
         objects.append(Shape(_name(one, path), f"object {number}", (x1 - 1, y1 - 1, x2, y2), difficult=difficult))
-    return objects
+    said = [root.findtext(f"size/{side}", "").strip() for side in ("height", "width")]
+    height, width = (int(side) if side.isascii() and side.isdigit() and len(side) < 10 else 0 for side in said)
+    return objects, (height or None, width or None)  # tools that do not know it write 0
 
 
 def read_truth(year: Path, image: TaggedImage, classes: Sequence[str], order: Callable[[], tuple[str, ...]]) -> Truth:
@@ -168,11 +170,11 @@ def read_truth(year: Path, image: TaggedImage, classes: Sequence[str], order: Ca
         damaged, or contradict the XML or one another, are not used, and the truth's notes say so.
 
     Raises:
-        InputError: the XML is damaged, or the image cannot be read.
+        InputError: the XML is damaged or about an image of another size, or the image cannot be read.
     """
     annotation = _annotation(year, image.id)
-    objects = read_objects(annotation)
-    size = image_size(image.path)
+    objects, said = read_objects(annotation)
+    size = checked_size(image.path, said, annotation)
     instance_map = class_map = None
     notes = []
     try:

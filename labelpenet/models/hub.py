@@ -152,7 +152,8 @@ def _figures(results: Mapping[str, Any]) -> str:
         rows.append(f"- {'module ' if name.isdigit() else ''}{name}: {', '.join(figures)}")
     if not rows:
         return _NOTHING
-    return f"Split `{results.get('split')}`, protocol {results.get('protocol')}, in %:\n\n" + "\n".join(rows)
+    seen = f" ({results['trained_on']} of its photographs were trained on)" if results.get("trained_on") else ""
+    return f"Split `{results.get('split')}`{seen}, protocol {results.get('protocol')}, in %:\n\n" + "\n".join(rows)
 
 
 def _hub() -> Any:

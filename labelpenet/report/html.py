@@ -123,6 +123,7 @@ def write_report(
             problems.append(f"{name} images: their classes are not those of the run, so none of them is shown")
         else:
             training = name == "training"
+            given = _own(run, given, problems) if training else given
             found = _labels(run, facts, given, problems) if training else _predictions(run, facts, given, problems)
             used = training and "supervision" in facts.run
             sources.append(Source(given, network, facts.trained, found, read, training, used))
@@ -162,6 +163,11 @@ def gather(run: Path) -> Facts:
                 missing.append(f"module {number} ({name}) is trained but has not labelled all training images yet")
     environment = _optional(run_folder.environment(run), "the environment of the run is not known", missing)
     results = _optional(run_folder.results(run), "the run is not measured yet", missing)
+    if results.get("trained_on"):
+        missing.append(
+            f"{results['trained_on']} of the photographs that the run was measured on are no held-out ones: it was "
+            "trained on them"
+        )
     return Facts(facts, environment, results, trained, labelled, tuple(missing))
 
 
@@ -235,6 +241,14 @@ def _made(make: Callable[[T], S], items: Iterable[T], problems: list[str]) -> li
         except InputError as error:
             problems.append(str(error))
     return found
+
+
+def _own(run: Path, images: TaggedImages, problems: list[str]) -> TaggedImages:
+    """The images without those that are others than the run was trained on under the same names."""
+    others = run_folder.others(run, {image.id: image.path for image in images.images})
+    if others:
+        problems.append(f"training images: {len(others)} are others than those of the same names then; not shown")
+    return images.where(lambda image: image.id not in others)
 
 
 def _labels(run: Path, facts: Facts, images: TaggedImages, problems: list[str]) -> Found:

@@ -30,11 +30,12 @@ def rank(images: Sequence[TaggedImage], found: Mapping[int, Inferred]) -> list[t
 
 def rank_run(run: Path, images: TaggedImages, last: int = 4) -> tuple[list[tuple[TaggedImage, float]], Inferred]:
     """`rank` of what the modules of a run up to ``last`` inferred, and what the last of these did; `InputError` where
-    none has labelled the photographs.
+    none has labelled the photographs, or these are others of the same names.
     """
     numbers = [number for number in range(1, last + 1) if run_folder.instances(run, f"module{number}").is_file()]
     if not numbers:
         raise InputError(f"{run}: no module has labelled the training photographs yet; train it first")
+    run_folder.check_own(run, {image.id: image.path for image in images.images})
     found = {number: read_inferred(run, f"module{number}", len(images.classes)) for number in numbers}
     ranked = rank(images.images, found)
     if not ranked:

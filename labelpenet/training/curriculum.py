@@ -24,6 +24,7 @@ from torchvision.ops import box_iou
 
 from labelpenet import config
 from labelpenet.config import MODULES, CascadeOptions, Recipe
+from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.images import read_image
 from labelpenet.data.transforms import mirror, random_view
@@ -119,7 +120,8 @@ Anchors = Sequence[Mapping[str, Instances]]
 
 
 def read_anchors(start: Path, images: TaggedImages) -> Anchors:
-    """The labels of the run ``start``; `InputError` where they are damaged, or a photograph has none."""
+    """The labels of the run ``start``; `InputError` where they are damaged, or a photograph has none or is another."""
+    run_folder.check_own(start, {image.id: image.path for image in images.images})
     anchors = tuple(read_inferred(start, f"module{number + 1}", len(images.classes)) for number in range(len(MODULES)))
     known = set.intersection(*(set(one) for one in anchors))
     missing = [image.id for image in images.images if image.id not in known]

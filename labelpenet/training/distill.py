@@ -125,7 +125,9 @@ def read_labels(
     Raises:
         InputError: there are none, or a file cannot be used.
     """
-    paths = paths or [run_folder.instances(run, "module4")]
+    if not paths:
+        paths = [run_folder.instances(run, "module4")]
+        run_folder.check_own(run, {image.id: image.path for image in images.images})
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: not there; train the run's module 4, or give labels with --labels")

@@ -49,14 +49,22 @@ def measure_run(
 
     Returns:
         The table, one row a module; the first row is module 1 before calibration.
+
+    Raises:
+        InputError: the run or the data cannot be used; none of the modules is there to be measured.
     """
     facts = read_run(run)
     classes = facts["classes"]
     predictor = Predictor(run, device)
     student = isinstance(predictor.network, Student)
-    modules = (4,) if student else modules
+    if student and set(modules) not in ({4}, {1, 2, 3, 4}):
+        raise InputError(f"{run}: holds a student, which has no modules; leave --modules out")
+    labelling = [number for number in modules if run_folder.instances(run, f"module{number}").is_file()]
+    modules = (4,) if student else labelling
+    if not modules:
+        raise InputError(f"{run}: none of the modules has labelled the training photographs yet; train it first")
     held_out = open_annotated(data, split, classes, images)
-    labelled = set[str]() if student else labelled_images(run, len(classes))
+    labelled = labelled_images(run, len(classes))
     training = None if student else training_images(run, labelled, data, train_split, classes, images)
     photographs = held_out.tagged.images
     boxes = predictor.proposals(photographs, 1, cache) or {}
@@ -67,14 +75,11 @@ def measure_run(
     for note in (*held_out.tagged.notes, *notes):
         _log.warning("note: %s", note)
     train_truths = training.readable_truths()[0] if training else {}
-    results: dict[str, Any] = {"split": split, "protocol": protocol, "train": {}, "val": {}}
+    results: dict[str, Any] = {"split": split, "protocol": protocol, "trained_on": both, "train": {}, "val": {}}
     for number in modules:
-        if not student:
-            if not run_folder.instances(run, f"module{number}").is_file():
-                continue
-            if training:
-                labels = read_inferred(run, f"module{number}", len(classes))
-                results["train"][str(number)] = evaluate(labels, train_truths, classes, "voc12")
+        if training:
+            labels = read_inferred(run, f"module{number}", len(classes))
+            results["train"][str(number)] = evaluate(labels, train_truths, classes, "voc12")
         path = run_folder.predictions(run, split, number)
         if not is_kept(path, key):
             pairs = ((image.id, found) for image, found in predictor.run(photographs, number, [], boxes))
@@ -83,7 +88,7 @@ def measure_run(
         found = read_predictions(path, photographs, classes)
         name = "student" if student else str(number)
         results["val"][name] = evaluate(found, truths, classes, protocol)  # type: ignore[arg-type]
-    if not student and 1 in modules and run_folder.instances(run, "module1").is_file():
+    if not student and 1 in modules:
         readable = [image for image in photographs if image.id in boxes]
         ranked, probabilities = rank_images(predictor, readable, boxes)
         tags = np.array([[label in image.tags for label in range(len(classes))] for image in readable])
@@ -102,21 +107,20 @@ def measure_run(
 
 
 def labelled_images(run: Path, num_classes: int) -> set[str]:
-    """The ids of the photographs that the run was trained on, as its first module labelled them."""
+    """The ids of the photographs that the run was trained on, as its first module labelled them; of a student all."""
     for name in map("module{}".format, range(1, 5)):
         if run_folder.instances(run, name).is_file():
             return set(read_inferred(run, name, num_classes))
-    return set()
+    path = run_folder.photographs(run)
+    return set(read_json(path)) if path.is_file() else set()
 
 
 def trained_on(run: Path, labelled: Collection[str], images: Sequence[TaggedImage]) -> set[str]:
     """The ids of the images that were labelled: under the same id and, where the run knows it, with the same content;
     another data set may count its photographs in the same way.
     """
-    path = run_folder.photographs(run)
-    known = read_json(path) if path.is_file() else {}
-    hashes = hash_files([image.path for image in images if image.id in labelled and image.id in known])
-    return {image.id for image in images if image.id in labelled and known.get(image.id) == hashes.get(image.path)}
+    own = {image.id: image.path for image in images if image.id in labelled}
+    return set(own).difference(run_folder.others(run, own))
 
 
 def training_images(

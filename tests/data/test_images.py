@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from labelpenet import InputError
-from labelpenet.data.images import as_pixels, image_size, read_image, read_index_map, voc_palette
+from labelpenet.data.images import as_pixels, find_images, image_size, read_image, read_index_map, voc_palette
 
 
 def gradient(height: int = 20, width: int = 30) -> np.ndarray:
@@ -196,3 +196,12 @@ def test_a_photograph_may_be_a_file_a_picture_or_an_array(tmp_path: Path) -> Non
     for wrong in (pixels.astype(np.float32), pixels[..., :2], pixels[None], pixels[:0]):
         with pytest.raises(InputError, match="uint8 RGB"):
             as_pixels(wrong)
+
+
+def test_a_photograph_that_is_given_twice_is_found_once(tmp_path: Path) -> None:
+    for name in ("x.jpg", "sub/x.jpg", "sub/y.jpg", "other/x.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    given = [tmp_path / "sub", tmp_path, tmp_path / "x.jpg"]
+    ids = {"x.jpg": "sub/x.jpg", "y.jpg": "sub/y.jpg", "other/x.jpg": "other/x.jpg", str(tmp_path / "x.jpg"): "x.jpg"}
+    assert {name: path.relative_to(tmp_path).as_posix() for name, path in find_images(given)} == ids

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from labelpenet.data import run_folder
+from labelpenet.data import TaggedImage, TaggedImages, run_folder
+from labelpenet.data.files import hash_file
 from labelpenet.data.run_folder import check_photographs, claimed, start_run
 from labelpenet.errors import InputError
+from labelpenet.review.doubt import rank_run
+from labelpenet.training.distill import read_labels
 
 FACTS = {"classes": ["a", "b"], "seed": 0, "recipe": {"images": {"sides": (480, 576)}}}
 
@@ -103,3 +106,20 @@ def test_photographs_may_change_until_something_is_trained(tmp_path):
     run_folder.photographs(tmp_path).write_text('{"a": ')
     with pytest.raises(InputError, match=r"images\.json: damaged"):
         check_photographs(tmp_path, {"a": "1", "b": "2"})
+
+
+def test_photographs_of_the_same_names_are_not_taken_for_those_of_the_run(tmp_path):
+    files = {name: tmp_path / f"{name}.jpg" for name in ("a", "b", "new")}
+    for name, path in files.items():
+        path.write_text(name)
+    assert run_folder.others(tmp_path, files) == []  # a run of version 0.1 says nothing of their content
+    run_folder.check_photographs(tmp_path, {"a": hash_file(files["a"]), "b": hash_file(files["b"])})
+    run_folder.check_own(tmp_path, files)
+    files["b"].write_text("another")
+    assert run_folder.others(tmp_path, files) == ["b"]
+    images = TaggedImages(("cat",), tuple(TaggedImage(name, path, (0,)) for name, path in files.items()))
+    for use in (lambda: read_labels(tmp_path, (), images), lambda: rank_run(tmp_path, images)):
+        (tmp_path / "instances").mkdir(exist_ok=True)
+        (tmp_path / "instances/module4.json").write_text("{}")
+        with pytest.raises(InputError, match=r"1 photographs have the names .* but are others \(b\)"):
+            use()

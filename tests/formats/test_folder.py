@@ -244,6 +244,15 @@ def test_label_studio_export(tmp_path: Path) -> None:
     assert "1 tasks are skipped" in notes
 
 
+def test_label_studio_names_with_percent_signs_and_a_task_that_stands_there_twice(tmp_path: Path) -> None:
+    twice = [task(2, "one.jpg", ["cat"]), task(3, "one.jpg", ["dog"])]
+    path = studio(tmp_path, [task(1, "/data/local-files/?d=50%2520off.jpg", ["cat"]), *twice])
+    for name in ("50 off.jpg", "50%20off.jpg"):
+        photograph(tmp_path / "images" / name)
+    assert tags_of(path) == {"50%20off.jpg": ("cat",), "one.jpg": ("cat", "dog")}
+    assert any("1 tasks have several annotations" in note for note in open_tagged(path).notes)
+
+
 def test_label_studio_short_export(tmp_path: Path) -> None:
     rows = [
         {"image": "/data/upload/1/0a1b2c3d-one.jpg", "id": 1, "choice": "cat", "annotator": 1, "updated_at": "now"},

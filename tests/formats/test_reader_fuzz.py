@@ -464,6 +464,7 @@ def test_rows_nested_deep(tmp_path: Path) -> None:
     text = json.dumps(coco_content())
     for key in ('"id": 1', '"bbox": [2, 3, 10, 8]', '"iscrowd": 0', '"file_name": "x.jpg"', '"name": "cat"'):
         path = coco_set(tmp_path)
+        assert key in text
         path.write_text(text.replace(key, key.split(":")[0] + f": {deep}"))
         read_whole(path, None)
 

@@ -120,6 +120,17 @@ def test_truth_boxes_flags_masks_and_classes(tmp_path: Path) -> None:
     assert len(truths["d"].instances) == 0
 
 
+def test_an_image_of_another_size_than_its_xml_says_is_not_measured(tmp_path: Path) -> None:
+    year = voc_kit(tmp_path)
+    xml = year / "Annotations/a.xml"
+    said = xml.read_text()
+    xml.write_text(said.replace("<width>32</width><height>24</height>", "<width>24</width><height>32</height>"))
+    with pytest.raises(InputError, match=r"a\.xml: annotated at 24 x 32 pixels, but a\.jpg has 32 x 24 \(upright\)"):
+        open_annotated(year, "train").read("a")
+    xml.write_text(said.replace("<width>32</width><height>24</height>", "<width>0</width><height>0</height>"))
+    assert len(open_annotated(year, "train").read("a").instances) == 2  # as tools write it that do not know it
+
+
 def test_a_class_left_out_becomes_background(tmp_path: Path) -> None:
     birds = open_annotated(voc_kit(tmp_path), "train", ["bird"])
     assert birds.read("a").instances.masks is not None  # its map shows that there is no bird; b has no map

@@ -66,6 +66,8 @@ def test_the_card_claims_no_more_than_is_known(tmp_path):
     assert "a cascade that learnt from image tags alone" in model_card(student, {}, "mit")
     assert "a cascade that learnt from true boxes" in model_card({**student, "teacher": "full"}, {}, "mit")
     assert "3 photographs from a file of labels" in model_card({**student, "labels_file": "c.json"}, {}, "mit")
+    results = {"split": "train", "trained_on": 3, "val": {"student": {"box": {"mAP": 0.5}}}}
+    assert "Split `train` (3 of its photographs were trained on)" in model_card(student, results, "mit")
 
 
 def test_pushing_uploads_the_three_files_and_nothing_else_of_the_folder(tmp_path, monkeypatch):

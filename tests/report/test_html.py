@@ -19,6 +19,7 @@ from labelpenet import config
 from labelpenet.calibration import Trace
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, Truth
+from labelpenet.data.files import hash_file
 from labelpenet.errors import InputError
 from labelpenet.evaluation import Table, evaluate
 from labelpenet.formats import write_predictions
@@ -248,6 +249,12 @@ def test_an_empty_run_says_what_is_missing(tmp_path: Path) -> None:
     assert page.tags.count("img") == 1 and "svg" not in page.tags
 
 
+def test_photographs_that_were_trained_on_are_not_called_held_out_in_silence(tmp_path: Path) -> None:
+    measured = {"split": "train", "trained_on": 3, "train": {}, "val": {"4": part(0.5, 0.5)}}
+    page = Page(write_report(make_run(tmp_path / "run", results=measured)).read_text("utf-8"))
+    assert "3 of the photographs that the run was measured on are no held-out ones" in page.text
+
+
 def test_an_unfinished_run_shows_what_it_has(tmp_path: Path, network: Network) -> None:
     data = photographs(tmp_path / "train", 4)
     run = make_run(tmp_path / "run", 2, data)
@@ -259,6 +266,16 @@ def test_an_unfinished_run_shows_what_it_has(tmp_path: Path, network: Network) -
     assert "environment.json is not there" in page.text
     assert page.text.count("no annotation was given") == 2 and "true objects, never" not in page.text
     assert network.predicted == [2]  # held out; module 1 answers with its maps, and its labels are known
+
+
+def test_the_labels_of_a_photograph_are_not_drawn_on_another_of_its_name(tmp_path: Path, network: Network) -> None:
+    data = photographs(tmp_path / "train", 2)
+    run = make_run(tmp_path / "run", 4, data)
+    first, second = data.tagged.images
+    run_folder.check_photographs(run, {first.id: "0" * 32, second.id: hash_file(second.path)})
+    page = Page(write_report(run, None, data, images=2).read_text("utf-8"))
+    assert "training images: 1 are others" in page.text
+    assert first.id not in page.text and second.id in page.text
 
 
 def test_damaged_parts_are_named_and_cost_only_themselves(tmp_path: Path, network: Network) -> None:

@@ -145,7 +145,14 @@ def test_from_a_file_of_labels_to_predictions_on_the_command_line(tmp_path, caps
     facts = json.loads((two / "run.json").read_text())
     assert facts["images"] == 4 and facts["source"]["labels"] == f"{corrected} {later}"
     cli.main(["measure", str(folder), str(year), "--split", "val"])
-    assert "student" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "student" in said.out and "trained on" not in said.err
+    cli.main(["measure", str(folder), str(year), "--split", "train", "--modules", "4"])
+    assert "photographs that it is measured on" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["measure", str(folder), str(year), "--modules", "2"])
+    assert "a student, which has no modules" in capsys.readouterr().err
+    cli.main(["measure", str(folder), str(year), "--split", "val"])
     assert json.loads((folder / "results.json").read_text())["val"]["student"]["box"]["mAP"] >= 0
     cli.main(["report", str(folder), "--images", "1"])
     page = (folder / "report.html").read_text()
