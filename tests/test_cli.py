@@ -82,6 +82,9 @@ def test_measure_and_report(run: Path, kit: Path) -> None:
     results = json.loads((run / "results.json").read_text())
     assert set(results["val"]) == set(results["train"]) == {"1", "2", "3", "4"}
     assert 0 <= results["classification_mAP"] <= 1
+    options = ["--modules", "4", "--device", "cpu", "--cache", str(run.parent / "cache")]
+    main(["measure", str(run), str(kit), *options])  # says nothing new, and loses nothing
+    assert json.loads((run / "results.json").read_text()) == results
     main(["report", str(run), "--images", "1"])
     page = (run / "report.html").read_text()
     assert "<table" in page

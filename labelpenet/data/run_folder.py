@@ -45,6 +45,12 @@ def predictions(run: Path, split: str, number: int) -> Path:
     return run / "predictions" / f"{Path(split).stem}-module{number}.json"
 
 
+def origin(predictions: Path) -> Path:
+    """What is written beside a predictions file about its making: a hash of all that it was made from, its own, and
+    the content hash of each photograph."""
+    return predictions.with_suffix(".made-from.json")
+
+
 def features(run: Path) -> Path:
     """The folder of module 1's RoI features."""
     return run / "cache" / "features"
@@ -138,7 +144,11 @@ def read_facts(run: Path) -> dict[str, Any]:
 def others(run: Path, images: Mapping[str, Path]) -> list[str]:
     """Of photographs by id those that are not what the run was trained on under the same id, by content."""
     path = photographs(run)
-    known = read_json(path) if path.is_file() else {}
+    return differing(read_json(path) if path.is_file() else {}, images)
+
+
+def differing(known: Mapping[str, str | None], images: Mapping[str, Path]) -> list[str]:
+    """Of photographs by id those whose content is not what the hash ``known`` of the same id says, where it has one."""
     hashes = hash_files(file for name, file in images.items() if known.get(name))
     return [name for name, file in images.items() if hashes.get(file) not in (None, known.get(name))]
 

@@ -261,11 +261,22 @@ def _labels(run: Path, facts: Facts, images: TaggedImages, problems: list[str]) 
 
 
 def _predictions(run: Path, facts: Facts, images: TaggedImages, problems: list[str]) -> Found:
-    """What each module was found to predict for the held-out split when the run was measured."""
+    """What each module was found to predict for the held-out split when the run was measured; of photographs that are
+    others now, nothing."""
     paths = {number: run_folder.predictions(run, str(facts.results.get("split")), number) for number in facts.trained}
 
     def read(number: int) -> tuple[int, Mapping[str, Instances]]:
-        return number, read_predictions(paths[number], images, images.classes)
+        path = run_folder.origin(paths[number])
+        made = read_json(path) if path.is_file() else None
+        known = made.get("photographs") if isinstance(made, dict) else None
+        others = run_folder.differing(known or {}, {image.id: image.path for image in images.images})
+        if others:
+            problems.append(
+                f"held-out images: {len(others)} are others than those of the same names that module {number} was "
+                "measured on; its predictions of those are made now, and not measured"
+            )
+        same = images.where(lambda image: image.id not in others)
+        return number, read_predictions(paths[number], same, images.classes)
 
     return dict(_made(read, (number for number, path in paths.items() if path.is_file()), problems))
 

@@ -4,15 +4,15 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from labelpenet.data import read_image, run_folder
-from labelpenet.data.dataset import AnnotatedImages, TaggedImage
-from labelpenet.data.files import hash_file, hash_files, read_json, write_json
+from labelpenet.data.dataset import AnnotatedImages, TaggedImage, Truth
+from labelpenet.data.files import hash_file, hash_files, listing, read_json, write_json
 from labelpenet.engine.checkpoint import versions
 from labelpenet.engine.distributed import map_images, precision_of
 from labelpenet.errors import InputError
@@ -44,8 +44,9 @@ def measure_run(
     """Predicts a held-out split with every module and measures it, and the instances of the training images.
 
     Writes ``RUN/predictions/SPLIT-moduleK.json``, kept where it was made from the same photographs and weights, and
-    ``RUN/results.json``. Of the training photographs those count that the run labelled; what looks odd is logged. Of a
-    student, which stands in the place of module 4, the held-out split alone is measured.
+    ``RUN/results.json``, which keeps what was measured there before of other modules in the same way (`with_earlier`).
+    Of the training photographs those count that the run labelled; what looks odd is logged. Of a student, which stands
+    in the place of module 4, the held-out split alone is measured.
 
     Returns:
         The table, one row a module; the first row is module 1 before calibration.
@@ -68,7 +69,9 @@ def measure_run(
     training = None if student else training_images(run, labelled, data, train_split, classes, images)
     photographs = held_out.tagged.images
     boxes = predictor.proposals(photographs, 1, cache) or {}
-    key = made_from(run, precision_of(predictor.fabric), photographs)
+    hashes = hash_files([image.path for image in photographs])
+    contents = {image.id: str(hashes[image.path]) for image in photographs}
+    key = made_from(run, precision_of(predictor.fabric), contents)
     truths, notes = held_out.readable_truths()
     if both := len(trained_on(run, labelled, photographs)):
         notes += (f"the run was trained on {both} of the {len(photographs)} photographs that it is measured on",)
@@ -76,6 +79,7 @@ def measure_run(
         _log.warning("note: %s", note)
     train_truths = training.readable_truths()[0] if training else {}
     results: dict[str, Any] = {"split": split, "protocol": protocol, "trained_on": both, "train": {}, "val": {}}
+    results["made_from"] = hash_truths(key, (truths, train_truths))
     for number in modules:
         if training:
             labels = read_inferred(run, f"module{number}", len(classes))
@@ -84,7 +88,7 @@ def measure_run(
         if not is_kept(path, key):
             pairs = ((image.id, found) for image, found in predictor.run(photographs, number, [], boxes))
             write_predictions(path, pairs, photographs, classes)
-            write_json(_origin(path), {"made_from": key, "content": hash_file(path)})
+        write_json(run_folder.origin(path), {"made_from": key, "content": hash_file(path), "photographs": contents})
         found = read_predictions(path, photographs, classes)
         name = "student" if student else str(number)
         results["val"][name] = evaluate(found, truths, classes, protocol)  # type: ignore[arg-type]
@@ -102,8 +106,47 @@ def measure_run(
             features = RoIFeatures(run, predictor.cascade, train_boxes, predictor.fabric)
             top, _ = rank_images(predictor, learnt, train_boxes, features)
             results["uncalibrated"]["train"] = evaluate(top, train_truths, classes, "voc12")
+    results = with_earlier(results, run_folder.results(run))
     write_json(run_folder.results(run), results, indent=1)
     return render(results)
+
+
+def hash_truths(key: str, parts: Sequence[Mapping[str, Truth]]) -> str:
+    """A hash of all that figures depend on: what ``key`` is the hash of, and the truth of each part's images."""
+    digest = hashlib.blake2b(key.encode(), digest_size=16)
+    for truths in parts:
+        digest.update(b"part")
+        for name, truth in truths.items():
+            one = truth.instances
+            arrays = [one.boxes, one.labels, truth.difficult, truth.crowd, one.masks, truth.semantic]
+            digest.update(repr((name, one.image_size, len(one), truth.complete)).encode())
+            for values in arrays:
+                digest.update(b"none" if values is None else np.asarray(values).tobytes())
+    return digest.hexdigest()
+
+
+def with_earlier(results: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The results and, of those that the file ``path`` holds, the figures of modules that were not measured now.
+
+    They are kept where split, protocol, weights, photographs and truth are the same; else a note says what is dropped.
+    """
+    try:
+        before = read_json(path) if path.is_file() else {}
+        what = f"split {before.get('split')}, protocol {before.get('protocol')}"
+        lost = [name for name in before.get("val", {}) if name not in results["val"]]
+        same = all(before.get(key) == results[key] for key in ("split", "protocol"))
+        if same and before.get("made_from") == results["made_from"]:
+            for part in ("train", "val"):
+                results[part] = dict(sorted({**before[part], **results[part]}.items()))
+            return {**before, **results}
+    except (InputError, AttributeError, TypeError, KeyError):
+        _log.warning("note: %s is damaged; its figures are dropped", path)
+        return results
+    if dropped := lost if same else list(before.get("val", {})):
+        why = " (measured with other weights, photographs or annotation)" if same else ""
+        names = listing(f"module {name}" if name.isdigit() else name for name in dropped)
+        _log.warning("note: %s no longer holds the figures of %s on %s%s", path, names, what, why)
+    return results
 
 
 def labelled_images(run: Path, num_classes: int) -> set[str]:
@@ -139,27 +182,21 @@ def training_images(
     return None
 
 
-def made_from(run: Path, precision: str, images: Sequence[TaggedImage]) -> str:
-    """A hash of all that predictions depend on: facts, weights, precision, the photographs' names and content."""
+def made_from(run: Path, precision: str, contents: Mapping[str, str]) -> str:
+    """A hash of all that predictions depend on: facts, weights, precision, the photographs' content hashes by id."""
     facts = {name: value for name, value in run_folder.read_facts(run).items() if name != "source"}
-    hashes = hash_files([image.path for image in images])
     weights = [(path.name, hash_file(path)) for path in sorted(run_folder.weights(run, "stem").parent.iterdir())]
-    contents = [(image.id, str(hashes[image.path])) for image in images]
-    text = json.dumps([versions()["labelpenet"], facts, weights, precision, contents])
+    text = json.dumps([versions()["labelpenet"], facts, weights, precision, list(contents.items())])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def is_kept(path: Path, key: str) -> bool:
     """Whether a predictions file is there, whole, and was made from what ``key`` is the hash of."""
     try:
-        return path.is_file() and read_json(_origin(path)) == {"made_from": key, "content": hash_file(path)}
+        known = read_json(run_folder.origin(path)) if path.is_file() else None
+        return isinstance(known, dict) and (known.get("made_from"), known.get("content")) == (key, hash_file(path))
     except InputError:
         return False
-
-
-def _origin(path: Path) -> Path:
-    """What is written beside a predictions file about its making."""
-    return path.with_suffix(".made-from.json")
 
 
 def rank_images(

@@ -19,7 +19,7 @@ from labelpenet import config
 from labelpenet.calibration import Trace
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, Truth
-from labelpenet.data.files import hash_file
+from labelpenet.data.files import hash_file, write_json
 from labelpenet.errors import InputError
 from labelpenet.evaluation import Table, evaluate
 from labelpenet.formats import write_predictions
@@ -276,6 +276,19 @@ def test_the_labels_of_a_photograph_are_not_drawn_on_another_of_its_name(tmp_pat
     page = Page(write_report(run, None, data, images=2).read_text("utf-8"))
     assert "training images: 1 are others" in page.text
     assert first.id not in page.text and second.id in page.text
+
+
+def test_the_predictions_of_a_photograph_are_not_drawn_on_another_of_its_name(tmp_path: Path, network: Network) -> None:
+    held_out = photographs(tmp_path / "val", 2)
+    run = make_run(tmp_path / "run", 2, results={"split": "val"})
+    first, second = images = held_out.tagged.images
+    path = run_folder.predictions(run, "val", 2)
+    write_predictions(path, {image.id: found_in(image, 2) for image in images}, images, CLASSES)
+    write_json(run_folder.origin(path), {"photographs": {first.id: "0" * 32, second.id: hash_file(second.path)}})
+    page = Page(write_report(run, None, None, held_out, images=2).read_text("utf-8"))
+    assert "held-out images: 1 are others" in page.text
+    assert network.predicted == [2]  # of the first alone; the second's are known
+    assert first.id not in page.text[page.text.index("does worst") :]
 
 
 def test_damaged_parts_are_named_and_cost_only_themselves(tmp_path: Path, network: Network) -> None:
