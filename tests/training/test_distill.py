@@ -120,6 +120,14 @@ def test_a_finished_student_is_only_loaded_again_and_other_labels_are_refused(mo
         distill.distill(annotated.tagged, truths, folder, recipe, **again)
 
 
+def test_a_file_that_found_nothing_may_name_another_size():
+    found, nothing = labels([[1, 1, 9, 9]], [0.8]), Instances.empty((7, 7))
+    for opinions in (({"a": nothing}, {"a": found}), ({"a": found}, {"a": nothing})):
+        fused = distill._Fused(opinions, {"a": (0,)})["a"]
+        assert fused.image_size == found.image_size and fused.weights.tolist() == [pytest.approx(0.4)]
+    assert not len(distill._Fused(({"a": nothing},), {"a": (0,)})["a"])
+
+
 def test_from_a_file_of_labels_to_predictions_on_the_command_line(tmp_path, capsys):
     folder, year = small_student()
     teacher, out = tmp_path / "run", tmp_path / "student"
