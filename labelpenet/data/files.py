@@ -100,16 +100,27 @@ def read_xml(path: Path) -> Any:
         raise InputError(f"{path}: {why}") from error
 
 
-def read_names(path: Path) -> list[str]:
+def read_names(path: Path, known: Callable[[str], object]) -> list[str]:
     """The name on every line that is neither empty nor a comment (``#``), in order, each once.
 
-    A name may hold blanks; the numbers that VOC's lists write behind it are no part of it.
+    A name may hold blanks; the numbers that VOC's lists write behind it are no part of it (`bare_name`), but where a
+    name with one or more of them is ``known``, the longest such is taken.
 
     Raises:
         InputError: as `read_text`.
     """
-    lines = (re.sub(r"(^|\s+)#.*|(\s+-?\d+)+\s*$", "", line.strip()) for line in read_text(path).splitlines())
-    return [name for name in dict.fromkeys(lines) if name]
+
+    def name(line: str) -> str:
+        bare = bare_name(line)
+        longer = [line[: blank.start()] for blank in re.finditer(r"\s+|$", line) if blank.start() > len(bare)]
+        return next(filter(known, reversed(longer)), bare)
+
+    return [one for one in dict.fromkeys(name(line.strip()) for line in read_text(path).splitlines()) if one]
+
+
+def bare_name(line: str) -> str:
+    """The name on a line of a list, without a comment and without the numbers behind it."""
+    return re.sub(r"(^|(\s+-?\d+)*\s+)#.*|(\s+-?\d+)+\s*$", "", line)
 
 
 def inside(root: Path, name: str) -> Path:

@@ -217,8 +217,8 @@ def _chosen(content: CocoFile, split: str | None) -> tuple[list[int | str], list
         return list(content.images), []
     for list_file in (content.path.parent / f"{split}.txt", Path(split)):
         if list_file.suffix and is_file(list_file):
-            wanted = set(read_names(list_file))
             names = {key: {str(key), row["file_name"], _image_id(row)} for key, row in content.images.items()}
+            wanted = set(read_names(list_file, set().union(*names.values()).__contains__))
             ids = [key for key in names if names[key] & wanted]
             if not ids:
                 raise InputError(f"{list_file}: names no image of {content.path}; give image ids or file names")

@@ -57,8 +57,11 @@ def export_labelme(
     Polygons run through the outermost pixels, as Labelme draws them. What they cannot hold: holes (they
     are joined to the outline by bridges of no width).
 
-    Arguments and errors as `export`; copies of the photographs lie beside the files, where both programs look for them.
+    A class that is called ``checked`` is an `InputError`: its flag would be the person's. Other arguments and errors as
+    `export`; copies of the photographs lie beside the files, where both programs look for them.
     """
+    if CHECKED in classes:
+        raise InputError(f"the class {CHECKED!r} has the name of the flag by which a person accepts a file; rename it")
     with new_export(out, images, overwrite, {"format": "labelme"}) as (folder, done):
         names, files = stems(images, folders=True), file_names(images)
         for image, found in selected(predictions, images, min_score, done.notes):
@@ -145,7 +148,7 @@ def open_data(
     files: dict[str, Path] = {}
     problems: list[str] = []
     flagged: dict[str, frozenset[str]] = {}
-    waiting = drawn_on = 0
+    waiting = drawn_on = ambiguous = 0
     same = unchanged(data)
     for path in json_files(data):
         try:
@@ -158,6 +161,7 @@ def open_data(
                 raise InputError(f"{path}: {name} has another file already; remove one")
             tags = {str(shape.get("label")) for shape in content["shapes"]}
             flags = frozenset(flag for flag, value in _flags(content).items() if value is True and flag != CHECKED)
+            ambiguous += _OURS not in content and _flags(content).get(CHECKED) is True
             drawn_on += bool(tags) or _OURS in content
             if _OURS in content:
                 tags |= flags
@@ -179,6 +183,8 @@ def open_data(
     if flags and not drawn_on:
         found = [replace(one, names=flagged[one.id]) for one in found]
         notes.append(f"no file has a shape: the flags that are set ({listing(sorted(flags))}) are the tags")
+        if ambiguous:
+            notes.append(f"the flag {CHECKED!r}, which {ambiguous} files set, is no tag; rename it if it is a class")
     elif flags:
         notes.append(f"flags that are set ({listing(sorted(flags))}) are no tags, for there are shapes")
     known = {name for one in found for name in one.names}

@@ -4,6 +4,7 @@ Tags come from the names of an image's objects alone (difficult ones included). 
 `open_annotated` only, when the truth of an image is asked for.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ import torch
 
 from labelpenet.data.dataset import VOC_CLASSES, AnnotatedImages, NamedImage, TaggedImage, Truth, tag_images, with_truth
 from labelpenet.data.files import (
+    bare_name,
     inside,
     is_file,
     listing,
@@ -93,7 +95,8 @@ def split_ids(year: Path, split: str | None) -> list[str]:
         chosen = ["train", "val"]
     else:
         chosen = [split]
-    ids = list(dict.fromkeys(name for one in chosen for name in read_names(_list_file(year, one, known))))
+    lists = [read_names(_list_file(year, one, known), lambda name: _is_photograph(year, name)) for one in chosen]
+    ids = list(dict.fromkeys(itertools.chain.from_iterable(lists)))
     if not ids:
         raise InputError(f"{year}: the list {split or listing(chosen)} names no image; available are {listing(known)}")
     return ids
@@ -107,7 +110,8 @@ def open_annotated(year: Path, split: str | None = None, classes: Sequence[str] 
     """
     for_test = split is not None and split.rpartition("/")[2] == "test"
     found, problems, bare = [], [], 0
-    for name in split_ids(year, split):
+    ids = split_ids(year, split)
+    for name in ids:
         try:
             image, names = _image(year, name), []
             if for_test and not is_file(year / "Annotations" / f"{name}.xml"):
@@ -126,6 +130,10 @@ def open_annotated(year: Path, split: str | None = None, classes: Sequence[str] 
         notes = [f"{bare} images of {split} have no annotation; they can be predicted, not measured"]
     elif split is None and splits(year):
         notes = [f"no split is named: the images of all lists but test are used; available are {listing(splits(year))}"]
+    if numbered := [name for name in ids if bare_name(name) != name and _is_photograph(year, bare_name(name))]:
+        notes.append(
+            f"{listing(numbered, 3)}: taken for photographs of that name, not {bare_name(numbered[0])} with a number"
+        )
     tagged = tag_images(found, classes, occurring, problems, year, notes)
     order = cache(lambda: map_classes(year))
     return with_truth(tagged, year, lambda image: read_truth(year, image, tagged.classes, order))
@@ -237,6 +245,13 @@ def _annotation(year: Path, name: str) -> Path:
     if not is_file(path):
         raise InputError(f"{path}: no such annotation; add it or take {name} out of the split")
     return path
+
+
+def _is_photograph(year: Path, name: str) -> bool:
+    try:
+        return bool(_image(year, name))
+    except InputError:
+        return False
 
 
 def _image(year: Path, name: str) -> Path:

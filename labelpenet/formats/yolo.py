@@ -300,11 +300,17 @@ def _rows(path: Path, classes: int, pose: bool) -> dict[int, tuple[int, np.ndarr
         if not (words := line.split()):
             continue
         try:
-            index, values = int(float(words[0])), np.array(words[1:5] if pose else words[1:], np.float64)
+            index = int(float(words[0]))
         except (ValueError, OverflowError):
-            index, values = -1, np.zeros(0)
+            index = -1
         if not 0 <= index < classes or str(index) != words[0].removesuffix(".0"):
             raise InputError(f"{path}: line {number}: {words[0][:20]!r} is none of the {classes} classes; mend it")
+        try:
+            values = np.array(words[1:5] if pose else words[1:], np.float64)
+        except ValueError as error:
+            odd = next(filter(_is_no_number, words[1:]))[:20]
+            remedy = "decimals need a point, not a comma" if "," in odd else "mend it"
+            raise InputError(f"{path}: line {number}: {odd!r} is no number; {remedy}") from error
         if len(values) not in (4, *range(6, len(values) + 1, 2)) or not (np.abs(values) < 10).all():
             raise InputError(
                 f"{path}: line {number}: {len(values)} numbers; expected x y width height, or x y of three corners and "
@@ -312,3 +318,11 @@ def _rows(path: Path, classes: int, pose: bool) -> dict[int, tuple[int, np.ndarr
             )
         found[number] = index, values.reshape(-1, 2)
     return found
+
+
+def _is_no_number(word: str) -> bool:
+    try:
+        np.array([word], np.float64)
+    except ValueError:
+        return True
+    return False

@@ -12,13 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from labelpenet.data import run_folder
-from labelpenet.data.files import read_json, read_tensors, write_json, write_tensors, write_text
+from labelpenet.data.files import read_json, read_tensors, read_text, write_json, write_tensors, write_text
 from labelpenet.errors import InputError, reason
 from labelpenet.models.cascade import MODULES, LabelPEnet, read_run
 from labelpenet.models.student import KIND, Student, load
 
 _FILES = ("config.json", "model.safetensors")
 _NOTHING = "Not measured."
+_OURS = 'library_name: "labelpenet"'
 _TAUGHT = {
     "tags": "image tags alone",
     "full": "true boxes and masks",
@@ -32,15 +33,17 @@ def save_pretrained(run: Path | str, folder: Path | str, licence: str = "other",
 
     Args:
         run: what ``labelpenet train`` or ``distill`` wrote; its ``results.json``, if measured, fills in the card.
-        folder: where to; nothing else in it is touched. It is returned.
+        folder: where to; nothing else in it is touched, nor such files of others. It is returned.
         licence: the hub's name of the licence of the weights, such as ``apache-2.0``: yours to choose, within what the
             photographs and the pretrained backbone allow.
         push: name of a repository on the hub, ``you/model``, to upload the folder to.
 
     Raises:
-        InputError: no run folder, the folder cannot be written, or huggingface_hub is missing or refuses.
+        InputError: no run folder, the folder holds files of these names that are not ours, or cannot be written, or
+            huggingface_hub is missing or refuses.
     """
     run, folder = Path(run), Path(folder)
+    _check_own(folder)
     facts = read_run(run)
     load(run)  # refuses what is unfinished or damaged
     student = facts.get("kind") == KIND
@@ -63,6 +66,19 @@ def save_pretrained(run: Path | str, folder: Path | str, licence: str = "other",
     if push is not None:
         _upload(folder, push)
     return folder
+
+
+def _check_own(folder: Path) -> None:
+    """`InputError` where ``config.json`` or ``README.md`` is there and not what `save_pretrained` wrote."""
+    config, card = folder / "config.json", folder / "README.md"
+    facts = read_json(config) if config.is_file() else None
+    ours = {
+        config: facts is None or (isinstance(facts, dict) and {"classes", "backbone"} <= set(facts)),
+        card: not card.exists() or _OURS in read_text(card),
+    }
+    for path, own in ours.items():
+        if not own:
+            raise InputError(f"{path}: is there already and not of a network of ours; choose another folder")
 
 
 def from_pretrained(source: Path | str, device: str = "cpu") -> LabelPEnet | Student:

@@ -99,7 +99,8 @@ def open_supervision(
         raise InputError("--corrected goes with --supervision mixed; give both")
     if kind == "tags":
         return None
-    listed = read_names(supervised) if supervised else None
+    known = {name for image in images.images for name in (image.id, image.path.name)}
+    listed = read_names(supervised, known.__contains__) if supervised else None
     if corrected:
         annotated = open_annotated(data, split, images.classes, photographs) if supervised else None
         return read_corrections(images, read_corrected(corrected, images), annotated, listed)

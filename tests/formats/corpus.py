@@ -507,6 +507,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str | None, str]] = {
                                      "train", r"a.txt: line 1: '7' is none of the 1 classes"),
     "YOLO, a number too few": (yolo(ULTRALYTICS, draw=lambda _, box: "0 .5 .5 .1\n"), "train",
                                "a.txt: line 1: 3 numbers"),
+    "YOLO with decimal commas": (yolo(ULTRALYTICS, draw=lambda _, box: "0 0,5 0,5 0,1 0,1\n"), "train",
+                                 "a.txt: line 1: '0,5' is no number; decimals need a point, not a comma"),
     "Label Studio taxonomy with a name twice": (
         studio({"type": "taxonomy", "value": {"taxonomy": [["pets", "other"], ["farm", "other"]]}}), None,
         "farm / other and pets / other end alike"),

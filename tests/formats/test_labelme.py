@@ -81,6 +81,19 @@ def test_corrected_files_are_read_back_and_others_wait(tmp_path):
         export_labelme(found, images.images, CLASSES, out, overwrite=True)
 
 
+def test_a_class_called_checked_is_never_lost_in_silence(tmp_path):
+    images = photographs(tmp_path / "in", NAMES)
+    classes = ("checked", *CLASSES[1:])
+    with pytest.raises(InputError, match="'checked' has the name of the flag"):
+        export_labelme(predictions(images), images.images, classes, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    for image, flag in zip(images.images[:2], ("checked", "other"), strict=True):
+        content = {"flags": {flag: True, "cat": True}, "shapes": [], "imagePath": image.path.name}
+        image.path.with_suffix(".json").write_text(json.dumps(content))
+    notes = open_tagged(tmp_path / "in").notes
+    assert "the flag 'checked', which 1 files set, is no tag; rename it if it is a class" in notes
+
+
 def test_an_export_writes_over_nothing(tmp_path):
     images = photographs(tmp_path / "in", NAMES)
     found = predictions(images)

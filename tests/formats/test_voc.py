@@ -64,6 +64,18 @@ def test_splits(tmp_path: Path) -> None:
         open_tagged(year, "nope")
 
 
+def test_a_number_in_a_name_is_no_flag_where_there_is_such_a_photograph(tmp_path: Path) -> None:
+    year = voc_kit(tmp_path)
+    for name, number in (("a", "a 1"), ("b", "x 2 3")):
+        for folder, suffix in (("JPEGImages", "jpg"), ("Annotations", "xml")):
+            (year / folder / f"{number}.{suffix}").write_bytes((year / folder / f"{name}.{suffix}").read_bytes())
+    (year / "ImageSets/Main/own.txt").write_text("a 1\nx 2 3 -1\nb  1\nd 1 # mine\n")
+    images = open_tagged(year, "own")
+    assert [image.id for image in images.images] == ["a 1", "x 2 3", "b", "d"]
+    (note,) = [note for note in images.notes if "number" in note]
+    assert note == "a 1: taken for photographs of that name, not a with a number"  # there is a photograph a, no x
+
+
 def test_unknown_and_doubled_classes(tmp_path: Path) -> None:
     year = voc_kit(tmp_path)
     with pytest.raises(InputError, match="unknown class 'catt'; known are bird, cat, dog"):

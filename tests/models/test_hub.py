@@ -82,6 +82,21 @@ def test_pushing_uploads_the_three_files_and_nothing_else_of_the_folder(tmp_path
     assert (options["repo_id"], options["folder_path"]) == ("me/model", folder)
 
 
+@pytest.mark.parametrize(("name", "text"), [("README.md", "# mine\n"), ("config.json", '{"model_type": "bert"}')])
+def test_files_of_others_are_not_replaced(tmp_path, name, text):
+    cascade_run(tmp_path / "run")
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    (folder / name).write_text(text)
+    with pytest.raises(InputError, match=f"{name}: is there already"):
+        save_pretrained(tmp_path / "run", folder)
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [(name, text)]
+    (folder / name).unlink()
+    save_pretrained(tmp_path / "run", folder)
+    save_pretrained(tmp_path / "run", folder, licence="mit")  # its own it replaces
+    assert 'license: "mit"' in (folder / "README.md").read_text()
+
+
 def test_a_student_comes_back_and_answers_as_before(tmp_path):
     run, _ = small_student()
     folder = save_pretrained(run, tmp_path)
