@@ -331,7 +331,8 @@ class Export:
 class Measure:
     """Measure every module of a run: predictions on a held-out split, CorLoc of the training images.
 
-    Writes RUN/results.json and RUN/predictions/SPLIT-moduleK.json, prints a table.
+    Writes RUN/results.json and RUN/predictions/SPLIT-moduleK.json, prints a table. What results.json holds of modules
+    that are not measured now is kept where it is still true; else a note says what is dropped.
 
     Try:
       labelpenet measure runs/voc VOCdevkit/VOC2012 --split val

@@ -143,7 +143,7 @@ def with_earlier(results: dict[str, Any], path: Path) -> dict[str, Any]:
         _log.warning("note: %s is damaged; its figures are dropped", path)
         return results
     if dropped := lost if same else list(before.get("val", {})):
-        why = " (measured with other weights, photographs or annotation)" if same else ""
+        why = " (measured with other weights, photographs, annotation or version)" if same else ""
         names = listing(f"module {name}" if name.isdigit() else name for name in dropped)
         _log.warning("note: %s no longer holds the figures of %s on %s%s", path, names, what, why)
     return results
