@@ -370,7 +370,6 @@ class StudentNetwork(_Ranged):
         width: channels of the feature pyramid and of the mask head; mask_depth: the latter's convolutions.
         rois: sampled from each image in training; proposals: boxes that the RPN passes on in prediction.
         detections: instances of an image at most.
-        context: whether every RoI also sees the mean of the whole image (see `models.student.build_body`).
     """
 
     width: int = 128
@@ -378,7 +377,6 @@ class StudentNetwork(_Ranged):
     rois: int = 64
     proposals: int = 150
     detections: int = 50
-    context: bool = True
 
 
 @dataclass(frozen=True)
@@ -389,7 +387,7 @@ class Noise(_Ranged):
         keep: an instance is taught if its confidence is at least this fraction of the best one's of its class in its
             image, as the best one itself always is; the others are doubtful.
         nested: an instance of which this fraction of the box lies inside a better one of its class is doubtful too.
-        weighted: whether confidences, as fractions of the best one's of the class in the image, weigh the losses.
+        weighted: whether confidences weigh the losses.
         limit: a RoI whose class or box loss exceeds it is left out, after the fraction ``limit_from`` of the steps.
         ema: decay of the averaged weights, which are the result; None for the last ones.
     """

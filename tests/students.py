@@ -26,7 +26,7 @@ from labelpenet.training.supervised import read_supervision
 SIDE = 96
 CHOICES = (
     f"images.sides={SIDE}", f"images.test_side={SIDE}", "images.longest=200", "images.flip=false", "network.rois=32",
-    "network.width=16", "network.mask_depth=1", "noise.ema=0.9", "schedule.steps=120", "schedule.lr=0.002",
+    "network.width=16", "network.mask_depth=1", "noise.ema=0.9", "schedule.steps=80", "schedule.lr=0.002",
     "schedule.warmup=5",
 )  # fmt: skip
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -46,7 +46,6 @@ from labelpenet.models.segmentation import crop_masks, mask_loss
 
 KIND = "student"  # what ``run.json`` says of such a folder, and the name of its weights
 STRIDES = (8, 16, 32)  # of the pyramid's maps; the last one, subsampled, is the fourth
-_COARSE, _CONTEXT = "coarse", "context"  # the body's children behind the backbone's (`build_body`)
 _ANCHOR = 6  # an anchor's side over its map's stride: 48, 96, 192 and 384 pixels
 
 
@@ -291,7 +290,7 @@ class Student(nn.Module):
     @classmethod
     def start(cls, backbone: str, classes: Sequence[str], recipe: StudentRecipe, weights: Path | None) -> Student:
         """A student that has learnt nothing yet but for its backbone's ImageNet ``weights`` (see `build_body`)."""
-        body, normalisation = build_body(backbone, weights, context=recipe.network.context)
+        body, normalisation = build_body(backbone, weights)
         return cls(body, classes, recipe, backbone, normalisation)
 
     @classmethod
@@ -316,10 +315,8 @@ class Student(nn.Module):
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> Student:
         """The student that ``run.json`` describes, with its weights."""
-        context = _CONTEXT in facts["network"]["layers"]  # students of before it was thought of have none
+        body, _ = build_body(facts["backbone"], pretrained=False)
         recipe = config.student_from_dict(facts["recipe"])
-        recipe = replace(recipe, network=replace(recipe.network, context=context))
-        body, _ = build_body(facts["backbone"], pretrained=False, context=context)
         return cls(body, facts["classes"], recipe, facts["backbone"], facts["normalisation"], state)
 
 
@@ -379,29 +376,19 @@ def build_network(body: nn.Module, description: Mapping[str, Any]) -> MaskRCNN:
 
 
 def build_body(
-    name: str, weights: Path | None = None, pretrained: bool = True, context: bool = True
+    name: str, weights: Path | None = None, pretrained: bool = True
 ) -> tuple[nn.Module, dict[str, Sequence[float]]]:
     """A backbone as a chain of children without its classifier, batch norms as they are; and its normalisation.
 
     Arguments and errors as `build_backbone`; a network of timm must be a chain of stages.
-
-    Args:
-        context: ends the chain with a map of stride 64 and the mean of the whole image. As the coarsest map of the
-            pyramid that mean is added to all others, so that each RoI knows what the photograph shows.
     """
-    normalisation: dict[str, Sequence[float]]
     if name.startswith("timm/"):
-        body, normalisation = _timm_body(name, weights, pretrained)
-    else:
-        backbone, network = build_backbone(name, weights, pretrained), whole_network(name, weights, pretrained)
-        chain: Any = getattr(network, "features", network)
-        # without context the last layer of MobileNetV2 serves the classifier alone
-        body = chain[:-1] if name == "mobilenet_v2" and not context else chain
-        normalisation = {"mean": backbone.mean, "std": backbone.std}
-    if context:
-        body.add_module(_COARSE, nn.MaxPool2d(1, 2))
-        body.add_module(_CONTEXT, nn.AdaptiveAvgPool2d(1))
-    return body, normalisation
+        return _timm_body(name, weights, pretrained)
+    backbone, network = build_backbone(name, weights, pretrained), whole_network(name, weights, pretrained)
+    body: Any = getattr(network, "features", network)
+    if name == "mobilenet_v2":
+        body = body[:-1]  # the last layer serves the classifier alone
+    return body, {"mean": backbone.mean, "std": backbone.std}
 
 
 def _timm_body(name: str, weights: Path | None, pretrained: bool) -> tuple[nn.Module, dict[str, Sequence[float]]]:
@@ -444,12 +431,8 @@ def measure_levels(body: nn.Module) -> Levels:
     last: dict[int, tuple[str, int]] = {}
     early = []
     body.eval()
-    added = {}
     for name, child in body.named_children():
         x = child(x)
-        if name in (_COARSE, _CONTEXT):
-            added[name] = x.shape[1]
-            continue
         stride = side // x.shape[-1]
         last[stride] = (name, x.shape[1])
         if stride < STRIDES[0]:
@@ -457,10 +440,8 @@ def measure_levels(body: nn.Module) -> Levels:
     strides = [stride for stride in STRIDES if stride in last]
     if not strides:
         raise InputError(f"a network with maps of strides {sorted(last)} carries no pyramid; it needs 8, 16 or 32")
-    layers = {name: str(level) for level, name in enumerate([*(last[stride][0] for stride in strides), *added])}
-    channels = [*(last[stride][1] for stride in strides), *added.values()]
-    # torchvision subsamples the last map once more; of the image's mean that is the mean again
-    return Levels(layers, channels, [*strides, 2 * strides[-1]] + [4 * strides[-1]] * len(added), early)
+    layers = {last[stride][0]: str(level) for level, stride in enumerate(strides)}
+    return Levels(layers, [last[stride][1] for stride in strides], [*strides, 2 * strides[-1]], early)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Distillation: a student learns from a run's labels; the function behind ``labelpenet distill``.
 
 What makes labels of a network fit for another one: the best instance of every tag and all that are about as sure are
-taught, weighed by their confidence beside it, and the doubtful rest is neither object nor background; RoIs whose loss
+taught, weighed by their confidence, and the doubtful rest is neither object nor background; RoIs whose loss
 stays large after a fifth of the steps leave the loss, for there the label is likely to be wrong; the result is the
 average of the weights over many steps.
 
@@ -187,11 +187,9 @@ def sort_out(labels: Instances, noise: Noise) -> tuple[Instances, Tensor]:
     area = labels.boxes[:, 2:] - labels.boxes[:, :2]
     sure = confident(labels, noise.keep, noise.nested) & (area > 0).all(1)
     taught = labels[sure]
-    if noise.weighted and len(taught):  # the tag is certain, and so is that something shows it
-        same = taught.labels[:, None] == taught.labels
-        best = torch.where(same, taught.weights, 0).amax(1)
-        return taught.weighted(torch.where(best > 0, taught.weights / best, best)), labels.boxes[~sure]
-    return taught.weighted(torch.ones(len(taught))), labels.boxes[~sure]
+    if not noise.weighted:
+        taught = taught.weighted(torch.ones(len(taught)))
+    return taught, labels.boxes[~sure]
 
 
 def _fingerprint(name: str, one: Instances) -> bytes:

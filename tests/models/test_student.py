@@ -21,14 +21,13 @@ from tests.students import SIDE, small_student
 SMALL = config.override(config.StudentRecipe(), ["network.width=8", "network.mask_depth=1", "images.test_side=64"])
 
 
-def untaught(backbone: str = "tiny", context: bool = True) -> Student:
+def untaught(backbone: str = "tiny") -> Student:
     torch.manual_seed(0)
-    body, normalisation = build_body(backbone, pretrained=False, context=context)
+    body, normalisation = build_body(backbone, pretrained=False)
     for norm in (module for module in body.modules() if isinstance(module, nn.BatchNorm2d)):
         nn.init.uniform_(norm.running_var, 0.5, 2.0)
         nn.init.uniform_(norm.running_mean, -0.5, 0.5)
-    recipe = config.override(SMALL, [f"network.context={context}"])
-    return Student(body, ("a", "b"), recipe, backbone, normalisation)
+    return Student(body, ("a", "b"), SMALL, backbone, normalisation)
 
 
 def lesson(boxes, doubtful=(), weights=None) -> Lesson:
@@ -54,32 +53,9 @@ def test_the_plain_network_computes_what_the_folded_one_does(backbone):
         expected, found = plain.eval().backbone(x), student.network.backbone(x)
     assert expected.keys() == found.keys() and len(found) == len(student.levels.strides)
     for (name, value), stride in zip(found.items(), student.levels.strides, strict=True):
-        whole = name in (student.levels.layers["context"], "pool")  # one cell for the whole photograph
-        assert value.shape[-2:] == ((1, 1) if whole else (-(-96 // stride), -(-64 // stride)))
+        assert value.shape[-2:] == (-(-96 // stride), 64 // stride)
         torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
     assert backbone == "tiny" or student.folded, "its batch norms cost nothing"
-
-
-@pytest.mark.parametrize("context", [True, False])
-def test_with_context_each_place_knows_of_what_lies_far_away(context):
-    network = untaught(context=context).network
-    photo = torch.zeros(1, 3, 64, 512)
-    other = photo.clone()
-    other[..., 448:] = 1.0
-    with torch.no_grad():
-        finest = [network.backbone(one)["0"][..., :8] for one in (photo, other)]
-    assert torch.equal(*finest) != context
-
-
-@pytest.mark.parametrize("backbone", ["mobilenet_v2", "tiny"])
-def test_a_student_of_before_there_was_a_context_loads(backbone):
-    old = untaught(backbone, context=False)
-    facts = {"classes": ["a", "b"], "backbone": backbone, "normalisation": old.normalisation}
-    recipe = config.to_dict(old.recipe)
-    del recipe["network"]["context"]
-    again = Student.from_facts({**facts, "recipe": recipe, "network": old.description()}, old.plain_state())
-    assert not again.recipe.network.context
-    assert again.plain_state().keys() == old.plain_state().keys()
 
 
 def test_a_network_whose_children_are_out_of_order_is_not_folded():
@@ -178,7 +154,7 @@ def test_the_lines_in_the_docs_load_a_student_in_torchvision_alone():
     text = Path(__file__).parents[2].joinpath("docs", "student.md").read_text()
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
     assert "labelpenet" not in code
-    body = "features = torchvision.models.mobilenet_v2().features"
+    body = "features = torchvision.models.mobilenet_v2().features[:-1]"
     assert body in code
     from labelpenet.models.backbones import TinyNetwork
 
