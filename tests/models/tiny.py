@@ -79,8 +79,8 @@ class NarrowPlug(VGG16):
         super().__init__(network)
         self.stem = replace(self.stem, channels=WIDE)
 
-    def _dilated_conv5(self) -> Part:
-        return replace(super()._dilated_conv5(), channels=WIDE)
+    def region_tail(self) -> Part:
+        return replace(super().region_tail(), channels=WIDE)
 
     def detection_tail(self) -> Part:
         return replace(super().detection_tail(), channels=WIDE)
