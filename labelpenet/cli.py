@@ -559,6 +559,7 @@ def _open_held_out(args: Train | ForwardBackward, images: TaggedImages) -> Annot
 
 
 def train(args: Train) -> None:
+    """``labelpenet train``; bad input is an `InputError`."""
     recipe = _changed(config.recipe(args.recipe), args)
     images, source = _open_training(args, _names(args.classes))
     held_out = _open_held_out(args, images)
@@ -584,6 +585,7 @@ def train(args: Train) -> None:
 
 
 def forward_backward(args: ForwardBackward) -> None:
+    """``labelpenet forward-backward``; bad input is an `InputError`."""
     from labelpenet.models.cascade import read_run
     from labelpenet.training import curriculum
 
@@ -598,6 +600,7 @@ def forward_backward(args: ForwardBackward) -> None:
 
 
 def distill(args: Distill) -> None:
+    """``labelpenet distill``; bad input is an `InputError`."""
     from labelpenet.formats import open_annotated
     from labelpenet.models.cascade import read_run
     from labelpenet.training import distill as training
@@ -634,6 +637,7 @@ def distill(args: Distill) -> None:
 
 
 def predict(args: Predict) -> None:
+    """``labelpenet predict``; bad input is an `InputError`."""
     from labelpenet.data import TaggedImage, read_image
     from labelpenet.data.files import check_outputs, real_path
     from labelpenet.data.images import find_images
@@ -696,6 +700,7 @@ def predict(args: Predict) -> None:
 
 
 def merge(args: Merge) -> None:
+    """``labelpenet merge``; bad input is an `InputError`."""
     from labelpenet.data.files import check_outputs
     from labelpenet.formats.parts import merge_parts
 
@@ -707,6 +712,7 @@ def merge(args: Merge) -> None:
 
 
 def evaluate(args: Evaluate) -> None:
+    """``labelpenet evaluate``; bad input is an `InputError`."""
     from labelpenet.data.files import check_outputs, write_bytes
     from labelpenet.evaluation import evaluate as measure
     from labelpenet.evaluation import paper_tables, summary_table
@@ -733,6 +739,7 @@ def evaluate(args: Evaluate) -> None:
 
 
 def proposals(args: Proposals) -> None:
+    """``labelpenet proposals``; bad input is an `InputError`."""
     from labelpenet.data.proposals import compute_proposals, default_cache
     from labelpenet.evaluation.recall import recall, recall_table
     from labelpenet.formats import open_annotated, open_tagged
@@ -756,6 +763,7 @@ def proposals(args: Proposals) -> None:
 
 
 def export(args: Export) -> None:
+    """``labelpenet export``; bad input is an `InputError`."""
     from labelpenet.data.files import check_new_folder, check_outputs
     from labelpenet.formats import export as write
     from labelpenet.formats import open_annotated, read_predictions
@@ -844,6 +852,7 @@ def _doubtful(args: Export, images: TaggedImages) -> TaggedImages:
 
 
 def measure(args: Measure) -> None:
+    """``labelpenet measure``; bad input is an `InputError`."""
     from labelpenet.training.measure import measure_run
 
     if not args.modules:
@@ -852,6 +861,7 @@ def measure(args: Measure) -> None:
 
 
 def review(args: Review) -> None:
+    """``labelpenet review``; bad input is an `InputError`."""
     from labelpenet.data import run_folder
     from labelpenet.models.cascade import read_run
     from labelpenet.review import serve
@@ -861,6 +871,7 @@ def review(args: Review) -> None:
 
 
 def report(args: Report) -> None:
+    """``labelpenet report``; bad input is an `InputError`."""
     from labelpenet.data.files import check_outputs, real_path
     from labelpenet.formats import open_annotated, open_tagged
     from labelpenet.models.cascade import read_run
@@ -903,6 +914,7 @@ def _tagged(images: AnnotatedImages | TaggedImages) -> TaggedImages:
 
 
 def demo(args: Demo) -> None:
+    """``labelpenet demo``; bad input is an `InputError`."""
     # before torch is loaded: between the tiny layers, threads would spin longer than they compute
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from labelpenet.demo import run_demo

@@ -6,8 +6,6 @@ animals that stand together, the student tells them apart but ranks parts above 
 Shape letters: ``N, M`` instances, ``P`` models.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 
 import torch
@@ -39,36 +37,27 @@ def fuse(opinions: Sequence[Instances], tags: Collection[int]) -> Instances:
         tags: indices of the photograph's classes.
 
     Returns:
-        M instances, best first, with masks if all that are chosen have one.
+        M instances, best first, weights in [0, 1]; with masks if every model has them that found any of the classes.
 
     Raises:
-        ValueError: no opinion, or opinions of photographs of different sizes.
+        ValueError: no opinion, or instances in photographs of different sizes.
     """
-    if not opinions or len({one.image_size for one in opinions}) > 1:
-        raise ValueError("opinions must be of one photograph, and at least one")
+    if not opinions:
+        raise ValueError("there must be at least one opinion")
     wanted = torch.tensor(sorted(tags), dtype=torch.long)
-    opinions = [one[torch.isin(one.labels, wanted)] for one in opinions]
-    if not any(len(one) for one in opinions):
-        return opinions[0]
-    boxes, labels = torch.cat([one.boxes for one in opinions]), torch.cat([one.labels for one in opinions])
-    model = torch.cat([torch.full((len(one),), index) for index, one in enumerate(opinions)])
-    overlap = box_iou(boxes, boxes) * (labels[:, None] == labels)
-    weights = supported(torch.cat([one.weights for one in opinions]), overlap, model, len(opinions))
-    kept, _ = nms_groups(boxes, weights, labels, SAME)
+    seen = [(index, one[torch.isin(one.labels, wanted)]) for index, one in enumerate(opinions) if len(one)]
+    seen = [(index, one) for index, one in seen if len(one)]
+    if not seen:
+        return Instances.empty(opinions[0].image_size, with_masks=True)
+    every = Instances.cat([one for _, one in seen])
+    model = torch.cat([torch.full((len(one),), index) for index, one in seen])
+    overlap = box_iou(every.boxes, every.boxes) * (every.labels[:, None] == every.labels)
+    weights = supported(every.weights, overlap, model, len(opinions))
+    kept, _ = nms_groups(every.boxes, weights, every.labels, SAME)
     drawn: dict[int, float] = {}  # whose outlines, and how sure: of two with the same the surer one
     for index in kept.tolist():
         drawn.setdefault(outline(index, overlap, model), float(weights[index]))
-    return _rows(opinions, list(drawn)).weighted(torch.tensor(list(drawn.values())))
-
-
-def _rows(parts: Sequence[Instances], rows: list[int]) -> Instances:
-    """Those rows of the parts' rows one after the other; only their masks are decoded."""
-    starts = torch.tensor([0, *(len(one) for one in parts)]).cumsum(0)
-    wanted = torch.tensor(rows, dtype=torch.long)
-    owner = torch.searchsorted(starts, wanted, right=True) - 1
-    order = owner.argsort(stable=True)
-    picked = [one[wanted[owner == index] - starts[index]] for index, one in enumerate(parts)]
-    return Instances.cat([one for one in picked if len(one)] or picked[:1])[order.argsort()]
+    return every[torch.tensor(list(drawn))].weighted(torch.tensor(list(drawn.values())))
 
 
 def supported(weights: Tensor, overlap: Tensor, model: Tensor, models: int) -> Tensor:

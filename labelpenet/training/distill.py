@@ -112,11 +112,8 @@ class _Fused(Mapping[str, Instances]):
         return iter(self.tags)
 
     def __getitem__(self, image: str) -> Instances:
-        tags = self.tags[image]
-        opinions = [one[image] for one in self.opinions if image in one]
-        size = next((one.image_size for one in opinions if len(one)), opinions[0].image_size)
-        nothing = Instances.empty(size, with_masks=True)  # a file that found nothing may name any size
-        return fuse([one if len(one) else nothing for one in opinions], tags)
+        tags = self.tags[image]  # a KeyError for one that no file names
+        return fuse([one[image] for one in self.opinions if image in one], tags)
 
 
 def read_labels(

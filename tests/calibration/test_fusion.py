@@ -77,6 +77,8 @@ def test_order_of_instances_does_not_matter_and_one_model_alone_keeps_its_weight
 
 
 def test_opinions_of_different_photographs_are_refused():
-    for wrong in ([], [Instances.empty((4, 4)), Instances.empty((4, 5))]):
-        with pytest.raises(ValueError, match="one photograph"):
-            fuse(wrong, (0,))
+    with pytest.raises(ValueError, match="at least one"):
+        fuse([], (0,))
+    other = Instances(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([0]), torch.tensor([0.5]), (4, 4))
+    with pytest.raises(ValueError, match="one image"):
+        fuse([opinion((LEFT, 0, 0.8)), other], (0,))
