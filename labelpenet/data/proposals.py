@@ -337,7 +337,8 @@ def _run_all(
         while True:
             # Two tasks per process keep it busy; no more are handed out, so that little is lost on an interruption.
             for path in itertools.islice(queue, 2 * workers - len(running)):
-                running[pool.submit(compute, path)] = path
+                with _children_ignore_interrupts():  # the first submission starts the processes
+                    running[pool.submit(compute, path)] = path
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -354,9 +355,25 @@ def _run_all(
         raise
 
 
+@contextlib.contextmanager
+def _children_ignore_interrupts() -> Generator[None]:
+    """Blocks SIGINT in this thread, and so, from their first instruction, in the processes that it starts.
+
+    The terminal sends Ctrl-C to all processes; the main one gets it when the block ends, and terminates the others.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker() -> None:
-    """Sets up a worker process: one thread, and a silent end on Ctrl-C, which the terminal sends to all processes."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """Sets up a worker process: one thread, deaf to Ctrl-C, on which the main process terminates it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     cv2.setNumThreads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -330,10 +330,18 @@ def kill_a_worker(cache):
         time.sleep(0.01)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
+def interrupt_the_group():
+    while not multiprocessing.active_children():
+        time.sleep(0.001)
+    time.sleep(0.2)  # their interpreters run, and import this file
+    os.killpg(os.getpid(), signal.SIGINT)
+
 if __name__ == "__main__":
     folder, cache, workers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     if "kill" in sys.argv:
         threading.Thread(target=kill_a_worker, args=(cache,), daemon=True).start()
+    if "interrupt" in sys.argv:
+        threading.Thread(target=interrupt_the_group, daemon=True).start()
     images = [TaggedImage(path.stem, path, ()) for path in sorted(folder.glob("*.png"))]
     try:
         compute_proposals(images, Proposals(side=80), cache, workers)
@@ -398,6 +406,14 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, name: str, work
     resumed = compute_proposals(images, QUICK, cache, workers=1)
     assert times == {path: path.stat().st_mtime_ns for path in done}
     assert same(resumed, compute_proposals(images, QUICK, tmp_path / "fresh", workers=1))
+
+
+def test_an_interruption_while_workers_start_is_silent(tmp_path: Path) -> None:
+    photographs(tmp_path / "images", 40)
+    process = start(tmp_path / "images", tmp_path / "cache", "2", "interrupt")
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (130, "", "")
+    assert ends(process.pid)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
