@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before torch is imported: as many tests run side by side as there are cores, and so do the processes that they start.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# Nothing by chance: neither what Hypothesis draws nor how fast this machine is at the moment (slow tests may explore).
+settings.register_profile("ours", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ours")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Each test and the fixtures made for it draw the same numbers, whatever this process ran before."""
+    import numpy as np
+    import torch
+
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    random.seed(0)
 
 
 @pytest.fixture(scope="session")

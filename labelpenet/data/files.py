@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -230,18 +231,17 @@ def write_bytes(path: Path, content: bytes | Callable[[BinaryIO], object], remed
     temporary = path.with_name(f"{short}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _open_alone(temporary) as file:
-            try:
+        try:
+            with _open_alone(temporary) as file:
                 content(file) if callable(content) else file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
                 if fcntl is None:
                     file.close()
                 temporary.replace(path)
-            except BaseException:
-                with contextlib.suppress(OSError):  # which would hide the reason
-                    temporary.unlink()
-                raise
+        except BaseException:
+            _drop(temporary)
+            raise
     except (OSError, RuntimeError) as error:
         cause = _os_error(error)
         if cause is None:
@@ -377,6 +377,15 @@ def _open_alone(path: Path) -> BinaryIO:
             file.close()
             raise
         file.close()
+
+
+def _drop(path: Path) -> None:
+    """Removes what a failure or an interruption left half written, at any moment; not what another process writes."""
+    with contextlib.suppress(OSError):  # which would hide the reason
+        if stat.S_ISREG(path.lstat().st_mode):
+            with locked(path) as alone:
+                if alone:
+                    path.unlink()
 
 
 def _lock(file: BinaryIO | int, wait: bool) -> bool:

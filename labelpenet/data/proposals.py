@@ -337,7 +337,7 @@ def _run_all(
         while True:
             # Two tasks per process keep it busy; no more are handed out, so that little is lost on an interruption.
             for path in itertools.islice(queue, 2 * workers - len(running)):
-                with _children_ignore_interrupts():  # the first submission starts the processes
+                with _starting():  # the first submissions start the processes
                     running[pool.submit(compute, path)] = path
             if not running:
                 break
@@ -356,19 +356,24 @@ def _run_all(
 
 
 @contextlib.contextmanager
-def _children_ignore_interrupts() -> Generator[None]:
-    """Blocks SIGINT in this thread, and so, from their first instruction, in the processes that it starts.
+def _starting() -> Generator[None]:
+    """Keeps Ctrl-C back until the block ends, and from their first instruction on from the processes that it starts.
 
-    The terminal sends Ctrl-C to all processes; the main one gets it when the block ends, and terminates the others.
+    The terminal sends it to all processes; the main one terminates the others, and has to know them for that.
     """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    held: list[int] = []
+    main = threading.current_thread() is threading.main_thread()  # else Python lets no handler be set, nor calls one
+    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number)) if main else None
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if main:
+            signal.signal(signal.SIGINT, handler)
+            if held:  # another thread, whose mask is its own, has taken it
+                signal.raise_signal(signal.SIGINT)
 
 
 def _start_worker() -> None:

@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import logging
 import os
+import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -167,7 +168,16 @@ def together(world: int, work: Callable[[], object]) -> None:
         problem = str(error)
     for one in gather(world, problem):
         if one is not None:
+            _let_the_others_end()
+            gather(world, None)  # so that none ends before the first one lets it
             raise InputError(one)
+
+
+def _let_the_others_end() -> None:
+    """Stops Lightning from killing this process because another one, which this one started, ends with an error too."""
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            getattr(thread, "_child_processes", []).clear()
 
 
 def _multiplies_bfloat16(device: str) -> bool:

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import cv2
 
 from labelpenet.data.dataset import TaggedImage, TaggedImages
-from labelpenet.data.files import read_json
+from labelpenet.data.files import hash_file, read_json
 from labelpenet.data.images import read_image
 from labelpenet.errors import InputError
 from labelpenet.formats.polygons import rings
@@ -68,7 +68,7 @@ class Review:
     path: Path
     reviewed: dict[str, Reviewed] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _written: int | None = None
+    _written: str | None = None  # the hash of the file's content: two changes may come within one tick of its clock
 
     @classmethod
     def open(cls, run: Path, images: TaggedImages, path: Path) -> Review:
@@ -85,7 +85,7 @@ class Review:
                 raise InputError(f"{notes[0]}; review them with their own data and classes, or choose another --out")
             if any(_is_foreign(row, found.rows(name)) for name, said in one.reviewed.items() for row in said.rows):
                 raise InputError(f"{path}: was begun on other labels than {run} has now; choose another --out")
-            one._written = path.stat().st_mtime_ns
+            one._written = hash_file(path)
         return one
 
     def overview(self) -> dict[str, Any]:
@@ -147,10 +147,10 @@ class Review:
             reviewed = {key: one for key, one in self.reviewed.items() if key != image.id}
             if status != "open" or not untouched:
                 reviewed[image.id] = Reviewed(status, self.found.size(image.id), chosen)
-            if (self.path.stat().st_mtime_ns if self.path.exists() else None) != self._written:
+            if (hash_file(self.path) if self.path.exists() else None) != self._written:
                 raise InputError(f"{self.path}: was changed by another program; end this review and start it again")
             write_review(self.path, reviewed, self.all, self.classes)
-            self.reviewed, self._written = reviewed, self.path.stat().st_mtime_ns
+            self.reviewed, self._written = reviewed, hash_file(self.path)
 
 
 def _is_foreign(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from labelpenet.data import files
 from labelpenet.data.files import (
     check_outputs,
     is_whole,
+    locked,
     read_array,
     read_json,
     read_tensors,
@@ -105,6 +107,33 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path, mon
         if size > 100:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert path.read_text() == "old" and [one.name for one in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("moment", ["fdopen", "fsync"])
+def test_an_interruption_at_any_moment_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch, moment) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    path = write_text(tmp_path / "a.txt", "old")
+    monkeypatch.setattr(os, moment, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(path, "new")
+    assert path.read_text() == "old" and [one.name for one in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_an_interruption_leaves_what_another_process_writes(tmp_path: Path, monkeypatch) -> None:
+    theirs, lock = tmp_path / "a.txt.tmp", files._lock
+
+    def interrupted(file, wait: bool) -> bool:
+        if wait:
+            raise KeyboardInterrupt
+        return lock(file, wait)
+
+    with locked(theirs) as alone:
+        monkeypatch.setattr(files, "_lock", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write_text(tmp_path / "a.txt", "new")
+        assert alone and theirs.exists()
 
 
 def test_what_a_killed_writer_left_is_overwritten(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -320,54 +322,66 @@ def test_a_flipped_bit_is_found_and_told(tmp_path: Path, where: int) -> None:
 RUN = """
 import multiprocessing, os, signal, sys, threading, time
 from pathlib import Path
+from labelpenet.data import proposals
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.config import Proposals
-from labelpenet.data.proposals import compute_proposals
 from labelpenet.errors import InputError
 
-def kill_a_worker(cache):
+folder, cache, workers, propose = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), proposals.propose
+
+def held_up(*arguments):  # half-way, so that no machine is too fast and no test too slow
+    while len(list(cache.rglob("*.npy"))) > 9:
+        time.sleep(0.01)
+    return propose(*arguments)
+
+def kill_a_worker():
     while not list(cache.rglob("*.npy")):
         time.sleep(0.01)
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
-def interrupt_the_group():
-    while not multiprocessing.active_children():
-        time.sleep(0.001)
-    time.sleep(0.2)  # their interpreters run, and import this file
-    os.killpg(os.getpid(), signal.SIGINT)
-
+proposals.propose = held_up
+if __name__ == "__mp_main__" and "interrupt" in sys.argv:  # a worker that has hardly begun
+    folder.with_name("interrupted").touch()
+    os.killpg(os.getpgrp(), signal.SIGINT)
 if __name__ == "__main__":
-    folder, cache, workers = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     if "kill" in sys.argv:
-        threading.Thread(target=kill_a_worker, args=(cache,), daemon=True).start()
-    if "interrupt" in sys.argv:
-        threading.Thread(target=interrupt_the_group, daemon=True).start()
+        threading.Thread(target=kill_a_worker, daemon=True).start()
     images = [TaggedImage(path.stem, path, ()) for path in sorted(folder.glob("*.png"))]
     try:
-        compute_proposals(images, Proposals(side=80), cache, workers)
+        proposals.compute_proposals(images, Proposals(side=80), cache, workers)
     except KeyboardInterrupt:
         sys.exit(130)
     except InputError as error:
         sys.exit(f"InputError: {error}")
 """
+PATIENCE = 300  # seconds until a test takes a process for stuck
 
 
-def start(folder: Path, cache: Path, *arguments: str) -> subprocess.Popen:
-    script = folder.parent / "run.py"
-    script.write_text(RUN)
-    command = [sys.executable, str(script), str(folder), str(cache), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        ),  # a background shell ignores it for its children
-    )
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts a process, in a group of its own, that computes the proposals of a folder and is held up after ten."""
+    processes: list[subprocess.Popen] = []
+
+    def start(folder: Path, cache: Path, *arguments: str) -> subprocess.Popen:
+        script = tmp_path / "run.py"
+        script.write_text(RUN)
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(folder), str(cache), *arguments],
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            # a background shell ignores it for its children
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        if process.poll() is None:  # where a test has failed
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_for_files(process: subprocess.Popen, cache: Path, number: int) -> None:
@@ -377,8 +391,8 @@ def wait_for_files(process: subprocess.Popen, cache: Path, number: int) -> None:
 
 
 def ends(group: int) -> bool:
-    """Whether every process of the group is gone within seconds."""
-    deadline = time.monotonic() + 30
+    """Whether every process of the group goes."""
+    deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         try:
             os.killpg(group, 0)
@@ -389,13 +403,13 @@ def ends(group: int) -> bool:
 
 
 @pytest.mark.parametrize(("name", "workers"), [("SIGINT", "2"), ("SIGKILL", "1")])
-def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, name: str, workers: str) -> None:
+def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, start, name: str, workers: str) -> None:
     number, cache = 60, tmp_path / "cache"
     images = photographs(tmp_path / "images", number)
     process = start(tmp_path / "images", cache, workers)
     wait_for_files(process, cache, 3)
     os.killpg(process.pid, getattr(signal, name))  # the whole group, as Ctrl-C in a terminal does
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=PATIENCE)
     done = files(cache)
     assert 3 <= len(done) < number and all(module._load(path) is not None for path in done)
     if name == "SIGINT":
@@ -408,36 +422,56 @@ def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path, name: str, work
     assert same(resumed, compute_proposals(images, QUICK, tmp_path / "fresh", workers=1))
 
 
-def test_an_interruption_while_workers_start_is_silent(tmp_path: Path) -> None:
+def test_an_interruption_while_workers_start_is_silent(tmp_path: Path, start) -> None:
     photographs(tmp_path / "images", 40)
     process = start(tmp_path / "images", tmp_path / "cache", "2", "interrupt")
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=PATIENCE)
     assert (process.returncode, output, errors) == (130, "", "")
-    assert ends(process.pid)
+    assert (tmp_path / "interrupted").exists() and ends(process.pid)
+
+
+def test_an_interruption_waits_until_a_process_is_known() -> None:
+    """Also one that another thread takes, as it may where the main one blocks it."""
+    go, taken, known = threading.Event(), threading.Event(), False
+
+    def take() -> None:
+        go.wait()
+        signal.raise_signal(signal.SIGINT)
+        taken.set()
+
+    other = threading.Thread(target=take)
+    other.start()
+    with pytest.raises(KeyboardInterrupt), module._starting():
+        go.set()
+        taken.wait()
+        other.join()
+        known = True
+    assert known and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
-def test_workers_do_not_outlive_a_main_process_that_is_killed(tmp_path: Path, name: str) -> None:
+def test_workers_do_not_outlive_a_main_process_that_is_killed(tmp_path: Path, start, name: str) -> None:
     cache = tmp_path / "cache"
     photographs(tmp_path / "images", 60)
     process = start(tmp_path / "images", cache, "2")
     wait_for_files(process, cache, 1)
     process.send_signal(getattr(signal, name))
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     assert ends(process.pid)
     assert all(module._load(path) is not None for path in files(cache))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["a signal to the main process alone", "a worker that is killed"])
-def test_workers_end_with_the_run(tmp_path: Path, how: str) -> None:
+def test_workers_end_with_the_run(tmp_path: Path, start, how: str) -> None:
     cache = tmp_path / "cache"
     photographs(tmp_path / "images", 60)
     process = start(tmp_path / "images", cache, "2", *(["kill"] if "killed" in how else []))
     if "signal" in how:
         wait_for_files(process, cache, 1)
         process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=PATIENCE)
     if "signal" in how:
         assert (process.returncode, errors) == (130, "")
     else:

@@ -73,18 +73,19 @@ def test_a_run_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 HOLD = """
-import sys, time
+import sys
 from pathlib import Path
 from labelpenet.data.run_folder import claimed
 with claimed(Path(sys.argv[1])):
     print("held", flush=True)
-    time.sleep(60)
+    sys.stdin.read()
 """
 
 
 def test_a_second_process_is_told_and_the_lock_dies_with_its_process(tmp_path):
     run = tmp_path / "run"
-    with subprocess.Popen([sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True) as other:
+    command, pipe = [sys.executable, "-c", HOLD, str(run)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         with pytest.raises(InputError, match="another process is working on it"):
             begin(run)

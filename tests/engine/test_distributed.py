@@ -45,6 +45,39 @@ except InputError as error:
 """
 
 
+REFUSED = """
+import os, sys, threading, time
+from types import SimpleNamespace
+from lightning_fabric.strategies.launchers import subprocess_script
+subprocess_script.time = SimpleNamespace(sleep=lambda seconds: time.sleep(0.01))  # it looks every five seconds else
+from labelpenet.engine.distributed import build_fabric, together
+from labelpenet.errors import InputError
+fabric = build_fabric("cpu", 2)
+
+def work():
+    if fabric.global_rank:
+        raise InputError("no room")
+
+try:
+    together(2, work)
+except InputError as error:
+    if fabric.global_rank == 0:  # is slow to end
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+        for thread in threading.enumerate():
+            if thread.name == "child-process-observer":
+                thread.join()
+    print(error)
+    sys.exit(2)
+"""
+
+
+def test_a_shared_error_ends_all_processes_and_none_kills_another(tmp_path):
+    """Not even the first one that comes to its end long after the others."""
+    (tmp_path / "two.py").write_text(REFUSED)
+    done = subprocess.run([sys.executable, str(tmp_path / "two.py")], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 2 and done.stdout.count("no room") == 2, done
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_process_whose_peer_is_killed_ends_with_one_line(tmp_path, victim):

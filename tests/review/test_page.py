@@ -141,18 +141,22 @@ def test_by_clicks_the_same(page: Any, server: Server) -> None:
 def test_nothing_is_said_of_a_photograph_that_is_not_shown_yet_nor_by_a_key_held_down(
     page: Any, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    picture = Review.picture
-    monkeypatch.setattr(Review, "picture", lambda review, index: time.sleep(0.5) or picture(review, index))
+    picture, pressed = Review.picture, threading.Event()
+    monkeypatch.setattr(
+        Review, "picture", lambda review, index: (index < 2 or pressed.wait(60)) and picture(review, index)
+    )
     press(page, "right")  # is there already; the one after it is not
     shows(page, 2)
     press(page, "Aaa1x")  # the first of them, in spite of Caps Lock
     wait(lambda: page.execute_script("return document.querySelector('.loading') !== null"))
+    pressed.set()
     shows(page, 3)
     wait(lambda: page.execute_script("return document.querySelector('.loading') === null"))
     page.execute_script(
         "document.body.dispatchEvent(new KeyboardEvent('keydown', {key: 'd', repeat: true, bubbles: true}))"
     )
     press(page, "h")
+    wait(lambda: "3" in said(server))
     assert {name: one.status for name, one in said(server).items()} == {"3": "accepted"}
     assert said(server)["3"].rows[0]["category_id"] == 2 and text(page, "#name") == "2 <b>&"
 
