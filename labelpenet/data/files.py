@@ -482,8 +482,7 @@ def whole_folder(
     part, old = unfinished(out), out.with_name(f".{out.name}.old")
     about, ours = dict(about or {}), False
     try:
-        if old.is_dir() and not old.is_symlink() and (old / MANIFEST).is_file():  # killed in the middle of a swap
-            shutil.rmtree(old) if out.exists() else old.rename(out)
+        _end_swap(out, old)
         check_new_folder(out, reads)
         made = _manifest(out) if out.is_dir() and any(out.iterdir()) else None
         if made is not None and not overwrite and not (extend and made == about):
@@ -495,8 +494,7 @@ def whole_folder(
             if not alone:
                 raise InputError(f"{part}: another process is writing there; wait for it")
             ours = True
-            for entry in part.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            _empty(part)
             if made is not None and not overwrite:
                 _link_files(out, part)
             yield part
@@ -505,8 +503,6 @@ def whole_folder(
             if made is not None:
                 out.rename(old)
             part.rename(out)  # an empty folder may be replaced
-            if made is not None:
-                shutil.rmtree(old)
     except OSError as error:
         where = error.filename or out
         raise InputError(f"{where}: cannot be written ({reason(error)}); choose another place") from error
@@ -514,7 +510,25 @@ def whole_folder(
         raise InputError(str(error).replace(str(part), str(out))) from error
     finally:
         if ours:
+            with contextlib.suppress(OSError):
+                _end_swap(out, old)
             shutil.rmtree(part, ignore_errors=True)
+
+
+def _end_swap(out: Path, old: Path) -> None:
+    """Removes the folder that was replaced, or puts it back where a kill or an interruption came in between."""
+    if old.is_dir() and not old.is_symlink() and (old / MANIFEST).is_file():
+        if out.exists():
+            _empty(old, but=MANIFEST)  # which goes last: by it the rest is known as ours
+            shutil.rmtree(old)
+        else:
+            old.rename(out)
+
+
+def _empty(folder: Path, but: str = "") -> None:
+    for entry in folder.iterdir():
+        if entry.name != but:
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 def unfinished(out: Path) -> Path:

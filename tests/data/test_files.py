@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import itertools
 import os
 import resource
 from collections.abc import Callable
@@ -23,6 +25,7 @@ from labelpenet.data.files import (
     read_json,
     read_tensors,
     sealed,
+    whole_folder,
     write_array,
     write_bytes,
     write_json,
@@ -147,6 +150,48 @@ def test_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
     with ThreadPoolExecutor(5) as pool:
         list(pool.map(lambda text: write_text(tmp_path / "a.txt", text), texts * 4))
     assert (tmp_path / "a.txt").read_text() in texts and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all_and_can_be_replaced_again(tmp_path: Path, monkeypatch) -> None:
+    """Interrupted at, and killed before, each single change of the file system in turn."""
+
+    def fill(out: Path, text: str) -> None:
+        with whole_folder(out, overwrite=True) as folder:
+            for name in ("a", "sub/b", "sub/c", "z"):
+                write_text(folder / name, text)
+
+    def stopped(out: Path, at: int, how: type[BaseException]) -> bool:
+        left = [at]
+
+        def counted(change: Callable) -> Callable:
+            def call(*arguments: Any, **options: Any) -> Any:
+                left[0] -= 1
+                if left[0] == 0 or (left[0] < 0 and how is SystemExit):  # the dead do not tidy up
+                    raise how
+                return change(*arguments, **options)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for name in ("rename", "unlink", "rmdir", "mkdir", "replace"):
+                patch.setattr(os, name, counted(getattr(os, name)))
+            with contextlib.suppress(how):
+                fill(out, "new")
+        return left[0] <= 0
+
+    for how in (KeyboardInterrupt, SystemExit):
+        for at in itertools.count(1):
+            out = tmp_path / f"{how.__name__}{at}" / "out"
+            fill(out, "old")
+            again = stopped(out, at, how)
+            if how is KeyboardInterrupt:
+                texts = {(out / name).read_text() for name in ("a", "sub/b", "sub/c", "z")}
+                assert len(texts) == 1 and texts <= {"old", "new"}
+            fill(out, "last")
+            assert (out / "z").read_text() == "last" and list(out.parent.iterdir()) == [out]
+            if not again:
+                break
+        assert at > 10
 
 
 def test_a_link_is_replaced_not_followed(tmp_path: Path) -> None:
