@@ -60,8 +60,10 @@ def test_a_lost_file_is_rebuilt_from_the_checkpoint(tmp_path):
     assert [row["step"] for row in read_metrics(tmp_path)] == [10, 20, 30]
 
 
-def test_tensorboard_has_each_step_once_after_a_resume(tmp_path):
+def test_tensorboard_has_each_step_once_after_a_resume(tmp_path, monkeypatch):
     rows = log_steps(tmp_path, "module1", (10, 20, 30))
+    later = time.time() + 1  # TensorBoard orders its files by the second; within one, number 10 comes before number 9
+    monkeypatch.setattr(time, "time", lambda: later)
     log_steps(tmp_path, "module1", (20, 30, 40), rows=rows[:1], start=15)
     events = EventAccumulator(str(tmp_path / "tensorboard" / "module1"))
     events.Reload()
