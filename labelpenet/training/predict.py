@@ -144,21 +144,21 @@ def predict_images(
         predict(out)
         return skipped
     parts = [out.with_name(f"{out.name}.part{other}") for other in range(world)]
-    try:
-        with peers(world):
-            together(world, lambda: predict(parts[rank]))
-            together(world, lambda: _join(parts, out, images, classes) if predictor.first else None)
-            return [name for one in gather(world, skipped) for name in one]
-    finally:  # also where another process could not write its own
-        with contextlib.suppress(OSError):
-            parts[rank].unlink()
+    with peers(world):
+        together(world, lambda: predict(parts[rank]))
+        together(world, lambda: _join(parts, out, images, classes) if predictor.first else None)
+        return [name for one in gather(world, skipped) for name in one]
 
 
 def _join(parts: Sequence[Path], out: Path, images: Sequence[TaggedImage], classes: Sequence[str]) -> None:
-    """Puts the processes' files together in the order of the photographs."""
+    """Puts the processes' files together in the order of the photographs, and removes them."""
     read = [read_predictions(part, images, classes) for part in parts]
     owners = ((image.id, read[index % len(parts)]) for index, image in enumerate(images))
-    write_predictions(out, _some((name, one[name]) for name, one in owners if name in one), images, classes)
+    try:
+        write_predictions(out, _some((name, one[name]) for name, one in owners if name in one), images, classes)
+    finally:
+        for part in parts:
+            part.unlink()
 
 
 def _some(found: Iterable[tuple[str, Instances]]) -> Iterator[tuple[str, Instances]]:
