@@ -35,7 +35,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "mask_depth": (0, 64), "mask_margin": (0, 4), "beta": _SHARE, "ema": _SHARE, "share": (1e-6, 1),
     "enter": _SHARE, "doubt": _SHARE, "zoom": (1, 4), "colours": _SHARE, "drift": (1, 1e6), "width": (1, 8192),
     "proposals": _COUNT, "detections": _COUNT, "keep": _SHARE, "nested": _SHARE, "Noise.limit": (0, 1e6),
-    "limit_from": _SHARE,
+    "limit_from": _SHARE, "StudentNetwork.pool": (2, 28), "freeze": (0, 1024),
     "shorten": (1e-6, 100), "seed": (0, 2**63 - 1), "devices": (1, 1024), "nodes": (1, 4096), "workers": (1, 256),
     "checkpoint_minutes": (0, 1e5), "observe_minutes": (0, 1e5), "tolerance": (0, 1e4), "port": (0, 65535),
     "top": (1, 1e9), "Report.images": (0, 10_000), "modules": (1, 4), "module": (1, 4), "until": (1, 4),
@@ -367,11 +367,19 @@ class StudentNetwork(_Ranged):
     """The student's network (see `models.student`).
 
     Attributes:
-        width: channels of the feature pyramid and of the mask head; mask_depth: the latter's convolutions.
+        head: what classifies RoIs: ``stages``, a copy of the backbone's pretrained stages behind stride 16, or two new
+            ``layers``. A backbone without such stages, or of more than 256 channels before them, has ``layers``.
+        pool: cells per side of a RoI that the stages see.
+        freeze: the backbone's layers up to this stride keep their pretrained weights (a RoI head of stages never).
+        width: channels of the feature pyramid and of the mask head, where the RoI head is ``layers``; else those of the
+            backbone's map of stride 16. mask_depth: the mask head's convolutions.
         rois: sampled from each image in training; proposals: boxes that the RPN passes on in prediction.
         detections: instances of an image at most.
     """
 
+    head: typing.Literal["stages", "layers"] = "stages"
+    pool: int = 8
+    freeze: int = 32
     width: int = 128
     mask_depth: int = 4
     rois: int = 64
@@ -670,7 +678,7 @@ def from_dict(values: dict[str, Any]) -> Recipe:
 def student_from_dict(values: dict[str, Any]) -> StudentRecipe:
     """As `from_dict`, for the recipe of a student."""
     try:
-        return _build(StudentRecipe(), values)
+        return _build(replace(StudentRecipe(), network=StudentNetwork(head="layers")), values)  # as all once had
     except (TypeError, AttributeError) as error:
         raise InputError(f"the student's recipe cannot be read ({error}); it was made by another version") from error
 

@@ -12,6 +12,7 @@ Shape letters: ``R`` RoIs, ``C`` foreground classes, ``N`` instances, ``M`` doub
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.ops import box_iou
+from torchvision.ops import MultiScaleRoIAlign, box_iou
 
 from labelpenet import config
 from labelpenet.config import StudentRecipe
@@ -39,13 +40,17 @@ from labelpenet.data.images import Photograph, as_pixels, several
 from labelpenet.data.transforms import divisible
 from labelpenet.errors import InputError, reason
 from labelpenet.instances import Instances
-from labelpenet.models.build import build_backbone, whole_network
+from labelpenet.models.build import BACKBONES, build_backbone, whole_network
 from labelpenet.models.cascade import LabelPEnet, read_run
 from labelpenet.models.detection import ANCHOR_RATIOS, DoubtingRPN, covered, rcnn_loss
+from labelpenet.models.layers import initialise
 from labelpenet.models.segmentation import crop_masks, mask_loss
 
 KIND = "student"  # what ``run.json`` says of such a folder, and the name of its weights
 STRIDES = (8, 16, 32)  # of the pyramid's maps; the last one, subsampled, is the fourth
+_HEAD = 16  # stride of the map that the pretrained RoI head works on
+_CELLS = 2  # per side of the average at its end, so that a box regression can tell left from right
+_WIDEST = 256  # channels of that map: a wider pyramid costs more than the head is worth
 _ANCHOR = 6  # an anchor's side over its map's stride: 48, 96, 192 and 384 pixels
 
 
@@ -76,13 +81,15 @@ class Levels:
         layers: for each child of the body whose map enters the pyramid the map's name there.
         channels: of these maps.
         strides: of these maps, and of the last one subsampled.
-        early: the children before stride 8, which keep their pretrained weights.
+        every: of each child the stride of its map.
+        late: the children behind the last map of stride 16, which can be a RoI head.
     """
 
     layers: dict[str, str]
     channels: list[int]
     strides: list[int]
-    early: list[str]
+    every: dict[str, int]
+    late: list[str]
 
 
 class Student(nn.Module):
@@ -109,26 +116,49 @@ class Student(nn.Module):
         self.classes, self.recipe, self.backbone_name = tuple(classes), recipe, backbone
         self.normalisation = {"mean": list(normalisation["mean"]), "std": list(normalisation["std"])}
         self.levels = measure_levels(body)
-        self.network = build_network(body, self.description())
+        description = self.description()
+        self.network = build_network(body, description)
+        start_sober(self.network, description["head"])
         if state is not None:
             self.network.load_state_dict(state)
         self.network.rpn = DoubtingRPN.like(self.network.rpn)
         body = cast(nn.ModuleDict, self.network.backbone.body).eval()
-        self.folded = fold_norms(body)
-        for module in [*(body[name] for name in self.levels.early), *_norms(body)]:
+        self.folded = fold_norms(body, 3, "backbone.body.")
+        if description["head"]:
+            self.folded += fold_norms(
+                self.network.roi_heads.box_head.eval(), description["width"], "roi_heads.box_head."
+            )
+        known = backbone.startswith("timm/") or BACKBONES[backbone][1].imagenet
+        frozen = [name for name in body if known and self.levels.every[name] <= recipe.network.freeze]
+        for module in [*(body[name] for name in frozen), *_norms(self.network)]:
             module.requires_grad_(False)
         self.to(memory_format=torch.channels_last)
         self.eval()
 
+    def _stages(self) -> dict[str, Any] | None:
+        """The RoI head of pretrained stages: the pyramid's level that it reads, its channels, and what it is made of;
+        None where the backbone has no such stages, or too many channels before them.
+        """
+        if not self.levels.late:
+            return None
+        level = self.levels.strides.index(_HEAD)
+        channels, last = self.levels.channels[level : level + 2]
+        one = {"level": str(level), "channels": channels, "stages": self.levels.late}
+        one |= {"pool": self.recipe.network.pool, "cells": _CELLS, "features": last * _CELLS**2}
+        return one if channels <= _WIDEST else None
+
     def description(self) -> dict[str, Any]:
         """What torchvision needs to build the plain network (`build_network`), as plain values for ``run.json``."""
         network, images = self.recipe.network, self.recipe.images
+        head = self._stages() if network.head == "stages" else None
+        width = head["channels"] if head else network.width
         return {
             "layers": self.levels.layers,
             "channels": self.levels.channels,
-            "width": network.width,
+            "width": width,
+            "head": head,
             "anchors": [[_ANCHOR * stride] for stride in self.levels.strides],
-            "mask_layers": [network.width] * network.mask_depth,
+            "mask_layers": [width] * network.mask_depth,
             "num_classes": len(self.classes) + 1,
             "options": {
                 "min_size": images.test_side,
@@ -160,12 +190,11 @@ class Student(nn.Module):
         """The weights as torchvision's plain network takes them, on the CPU."""
         state = {key: value.detach().cpu().contiguous() for key, value in self.network.state_dict().items()}
         for convolution, norm, eps in self.folded:
-            bias = state.pop(f"backbone.body.{convolution}.bias")
-            name = f"backbone.body.{norm}"
-            state[f"{name}.weight"] = torch.full_like(bias, (1 + eps) ** 0.5)
-            state[f"{name}.bias"] = bias
-            state[f"{name}.running_mean"], state[f"{name}.running_var"] = torch.zeros_like(bias), torch.ones_like(bias)
-            state[f"{name}.num_batches_tracked"] = torch.zeros((), dtype=torch.long)
+            bias = state.pop(f"{convolution}.bias")
+            state[f"{norm}.weight"] = torch.full_like(bias, (1 + eps) ** 0.5)
+            state[f"{norm}.bias"] = bias
+            state[f"{norm}.running_mean"], state[f"{norm}.running_var"] = torch.zeros_like(bias), torch.ones_like(bias)
+            state[f"{norm}.num_batches_tracked"] = torch.zeros((), dtype=torch.long)
         return state
 
     # -- learning ----------------------------------------------------------------------------------------------------
@@ -362,13 +391,21 @@ def trusted(loss: Tensor, positive: Tensor, limit: float) -> Tensor:
 
 def build_network(body: nn.Module, description: Mapping[str, Any]) -> MaskRCNN:
     """torchvision's Mask R-CNN on a plain body (see `Student.description`)."""
-    one = description
+    one, roi = description, description.get("head")
+    head: dict[str, Any] = {}
+    if roi:
+        stages = (copy.deepcopy(body.get_submodule(name)) for name in roi["stages"])
+        head = {
+            "box_roi_pool": MultiScaleRoIAlign([roi["level"]], roi["pool"], 2),
+            "box_head": nn.Sequential(*stages, nn.AdaptiveAvgPool2d(roi["cells"]), nn.Flatten()),
+        }
     backbone = BackboneWithFPN(body, one["layers"], one["channels"], one["width"])
     classes, pooled = one["num_classes"], one["mask_layers"][-1]
     return MaskRCNN(
         backbone,
         rpn_anchor_generator=AnchorGenerator(one["anchors"], [ANCHOR_RATIOS] * len(one["anchors"])),
-        box_predictor=FastRCNNPredictor(1024, classes),
+        **head,
+        box_predictor=FastRCNNPredictor(roi["features"] if roi else 1024, classes),
         mask_head=MaskRCNNHeads(one["width"], one["mask_layers"], 1),
         mask_predictor=MaskRCNNPredictor(pooled, pooled, classes),
         **one["options"],
@@ -429,29 +466,46 @@ def measure_levels(body: nn.Module) -> Levels:
     side = 8 * STRIDES[-1]
     x = torch.zeros(1, 3, side, side)
     last: dict[int, tuple[str, int]] = {}
-    early = []
+    every = {}
     body.eval()
     for name, child in body.named_children():
         x = child(x)
         stride = side // x.shape[-1]
         last[stride] = (name, x.shape[1])
-        if stride < STRIDES[0]:
-            early.append(name)
+        every[name] = stride
     strides = [stride for stride in STRIDES if stride in last]
     if not strides:
         raise InputError(f"a network with maps of strides {sorted(last)} carries no pyramid; it needs 8, 16 or 32")
+    late = [name for name, stride in every.items() if stride > _HEAD] if _HEAD in last else []
     layers = {last[stride][0]: str(level) for level, stride in enumerate(strides)}
-    return Levels(layers, [last[stride][1] for stride in strides], [*strides, 2 * strides[-1]], early)
+    return Levels(layers, [last[stride][1] for stride in strides], [*strides, 2 * strides[-1]], every, late)
 
 
 @torch.no_grad()
-def fold_norms(network: nn.Module) -> tuple[tuple[str, str, float], ...]:
+def start_sober(network: MaskRCNN, head: Mapping[str, Any] | None) -> None:
+    """First weights, in place: the last layers say next to nothing, as in Fast R-CNN; with a RoI head of pretrained
+    stages the pyramid's level that it reads is the backbone's own map, which it knows, until it learns to be another.
+    """
+    heads: Any = network.roi_heads
+    initialise(heads.box_predictor.cls_score, heads.mask_predictor.mask_fcn_logits)
+    initialise(heads.box_predictor.bbox_pred, std=0.001)
+    if head:
+        pyramid, level = cast(BackboneWithFPN, network.backbone).fpn, int(head["level"])
+        for blocks in (pyramid.inner_blocks, pyramid.layer_blocks):
+            nn.init.dirac_(blocks[level][0].weight)
+        for above in pyramid.inner_blocks[level + 1 :]:
+            nn.init.zeros_(above[0].weight)
+
+
+@torch.no_grad()
+def fold_norms(network: nn.Module, channels: int = 3, parent: str = "") -> tuple[tuple[str, str, float], ...]:
     """Folds batch norms into the convolutions before them, in place: the names of both, and the norm's epsilon.
 
     Where the order of a module's children is not that in which they compute, the outputs differ and nothing is folded.
 
     Args:
-        network: in evaluation mode; takes (N, 3, h, w), returns maps by name.
+        network: in evaluation mode; takes (N, channels, h, w), returns maps by name or one.
+        parent: what comes before the names, as `backbone.body.`.
     """
     pairs = [
         (f"{prefix}." if prefix else "", module, first, second)
@@ -460,16 +514,16 @@ def fold_norms(network: nn.Module) -> tuple[tuple[str, str, float], ...]:
         if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
         if convolution.bias is None and convolution.out_channels == norm.num_features
     ]
-    probe = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    before = network(probe)
+    probe = torch.rand(1, channels, 64, 64, generator=torch.Generator().manual_seed(0))
+    before = _named(network(probe))
     plain = [(module, name, module._modules[name]) for _, module, *names in pairs for name in names]
     folded = []
     for dot, module, first, second in pairs:
         convolution, norm = module._modules[first], module._modules[second]
         module._modules[first] = fuse_conv_bn_eval(convolution, norm)
         module._modules[second] = getattr(norm, "act", nn.Identity())  # timm's norms hold the activation
-        folded.append((f"{dot}{first}", f"{dot}{second}", norm.eps))
-    after = network(probe)
+        folded.append((f"{parent}{dot}{first}", f"{parent}{dot}{second}", norm.eps))
+    after = _named(network(probe))
     if all(
         torch.allclose(after[name], value, rtol=1e-3, atol=1e-3 * float(value.abs().max()))
         for name, value in before.items()
@@ -478,6 +532,10 @@ def fold_norms(network: nn.Module) -> tuple[tuple[str, str, float], ...]:
     for module, name, child in plain:
         module._modules[name] = child
     return ()
+
+
+def _named(output: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return {"": output} if isinstance(output, Tensor) else output
 
 
 def _norms(network: nn.Module) -> Iterator[nn.Module]:

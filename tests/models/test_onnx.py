@@ -16,11 +16,11 @@ import torch
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 import labelpenet
-from labelpenet import cli
+from labelpenet import cli, config
 from labelpenet.data.images import read_image
 from labelpenet.errors import InputError
 from labelpenet.models.onnx import Fixed, export_onnx, parse_size, paste, survivors
-from labelpenet.models.student import Student
+from labelpenet.models.student import Student, build_body
 from tests.students import SIDE, small_student
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +63,19 @@ def test_onnx_runtime_answers_as_torch_does_on_scenes():
         image = pixels(photo)
         found += assert_the_same(student, image, session.run(None, {"image": image.numpy()}))
     assert found > 20
+
+
+def test_a_roi_head_of_pretrained_stages_answers_in_onnx_runtime_as_in_torch(tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    choices = ["network.mask_depth=1", "network.detections=20", "images.test_side=64"]
+    body, normalisation = build_body("mobilenet_v2", pretrained=False)
+    recipe = config.override(config.StudentRecipe(), choices)
+    student = Student(body, ("a", "b"), recipe, "mobilenet_v2", normalisation)
+    export_onnx(student, tmp_path / "student.onnx", (64, 96))
+    session = runtime.InferenceSession(tmp_path / "student.onnx", providers=["CPUExecutionProvider"])
+    image = torch.rand(3, 64, 96)
+    assert assert_the_same(student, image, session.run(None, {"image": image.numpy()})) == 20
 
 
 @pytest.mark.photographs
