@@ -547,6 +547,13 @@ def _open_training(
     return images, source | ({"images": str(args.images)} if args.images else {})
 
 
+def _check_out(args: Train | ForwardBackward | Distill) -> None:
+    """Looks at the folder before anything else: data, weights and processes may take minutes."""
+    from labelpenet.data import run_folder
+
+    run_folder.check_out(args.out, args.training.resume)
+
+
 def _changed(recipe: R, args: Train | ForwardBackward | Distill) -> R:
     """The recipe shortened, and then with single choices changed: what is set is as it is set."""
     return config.override(config.shorten(recipe, args.shorten), args.set)
@@ -560,6 +567,7 @@ def _open_held_out(args: Train | ForwardBackward, images: TaggedImages) -> Annot
 
 def train(args: Train) -> None:
     """``labelpenet train``; bad input is an `InputError`."""
+    _check_out(args)
     recipe = _changed(config.recipe(args.recipe), args)
     images, source = _open_training(args, _names(args.classes))
     held_out = _open_held_out(args, images)
@@ -589,6 +597,7 @@ def forward_backward(args: ForwardBackward) -> None:
     from labelpenet.models.cascade import read_run
     from labelpenet.training import curriculum
 
+    _check_out(args)
     facts = read_run(args.run)
     recipe = _changed(config.from_dict(facts["recipe"]), args)
     images, source = _open_training(args, facts["classes"])
@@ -606,6 +615,7 @@ def distill(args: Distill) -> None:
     from labelpenet.training import distill as training
     from labelpenet.training.supervised import read_supervision
 
+    _check_out(args)
     facts = read_run(args.run)
     recipe = _changed(config.StudentRecipe(), args)
     images, source = _open_training(args, facts["classes"])
