@@ -70,9 +70,10 @@ Overwrite = Annotated[bool, arg(help="Replace what is there already; never a pho
 class Train:
     """Train the cascade on photographs and tags.
 
-    DATA is a VOCdevkit year folder, a COCO instances.json, a folder with tags.csv or one sub-folder per class. Only the
-    tags are read, unless --supervision asks for more. What is finished stays in RUN: after Ctrl-C, a crash or a power
-    cut, the same command with --resume continues and ends as if nothing had happened.
+    DATA is a VOCdevkit year folder, a COCO instances.json, a folder with tags.csv or one sub-folder per class, or what
+    other tools write (docs/data.md). Only the tags are read, unless --supervision asks for more. What is finished stays
+    in the folder --out: after Ctrl-C, a crash or a power cut, the same command with --resume continues and ends as if
+    nothing had happened.
 
     Try:
       labelpenet train VOCdevkit/VOC2012 --out runs/voc --backbone mobilenet_v2 --classes cat,dog
@@ -231,7 +232,7 @@ class Merge:
       labelpenet merge parts/ --out predictions.parquet
     """
 
-    parts: Positional[Annotated[tuple[Path, ...], arg(metavar="PARTS ...")]]
+    parts: Positional[Annotated[tuple[Path, ...], arg(metavar="PARTS ...", help_behavior_hint="(required)")]]
     """Parts, or folders of parts."""
     out: Path = Path("predictions.json")
     """File to write: .json (COCO, as predict writes it) or .parquet (a row for each instance)."""
@@ -279,7 +280,7 @@ class Proposals:
     method: config.Method = "selective-search-fast"
     """How."""
     side: int | None = 250
-    """Longer side of the image that they are computed on."""
+    """Longer side of the image that they are computed on; None for the image as it is."""
     model: OptionalPath = None
     """OpenCV's structured-edge model, for edge-boxes."""
     workers: Annotated[int | None, _optional("INT")] = None

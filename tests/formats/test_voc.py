@@ -308,6 +308,17 @@ def test_splits_in_folders_with_xml_beside_the_photographs(tmp_path: Path) -> No
     assert open_tagged(tmp_path, "val").images[0].path == tmp_path / "valid" / "a.jpg"
 
 
+def test_xml_beside_photographs_in_sub_folders_is_not_passed_over_in_silence(tmp_path: Path) -> None:
+    beside(tmp_path / "monday"), photograph(tmp_path / "tuesday" / "f.jpg", seed=9)
+    found = open_tagged(tmp_path)
+    assert found.classes == ("monday", "tuesday")
+    assert any("4 images have an XML file beside them, which is not read" in note for note in found.notes)
+    (tmp_path / "clean/cat").mkdir(parents=True), (tmp_path / "clean/dog").mkdir()
+    for name in ("cat", "dog"):
+        photograph(tmp_path / "clean" / name / "a.jpg")
+    assert not any("XML" in note for note in open_tagged(tmp_path / "clean").notes)
+
+
 def test_xml_beside_the_photographs_that_cannot_be_used_costs_its_photograph(tmp_path: Path) -> None:
     beside(tmp_path)
     (tmp_path / "gone.xml").write_text(voc_xml([]))
