@@ -70,9 +70,10 @@ Overwrite = Annotated[bool, arg(help="Replace what is there already; never a pho
 class Train:
     """Train the cascade on photographs and tags.
 
-    DATA is a VOCdevkit year folder, a COCO instances.json, a folder with tags.csv or one sub-folder per class. Only the
-    tags are read, unless --supervision asks for more. What is finished stays in RUN: after Ctrl-C, a crash or a power
-    cut, the same command with --resume continues and ends as if nothing had happened.
+    DATA is a VOCdevkit year folder, a COCO instances.json, a folder with tags.csv or one sub-folder per class, or what
+    other tools write (docs/data.md). Only the tags are read, unless --supervision asks for more. What is finished stays
+    in the folder --out: after Ctrl-C, a crash or a power cut, the same command with --resume continues and ends as if
+    nothing had happened.
 
     Try:
       labelpenet train VOCdevkit/VOC2012 --out runs/voc --backbone mobilenet_v2 --classes cat,dog
@@ -231,7 +232,7 @@ class Merge:
       labelpenet merge parts/ --out predictions.parquet
     """
 
-    parts: Positional[Annotated[tuple[Path, ...], arg(metavar="PARTS ...")]]
+    parts: Positional[Annotated[tuple[Path, ...], arg(metavar="PARTS ...", help_behavior_hint="(required)")]]
     """Parts, or folders of parts."""
     out: Path = Path("predictions.json")
     """File to write: .json (COCO, as predict writes it) or .parquet (a row for each instance)."""
@@ -279,7 +280,7 @@ class Proposals:
     method: config.Method = "selective-search-fast"
     """How."""
     side: int | None = 250
-    """Longer side of the image that they are computed on."""
+    """Longer side of the image that they are computed on; None for the image as it is."""
     model: OptionalPath = None
     """OpenCV's structured-edge model, for edge-boxes."""
     workers: Annotated[int | None, _optional("INT")] = None
@@ -547,6 +548,13 @@ def _open_training(
     return images, source | ({"images": str(args.images)} if args.images else {})
 
 
+def _check_out(args: Train | ForwardBackward | Distill) -> None:
+    """Looks at the folder before anything else: data, weights and processes may take minutes."""
+    from labelpenet.data import run_folder
+
+    run_folder.check_out(args.out, args.training.resume)
+
+
 def _changed(recipe: R, args: Train | ForwardBackward | Distill) -> R:
     """The recipe shortened, and then with single choices changed: what is set is as it is set."""
     return config.override(config.shorten(recipe, args.shorten), args.set)
@@ -560,6 +568,7 @@ def _open_held_out(args: Train | ForwardBackward, images: TaggedImages) -> Annot
 
 def train(args: Train) -> None:
     """``labelpenet train``; bad input is an `InputError`."""
+    _check_out(args)
     recipe = _changed(config.recipe(args.recipe), args)
     images, source = _open_training(args, _names(args.classes))
     held_out = _open_held_out(args, images)
@@ -589,6 +598,7 @@ def forward_backward(args: ForwardBackward) -> None:
     from labelpenet.models.cascade import read_run
     from labelpenet.training import curriculum
 
+    _check_out(args)
     facts = read_run(args.run)
     recipe = _changed(config.from_dict(facts["recipe"]), args)
     images, source = _open_training(args, facts["classes"])
@@ -606,6 +616,7 @@ def distill(args: Distill) -> None:
     from labelpenet.training import distill as training
     from labelpenet.training.supervised import read_supervision
 
+    _check_out(args)
     facts = read_run(args.run)
     recipe = _changed(config.StudentRecipe(), args)
     images, source = _open_training(args, facts["classes"])

@@ -247,6 +247,27 @@ def test_train_names_file_and_remedy(
     assert not (tmp_path / "run").exists()  # nothing half written
 
 
+def test_a_folder_that_cannot_be_written_is_named_before_data_and_weights(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    absent = str(tmp_path / "absent")
+    for command in (
+        ["train", absent, "--weights", "nope.pth"],
+        ["forward-backward", absent, absent],
+        ["distill", absent, absent],
+    ):
+        for out, said in (
+            (run, "holds a run already"),
+            (tmp_path, "holds no run"),
+            (tmp_path / "file", "choose another"),
+        ):
+            line = one_line([*command, "--out", str(out)], capsys)
+            assert f"{out}: " in line and said in line and absent not in line
+        assert absent in one_line([*command, "--out", str(tmp_path / "new")], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_other_commands_name_file_and_remedy(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()

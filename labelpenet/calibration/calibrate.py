@@ -192,7 +192,8 @@ def calibrate(
         confidence = mean_of_members(maps, found, chosen, factor, small)
         attention = warmth = torch.zeros_like(confidence)
         background = None
-    marginals = segment(canvas, confidence, settings, background, rivals(found, chosen, settings))
+    against = rivals(found.labels[kept], found.scores[kept], settings)
+    marginals = segment(canvas, confidence, settings, background, against)
     instances = to_instances(
         marginals.cpu(), found.boxes[kept].float(), found.labels[kept], found.scores[kept], size, settings
     )
@@ -303,14 +304,15 @@ def mean_of_members(maps: Tensor, found: Candidates, chosen: Chosen, factor: Ten
 # -- the CRF -----------------------------------------------------------------------------------------------------------
 
 
-def rivals(found: Candidates, chosen: Chosen, settings: Calibration) -> Tensor | None:
+def rivals(labels: Tensor, scores: Tensor, settings: Calibration) -> Tensor | None:
     """How much each of K instances is held against each other one, (K, K) in [0, 1]; None where none is.
 
-    One of another class counts as far as its score reaches the instance's own: a doubtful one takes no pixels.
+    Of labels and scores (K,). One of another class counts as far as its score reaches the instance's own: a doubtful
+    one takes no pixels.
     """
     if settings.compete != "classes":
         return None
-    labels, scores = found.labels[chosen.kept], found.scores[chosen.kept].float()
+    scores = scores.float()
     return (labels[:, None] != labels[None]) * (scores[None] / scores[:, None].clamp(min=1e-6)).clamp(max=1)
 
 

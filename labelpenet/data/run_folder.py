@@ -4,12 +4,14 @@ It lies this low in the house because everyone reads from it: a network its weig
 """
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from labelpenet.data.files import hash_files, listing, locked, read_json, write_json, writing
+from labelpenet.config import MODULES
+from labelpenet.data.files import hash_file, hash_files, listing, locked, read_json, write_json, writing
 from labelpenet.errors import InputError
 
 _LOCK = ".lock"
@@ -47,7 +49,7 @@ def predictions(run: Path, split: str, number: int) -> Path:
 
 def origin(predictions: Path) -> Path:
     """What is written beside a predictions file about its making: a hash of all that it was made from, its own, and
-    the content hash of each photograph."""
+    the content hash of each photograph and the `state` of the run."""
     return predictions.with_suffix(".made-from.json")
 
 
@@ -88,11 +90,8 @@ def claimed(run: Path) -> Iterator[None]:
     Raises:
         InputError: it holds something else than a run, cannot be made, or another process works on it.
     """
+    check_out(run, True)
     with writing(run, "choose another --out"):
-        inside = {path.name for path in run.iterdir()} if run.is_dir() else set()
-        # a run that was killed before run.json had its name left these
-        if inside - {_LOCK, f"{facts(run).name}.tmp"} and facts(run).name not in inside:
-            raise InputError(f"{run}: is not empty and holds no run; choose another --out")
         run.mkdir(parents=True, exist_ok=True)
         lock = contextlib.ExitStack()
         free = lock.enter_context(locked(run / _LOCK))
@@ -100,6 +99,17 @@ def claimed(run: Path) -> Iterator[None]:
         if not free:
             raise InputError(f"{run}: another process is working on it; wait until it ends or choose another --out")
         yield
+
+
+def check_out(run: Path, resume: bool) -> None:
+    """`InputError` where a run cannot be written: the folder holds something else or, without ``resume``, a run."""
+    with writing(run, "choose another --out"):
+        inside = {path.name for path in run.iterdir()} if run.exists() else set()
+    # a run that was killed before run.json had its name left these
+    if inside - {_LOCK, f"{facts(run).name}.tmp"} and facts(run).name not in inside:
+        raise InputError(f"{run}: is not empty and holds no run; choose another --out")
+    if facts(run).name in inside and not resume:
+        raise InputError(f"{run}: holds a run already; continue it with --resume or choose another --out")
 
 
 def start_run(run: Path, given: Mapping[str, Any], resume: bool) -> None:
@@ -112,8 +122,7 @@ def start_run(run: Path, given: Mapping[str, Any], resume: bool) -> None:
     if not path.is_file():
         write_json(path, given, "choose another --out", indent=1)
         return
-    if not resume:
-        raise InputError(f"{run}: holds a run already; continue it with --resume or choose another --out")
+    check_out(run, resume)
     saved = read_facts(run)
     # where the images were read from may be spelt differently; which images they are may not differ
     # and a run on tags says nothing of its supervision, one on our own proposals nothing of those
@@ -139,6 +148,36 @@ def read_facts(run: Path) -> dict[str, Any]:
         line = str(error).removeprefix(f"{path}: ")
         raise InputError(f"{path}: damaged ({line}); train again into a new folder") from error
     return found
+
+
+def state(run: Path) -> dict[str, str]:
+    """What the run's network is now: content hashes of its facts and of each part's weights."""
+    given = {name: value for name, value in read_facts(run).items() if name != "source"}
+    files = sorted(weights(run, "stem").parent.glob("*.safetensors"))
+    found = hashlib.blake2b(json.dumps(given).encode(), digest_size=16).hexdigest()
+    return {"facts": found} | {path.stem: hash_file(path) for path in files}
+
+
+def is_outdated(known: Any, now: Mapping[str, str], name: str) -> bool:
+    """Whether a module (its number) or the student was another in the state ``known``; not where nothing is known."""
+    parts = ("stem", *MODULES[: int(name)]) if name.isdigit() else (name,)
+    return isinstance(known, dict) and any(known.get(part) != now.get(part) for part in ("facts", *parts))
+
+
+def up_to_date(run: Path, results: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """What `measure` found of the network that the run holds now, and notes on the rest."""
+    if results and "state" not in results:
+        return results, ["results.json does not say which weights were measured; measure again if they are others now"]
+    now, known = state(run), results.get("state")
+    parts = {key: results[key] for key in ("train", "val") if isinstance(results.get(key), dict)}
+    old = [name for name in parts.get("val", {}) if is_outdated(known, now, name)]
+    if not old:
+        return results, []
+    kept = {key: {name: one for name, one in part.items() if name not in old} for key, part in parts.items()}
+    of_module_1 = ("uncalibrated", "classification_mAP")
+    rest = {key: one for key, one in results.items() if key not in of_module_1 or "1" not in old}
+    names = listing(f"module {name}" if name.isdigit() else name for name in old)
+    return {**rest, **kept}, [f"results.json: {names} had other weights when measured; left out, measure again"]
 
 
 def others(run: Path, images: Mapping[str, Path]) -> list[str]:

@@ -131,6 +131,11 @@ def open_class_folders(data: Path, split: str | None = None, classes: Sequence[s
     empty = {name for name in empty if not name.startswith((".", "__", "@eaDir"))}
     if empty:
         notes.append(f"no photograph lies in {listing(sorted(empty))}: no class of that name")
+    if unread := sum((data / name).with_suffix(".xml").is_file() for name in tags):
+        notes.append(
+            f"{unread} images have an XML file beside them, which is not read: the sub-folders are taken as classes; "
+            "for what the XML says give a folder whose photographs lie in no sub-folder"
+        )
     loose = len(image_files(data))
     if loose:
         notes.append(f"{loose} images lie in no class's sub-folder; they are not used")

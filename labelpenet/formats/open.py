@@ -11,9 +11,9 @@ from labelpenet.errors import InputError
 from labelpenet.formats import coco, folder, label_studio, labelme, voc, yolo
 
 KINDS = (
-    "a VOC year folder (Annotations, JPEGImages, ImageSets), COCO JSON, YOLO (data.yaml, obj.data, or classes.txt "
-    "beside labels), tags.csv (file,tags), tags.json, metadata.jsonl, one sub-folder of images per class, Labelme "
-    "or X-AnyLabeling files, or a Label Studio export; docs/data.md shows each"
+    "a VOC year folder (Annotations, JPEGImages, ImageSets) or VOC's XML beside each photograph, COCO JSON, YOLO "
+    "(data.yaml, obj.data, or classes.txt beside labels), tags.csv (file,tags), tags.json, metadata.jsonl, one "
+    "sub-folder of images per class, Labelme or X-AnyLabeling files, or a Label Studio export; docs/data.md shows each"
 )
 _Opened = AnnotatedImages | TaggedImages  # the latter where only tags are known
 _SAME = ({"val", "valid", "validation"}, {"train", "training"})
@@ -118,6 +118,9 @@ def _recognise(
     described = yolo.settings_file(data) or next((path for path in tags_files if path.is_file()), None)
     if described is not None:
         return _recognise_file(described, split, classes, images, truth)
+    if voc.lies_beside(data):
+        _check_own(data, images)
+        return voc.open_beside(data, split, classes)
     if labelme.json_files(data):
         found = labelme.open_data(data, split, classes, images)
         _check_truth(data, not truth or isinstance(found, AnnotatedImages))

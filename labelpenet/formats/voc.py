@@ -32,6 +32,7 @@ from labelpenet.data.files import (
 from labelpenet.data.images import SUFFIXES, palette_png, read_index_map, voc_palette
 from labelpenet.errors import InputError
 from labelpenet.evaluation.semantic import IGNORE, paint
+from labelpenet.formats.folder import image_files, restrict
 from labelpenet.formats.selection import (
     Exported,
     check_new_split,
@@ -137,6 +138,45 @@ def open_annotated(year: Path, split: str | None = None, classes: Sequence[str] 
     tagged = tag_images(found, classes, occurring, problems, year, notes)
     order = cache(lambda: map_classes(year))
     return with_truth(tagged, year, lambda image: read_truth(year, image, tagged.classes, order))
+
+
+def lies_beside(data: Path) -> bool:
+    """Whether a folder holds photographs and, beside one of them, its XML."""
+    return any((data / name).with_suffix(".xml").is_file() for name in image_files(data))
+
+
+def open_beside(data: Path, split: str | None = None, classes: Sequence[str] | None = None) -> AnnotatedImages:
+    """The photographs of a folder in which the XML of each lies beside it, as labelImg and Roboflow leave them; one
+    without XML has not been looked at and is not used. ``split`` is as in `folder.restrict`; other arguments and errors
+    as `open.open_tagged`.
+    """
+    photographs: dict[str, list[str]] = {}
+    for name in image_files(data):
+        photographs.setdefault(Path(name).stem, []).append(name)
+    found: dict[str, NamedImage] = {}
+    problems: list[str] = []
+    for path in sorted(data.glob("*.xml")):
+        own = photographs.pop(path.stem, [])
+        try:
+            if len(own) != 1:
+                raise InputError(f"{path}: must have one photograph of its name beside, not {listing(own) or 'none'}")
+            if read_xml(path).tag != "annotation":
+                raise InputError(f"{path}: no annotation as VOC writes it; take it out of the folder")
+            found[own[0]] = NamedImage(own[0], inside(data, own[0]), frozenset(object_names(path)))
+        except InputError as error:
+            problems.append(str(error))
+    chosen, notes = restrict(found, data, data, split) if found else ([], [])
+    if photographs:
+        notes.append(f"{sum(map(len, photographs.values()))} photographs have no XML beside them; they are not used")
+    known = {name for one in found.values() for name in one.names}
+    tagged = tag_images([found[name] for name in chosen], classes, known, problems, data, notes)
+
+    def truth(image: TaggedImage) -> Truth:
+        path = image.path.with_suffix(".xml")
+        objects, said = read_objects(path)
+        return read_shapes(objects, checked_size(image.path, said, path), tagged.classes, path, masked=False)
+
+    return with_truth(tagged, data, truth)
 
 
 def object_names(path: Path) -> list[str]:

@@ -5,6 +5,7 @@ need it (extra ``hub``).
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from labelpenet.data.files import read_json, read_tensors, read_text, write_json
 from labelpenet.errors import InputError, reason
 from labelpenet.models.cascade import MODULES, LabelPEnet, read_run
 from labelpenet.models.student import KIND, Student, load
+
+_log = logging.getLogger(__name__)
 
 _FILES = ("config.json", "model.safetensors")
 _NOTHING = "Not measured."
@@ -56,9 +59,13 @@ def save_pretrained(run: Path | str, folder: Path | str, licence: str = "other",
         for key, value in read_tensors(path).items()
     }
     results = read_json(run_folder.results(run)) if run_folder.results(run).is_file() else {}
+    results, notes = run_folder.up_to_date(run, results)
+    for note in notes:
+        _log.warning("note: %s", note)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / "model.safetensors", state)
+    # in this order: weights without a configuration would be taken for another's (`_check_own`)
     write_json(folder / "config.json", {key: facts[key] for key in _FACTS if key in facts}, indent=1)
+    write_tensors(folder / "model.safetensors", state)
     source = facts.get("source") or {}
     about: dict[str, Any] = {"data": Path(str(source["data"])).name} if source.get("data") else {}
     about |= {"teacher": source.get("teacher_supervision", "tags"), "labels_file": source.get("labels")}
@@ -69,11 +76,13 @@ def save_pretrained(run: Path | str, folder: Path | str, licence: str = "other",
 
 
 def _check_own(folder: Path) -> None:
-    """`InputError` where ``config.json`` or ``README.md`` is there and not what `save_pretrained` wrote."""
-    config, card = folder / "config.json", folder / "README.md"
+    """`InputError` where a file that `save_pretrained` writes is there and not its own; weights are known by their
+    configuration."""
+    config, weights, card = folder / "config.json", folder / "model.safetensors", folder / "README.md"
     facts = read_json(config) if config.is_file() else None
     ours = {
         config: facts is None or (isinstance(facts, dict) and {"classes", "backbone"} <= set(facts)),
+        weights: config.is_file() or not weights.exists(),
         card: not card.exists() or _OURS in read_text(card),
     }
     for path, own in ours.items():

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
-from labelpenet.data.files import read_json, read_text, write_text
+from labelpenet.data.files import hash_file, read_json, read_text, write_text
 from labelpenet.engine.log import Row, read_metrics
 from labelpenet.errors import InputError
 from labelpenet.evaluation import Table, cascade_table, summary_table
@@ -162,7 +162,10 @@ def gather(run: Path) -> Facts:
             elif number not in labelled:
                 missing.append(f"module {number} ({name}) is trained but has not labelled all training images yet")
     environment = _optional(run_folder.environment(run), "the environment of the run is not known", missing)
-    results = _optional(run_folder.results(run), "the run is not measured yet", missing)
+    results, notes = run_folder.up_to_date(
+        run, _optional(run_folder.results(run), "the run is not measured yet", missing)
+    )
+    missing += notes
     if results.get("trained_on"):
         missing.append(
             f"{results['trained_on']} of the photographs that the run was measured on are no held-out ones: it was "
@@ -261,15 +264,19 @@ def _labels(run: Path, facts: Facts, images: TaggedImages, problems: list[str]) 
 
 
 def _predictions(run: Path, facts: Facts, images: TaggedImages, problems: list[str]) -> Found:
-    """What each module was found to predict for the held-out split when the run was measured; of photographs that are
-    others now, nothing."""
+    """What each module was found to predict for the held-out split when the run was measured; nothing where it or the
+    photograph is another now."""
+    now, student = run_folder.state(run), facts.run.get("kind") == STUDENT
     paths = {number: run_folder.predictions(run, str(facts.results.get("split")), number) for number in facts.trained}
 
     def read(number: int) -> tuple[int, Mapping[str, Instances]]:
         path = run_folder.origin(paths[number])
-        made = read_json(path) if path.is_file() else None
-        known = made.get("photographs") if isinstance(made, dict) else None
-        others = run_folder.differing(known or {}, {image.id: image.path for image in images.images})
+        found = read_json(path) if path.is_file() else None
+        made = found if isinstance(found, dict) else {}
+        replaced = made.get("content") not in (None, hash_file(paths[number]))
+        if replaced or run_folder.is_outdated(made.get("state"), now, STUDENT if student else str(number)):
+            raise InputError(f"{paths[number]}: not of the run's present weights; predicted anew, measure again")
+        others = run_folder.differing(made.get("photographs") or {}, {image.id: image.path for image in images.images})
         if others:
             problems.append(
                 f"held-out images: {len(others)} are others than those of the same names that module {number} was "

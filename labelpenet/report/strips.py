@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from labelpenet.calibration import Trace
-from labelpenet.calibration.calibrate import resize_masks, segment
+from labelpenet.calibration.calibrate import resize_masks, rivals, segment
+from labelpenet.config import AttentionCalibration
 from labelpenet.data.dataset import TaggedImage, TaggedImages, Truth
 from labelpenet.data.images import read_image
 from labelpenet.data.transforms import View
@@ -198,20 +199,25 @@ def _first_module(
 ) -> tuple[Instances, Trace]:
     """Module 1's instances, those of the tags alone for a training image, and their maps; the best one first."""
     batch = network.batch([photograph], [image.tags if training else None], [proposals])
-    module = network.classification
-    ((found, trace),) = module.infer(batch, module.settings.label if training else module.settings.predict)
+    ((found, trace),) = network.classification.infer(batch, _settings(network, training))
     order = found.weights.argsort(descending=True, stable=True)
     maps = (one[order].cpu() for one in (trace.attention, trace.heat, trace.confidence, trace.marginals))
     return found[order].to("cpu"), Trace(*maps)
+
+
+def _settings(network: LabelPEnet, training: bool) -> AttentionCalibration:
+    module = network.recipe.modules[0]
+    return module.label if training else module.predict
 
 
 def _map_rows(source: Source, canvas: np.ndarray, found: Instances, trace: Trace) -> list[PanelRow]:
     """Attention map, heat-map, confidence and masks of module 1's best instances: a row each."""
     if not len(found) or source.network is None or isinstance(source.network, Student) or found.masks is None:
         return []
-    settings = replace(source.network.recipe.modules[0].label, iterations=0)
+    settings = replace(_settings(source.network, source.training), iterations=0)
     blank = np.zeros((*trace.confidence.shape[-2:], 3), np.uint8)  # without iterations the CRF's image is not looked at
-    rough = resize_masks(segment(blank, trace.confidence, settings, trace.attention), found.image_size)
+    against = rivals(found.labels, found.weights, settings)
+    rough = resize_masks(segment(blank, trace.confidence, settings, trace.attention, against), found.image_size)
     before, after = (_on_canvas(one, canvas).masks for one in (replace(found, masks=rough), found))
     assert before is not None and after is not None
     shown = [
@@ -225,7 +231,7 @@ def _map_rows(source: Source, canvas: np.ndarray, found: Instances, trace: Trace
             Panel("attention map", "what the class rests on", draw_map(canvas, trace.attention[index])),
             Panel("heat-map", "class scores of the proposals, summed", draw_map(canvas, trace.heat[index])),
             Panel("confidence", "attention and heat combined", draw_map(canvas, trace.confidence[index])),
-            Panel("mask before the CRF", "where confidence beats background", draw_mask(canvas, before[index])),
+            Panel("mask before the CRF", "confidence beats background and rivals", draw_mask(canvas, before[index])),
             Panel("mask after the CRF", "aligned with the picture's edges", draw_mask(canvas, after[index])),
         )
         name = source.images.classes[int(found.labels[index])]

@@ -71,7 +71,8 @@ def measure_run(
     boxes = predictor.proposals(photographs, 1, cache) or {}
     hashes = hash_files([image.path for image in photographs])
     contents = {image.id: str(hashes[image.path]) for image in photographs}
-    key = made_from(run, precision_of(predictor.fabric), contents)
+    state = run_folder.state(run)
+    key = made_from(state, precision_of(predictor.fabric), contents)
     truths, notes = held_out.readable_truths()
     if both := len(trained_on(run, labelled, photographs)):
         notes += (f"the run was trained on {both} of the {len(photographs)} photographs that it is measured on",)
@@ -79,7 +80,7 @@ def measure_run(
         _log.warning("note: %s", note)
     train_truths = training.readable_truths()[0] if training else {}
     results: dict[str, Any] = {"split": split, "protocol": protocol, "trained_on": both, "train": {}, "val": {}}
-    results["made_from"] = hash_truths(key, (truths, train_truths))
+    results |= {"state": state, "made_from": hash_truths(key, (truths, train_truths))}
     for number in modules:
         if training:
             labels = read_inferred(run, f"module{number}", len(classes))
@@ -88,7 +89,8 @@ def measure_run(
         if not is_kept(path, key):
             pairs = ((image.id, found) for image, found in predictor.run(photographs, number, [], boxes))
             write_predictions(path, pairs, photographs, classes)
-        write_json(run_folder.origin(path), {"made_from": key, "content": hash_file(path), "photographs": contents})
+        made = {"made_from": key, "content": hash_file(path), "photographs": contents, "state": state}
+        write_json(run_folder.origin(path), made)
         found = read_predictions(path, photographs, classes)
         name = "student" if student else str(number)
         results["val"][name] = evaluate(found, truths, classes, protocol)  # type: ignore[arg-type]
@@ -182,11 +184,9 @@ def training_images(
     return None
 
 
-def made_from(run: Path, precision: str, contents: Mapping[str, str]) -> str:
-    """A hash of all that predictions depend on: facts, weights, precision, the photographs' content hashes by id."""
-    facts = {name: value for name, value in run_folder.read_facts(run).items() if name != "source"}
-    weights = [(path.name, hash_file(path)) for path in sorted(run_folder.weights(run, "stem").parent.iterdir())]
-    text = json.dumps([versions()["labelpenet"], facts, weights, precision, list(contents.items())])
+def made_from(state: Mapping[str, str], precision: str, contents: Mapping[str, str]) -> str:
+    """A hash of all that predictions depend on: the run's state, precision, the photographs' content hashes by id."""
+    text = json.dumps([versions()["labelpenet"], state, precision, list(contents.items())])
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 

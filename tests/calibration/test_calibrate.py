@@ -13,8 +13,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from labelpenet.calibration.calibrate import (
-    Candidates,
-    Chosen,
     box_mask,
     drop_components,
     instance_heat,
@@ -377,11 +375,9 @@ def test_object_and_background_can_be_equally_sure(threshold):
 def test_an_instance_keeps_the_pixels_in_which_no_other_class_is_surer():
     confidence = torch.tensor([[[0.9, 0.6, 0.6, 0.2]], [[0.5, 0.8, 0.6, 0.1]], [[0.95, 0.95, 0.1, 0.6]]])
     choice = AttentionCalibration(threshold=0.3, iterations=0, compete="classes")
-    boxes = torch.zeros(3, 4)
 
     def masks(scores: list[float], labels: list[int]) -> list[list[bool]]:
-        found = Candidates(boxes, torch.tensor(scores), torch.tensor(labels), boxes, torch.arange(3))
-        against = rivals(found, Chosen(torch.arange(3), torch.eye(3, dtype=torch.bool)), choice)
+        against = rivals(torch.tensor(labels), torch.tensor(scores), choice)
         return (segment(np.zeros((1, 4, 3), np.uint8), confidence, choice, None, against)[:, 0] >= 0.5).tolist()
 
     yes, no = True, False

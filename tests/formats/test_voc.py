@@ -13,7 +13,7 @@ from labelpenet import InputError
 from labelpenet.data.images import voc_palette
 from labelpenet.formats import open_annotated, open_tagged
 from labelpenet.instances import masks_to_boxes
-from tests.formats.kits import SIZE, voc_kit, voc_xml
+from tests.formats.kits import OBJECTS, SIZE, photograph, voc_kit, voc_xml
 
 ANIMALS = Path(__file__).parents[2] / "../shared/data/voc-animals"
 SIX = ["cat", "cow", "dog", "horse", "person", "sheep"]
@@ -277,3 +277,58 @@ def test_voc_animals() -> None:
     for image, truth in zip(annotated.tagged.images, some, strict=False):
         truth.instances.validate(6)
         assert set(truth.instances.labels.tolist()) <= set(image.tags)
+
+
+def beside(folder: Path) -> Path:
+    """The photographs a to d with their XML in one folder, as labelImg leaves them; nobody has looked at e."""
+    for seed, (name, objects) in enumerate(OBJECTS.items()):
+        photograph(folder / f"{name}.jpg", seed=seed)
+        (folder / f"{name}.xml").write_text(voc_xml(objects))
+    photograph(folder / "e.png")
+    return folder
+
+
+def test_xml_beside_the_photographs_is_read(tmp_path: Path) -> None:
+    found = open_annotated(beside(tmp_path))
+    kit = open_annotated(voc_kit(tmp_path / "kit"), "train", found.tagged.classes)
+    assert found.tagged.classes == ("bird", "cat", "dog")
+    tags = [("a.jpg", (1, 2)), ("b.jpg", (2,)), ("c.jpg", (0, 1)), ("d.jpg", ())]
+    assert [(image.id, image.tags) for image in found.tagged.images] == tags
+    assert any("1 photographs have no XML" in note for note in found.tagged.notes)
+    for name in "abd":
+        mine, voc = found.read(f"{name}.jpg"), kit.read(name)
+        assert torch.equal(mine.instances.boxes, voc.instances.boxes) and torch.equal(mine.difficult, voc.difficult)
+        assert mine.instances.masks is None
+    (tmp_path / "val.txt").write_text("c.jpg\n")
+    assert [image.id for image in open_tagged(tmp_path, "val").images] == ["c.jpg"]
+
+
+def test_splits_in_folders_with_xml_beside_the_photographs(tmp_path: Path) -> None:
+    beside(tmp_path / "train"), beside(tmp_path / "valid")
+    assert open_tagged(tmp_path, "val").images[0].path == tmp_path / "valid" / "a.jpg"
+
+
+def test_xml_beside_photographs_in_sub_folders_is_not_passed_over_in_silence(tmp_path: Path) -> None:
+    beside(tmp_path / "monday"), photograph(tmp_path / "tuesday" / "f.jpg", seed=9)
+    found = open_tagged(tmp_path)
+    assert found.classes == ("monday", "tuesday")
+    assert any("4 images have an XML file beside them, which is not read" in note for note in found.notes)
+    (tmp_path / "clean/cat").mkdir(parents=True), (tmp_path / "clean/dog").mkdir()
+    for name in ("cat", "dog"):
+        photograph(tmp_path / "clean" / name / "a.jpg")
+    assert not any("XML" in note for note in open_tagged(tmp_path / "clean").notes)
+
+
+def test_xml_beside_the_photographs_that_cannot_be_used_costs_its_photograph(tmp_path: Path) -> None:
+    beside(tmp_path)
+    (tmp_path / "gone.xml").write_text(voc_xml([]))
+    (tmp_path / "e.xml").write_text("<annotations/>")
+    (tmp_path / "b.xml").write_text("<annotation")
+    photograph(tmp_path / "a.png")
+    found = open_tagged(tmp_path)
+    assert [image.id for image in found.images] == ["c.jpg", "d.jpg"]
+    said = " ".join(found.notes)
+    assert "4 of 6 images are skipped" in said and "a.xml: must have one photograph" in said
+    (tmp_path / "a.xml").unlink()
+    said = " ".join(open_tagged(tmp_path).notes)
+    assert all(word in said for word in ("b.xml: no valid XML", "e.xml: no annotation", "gone.xml: must have"))

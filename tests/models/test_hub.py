@@ -52,6 +52,19 @@ def test_a_cascade_comes_back_with_its_card(tmp_path):
     assert "module 4: box mAP@.5 51.2, mask mAP@0.5 25.0" in card
 
 
+def test_the_card_has_no_figures_of_earlier_weights(tmp_path, caplog):
+    network, run = cascade_run(tmp_path / "run"), tmp_path / "run"
+    figures = {number: {"box": {"mAP": int(number) / 10}} for number in "123"}
+    write_json(run_folder.results(run), {**RESULTS, "val": figures, "state": run_folder.state(run)})
+    before = (save_pretrained(run, tmp_path / "hub") / "README.md").read_text()
+    assert all(f"module {number}: box" in before for number in "123") and not caplog.records
+    state = network.detection.state_dict()
+    write_tensors(run_folder.weights(run, "detection"), {key: value + 1 for key, value in state.items()})
+    after = (save_pretrained(run, tmp_path / "hub") / "README.md").read_text()
+    assert "module 1: box" in after and "module 2" not in after and "module 3" not in after
+    assert "module 2, module 3 had other weights when measured" in caplog.text
+
+
 def test_the_card_claims_no_more_than_is_known(tmp_path):
     cascade_run(tmp_path / "run")
     facts = json.loads(run_folder.facts(tmp_path / "run").read_text())
@@ -82,7 +95,9 @@ def test_pushing_uploads_the_three_files_and_nothing_else_of_the_folder(tmp_path
     assert (options["repo_id"], options["folder_path"]) == ("me/model", folder)
 
 
-@pytest.mark.parametrize(("name", "text"), [("README.md", "# mine\n"), ("config.json", '{"model_type": "bert"}')])
+@pytest.mark.parametrize(
+    ("name", "text"), [("README.md", "# mine\n"), ("config.json", '{"model_type": "bert"}'), ("model.safetensors", "x")]
+)
 def test_files_of_others_are_not_replaced(tmp_path, name, text):
     cascade_run(tmp_path / "run")
     folder = tmp_path / "hub"

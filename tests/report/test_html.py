@@ -26,9 +26,10 @@ from labelpenet.formats import write_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.report import write_report
-from labelpenet.report.html import class_table, flatten, marked, module_table
+from labelpenet.report.html import class_table, flatten, gather, marked, module_table
 from labelpenet.report.plots import curves, loss_plot, smoothed
-from labelpenet.report.strips import choose_images, mean_best_overlap, worst_images
+from labelpenet.report.strips import Source, choose_images, make_strip, mean_best_overlap, worst_images
+from labelpenet.visualize import draw_mask
 
 CLASSES = ("cat", "<dog> & 'co\"")
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -197,8 +198,8 @@ def measured(**more: Any) -> dict[str, Any]:
 
 def test_a_finished_run_has_its_numbers_pictures_curves_and_set_up(tmp_path: Path, network: Network) -> None:
     data, held_out = photographs(tmp_path / "train", 4), photographs(tmp_path / "val", 4)
-    results = measured(classification_mAP=0.876)
-    run = make_run(tmp_path / "my <run>", 4, data, results)
+    run = make_run(tmp_path / "my <run>", 4, data)
+    write_json(run_folder.results(run), measured(classification_mAP=0.876, state=run_folder.state(run)))
     path = write_report(run, None, data, held_out, images=2)
     assert path == run / "report.html"
     text = path.read_text(encoding="utf-8")
@@ -289,6 +290,47 @@ def test_the_predictions_of_a_photograph_are_not_drawn_on_another_of_its_name(tm
     assert "held-out images: 1 are others" in page.text
     assert network.predicted == [2]  # of the first alone; the second's are known
     assert first.id not in page.text[page.text.index("does worst") :]
+
+
+def test_what_was_measured_with_other_weights_is_not_shown(tmp_path: Path, network: Network) -> None:
+    held_out = photographs(tmp_path / "val", 2)
+    images, run = held_out.tagged.images, make_run(tmp_path / "run", 3)
+    state = run_folder.state(run)
+    write_json(run_folder.results(run), measured(classification_mAP=0.876, uncalibrated={"val": {}}, state=state))
+    for number in (1, 2, 3):
+        path = run_folder.predictions(run, "val", number)
+        write_predictions(path, {image.id: found_in(image, number) for image in images}, images, CLASSES)
+        write_json(run_folder.origin(path), {"content": hash_file(path), "state": state})
+
+    def left() -> tuple[str, list[str]]:
+        results = gather(run).results
+        assert list(results["train"]) == list(results["val"])
+        return "".join(results["val"]), [key for key in ("classification_mAP", "uncalibrated") if key in results]
+
+    def report() -> Page:
+        network.predicted.clear()
+        return Page(write_report(run, None, None, held_out, images=1).read_text("utf-8"))
+
+    assert "had other weights" not in report().text and not network.predicted
+    module_1 = left()[1]
+    assert left() == ("1234", ["classification_mAP", "uncalibrated"])
+    run_folder.weights(run, "segmentation").write_bytes(b"trained since")
+    assert "module 4 had other weights when measured" in report().text and left() == ("123", module_1)
+    run_folder.weights(run, "detection").write_bytes(b"trained again")
+    page = report()
+    assert "module 2, module 3, module 4 had other weights when measured" in page.text and left() == ("1", module_1)
+    assert page.text.count("not of the run's present weights") == 2 and network.predicted == [2, 3, 4]
+    assert "in which module 1 does worst" in page.text
+    path = run_folder.predictions(run, "val", 1)
+    write_predictions(path, {images[0].id: found_in(images[0], 2)}, images, CLASSES)
+    assert "val-module1.json: not of the run's present weights" in report().text
+    run_folder.weights(run, "stem").write_bytes(b"another")
+    assert left() == ("", [])
+
+
+def test_figures_of_unknown_weights_are_shown_with_a_word(tmp_path: Path) -> None:
+    page = Page(write_report(make_run(tmp_path / "run", 4, results=measured())).read_text("utf-8"))
+    assert "does not say which weights were measured" in page.text and "40.0" in page.text
 
 
 def test_damaged_parts_are_named_and_cost_only_themselves(tmp_path: Path, network: Network) -> None:
@@ -455,6 +497,27 @@ def test_flattening_keeps_order_and_names() -> None:
         ("f", ""),
         ("g.1.h", "1"),
     ]
+
+
+def test_the_mask_before_the_crf_leaves_pixels_to_surer_classes(tmp_path: Path, network: Network) -> None:
+    size = (48, 64)
+    maps = torch.full((2, *size), 0.05)
+    maps[0], maps[1, :, 32:] = 0.7, 0.99  # the dog is surer in the right half
+    found = Instances.cat([square(0, 0, 64, 48, label, 0.9, size) for label in (0, 1)])
+    network.infer = lambda batch, settings: [(found, Trace(maps, maps, maps, maps))]  # type: ignore[method-assign]
+    image = TaggedImage("both", photographs(tmp_path / "train", 1).tagged.images[0].path, (0, 1))
+
+    def before(training: bool) -> tuple[np.ndarray, np.ndarray]:
+        source = Source(TaggedImages(CLASSES, (image,)), network, (1,), training=training, side=64)  # type: ignore[arg-type]
+        rows = make_strip(source, image).rows
+        panels = [[one for one in row.panels if one.title in ("photograph", "mask before the CRF")] for row in rows[:2]]
+        return panels[0][0].picture, panels[0][1].picture
+
+    left = torch.arange(64)[None].expand(size) < 32
+    photograph, picture = before(training=True)
+    np.testing.assert_array_equal(picture, draw_mask(photograph, left))
+    photograph, picture = before(training=False)  # where it answers, recipe best lets no class take from another
+    np.testing.assert_array_equal(picture, draw_mask(photograph, left | True))
 
 
 def test_the_training_strips_never_ask_for_more_than_the_tags(tmp_path: Path, network: Network) -> None:

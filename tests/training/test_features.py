@@ -116,7 +116,7 @@ def test_predictions_are_kept_for_what_they_were_made_from_alone(tmp_path, image
         path.write_bytes(part.encode())
 
     def key_of(precision: str, images: Sequence[TaggedImage]) -> str:
-        return made_from(run, precision, {image.id: hash_file(image.path) for image in images})
+        return made_from(run_folder.state(run), precision, {image.id: hash_file(image.path) for image in images})
 
     key = key_of(precision, images.images)
     path = run_folder.predictions(run, "val", 2)
