@@ -362,7 +362,8 @@ def _starting() -> Generator[None]:
     The terminal sends it to all processes; the main one terminates the others, and has to know them for that.
     """
     held: list[int] = []
-    main = threading.current_thread() is threading.main_thread()  # else Python lets no handler be set, nor calls one
+    # no other thread may set a handler, and one that is not Python's could not be put back
+    main = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is not None
     handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number)) if main else None
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
     try:
