@@ -33,7 +33,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import MultiScaleRoIAlign, box_iou
 
 from labelpenet import config
-from labelpenet.config import StudentRecipe
+from labelpenet.config import StudentNetwork, StudentRecipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
 from labelpenet.data.images import Photograph, as_pixels, several
@@ -152,6 +152,10 @@ class Student(nn.Module):
         network, images = self.recipe.network, self.recipe.images
         head = self._stages() if network.head == "stages" else None
         width = head["channels"] if head else network.width
+        idle = "width" if head else "pool"
+        if getattr(network, idle) != getattr(StudentNetwork, idle):
+            kind = f"stages has a pyramid of {width} channels, as the backbone's map" if head else "layers pools 7 x 7"
+            raise InputError(f"network.{idle} does nothing here: a RoI head of {kind}; leave it out")
         return {
             "layers": self.levels.layers,
             "channels": self.levels.channels,

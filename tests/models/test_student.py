@@ -21,7 +21,8 @@ from labelpenet.instances import Instances
 from labelpenet.models.student import Lesson, Student, build_body, build_network, fold_norms, roi_loss, trusted
 from tests.students import SIDE, small_student
 
-SMALL = config.override(config.StudentRecipe(), ["network.width=8", "network.mask_depth=1", "images.test_side=64"])
+SMALL = config.override(config.StudentRecipe(), ["network.mask_depth=1", "images.test_side=64"])
+NARROW = config.override(SMALL, ["network.width=8"])  # where the RoI head is layers of its own
 
 
 def untaught(backbone: str = "tiny") -> Student:
@@ -30,7 +31,8 @@ def untaught(backbone: str = "tiny") -> Student:
     for norm in (module for module in body.modules() if isinstance(module, nn.BatchNorm2d)):
         nn.init.uniform_(norm.running_var, 0.5, 2.0)
         nn.init.uniform_(norm.running_mean, -0.5, 0.5)
-    return Student(body, ("a", "b"), SMALL, backbone, normalisation)
+    recipe = NARROW if backbone in ("tiny", "timm/resnet26t") else SMALL
+    return Student(body, ("a", "b"), recipe, backbone, normalisation)
 
 
 def lesson(boxes, doubtful=(), weights=None) -> Lesson:
@@ -81,9 +83,9 @@ def test_a_backbone_too_wide_for_its_stages_has_layers_of_its_own_as_older_stude
     pytest.importorskip("timm")
     wide = untaught("timm/resnet26t")  # 1024 channels
     assert wide.description()["head"] is None and wide.description()["width"] == 8
-    older = config.to_dict(config.override(SMALL, ["network.head=layers"]))
+    older = config.to_dict(config.override(NARROW, ["network.head=layers"]))
     del older["network"]["head"], older["network"]["pool"]
-    assert config.student_from_dict(older) == config.override(SMALL, ["network.head=layers"])
+    assert config.student_from_dict(older) == config.override(NARROW, ["network.head=layers"])
     student = untaught("mobilenet_v2")
     again = Student.from_facts({
         "backbone": "mobilenet_v2", "classes": ["a", "b"], "normalisation": student.normalisation,
@@ -109,6 +111,31 @@ def test_a_network_whose_children_are_out_of_order_is_not_folded():
 
     odd = Odd().eval()
     assert fold_norms(odd) == () and isinstance(odd.norm, nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "choice", "line"),
+    [("mobilenet_v2", "network.width=8", "has a pyramid of 96 channels"), ("tiny", "network.pool=9", "layers pools 7")],
+)
+def test_a_choice_that_does_nothing_for_the_network_is_refused(backbone, choice, line):
+    body, normalisation = build_body(backbone, pretrained=False)
+    with pytest.raises(InputError, match=line):
+        Student(body, ("a", "b"), config.override(SMALL, [choice]), backbone, normalisation)
+
+
+def test_a_pretrained_backbone_stays_as_far_as_asked_and_a_random_one_learns():
+    def learning(backbone, *choices):
+        body, normalisation = build_body(backbone, pretrained=False)
+        student = Student(body, ("a", "b"), config.override(SMALL, choices), backbone, normalisation)
+        head = [one.requires_grad for one in student.network.roi_heads.box_head.parameters() if one.dim() > 1]
+        assert head and all(head)
+        children = student.network.backbone.body.named_children()
+        return [name for name, child in children if any(one.requires_grad for one in child.parameters())]
+
+    assert learning("mobilenet_v2") == []
+    assert learning("mobilenet_v2", "network.freeze=16") == ["14", "15", "16", "17"]
+    assert learning("mobilenet_v2", "network.freeze=4") == [str(number) for number in range(4, 18)]
+    assert learning("tiny") == ["stem", "last"]
 
 
 def test_doubtful_boxes_are_neither_object_nor_background():
