@@ -430,8 +430,10 @@ def test_an_interruption_while_workers_start_is_silent(tmp_path: Path, start) ->
     assert (tmp_path / "interrupted").exists() and ends(process.pid)
 
 
-def test_an_interruption_waits_until_a_process_is_known() -> None:
+def test_an_interruption_waits_until_a_process_is_known(request: pytest.FixtureRequest) -> None:
     """Also one that another thread takes, as it may where the main one blocks it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell lets its children ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     go, taken, known = threading.Event(), threading.Event(), False
 
     def take() -> None:
