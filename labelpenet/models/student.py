@@ -82,7 +82,7 @@ class Levels:
         channels: of these maps.
         strides: of these maps, and of the last one subsampled.
         every: of each child the stride of its map.
-        late: the children behind the last map of stride 16, which can be a RoI head.
+        late: the children of stride 32 behind a map of stride 16, which can be a RoI head.
     """
 
     layers: dict[str, str]
@@ -118,7 +118,7 @@ class Student(nn.Module):
         self.levels = measure_levels(body)
         description = self.description()
         self.network = build_network(body, description)
-        start_sober(self.network, description["head"])
+        set_first_weights(self.network, description["head"])
         if state is not None:
             self.network.load_state_dict(state)
         self.network.rpn = DoubtingRPN.like(self.network.rpn)
@@ -480,13 +480,13 @@ def measure_levels(body: nn.Module) -> Levels:
     strides = [stride for stride in STRIDES if stride in last]
     if not strides:
         raise InputError(f"a network with maps of strides {sorted(last)} carries no pyramid; it needs 8, 16 or 32")
-    late = [name for name, stride in every.items() if stride > _HEAD] if _HEAD in last else []
+    late = [name for name, stride in every.items() if stride == 2 * _HEAD] if _HEAD in last else []
     layers = {last[stride][0]: str(level) for level, stride in enumerate(strides)}
     return Levels(layers, [last[stride][1] for stride in strides], [*strides, 2 * strides[-1]], every, late)
 
 
 @torch.no_grad()
-def start_sober(network: MaskRCNN, head: Mapping[str, Any] | None) -> None:
+def set_first_weights(network: MaskRCNN, head: Mapping[str, Any] | None) -> None:
     """First weights, in place: the last layers say next to nothing, as in Fast R-CNN; with a RoI head of pretrained
     stages the pyramid's level that it reads is the backbone's own map, which it knows, until it learns to be another.
     """
