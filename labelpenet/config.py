@@ -370,7 +370,8 @@ class StudentNetwork(_Ranged):
         head: what classifies RoIs: ``stages``, a copy of the backbone's pretrained stages behind stride 16, or two new
             ``layers``. A backbone without such stages, or of more than 256 channels before them, has ``layers``.
         pool: cells per side of a RoI that the stages see.
-        freeze: the backbone's layers up to this stride keep their pretrained weights (a RoI head of stages never).
+        freeze: the backbone's layers up to this stride keep their pretrained weights; a RoI head of stages learns, and
+            so does the whole of a backbone that has none (``tiny``).
         width: channels of the feature pyramid and of the mask head, where the RoI head is ``layers``; else those of the
             backbone's map of stride 16. mask_depth: the mask head's convolutions.
         rois: sampled from each image in training; proposals: boxes that the RPN passes on in prediction.
