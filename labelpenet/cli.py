@@ -195,6 +195,7 @@ class Predict:
       labelpenet predict runs/voc photos/ --out predictions.json --module 2
       labelpenet predict runs/voc --data VOCdevkit/VOC2012 --split val --out predictions.json
       labelpenet predict runs/voc photos/ --shard 3/100 --out parts/
+      labelpenet predict runs/voc --data more-photos/ --tagged --out labels.json
     """
 
     run: RunFolder
@@ -215,6 +216,8 @@ class Predict:
     data: OptionalPath = None
     """Instead of PHOTOS: a data set; its photographs lie in the folder PHOTOS, where that is given."""
     split: Split = None
+    tagged: bool = False
+    """The tags of --data are known: only their classes, found as in training photographs."""
     device: Device = "auto"
     devices: int = 1
     """Processes on this machine (one per GPU), which share the photographs."""
@@ -668,11 +671,14 @@ def predict(args: Predict) -> None:
         raise InputError("give photographs (or folders of them) or --data DATA")
     if args.split and not args.data:
         raise InputError("--split is of a data set; give that with --data, or leave --split out")
+    if args.tagged and not args.data:
+        raise InputError("--tagged reads tags from a data set; give that with --data, or leave --tagged out")
     if args.data and len(args.images) > 1:
         raise InputError("with --data, at most one folder is given: that of DATA's photographs")
     classes = read_run(args.run)["classes"]
     if args.data:
-        tagged = open_tagged(args.data, args.split, classes, *args.images)
+        # a data set need not show every class of the run, and may name more
+        tagged = open_tagged(args.data, args.split, None, *args.images).known_to(classes)
         _say(*tagged.notes)
         images: Sequence[TaggedImage] = tagged.images
     else:
@@ -684,7 +690,7 @@ def predict(args: Predict) -> None:
     for folder in (path for path in reads if path.is_dir()):
         if args.overlays and real_path(args.overlays).is_relative_to(real_path(folder)):
             raise InputError(f"{args.overlays}: lies in {folder}, which is read; choose a folder outside for overlays")
-    predictor = Predictor(args.run, args.device, args.devices, args.nodes)
+    predictor = Predictor(args.run, args.device, args.devices, args.nodes, args.tagged)
 
     def keep(image: TaggedImage, instances: Instances) -> Instances:
         instances = instances[instances.weights >= args.min_score]
@@ -694,7 +700,7 @@ def predict(args: Predict) -> None:
         return instances
 
     if args.shard:
-        choices = {"min_score": args.min_score}
+        choices = {"min_score": args.min_score} | ({"tagged": True} if args.tagged else {})
         shard = parse_shard(args.shard)
         part, skipped = predict_shard(
             predictor, images, args.module, args.out, shard, keep=keep, choices=choices, cache=args.cache

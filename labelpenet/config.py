@@ -35,7 +35,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "mask_depth": (0, 64), "mask_margin": (0, 4), "beta": _SHARE, "ema": _SHARE, "share": (1e-6, 1),
     "enter": _SHARE, "doubt": _SHARE, "zoom": (1, 4), "colours": _SHARE, "drift": (1, 1e6), "width": (1, 8192),
     "proposals": _COUNT, "detections": _COUNT, "keep": _SHARE, "nested": _SHARE, "Noise.limit": (0, 1e6),
-    "limit_from": _SHARE, "StudentNetwork.pool": (2, 28), "freeze": (0, 1024),
+    "limit_from": _SHARE, "Sharpening.cells": (1, 16_384), "StudentNetwork.pool": (2, 28), "freeze": (0, 1024),
     "shorten": (1e-6, 100), "seed": (0, 2**63 - 1), "devices": (1, 1024), "nodes": (1, 4096), "workers": (1, 256),
     "checkpoint_minutes": (0, 1e5), "observe_minutes": (0, 1e5), "tolerance": (0, 1e4), "port": (0, 65535),
     "top": (1, 1e9), "Report.images": (0, 10_000), "modules": (1, 4), "module": (1, 4), "until": (1, 4),
@@ -410,11 +410,36 @@ class Noise(_Ranged):
 
 
 @dataclass(frozen=True)
+class Sharpening(_Ranged):
+    """The dense CRF that a student's masks go through in its answers (see `calibration.sharpen`).
+
+    Attributes:
+        iterations: of the mean field; 0 for the masks as the mask head gives them.
+        cells: of the grid that it runs on.
+        threshold: the probability of the mask head that is in doubt.
+        sxy_gaussian, sxy_bilateral: standard deviations of the two kernels, in sides of the photograph (the root of its
+            area).
+        srgb: standard deviation of the appearance kernel in grey levels of 0..255.
+        compat_gaussian, compat_bilateral: weights of the kernels.
+    """
+
+    iterations: int = 5
+    cells: int = 2048
+    threshold: float = 0.38
+    sxy_gaussian: float = 0.014
+    compat_gaussian: float = 3.0
+    sxy_bilateral: float = 0.185
+    srgb: float = 5.0
+    compat_bilateral: float = 5.0
+
+
+@dataclass(frozen=True)
 class StudentRecipe:
     """Everything that decides a student, but for labels, seed and backbone; the defaults fit photographs."""
 
     network: StudentNetwork = field(default_factory=StudentNetwork)
     noise: Noise = field(default_factory=Noise)
+    masks: Sharpening = field(default_factory=Sharpening)
     images: Images = Images(sides=(320, 360, 400, 440, 480, 520), longest=800, test_side=480)
     schedule: Schedule = Schedule(
         steps=1600, lr=3e-4, kind="adamw", weight_decay=1e-2, batch_size=2, warmup=100, clip=10.0,
@@ -478,7 +503,8 @@ def best() -> Recipe:
     masks = MaskCalibration(nms=0.4, mask_nms=0.5, max_masks=100, vote=True, **several, **crf | {"threshold": 0.38})
     segmenter: dict[str, Any] = {
         **detector, "mask_width": 128, "mask_depth": 2, "mask_margin": 0.15, "schedule": replace(schedule, steps=800),
-        "label": replace(masks, **sure), "predict": masks,
+        # lower than in answers: legs come back, and with them the boxes around the masks
+        "label": replace(masks, **sure | {"threshold": 0.25}), "predict": masks,
     }  # fmt: skip
     # What attention maps enlarged is cut back once, where it is first passed on as a mask.
     refiner = segmenter | {"label": replace(masks, **sure | {"threshold": 0.42})}

@@ -64,6 +64,18 @@ class TaggedImages:
         """The photographs that ``keep`` says yes to, with the same classes and notes."""
         return replace(self, images=tuple(filter(keep, self.images)))
 
+    def known_to(self, classes: Sequence[str]) -> TaggedImages:
+        """The same photographs in the classes of a run: tags that it does not know are left out, and noted."""
+        label = {name: index for index, name in enumerate(classes)}
+        other = [name for name in self.classes if name not in label]
+        new = [label.get(name) for name in self.classes]
+        images = tuple(
+            replace(one, tags=tuple(sorted(tag for old in one.tags if (tag := new[old]) is not None)))
+            for one in self.images
+        )
+        notes = [f"the run does not know {listing(other)}; left out"] if other else []
+        return TaggedImages(tuple(classes), images, (*self.notes, *notes))
+
 
 @dataclass(frozen=True)
 class Truth:

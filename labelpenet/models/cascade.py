@@ -211,12 +211,18 @@ class LabelPEnet(nn.Module):
 
     @torch.no_grad()
     def predict_batch(
-        self, images: Sequence[np.ndarray], module: int = 4, proposals: Sequence[Tensor] | None = None
+        self,
+        images: Sequence[np.ndarray],
+        module: int = 4,
+        proposals: Sequence[Tensor] | None = None,
+        tags: Sequence[Tags] | None = None,
     ) -> list[Instances]:
-        """As `predict`, for photographs that go through the network together."""
+        """As `predict`, for photographs that go through the network together; where their tags are known, as `infer`
+        labels training photographs."""
         self.require(module)
-        batch = self.batch(images, None, self._proposed(images, module, proposals))
-        found = self._instances(module, batch, self.module(module).settings.predict)
+        batch = self.batch(images, tags, self._proposed(images, module, proposals))
+        settings = self.module(module).settings
+        found = self._instances(module, batch, settings.predict if tags is None else settings.label)
         return [one[one.weights.argsort(descending=True, stable=True)] for one, _ in found]
 
     def _instances(self, number: int, batch: Batch, settings: config.Calibration) -> list[tuple[Instances, Trace]]:

@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.roi_heads import expand_boxes
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import clip_boxes_to_image, nms
 
+from labelpenet.calibration.sharpen import resized, sharpen
 from labelpenet.data.files import write_bytes
 from labelpenet.errors import InputError
 from labelpenet.models.student import Student
@@ -42,7 +41,7 @@ class Fixed(nn.Module):
 
     def __init__(self, student: Student, size: tuple[int, int]):
         super().__init__()
-        self.network, self.size = student.network, size
+        self.network, self.masks, self.size = student.network, student.recipe.masks, size
         image = torch.zeros(1, 3, *size)
         with torch.no_grad():
             maps = list(self.network.backbone(image).values())
@@ -67,8 +66,8 @@ class Fixed(nn.Module):
         features = heads.mask_head(heads.mask_roi_pool(maps, [boxes], [self.size]))
         every = heads.mask_predictor(features).sigmoid()
         index = (labels + 1)[:, None, None, None].expand(-1, 1, every.shape[2], every.shape[3])
-        masks = paste(every.gather(1, index)[:, 0], boxes, self.size) >= 0.5
-        return boxes, labels, scores, masks
+        masks = sharpen(image, every.gather(1, index)[:, 0], boxes, self.masks)
+        return boxes, labels, scores, resized(masks, self.size) > 0.5
 
     def _propose(self, maps: OrderedDict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The RPN's boxes (R, 4), best first, and whether each is one (R,): R is fixed."""
@@ -113,27 +112,6 @@ def survivors(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float, side: f
     kept = torch.zeros_like(scores).scatter(0, nms(apart, scores, iou), 1.0)
     large = ((boxes[:, 2:] - boxes[:, :2]) >= side).all(1)
     return torch.where((kept > 0) & large, scores, -1.0)
-
-
-def paste(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Mask probabilities (N, S, S) of boxes (N, 4) on the image, (N, H, W), as torchvision pastes them one by one.
-
-    A bilinear resize is a product with a matrix on either side; so all masks are pasted at once.
-    """
-    side = masks.shape[-1] + 2
-    whole = expand_boxes(boxes, side / (side - 2)).to(torch.int64)
-    rows = _resize(whole[:, 1], whole[:, 3], size[0], side)
-    columns = _resize(whole[:, 0], whole[:, 2], size[1], side)
-    return rows @ F.pad(masks, (1, 1, 1, 1)) @ columns.transpose(1, 2)
-
-
-def _resize(first: Tensor, last: Tensor, length: int, side: int) -> Tensor:
-    """(N, length, side) weights of a mask's cells in the pixels from ``first`` to ``last`` (N,); zero elsewhere."""
-    pixel = torch.arange(length)[None]
-    count = (last - first + 1).clamp(min=1)
-    place = ((pixel - first[:, None] + 0.5) * (side / count[:, None]) - 0.5).clamp(0, side - 1)
-    weights = (1 - (place[..., None] - torch.arange(side)).abs()).clamp(min=0)
-    return weights * ((pixel >= first[:, None]) & (pixel <= last[:, None]))[..., None]
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

@@ -27,11 +27,13 @@ _log = logging.getLogger(__name__)
 class Predictor:
     """The cascade or student of a run folder on a device, in that precision of its training which the device has.
 
-    ``device, devices, nodes`` are as `build_fabric` takes them.
+    ``device, devices, nodes`` are as `build_fabric` takes them. With ``tagged`` the photographs' tags are known, and
+    they are labelled as training photographs are.
     """
 
-    def __init__(self, run: Path, device: str = "auto", devices: int = 1, nodes: int = 1):
+    def __init__(self, run: Path, device: str = "auto", devices: int = 1, nodes: int = 1, tagged: bool = False):
         read_run(run)
+        self.tagged = tagged
         self.fabric = build_fabric(device, devices, nodes)
         self.network = load(run, self.fabric.device)
 
@@ -52,7 +54,7 @@ class Predictor:
         they are computed now, where the module needs them.
         """
         try:
-            return predict_photograph(self.network, image, module, boxes or {}, self.fabric)
+            return predict_photograph(self.network, image, module, boxes or {}, self.fabric, self.tagged)
         except (MemoryError, RuntimeError, cv2.error) as error:
             if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "memory" not in str(error):
                 raise
@@ -93,14 +95,21 @@ class Predictor:
 
 
 def predict_photograph(
-    network: LabelPEnet | Student, image: TaggedImage, module: int, boxes: Boxes, fabric: Fabric
+    network: LabelPEnet | Student, image: TaggedImage, module: int, boxes: Boxes, fabric: Fabric, tagged: bool = False
 ) -> Instances:
-    """What a network predicts for a photograph, with its proposals in ``boxes`` where they are there."""
+    """What a network predicts for a photograph, with its proposals in ``boxes`` where they are there, and of its tags
+    alone where these are known."""
     pixels, proposals = read_image(image.path), None
     if image.id in boxes and isinstance(network, LabelPEnet):
         proposals = network.select(boxes[image.id], pixels.shape)
     with fabric.autocast():
-        return network.predict(pixels, module, proposals)
+        if not tagged:
+            return network.predict(pixels, module, proposals)
+        if isinstance(network, LabelPEnet):
+            own = None if proposals is None else [proposals]
+            return network.predict_batch([pixels], module, own, [image.tags])[0]
+        found = network.predict(pixels, module)
+        return found[torch.isin(found.labels, torch.tensor(image.tags, dtype=torch.long))]
 
 
 def predict_images(

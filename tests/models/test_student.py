@@ -99,6 +99,25 @@ def test_a_backbone_too_wide_for_its_stages_has_layers_of_its_own_as_older_stude
     assert len(found[0]) and torch.allclose(found[0].boxes, found[1].boxes, atol=1e-2)
 
 
+def test_a_student_of_before_keeps_its_coarser_head():
+    student = untaught("mobilenet_v2")
+    facts = {
+        "backbone": "mobilenet_v2", "classes": ["a", "b"], "normalisation": student.normalisation,
+        "recipe": config.to_dict(student.recipe), "network": student.description(),
+    }  # fmt: skip
+    head = facts["network"]["head"]
+    assert (head["cells"], head["features"]) == (4, 16 * 320)
+    del facts["recipe"]["masks"]  # neither did it have a CRF
+    facts["network"] = {**facts["network"], "head": {**head, "cells": 2, "features": 4 * 320}}
+    state = student.plain_state()
+    for name in ("cls_score", "bbox_pred"):
+        weight = state[f"roi_heads.box_predictor.{name}.weight"]
+        state[f"roi_heads.box_predictor.{name}.weight"] = weight[:, : 4 * 320].contiguous()
+    older = Student.from_facts(facts, state)
+    assert older.description() == facts["network"] and older.recipe.masks == config.Sharpening()
+    assert older.network.roi_heads.box_head(torch.rand(1, 96, 8, 8)).shape == (1, 4 * 320)
+
+
 def test_a_network_whose_children_are_out_of_order_is_not_folded():
     class Odd(nn.Module):
         def __init__(self):
@@ -217,8 +236,10 @@ def test_a_student_takes_photographs_in_every_form_that_a_cascade_takes(tmp_path
 
 def test_the_lines_in_the_docs_load_a_student_in_torchvision_alone(tmp_path):
     student = untaught("mobilenet_v2")
+    student.recipe = config.override(SMALL, ["masks.iterations=0", "masks.threshold=0.5"])  # torchvision has no CRF
     with torch.no_grad():  # surer than one that has learnt nothing, so that rounding decides less
-        student.network.roi_heads.box_predictor.cls_score.weight *= 100
+        student.network.roi_heads.box_predictor.cls_score.weight *= 10
+        student.network.roi_heads.box_predictor.cls_score.bias[0] = -10
         student.network.rpn.head.cls_logits.weight *= 100
     write_text(tmp_path / "run.json", json.dumps({"network": student.description()}))
     write_tensors(tmp_path / "weights" / "student.safetensors", student.plain_state(), "")
@@ -232,5 +253,6 @@ def test_the_lines_in_the_docs_load_a_student_in_torchvision_alone(tmp_path):
     expected = student.predict(photo)
     overlap, same = box_iou(scope["found"]["boxes"], expected.boxes).max(1)
     assert len(overlap) == len(expected) and (overlap > 0.98).float().mean() > 0.9
-    masks = (scope["found"]["masks"][:, 0] >= 0.5) == expected.masks[same]
-    assert masks[overlap > 0.98].float().mean() > 0.99
+    masks = scope["found"]["masks"][:, 0]
+    sure = (overlap > 0.98)[:, None, None] & ((masks - 0.5).abs() > 0.05)  # torchvision rounds boxes to pixels first
+    assert sure.float().mean() > 0.5 and (((masks > 0.5) == expected.masks[same])[sure]).float().mean() > 0.999

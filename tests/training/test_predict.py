@@ -16,12 +16,14 @@ from safetensors.torch import save_file
 
 from labelpenet.config import override, recipe, to_dict
 from labelpenet.data.dataset import TaggedImage
+from labelpenet.data.images import read_image
 from labelpenet.errors import InputError
 from labelpenet.formats import write_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.training.predict import Predictor, _join, predict_images
+from tests.students import small_student
 
 N = 5
 CLASSES = ("cat", "dog", "sheep")
@@ -137,3 +139,39 @@ def test_an_untrained_module_writes_nothing(run, photographs, tmp_path):
     with pytest.raises(InputError, match="module 4 is not trained"):
         predict_images(predictor, listed(photographs), 4, tmp_path / "out.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_photographs_whose_tags_are_known_are_labelled_as_training_photographs_are(run, photographs, tmp_path):
+    pixels = read_image(photographs / "photo1.jpg")
+    network = LabelPEnet.from_run(run)
+    for tags in ((1,), (0, 2)):
+        image = TaggedImage("photo1.jpg", photographs / "photo1.jpg", tags)
+        found = Predictor(run, "cpu", tagged=True).predict_image(image, 4)
+        ((expected, _),) = network.infer(4, network.batch([pixels], [tags]))
+        assert set(found.labels.tolist()) == set(tags), "at least one instance a tag"
+        assert torch.equal(found.weights, expected.weights.sort(descending=True).values)
+        assert sorted(found.boxes.tolist()) == sorted(expected.boxes.tolist())
+
+
+def test_a_student_told_the_tags_names_nothing_else():
+    folder, year = small_student()
+    photo = min(Path(year, "JPEGImages").glob("*.jpg"))
+    every = Predictor(folder, "cpu").predict_image(TaggedImage("a", photo, ()), 4)
+    label = int(every.labels[0])
+    found = Predictor(folder, "cpu", tagged=True).predict_image(TaggedImage("a", photo, (label,)), 4)
+    assert torch.equal(found.boxes, every.boxes[every.labels == label]) and len(found) < len(every)
+
+
+def test_the_command_reads_tags_of_a_data_set(run, photographs, tmp_path):
+    rows = [f"photo{index}.jpg,{CLASSES[index % 3]}" for index in (0, 1, 3, 4)]
+    (tmp_path / "tags.csv").write_text("\n".join(["file,tags", *rows]))
+    out = tmp_path / "labels.json"
+    done = predict(run, photographs, out, "--data", str(tmp_path / "tags.csv"), "--tagged")
+    assert done.returncode == 0, done.stderr
+    content = json.loads(out.read_text())
+    names = {one["id"]: one["name"] for one in content["categories"]}
+    files = {one["id"]: one["file_name"] for one in content["images"]}
+    found = {(files[one["image_id"]], names[one["category_id"]]) for one in content["annotations"]}
+    assert found == {tuple(row.split(",")) for row in rows}
+    refused = predict(run, photographs, out, "--tagged")
+    assert refused.returncode == 2 and "--tagged reads tags" in refused.stderr

@@ -1,0 +1,109 @@
+"""Masks drawn to the photograph's edges: against all pairs of cells, torchvision's pasting, and by what they do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.ops import box_iou
+
+from labelpenet.calibration.sharpen import FINE, draw, grid_size, mean_field, resized, sharpen
+from labelpenet.config import Sharpening
+from labelpenet.errors import InputError
+from tests.calibration import test_crf
+
+PLAIN = Sharpening(iterations=0, threshold=0.5)
+
+
+def disc(side: int, radius: float, centre: tuple[float, float] = (0.5, 0.5)) -> torch.Tensor:
+    y, x = torch.meshgrid((torch.arange(side) + 0.5) / side, (torch.arange(side) + 0.5) / side, indexing="ij")
+    return (y - centre[1]) ** 2 + (x - centre[0]) ** 2 < radius**2
+
+
+def iou(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one & other).sum() / (one | other).sum())
+
+
+def test_the_mean_field_is_that_of_all_pairs_of_cells():
+    image, p = test_crf.example(2, 9, 13, instances=3)
+    settings = Sharpening(iterations=5, sxy_gaussian=0.1, sxy_bilateral=0.4, srgb=60, compat_bilateral=4)
+    side = (9 * 13) ** 0.5
+    kernels = test_crf.all_pairs(image, 0.1 * side, 0.4 * side, 60)
+    costs = [3 * (1 - np.eye(2)), 4 * (1 - np.eye(2))]
+    unary = torch.from_numpy(np.log(p[:, 1] / p[:, 0]))
+    found = mean_field(torch.from_numpy(image).permute(2, 0, 1) / 255, unary, settings).sigmoid()
+    for one, own in zip(found, p, strict=True):
+        expected = test_crf.mean_field(own, kernels, costs, 5)[1]
+        np.testing.assert_allclose(one, expected, rtol=0, atol=2e-5)
+
+
+def test_masks_are_drawn_where_torchvision_pastes_them():
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.randint(0, 60, (20, 2), generator=generator)
+    boxes = torch.cat([corners, corners + torch.randint(15, 60, (20, 2), generator=generator)], 1).float()
+    masks = torch.rand(20, 4, 4, generator=generator)
+    # torchvision rounds the box that its margin makes to pixels, and its last pixel is one more than the box
+    expected = paste_masks_in_image(masks[:, None], boxes - torch.tensor([0, 0, 1, 1]), (120, 120))[:, 0]
+    found = draw(masks, boxes, (120, 120))
+    assert (found - expected).abs().mean() < 0.01
+    assert draw(masks[:0], boxes[:0], (7, 9)).shape == (0, 7, 9)
+
+
+def test_a_mask_drawn_at_another_scale_covers_the_same_place():
+    mask = disc(28, 0.4)[None].float()
+    boxes = torch.tensor([[12.3, 7.7, 68.1, 71.9]])
+    small, large = (draw(mask, boxes * scale, (80 * scale, 90 * scale)) > 0.5 for scale in (1, 4))
+    shrunk = torch.nn.functional.avg_pool2d(large.float(), 4) > 0.5
+    assert iou(small[0], shrunk[0]) > 0.97
+
+
+def test_a_blurred_mask_finds_the_edge_of_its_object():
+    object_ = disc(240, 0.3)
+    image = torch.where(object_, 0.8, 0.2).expand(3, -1, -1)
+    blurred = torch.nn.functional.interpolate(
+        disc(240, 0.26, (0.52, 0.5))[None, None].float(), size=(12, 12), mode="area"
+    )
+    blurred = torch.nn.functional.interpolate(blurred, size=(28, 28), mode="bilinear")[0]
+    box = torch.tensor([[0.0, 0, 240, 240]])
+    truth = torch.nn.functional.interpolate(object_[None, None].float(), size=(180, 180), mode="area")[0, 0] > 0.5
+    plain, found = (sharpen(image, blurred, box, one)[0] > 0.5 for one in (PLAIN, Sharpening()))
+    assert found.shape == truth.shape
+    assert iou(plain, truth) < 0.8 and iou(found, truth) > 0.9
+
+
+def test_maps_are_resized_as_torch_resizes_them():
+    maps = torch.rand(3, 7, 11)
+    for size in ((7, 11), (28, 44), (5, 30)):
+        expected = torch.nn.functional.interpolate(maps[None], size=size, mode="bilinear")[0]
+        torch.testing.assert_close(resized(maps, size), expected)
+
+
+def test_a_small_mask_keeps_its_shape():
+    image = torch.full((3, 240, 320), 0.5)
+    boxes = torch.tensor([[100.0, 100, 124, 130]])
+    masks = torch.full((1, 28, 28), 0.99)
+    image[:, 100:130, 100:124] = 0.9
+    found = sharpen(image, masks, boxes, Sharpening())[0] > 0.5
+    y, x = torch.where(found)
+    scale = torch.tensor([320 / found.shape[1], 240 / found.shape[0]] * 2)
+    drawn = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1])[None] * scale
+    assert box_iou(drawn, boxes) > 0.85
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 900), (33, 21), (480, 640), (1000, 20)])
+def test_photographs_of_every_shape(shape):
+    rows, columns = grid_size(*shape, Sharpening().cells)
+    assert rows * columns <= 2300
+    masks, boxes = torch.rand(2, 28, 28), torch.tensor([[0, 0, shape[1], shape[0]], [0, 0, 0.5, 0.5]])
+    found = sharpen(torch.rand(3, *shape), masks, boxes, Sharpening())
+    assert found.shape == (2, rows * FINE, columns * FINE)
+    assert bool(torch.isfinite(found).all()) and float(found.min()) >= 0 and float(found.max()) <= 1
+    assert len(sharpen(torch.rand(3, *shape), masks[:0], boxes[:0].float(), Sharpening())) == 0
+
+
+def test_a_grid_without_end_is_refused():
+    with pytest.raises(InputError, match="cells must be"):
+        replace(Sharpening(), cells=10**6)
