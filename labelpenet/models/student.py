@@ -152,7 +152,7 @@ class Student(nn.Module):
         channels, last = self.levels.channels[level : level + 2]
         one = {"level": str(level), "channels": channels, "stages": self.levels.late}
         pool = self.recipe.network.pool
-        cells = -(-pool // 2)  # all that the stages give, so that a box regression knows where in the RoI things lie
+        cells = 2  # per side of the mean at its end, so that a box regression can tell left from right
         one |= {"pool": pool, "cells": cells, "features": last * cells**2}
         return one if channels <= _WIDEST else None
 

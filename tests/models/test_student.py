@@ -106,16 +106,16 @@ def test_a_student_of_before_keeps_its_coarser_head():
         "recipe": config.to_dict(student.recipe), "network": student.description(),
     }  # fmt: skip
     head = facts["network"]["head"]
-    assert (head["cells"], head["features"]) == (4, 16 * 320)
+    assert (head["cells"], head["features"]) == (2, 4 * 320)
     del facts["recipe"]["masks"]  # neither did it have a CRF
-    facts["network"] = {**facts["network"], "head": {**head, "cells": 2, "features": 4 * 320}}
+    facts["network"] = {**facts["network"], "head": {**head, "cells": 1, "features": 320}}
     state = student.plain_state()
     for name in ("cls_score", "bbox_pred"):
         weight = state[f"roi_heads.box_predictor.{name}.weight"]
-        state[f"roi_heads.box_predictor.{name}.weight"] = weight[:, : 4 * 320].contiguous()
+        state[f"roi_heads.box_predictor.{name}.weight"] = weight[:, :320].contiguous()
     older = Student.from_facts(facts, state)
     assert older.description() == facts["network"] and older.recipe.masks == config.Sharpening()
-    assert older.network.roi_heads.box_head(torch.rand(1, 96, 8, 8)).shape == (1, 4 * 320)
+    assert older.network.roi_heads.box_head(torch.rand(1, 96, 8, 8)).shape == (1, 320)
 
 
 def test_a_network_whose_children_are_out_of_order_is_not_folded():
