@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
 
+from labelpenet import models
 from labelpenet.calibration import DenseCRF
 from labelpenet.config import MODULES
 from labelpenet.data import read_image
@@ -147,7 +148,8 @@ def mask_rcnn(name: str, network: Any, answer: Answer) -> Contender:
     boxes = [(heads.box_roi_pool, "forward"), (heads.box_head, "forward"), (heads.box_predictor, "forward")]
     masks = [(heads.mask_roi_pool, "forward"), (heads.mask_head, "forward"), (heads.mask_predictor, "forward")]
     places = {"backbone": [(network.backbone, "forward")], "RPN": [(network.rpn, "forward")], "RoI head": boxes}
-    return Contender(name, answer, {**places, "masks": masks, "pasting": [(network.transform, "postprocess")]})
+    drawing = [(network.transform, "postprocess"), (models.student, "sharpen"), (models.student, "to_instances")]
+    return Contender(name, answer, {**places, "masks": masks, "drawing masks": drawing})
 
 
 def in_onnxruntime(student: Student, folder: Path, threads: int) -> Contender:

@@ -678,8 +678,9 @@ def predict(args: Predict) -> None:
     classes = read_run(args.run)["classes"]
     if args.data:
         # a data set need not show every class of the run, and may name more
-        tagged = open_tagged(args.data, args.split, None, *args.images).known_to(classes)
-        _say(*tagged.notes)
+        found = open_tagged(args.data, args.split, None, *args.images)
+        tagged = found.with_classes(classes)
+        _say(*(tagged if args.tagged else found).notes)
         images: Sequence[TaggedImage] = tagged.images
     else:
         images = [TaggedImage(name, path, ()) for name, path in find_images(args.images)]
@@ -700,7 +701,7 @@ def predict(args: Predict) -> None:
         return instances
 
     if args.shard:
-        choices = {"min_score": args.min_score} | ({"tagged": True} if args.tagged else {})
+        choices = {"min_score": args.min_score}
         shard = parse_shard(args.shard)
         part, skipped = predict_shard(
             predictor, images, args.module, args.out, shard, keep=keep, choices=choices, cache=args.cache

@@ -414,9 +414,9 @@ class Sharpening(_Ranged):
     """The dense CRF that a student's masks go through in its answers (see `calibration.sharpen`).
 
     Attributes:
-        iterations: of the mean field; 0 for the masks as the mask head gives them.
-        cells: of the grid that it runs on.
-        threshold: the probability of the mask head that is in doubt.
+        iterations: of the mean field; 0 leaves the CRF out.
+        cells: of the grid that it runs on, about so many.
+        threshold: probability of the mask head at which a pixel is equally likely object or background, in (0, 1).
         sxy_gaussian, sxy_bilateral: standard deviations of the two kernels, in sides of the photograph (the root of its
             area).
         srgb: standard deviation of the appearance kernel in grey levels of 0..255.

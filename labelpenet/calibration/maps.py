@@ -52,8 +52,8 @@ def project_maps(
     # Resizing into a box is separable: canvas = sum over r of rows_r^T (maps_r columns_r), a product of two matrices.
     for start in range(0, len(maps), CHUNK):
         part = slice(start, start + CHUNK)
-        rows = _interpolation(boxes[part, 1], boxes[part, 3], maps.shape[1], height)
-        columns = _interpolation(boxes[part, 0], boxes[part, 2], maps.shape[2], width)
+        rows = interpolation(boxes[part, 1], boxes[part, 3], maps.shape[1], height)
+        columns = interpolation(boxes[part, 0], boxes[part, 2], maps.shape[2], width)
         with full_precision(maps.device):
             stretched = maps[part] @ columns
         if groups is None:
@@ -83,7 +83,7 @@ def _add_product(canvas: Tensor, rows: Tensor, stretched: Tensor) -> None:
         canvas.addmm_(rows.flatten(0, 1).T, stretched.flatten(0, 1))
 
 
-def _interpolation(low: Tensor, high: Tensor, cells: int, pixels: int) -> Tensor:
+def interpolation(low: Tensor, high: Tensor, cells: int, pixels: int) -> Tensor:
     """Linear interpolation from ``cells`` values spread over [low, high) to the pixels of one axis.
 
     Args:

@@ -15,23 +15,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from labelpenet.calibration.calibrate import SURE
+from labelpenet.calibration.maps import interpolation
 from labelpenet.config import Sharpening
 
 FINE = 4
 """Pixels of the canvas per cell of the grid, along each side."""
 
-SURE = 1e-3
-"""Probabilities are taken to be in [SURE, 1 - SURE]."""
+NOTHING = -60.0
+"""Logarithm of a weight that counts for nothing; smaller ones would be denormal, with which processors are slow."""
 
 
 def sharpen(image: Tensor, masks: Tensor, boxes: Tensor, settings: Sharpening) -> Tensor:
     """The masks on a canvas of the image's shape, as probabilities: an object's pixels are those above one half.
 
+    Not for autocast: the products need all bits of float32 (`maps.full_precision`).
+
     Args:
         image: (3, H, W) RGB in [0, 1].
         masks: (N, S, S) probabilities inside the boxes.
         boxes: (N, 4) in pixels of the image.
-        settings: every choice; without iterations the masks are drawn as they are.
+        settings: every choice; without iterations the masks are drawn as they are, cut at the threshold.
 
     Returns:
         (N, h, w) in [0, 1], some `settings.cells` x `FINE`^2 pixels.
@@ -59,15 +63,12 @@ def grid_size(height: int, width: int, cells: int) -> tuple[int, int]:
 
 
 def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (N, h, w) at another size, bilinear as torch's ``interpolate`` is; none may be there, and in ONNX, too."""
-    rows, columns = (_bilinear(own, length, maps.device) for own, length in zip(maps.shape[-2:], size, strict=True))
-    return rows @ maps @ columns.T
-
-
-def _bilinear(own: int, length: int, device: torch.device) -> Tensor:
-    """(length, own) weights of each pixel in those of a side of another length."""
-    place = ((torch.arange(length, device=device) + 0.5) * (own / length) - 0.5).clamp(0, own - 1)
-    return (1 - (place[:, None] - torch.arange(own, device=device)).abs()).clamp(min=0)
+    """Maps (N, h, w) at another size, (N, H, W), bilinear as ``F.interpolate``, which takes no N = 0."""
+    low = torch.zeros(1, device=maps.device)
+    rows, columns = (
+        interpolation(low, low + length, own, length)[0] for own, length in zip(maps.shape[-2:], size, strict=True)
+    )
+    return rows.T @ maps @ columns
 
 
 def _average(length: int, cells: int, device: torch.device) -> Tensor:
@@ -84,21 +85,10 @@ def draw(masks: Tensor, boxes: Tensor, canvas: tuple[int, int]) -> Tensor:
     Bilinear, as torchvision pastes them, but without rounding boxes to pixels, which a small canvas would not bear. A
     resize is a product with a matrix on either side, so all masks are drawn at once.
     """
-    side = masks.shape[-1] + 2  # a margin of one empty cell, into which a mask fades
-    margin = (boxes[:, 2:] - boxes[:, :2]) / (2 * masks.shape[-1]) * 2
-    first, last = boxes[:, :2] - margin, boxes[:, 2:] + margin
-    rows = _weights(first[:, 1], last[:, 1], canvas[0], side)
-    columns = _weights(first[:, 0], last[:, 0], canvas[1], side)
-    return rows @ F.pad(masks, (1, 1, 1, 1)) @ columns.transpose(1, 2)
-
-
-def _weights(first: Tensor, last: Tensor, length: int, side: int) -> Tensor:
-    """(N, length, side) weights of a mask's cells in the pixels whose centres lie between first and last (N,)."""
-    pixel = torch.arange(length, device=first.device)[None] + 0.5
-    extent = (last - first).clamp(min=1e-6)[:, None]
-    place = ((pixel - first[:, None]) / extent * side - 0.5).clamp(0, side - 1)
-    weights = (1 - (place[..., None] - torch.arange(side, device=first.device)).abs()).clamp(min=0)
-    return weights * ((pixel >= first[:, None]) & (pixel <= last[:, None]))[..., None]
+    margin = (boxes[:, 2:] - boxes[:, :2]) / masks.shape[-1]  # one empty cell, into which a mask fades
+    first, last, side = boxes[:, :2] - margin, boxes[:, 2:] + margin, masks.shape[-1] + 2
+    rows, columns = (interpolation(first[:, axis], last[:, axis], side, canvas[1 - axis]) for axis in (1, 0))
+    return rows.transpose(1, 2) @ F.pad(masks, (1, 1, 1, 1)) @ columns
 
 
 def mean_field(image: Tensor, unary: Tensor, settings: Sharpening) -> Tensor:
@@ -108,7 +98,11 @@ def mean_field(image: Tensor, unary: Tensor, settings: Sharpening) -> Tensor:
     the lattice there.
 
     Args:
-        image: (3, h, w) RGB in [0, 1]; unary: (N, h, w) log-odds.
+        image: (3, h, w) RGB in [0, 1].
+        unary: (N, h, w) log-odds of object against background.
+
+    Returns:
+        (N, h, w) log-odds.
     """
     height, width = unary.shape[-2:]
     side = math.sqrt(height * width)
@@ -119,7 +113,8 @@ def mean_field(image: Tensor, unary: Tensor, settings: Sharpening) -> Tensor:
     square = -0.5 * (feature**2).sum(0, keepdim=True)
     ones = torch.ones_like(square)
     # -|f_i - f_j|^2 / 2 as one product; a pass over P x P less for each term
-    kernel = (torch.cat([feature, square, ones]).T @ torch.cat([feature, ones, square])).exp_()
+    exponent = torch.cat([feature, square, ones]).T @ torch.cat([feature, ones, square])
+    kernel = exponent.clamp_(min=NOTHING).exp_()
     norm = kernel.sum(1).rsqrt()
     rows, columns = (_gaussian(length, settings.sxy_gaussian * side, device) for length in (height, width))
     near = (rows.sum(1)[:, None] * columns.sum(1)).rsqrt()

@@ -64,7 +64,7 @@ class TaggedImages:
         """The photographs that ``keep`` says yes to, with the same classes and notes."""
         return replace(self, images=tuple(filter(keep, self.images)))
 
-    def known_to(self, classes: Sequence[str]) -> TaggedImages:
+    def with_classes(self, classes: Sequence[str]) -> TaggedImages:
         """The same photographs in the classes of a run: tags that it does not know are left out, and noted."""
         label = {name: index for index, name in enumerate(classes)}
         other = [name for name in self.classes if name not in label]

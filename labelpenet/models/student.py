@@ -35,6 +35,7 @@ from torchvision.ops import MultiScaleRoIAlign, box_iou
 
 from labelpenet import config
 from labelpenet.calibration.calibrate import to_instances
+from labelpenet.calibration.maps import full_precision
 from labelpenet.calibration.sharpen import sharpen
 from labelpenet.config import MaskCalibration, StudentNetwork, StudentRecipe
 from labelpenet.data import run_folder
@@ -52,6 +53,7 @@ from labelpenet.models.segmentation import crop_masks, mask_loss
 KIND = "student"  # what ``run.json`` says of such a folder, and the name of its weights
 STRIDES = (8, 16, 32)  # of the pyramid's maps; the last one, subsampled, is the fourth
 _HEAD = 16  # stride of the map that the pretrained RoI head works on
+_CELLS = 2  # per side of the average at its end, so that a box regression can tell left from right
 _WIDEST = 256  # channels of that map: a wider pyramid costs more than the head is worth
 _OWN_BOXES = MaskCalibration(box="proposal")  # of the detector, not around its masks
 _ANCHOR = 6  # an anchor's side over its map's stride: 48, 96, 192 and 384 pixels
@@ -105,7 +107,6 @@ class Student(nn.Module):
         backbone: the name that ``body`` was built by.
         normalisation: ``mean`` and ``std`` of RGB in [0, 1].
         state: weights of the plain network; first ones if None.
-        network: what those weights belong to (`description`), which older versions built otherwise.
     """
 
     def __init__(
@@ -116,13 +117,11 @@ class Student(nn.Module):
         backbone: str,
         normalisation: Mapping[str, Sequence[float]],
         state: Mapping[str, Tensor] | None = None,
-        network: Mapping[str, Any] | None = None,
     ):
         super().__init__()
         self.classes, self.recipe, self.backbone_name = tuple(classes), recipe, backbone
         self.normalisation = {"mean": list(normalisation["mean"]), "std": list(normalisation["std"])}
         self.levels = measure_levels(body)
-        self._network = network
         description = self.description()
         self.network = build_network(body, description)
         set_first_weights(self.network, description["head"])
@@ -151,15 +150,11 @@ class Student(nn.Module):
         level = self.levels.strides.index(_HEAD)
         channels, last = self.levels.channels[level : level + 2]
         one = {"level": str(level), "channels": channels, "stages": self.levels.late}
-        pool = self.recipe.network.pool
-        cells = 2  # per side of the mean at its end, so that a box regression can tell left from right
-        one |= {"pool": pool, "cells": cells, "features": last * cells**2}
+        one |= {"pool": self.recipe.network.pool, "cells": _CELLS, "features": last * _CELLS**2}
         return one if channels <= _WIDEST else None
 
     def description(self) -> dict[str, Any]:
         """What torchvision needs to build the plain network (`build_network`), as plain values for ``run.json``."""
-        if self._network is not None:
-            return {"head": None, **self._network}
         network, images = self.recipe.network, self.recipe.images
         head = self._stages() if network.head == "stages" else None
         width = head["channels"] if head else network.width
@@ -320,7 +315,7 @@ class Student(nn.Module):
             return [self.predict(one) for one in images]
         pixels = as_pixels(cast(Photograph, image))
         size = (pixels.shape[0], pixels.shape[1])
-        values = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device).permute(2, 0, 1).float() / 255
+        values = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device).permute(2, 0, 1).float().div_(255)
         boxes, labels, scores, masks = (value.cpu() for value in self.answer(values))
         return to_instances(masks, boxes, labels, scores, size, _OWN_BOXES)
 
@@ -340,7 +335,8 @@ class Student(nn.Module):
         height, width = batch.image_sizes[0]
         mean, std = (torch.tensor(self.normalisation[name], device=self.device) for name in ("mean", "std"))
         seen = batch.tensors[0, :, :height, :width].float() * std[:, None, None] + mean[:, None, None]
-        masks = sharpen(seen, found["masks"][:, 0], found["boxes"], self.recipe.masks)
+        with full_precision(self.device):
+            masks = sharpen(seen, found["masks"][:, 0], found["boxes"].float(), self.recipe.masks)
         boxes = resize_boxes(found["boxes"], [height, width], list(image.shape[-2:]))
         return boxes, found["labels"] - 1, found["scores"], masks
 
@@ -381,9 +377,7 @@ class Student(nn.Module):
         """The student that ``run.json`` describes, with its weights."""
         body, _ = build_body(facts["backbone"], pretrained=False)
         recipe = config.student_from_dict(facts["recipe"])
-        return cls(
-            body, facts["classes"], recipe, facts["backbone"], facts["normalisation"], state, facts.get("network")
-        )
+        return cls(body, facts["classes"], recipe, facts["backbone"], facts["normalisation"], state)
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> LabelPEnet | Student:

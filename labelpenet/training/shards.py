@@ -50,6 +50,8 @@ def predict_shard(
     weights = digest(value.cpu().numpy().tobytes() for name, value in state if not name.startswith(random))
     listed = digest(image.id.encode() for image in images)
     facts = {"weights": weights, "module": module, "list": listed, **(choices or {})}
+    if predictor.tagged:
+        facts["tags"] = digest(repr((image.id, image.tags)).encode() for image in images)
     skipped: list[str] = []
     with Part(folder, shard, facts, images, predictor.network.classes) as part:
         left = part.left()

@@ -38,7 +38,7 @@ def test_tagged_images_cannot_be_given_anything_else(tmp_path: Path) -> None:
             one.boxes = 1  # type: ignore[union-attr]
         assert set(vars(one)) == {field.name for field in dataclasses.fields(one)}
         public = {name for name in dir(type(one)) if not name.startswith("_")}
-        assert public <= {"known_to", "notes", "number", "where"}  # fields with defaults, and choices among tags
+        assert public <= {"notes", "number", "where", "with_classes"}  # fields with defaults, and choices among tags
     assert images.where(lambda image: image.id == images.images[0].id) == dataclasses.replace(
         images, images=images.images[:1]
     )

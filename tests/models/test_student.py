@@ -15,6 +15,7 @@ from torchvision.ops import box_iou
 
 import labelpenet
 from labelpenet import config
+from labelpenet.calibration.sharpen import sharpen
 from labelpenet.data.files import write_tensors, write_text
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
@@ -84,7 +85,7 @@ def test_a_backbone_too_wide_for_its_stages_has_layers_of_its_own_as_older_stude
     wide = untaught("timm/resnet26t")  # 1024 channels
     assert wide.description()["head"] is None and wide.description()["width"] == 8
     older = config.to_dict(config.override(NARROW, ["network.head=layers"]))
-    del older["network"]["head"], older["network"]["pool"]
+    del older["network"]["head"], older["network"]["pool"], older["masks"]
     assert config.student_from_dict(older) == config.override(NARROW, ["network.head=layers"])
     student = untaught("mobilenet_v2")
     again = Student.from_facts({
@@ -97,25 +98,6 @@ def test_a_backbone_too_wide_for_its_stages_has_layers_of_its_own_as_older_stude
             one.network.roi_heads.score_thresh = 0.0
         found = [one.predict(np.full((64, 64, 3), 99, np.uint8)) for one in (student, again)]
     assert len(found[0]) and torch.allclose(found[0].boxes, found[1].boxes, atol=1e-2)
-
-
-def test_a_student_of_before_keeps_its_coarser_head():
-    student = untaught("mobilenet_v2")
-    facts = {
-        "backbone": "mobilenet_v2", "classes": ["a", "b"], "normalisation": student.normalisation,
-        "recipe": config.to_dict(student.recipe), "network": student.description(),
-    }  # fmt: skip
-    head = facts["network"]["head"]
-    assert (head["cells"], head["features"]) == (2, 4 * 320)
-    del facts["recipe"]["masks"]  # neither did it have a CRF
-    facts["network"] = {**facts["network"], "head": {**head, "cells": 1, "features": 320}}
-    state = student.plain_state()
-    for name in ("cls_score", "bbox_pred"):
-        weight = state[f"roi_heads.box_predictor.{name}.weight"]
-        state[f"roi_heads.box_predictor.{name}.weight"] = weight[:, :320].contiguous()
-    older = Student.from_facts(facts, state)
-    assert older.description() == facts["network"] and older.recipe.masks == config.Sharpening()
-    assert older.network.roi_heads.box_head(torch.rand(1, 96, 8, 8)).shape == (1, 320)
 
 
 def test_a_network_whose_children_are_out_of_order_is_not_folded():
@@ -232,6 +214,23 @@ def test_a_student_takes_photographs_in_every_form_that_a_cascade_takes(tmp_path
     for wrong in (pixels / 255, pixels.transpose(2, 0, 1), None, torch.zeros(3, 40, 64)):
         with pytest.raises(InputError, match="an image must be"):
             student.predict(wrong)
+
+
+def test_masks_are_drawn_in_full_precision_where_the_network_runs_in_half(monkeypatch):
+    drawn = []
+
+    def watched(*given):
+        drawn.append((given, sharpen(*given)))
+        return drawn[-1][1]
+
+    monkeypatch.setattr("labelpenet.models.student.sharpen", watched)
+    folder, year = small_student()
+    student = labelpenet.load(folder)
+    with torch.autocast("cpu", torch.bfloat16):
+        student.predict(min(Path(year, "JPEGImages").glob("*.jpg")))
+    ((given, found),) = drawn
+    assert len(found) and found.dtype == torch.float32
+    assert torch.equal(found, sharpen(*given))
 
 
 def test_the_lines_in_the_docs_load_a_student_in_torchvision_alone(tmp_path):

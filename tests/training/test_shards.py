@@ -306,6 +306,27 @@ def test_shards_of_a_run_of_two_modules_belong_together(run: Path, photos: Path,
     assert len(json.loads((tmp_path / "found.json").read_text())["images"]) == 5, "all but the damaged one"
 
 
+def test_a_shard_of_tagged_photographs_does_not_go_on_with_other_tags(run: Path, photos: Path, tmp_path: Path) -> None:
+    def write_tags(last: str) -> None:
+        names = sorted(path.name for path in photos.iterdir())
+        rows = [f"{name},cat" for name in names[:-1]] + [f"{names[-1]},{last}"]
+        (tmp_path / "tags.csv").write_text("\n".join(["file,tags", *rows]))
+
+    def label(*options: str) -> None:
+        data = [str(photos), "--data", str(tmp_path / "tags.csv"), "--shard", "1/1", "--out", str(tmp_path / "parts")]
+        main(["predict", str(run), *data, "--device", "cpu", *options])
+
+    write_tags("dog")
+    label("--tagged")
+    write_tags("cat")
+    for options in (("--tagged",), ()):
+        with pytest.raises(SystemExit) as left:
+            label(*options)
+        assert left.value.code == 2
+    write_tags("dog")
+    label("--tagged")
+
+
 def test_batches_of_columns_give_the_same_instances(run: Path, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "one.json"
     main(command(run, photos, "--out", str(out)))
