@@ -59,11 +59,26 @@ def random_view(images: Images, generator: torch.Generator) -> tuple[int, bool]:
     return side, images.flip and bool(torch.rand((), generator=generator) < 0.5)
 
 
-def scaled_size(size: tuple[int, ...], side: int | None, longest: int) -> tuple[tuple[int, int], float]:
-    """(h, w), 32 at least, of a photograph (H, W) whose shorter side becomes ``side`` (None: as it is); the factor."""
+def scaled_size(size: tuple[int, ...], side: int | None, longest: int) -> tuple[int, int]:
+    """(h, w), 32 at least, of a photograph (H, W) whose shorter side becomes ``side`` (None: as it is)."""
     height, width = size[:2]
     factor = 1.0 if side is None else min(side / min(height, width), longest / max(height, width))
-    return (max(32, round(height * factor)), max(32, round(width * factor))), factor
+    return max(32, round(height * factor)), max(32, round(width * factor))
+
+
+def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The photograph (H, W, 3) uint8 at another size (h, w): bilinear, or by areas where `shrink` does it."""
+    image = shrink(image, size)
+    return image if image.shape[:2] == size else cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)
+
+
+def shrink(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The photograph (H, W, 3) uint8 at size (h, w), each pixel the mean of those it covers, if that is no more than
+    half of its own, where bilinear interpolation would skip pixels; otherwise as it is.
+    """
+    if size[0] * 2 > image.shape[0]:
+        return image
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA)
 
 
 def mirror(boxes: Tensor, width: int) -> Tensor:

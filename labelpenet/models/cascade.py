@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, overload
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
 from labelpenet.data.images import Photograph, as_pixels, several
 from labelpenet.data.proposals import propose
-from labelpenet.data.transforms import Batch, View, scaled_size, stack
+from labelpenet.data.transforms import Batch, View, resize_image, scaled_size, stack
 from labelpenet.errors import DamagedError, InputError
 from labelpenet.instances import Instances
 from labelpenet.models.backbones import Backbone
@@ -99,9 +98,8 @@ class LabelPEnet(nn.Module):
         """The photograph (H, W, 3) uint8 RGB with its shorter side scaled to ``side`` (the recipe's if None)."""
         height, width = image.shape[:2]
         images = self.recipe.images
-        (h, w), factor = scaled_size(image.shape, images.test_side if side is None else side, images.longest)
-        if (h, w) != (height, width):
-            image = cv2.resize(image, (w, h), interpolation=cv2.INTER_LINEAR if factor > 0.5 else cv2.INTER_AREA)
+        h, w = scaled_size(image.shape, images.test_side if side is None else side, images.longest)
+        image = resize_image(image, (h, w))
         if flip:
             image = image[:, ::-1]
         pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].to(self.device)

@@ -41,7 +41,7 @@ from labelpenet.config import MaskCalibration, StudentNetwork, StudentRecipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
 from labelpenet.data.images import Photograph, as_pixels, several
-from labelpenet.data.transforms import divisible
+from labelpenet.data.transforms import divisible, scaled_size, shrink
 from labelpenet.errors import InputError, reason
 from labelpenet.instances import Instances
 from labelpenet.models.build import BACKBONES, build_backbone, whole_network
@@ -314,9 +314,12 @@ class Student(nn.Module):
         if images is not None:
             return [self.predict(one) for one in images]
         pixels = as_pixels(cast(Photograph, image))
-        size = (pixels.shape[0], pixels.shape[1])
+        size, views = (pixels.shape[0], pixels.shape[1]), self.recipe.images
+        # before it becomes floats: a camera's photograph would fill memory with them
+        pixels = shrink(pixels, scaled_size(size, views.test_side, views.longest))
         values = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device).permute(2, 0, 1).float().div_(255)
         boxes, labels, scores, masks = (value.cpu() for value in self.answer(values))
+        boxes = resize_boxes(boxes, list(pixels.shape[:2]), list(size))
         return to_instances(masks, boxes, labels, scores, size, _OWN_BOXES)
 
     @torch.no_grad()

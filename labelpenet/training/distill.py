@@ -28,7 +28,7 @@ from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImages
 from labelpenet.data.files import write_tensors
 from labelpenet.data.images import read_image
-from labelpenet.data.transforms import View, random_view, scaled_size
+from labelpenet.data.transforms import View, random_view, scaled_size, shrink
 from labelpenet.engine.distributed import build_fabric, images_together, precision_of
 from labelpenet.engine.sampler import seed_step
 from labelpenet.engine.stage import Stage
@@ -171,8 +171,9 @@ def lesson(image: np.ndarray, labels: Instances, images: Images, noise: Noise, g
     """A photograph (H, W, 3) uint8 RGB and its labels as they are taught once: at a drawn size, perhaps mirrored."""
     side, flip = random_view(images, generator)
     taught, doubtful = sort_out(labels, noise)
-    (height, width), _ = scaled_size(image.shape, side, images.longest)
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
+    height, width = scaled_size(image.shape, side, images.longest)
+    small = np.ascontiguousarray(shrink(image, (height, width)))
+    pixels = torch.from_numpy(small).permute(2, 0, 1)[None].float() / 255
     # as torchvision's own transform resizes, so that the student sees in training what it sees later
     pixels = F.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=False)
     scale = width / image.shape[1], height / image.shape[0]

@@ -17,6 +17,7 @@ import labelpenet
 from labelpenet import config
 from labelpenet.calibration.sharpen import sharpen
 from labelpenet.data.files import write_tensors, write_text
+from labelpenet.data.images import read_image
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.models.student import Lesson, Student, build_body, build_network, fold_norms, roi_loss, trusted
@@ -214,6 +215,24 @@ def test_a_student_takes_photographs_in_every_form_that_a_cascade_takes(tmp_path
     for wrong in (pixels / 255, pixels.transpose(2, 0, 1), None, torch.zeros(3, 40, 64)):
         with pytest.raises(InputError, match="an image must be"):
             student.predict(wrong)
+
+
+def test_a_cameras_photograph_is_reduced_by_areas_before_it_becomes_floats(monkeypatch):
+    folder, year = small_student()
+    student = labelpenet.load(folder)
+    small = read_image(min(Path(year, "JPEGImages").glob("*.jpg")))
+    grain = np.random.default_rng(0).integers(0, 2, (*small.shape[:2], 9, 9, 1)) * 30 - 15
+    grain -= grain.mean((2, 3), keepdims=True).round().astype(int)
+    large = np.clip(small[:, :, None, None].astype(int) + grain, 0, 255).astype(np.uint8)
+    large = np.ascontiguousarray(large.transpose(0, 2, 1, 3, 4).reshape(small.shape[0] * 9, small.shape[1] * 9, 3))
+    seen = []
+    answer = Student.answer
+    monkeypatch.setattr(Student, "answer", lambda self, image: seen.append(image) or answer(self, image))
+    expected, found = student.predict(small), student.predict(large)
+    assert len(expected) and found.image_size == large.shape[:2]
+    assert seen[1].shape == seen[0].shape and (seen[1] - seen[0]).abs().mean() < 0.004  # thinned out: .06
+    best = box_iou(expected.boxes * 9, found.boxes).max(1).values
+    assert best[0] > 0.9 and best.mean() > 0.8
 
 
 def test_masks_are_drawn_in_full_precision_where_the_network_runs_in_half(monkeypatch):
