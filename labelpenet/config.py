@@ -398,7 +398,8 @@ class Noise(_Ranged):
         nested: an instance of which this fraction of the box lies inside a better one of its class is doubtful too.
         weighted: whether confidences weigh the losses.
         limit: a RoI whose class or box loss exceeds it is left out, after the fraction ``limit_from`` of the steps.
-        ema: decay of the averaged weights, which are the result; None for the last ones.
+        ema: decay of the averaged weights, which are the result; lower where the steps are few, so that they look back
+            over an eighth of them at most; None for the last ones.
     """
 
     keep: float = 0.5

@@ -162,9 +162,18 @@ def stage(student: Student, images: TaggedImages, labels: Mapping[str, Instances
         loss=loss,
         load=load,
         micro_batch=micro_batch,
-        ema=noise.ema,
+        ema=average_decay(noise.ema, schedule.steps),
         ema_from_start=False,
     )
+
+
+def average_decay(ema: float | None, steps: int) -> float | None:
+    """The decay of the averaged weights: ``ema``, but never a longer memory than an eighth of the steps.
+
+    Of 1,600 steps an average over 500 reached back to where the learning rate was still high: its box mAP@.5 was 4.5
+    points below that of the last weights (docs/studies.md).
+    """
+    return None if ema is None else min(ema, max(0.0, 1 - 8 / steps))
 
 
 def lesson(image: np.ndarray, labels: Instances, images: Images, noise: Noise, generator: torch.Generator) -> Lesson:

@@ -118,6 +118,21 @@ def test_a_finished_student_is_only_loaded_again_and_other_labels_are_refused(mo
         distill.distill(annotated.tagged, truths, folder, recipe, **again)
 
 
+def test_averaged_weights_do_not_look_back_to_where_the_learning_rate_was_high():
+    annotated = open_annotated(small_student()[1], "train")
+    student = labelpenet.load(small_student()[0])
+    for steps, asked, decay in (
+        (4000, 0.998, 0.998),
+        (1600, 0.998, 0.995),
+        (1600, 0.9, 0.9),
+        (5, 0.998, 0.0),
+        (5, None, None),
+    ):
+        student.recipe = config.override(student.recipe, [f"schedule.steps={steps}"])
+        student.recipe = replace(student.recipe, noise=replace(student.recipe.noise, ema=asked))
+        assert distill.stage(student, annotated.tagged, {}).ema == decay
+
+
 def test_a_file_that_found_nothing_may_name_another_size():
     found, nothing = labels([[1, 1, 9, 9]], [0.8]), Instances.empty((7, 7))
     for opinions in (({"a": nothing}, {"a": found}), ({"a": found}, {"a": nothing})):
