@@ -160,6 +160,7 @@ class Distill:
     Try:
       labelpenet distill runs/voc VOCdevkit/VOC2012 --out runs/student --weights mobilenet_v2.safetensors
       labelpenet distill runs/voc photos/ --out runs/student --labels corrected.json
+      labelpenet distill runs/voc photos/ --out runs/student --backbone timm/tf_efficientnet_lite2
       labelpenet distill runs/voc photos/ --out runs/student --resume
       labelpenet distill runs/voc VOCdevkit/VOC2012 --out runs/yardstick --supervision full
     """
@@ -182,7 +183,7 @@ class Distill:
     images: ImageFolder = None
     shorten: Shorten = 1.0
     set: Annotated[tuple[str, ...], _optional("[PART.FIELD=VALUE ...]")] = ()
-    """Change single choices: network, noise, images or schedule, as schedule.steps=800 noise.weighted=false ..."""
+    """Change single choices: network, noise, masks, images or schedule, as schedule.steps=800 noise.ema=0.99 ..."""
     training: RunOptions = RunOptions()
 
 
