@@ -154,20 +154,20 @@ def predict_images(
         return skipped
     parts = [out.with_name(f"{out.name}.part{other}") for other in range(world)]
     with peers(world):
-        together(world, lambda: predict(parts[rank]))
-        together(world, lambda: _join(parts, out, images, classes) if predictor.first else None)
+        try:
+            together(world, lambda: predict(parts[rank]))
+            together(world, lambda: _join(parts, out, images, classes) if predictor.first else None)
+        finally:  # also where another process failed, or Ctrl-C ended the wait for it
+            with contextlib.suppress(OSError):
+                parts[rank].unlink()
         return [name for one in gather(world, skipped) for name in one]
 
 
 def _join(parts: Sequence[Path], out: Path, images: Sequence[TaggedImage], classes: Sequence[str]) -> None:
-    """Puts the processes' files together in the order of the photographs, and removes them."""
+    """Puts the processes' files together in the order of the photographs."""
     read = [read_predictions(part, images, classes) for part in parts]
     owners = ((image.id, read[index % len(parts)]) for index, image in enumerate(images))
-    try:
-        write_predictions(out, _some((name, one[name]) for name, one in owners if name in one), images, classes)
-    finally:
-        for part in parts:
-            part.unlink()
+    write_predictions(out, _some((name, one[name]) for name, one in owners if name in one), images, classes)
 
 
 def _some(found: Iterable[tuple[str, Instances]]) -> Iterator[tuple[str, Instances]]:
