@@ -36,6 +36,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "enter": _SHARE, "doubt": _SHARE, "zoom": (1, 4), "colours": _SHARE, "drift": (1, 1e6), "width": (1, 8192),
     "proposals": _COUNT, "detections": _COUNT, "keep": _SHARE, "nested": _SHARE, "Noise.limit": (0, 1e6),
     "limit_from": _SHARE, "Sharpening.cells": (1, 16_384), "StudentNetwork.pool": (2, 28), "freeze": (0, 1024),
+    "margin": (0, 1), "beyond": _SHARE,
     "shorten": (1e-6, 100), "seed": (0, 2**63 - 1), "devices": (1, 1024), "nodes": (1, 4096), "workers": (1, 256),
     "checkpoint_minutes": (0, 1e5), "observe_minutes": (0, 1e5), "tolerance": (0, 1e4), "port": (0, 65535),
     "top": (1, 1e9), "Report.images": (0, 10_000), "modules": (1, 4), "module": (1, 4), "until": (1, 4),
@@ -125,7 +126,8 @@ class Calibration(_Ranged):
         side: longer side of the canvas that maps and CRF live on, in pixels; None for the image's own, up to 640.
         sxy_gaussian, compat_gaussian, sxy_bilateral, srgb, compat_bilateral, iterations: of `calibration.DenseCRF`, the
             widths in pixels of the canvas. Zero iterations leave the CRF out.
-        box: where the box comes from: tight around the ``mask``, or that of the kept ``proposal``.
+        box: where the box comes from: tight around the ``mask``, that of the kept ``proposal``, or the least box around
+            ``both``.
         min_component: components of a mask smaller than this fraction of its largest one are dropped; None keeps all.
         vote: whether modules 1 and 2, as far as they came before, have a say in the weights (`LabelPEnet.vote`); what
             follows goes by these weights then.
@@ -146,7 +148,7 @@ class Calibration(_Ranged):
     srgb: float = 13.0
     compat_bilateral: float = 10.0
     iterations: int = 10
-    box: typing.Literal["mask", "proposal"] = "mask"
+    box: typing.Literal["mask", "proposal", "both"] = "mask"
     min_component: float | None = None
     vote: bool = False
     mask_nms: float | None = None
@@ -418,6 +420,8 @@ class Sharpening(_Ranged):
         iterations: of the mean field; 0 leaves the CRF out.
         cells: of the grid that it runs on, about so many.
         threshold: probability of the mask head at which a pixel is equally likely object or background, in (0, 1).
+        margin: around a box, so many of its sides wide, the mask head has no say, and the object's probability is
+            ``beyond``: labels cut off legs and tails, and so do a student's boxes. 0 ends masks at their boxes.
         sxy_gaussian, sxy_bilateral: standard deviations of the two kernels, in sides of the photograph (the root of its
             area).
         srgb: standard deviation of the appearance kernel in grey levels of 0..255.
@@ -427,6 +431,8 @@ class Sharpening(_Ranged):
     iterations: int = 5
     cells: int = 2048
     threshold: float = 0.38
+    margin: float = 0.25
+    beyond: float = 0.3
     sxy_gaussian: float = 0.014
     compat_gaussian: float = 3.0
     sxy_bilateral: float = 0.185

@@ -419,11 +419,17 @@ def to_instances(
         parts[index], corners[index] = box_mask(proposals[index], size).numpy(), (0, 0)  # its proposal stands in
     masks = CompactMasks.of(size, parts, corners)
     boxes = masks.boxes()
-    if settings.box == "proposal":
+    if settings.box != "mask":
         clipped = clip_boxes_to_image(proposals, size)
         inside = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
-        boxes = torch.where(inside[:, None], clipped, boxes)
+        wanted = clipped if settings.box == "proposal" else around(clipped, boxes)
+        boxes = torch.where(inside[:, None], wanted, boxes)
     return Instances(boxes, labels, weights.clamp(0, 1), size, masks)
+
+
+def around(boxes: Tensor, others: Tensor) -> Tensor:
+    """The least boxes (N, 4) around pairs of boxes (N, 4)."""
+    return torch.cat([torch.minimum(boxes[:, :2], others[:, :2]), torch.maximum(boxes[:, 2:], others[:, 2:])], 1)
 
 
 def resize_masks(probabilities: Tensor, size: tuple[int, int]) -> Tensor:

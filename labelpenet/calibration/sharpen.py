@@ -22,6 +22,9 @@ from labelpenet.config import Sharpening
 FINE = 4
 """Pixels of the canvas per cell of the grid, along each side."""
 
+RESOLVED = 16
+"""Cells along the shorter side of a box from which on its object may grow beyond it as far as the settings say."""
+
 NOTHING = -60.0
 """Logarithm of a weight that counts for nothing; smaller ones would be denormal, with which processors are slow."""
 
@@ -35,7 +38,8 @@ def sharpen(image: Tensor, masks: Tensor, boxes: Tensor, settings: Sharpening) -
         image: (3, H, W) RGB in [0, 1].
         masks: (N, S, S) probabilities inside the boxes.
         boxes: (N, 4) in pixels of the image.
-        settings: every choice; without iterations the masks are drawn as they are, cut at the threshold.
+        settings: every choice; without iterations the masks are drawn as they are, in their boxes, cut at the
+            threshold.
 
     Returns:
         (N, h, w) in [0, 1], some `settings.cells` x `FINE`^2 pixels.
@@ -44,7 +48,7 @@ def sharpen(image: Tensor, masks: Tensor, boxes: Tensor, settings: Sharpening) -
     rows, columns = grid_size(height, width, settings.cells)
     canvas = (rows * FINE, columns * FINE)
     scale = torch.tensor([canvas[1] / width, canvas[0] / height] * 2, device=boxes.device)
-    drawn = draw(masks.float(), boxes * scale, canvas)
+    drawn = draw(*_beyond(masks.float(), boxes * scale, settings), canvas)
     doubt = math.log(settings.threshold / (1 - settings.threshold))
     odds = torch.logit(drawn, SURE) - doubt
     if not settings.iterations:
@@ -54,6 +58,20 @@ def sharpen(image: Tensor, masks: Tensor, boxes: Tensor, settings: Sharpening) -
     unary = torch.logit(F.avg_pool2d(drawn[:, None], FINE)[:, 0], SURE) - doubt
     change = mean_field(colours, unary, settings) - unary
     return (odds + resized(change, canvas)).sigmoid()
+
+
+def _beyond(masks: Tensor, boxes: Tensor, settings: Sharpening) -> tuple[Tensor, Tensor]:
+    """Masks (N, S, S) and boxes (N, 4), in pixels of the canvas, with the margin of which the mask head says nothing.
+
+    An object of a few cells would swell by one of them, so the less of them its box has, the less it may grow.
+    """
+    side = masks.shape[-1]
+    margin = round(settings.margin * side) if settings.iterations else 0
+    sides = boxes[:, 2:] - boxes[:, :2]
+    beyond = settings.beyond * (sides.amin(1) / (RESOLVED * FINE)).clamp(0, 1)[:, None, None]
+    grown = sides * (margin / side)
+    boxes = torch.cat([boxes[:, :2] - grown, boxes[:, 2:] + grown], 1)
+    return F.pad(masks - beyond, (margin,) * 4) + beyond, boxes
 
 
 def grid_size(height: int, width: int, cells: int) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import clip_boxes_to_image, nms
 
+from labelpenet.calibration.calibrate import around
 from labelpenet.calibration.sharpen import resized, sharpen
 from labelpenet.data.files import write_bytes
 from labelpenet.errors import InputError
@@ -66,8 +67,8 @@ class Fixed(nn.Module):
         features = heads.mask_head(heads.mask_roi_pool(maps, [boxes], [self.size]))
         every = heads.mask_predictor(features).sigmoid()
         index = (labels + 1)[:, None, None, None].expand(-1, 1, every.shape[2], every.shape[3])
-        masks = sharpen(image, every.gather(1, index)[:, 0], boxes, self.masks)
-        return boxes, labels, scores, resized(masks, self.size) > 0.5
+        masks = resized(sharpen(image, every.gather(1, index)[:, 0], boxes, self.masks), self.size) > 0.5
+        return around(boxes, tight(masks)), labels, scores, masks
 
     def _propose(self, maps: OrderedDict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The RPN's boxes (R, 4), best first, and whether each is one (R,): R is fixed."""
@@ -100,6 +101,19 @@ class Fixed(nn.Module):
         best, index = scores.topk(min(heads.detections_per_img, len(scores)))
         index = index[torch.where(best > heads.score_thresh)[0]]
         return boxes[index], labels[index], scores[index]
+
+
+def tight(masks: Tensor) -> Tensor:
+    """Boxes (N, 4) around the bool masks (N, H, W) as `masks_to_boxes` gives them; of an empty one inside out, so that
+    no box grows around it.
+    """
+    corners = []
+    for line in (masks.any(1), masks.any(2)):  # of columns, and of rows
+        length = line.shape[1]
+        place = torch.arange(1, length + 1, device=masks.device)
+        corners.append((length - (line * place.flip(0)).amax(1), (line * place).amax(1)))
+    (left, right), (top, bottom) = corners
+    return torch.stack([left, top, right, bottom], 1).float()
 
 
 def survivors(boxes: Tensor, scores: Tensor, groups: Tensor, iou: float, side: float, extent: int) -> Tensor:

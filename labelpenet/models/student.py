@@ -55,7 +55,7 @@ STRIDES = (8, 16, 32)  # of the pyramid's maps; the last one, subsampled, is the
 _HEAD = 16  # stride of the map that the pretrained RoI head works on
 _CELLS = 2  # per side of the average at its end, so that a box regression can tell left from right
 _WIDEST = 256  # channels of that map: a wider pyramid costs more than the head is worth
-_OWN_BOXES = MaskCalibration(box="proposal")  # of the detector, not around its masks
+_BOXES = MaskCalibration(box="both")  # the detector's, as far as its masks reach beyond them
 _ANCHOR = 6  # an anchor's side over its map's stride: 48, 96, 192 and 384 pixels
 
 
@@ -320,7 +320,7 @@ class Student(nn.Module):
         values = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device).permute(2, 0, 1).float().div_(255)
         boxes, labels, scores, masks = (value.cpu() for value in self.answer(values))
         boxes = resize_boxes(boxes, list(pixels.shape[:2]), list(size))
-        return to_instances(masks, boxes, labels, scores, size, _OWN_BOXES)
+        return to_instances(masks, boxes, labels, scores, size, _BOXES)
 
     @torch.no_grad()
     def answer(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -248,12 +248,16 @@ def test_small_parts_of_a_mask_are_dropped():
     assert not drop_components(torch.zeros_like(mask), 0.5).any()
 
 
-def test_the_box_may_be_the_proposals():
+def test_the_box_may_be_the_proposals_or_reach_as_far_as_the_mask():
     image, _ = scene(SQUARE)
     boxes = around(SQUARE) + 0.25
     scores = falling(8)[:, None]
     found, _ = run_chain(image, boxes, scores, (0,), full, replace(PLAIN, box="proposal"))
     assert torch.equal(found.boxes[0], boxes[0])
+    tight, _ = run_chain(image, boxes, scores, (0,), full, PLAIN)
+    both, _ = run_chain(image, boxes, scores, (0,), full, replace(PLAIN, box="both"))
+    assert torch.equal(both.boxes[0, :2], torch.minimum(boxes[0, :2], tight.boxes[0, :2]))
+    assert torch.equal(both.boxes[0, 2:], torch.maximum(boxes[0, 2:], tight.boxes[0, 2:]))
 
 
 def test_a_smaller_canvas_gives_nearly_the_same():

@@ -93,6 +93,21 @@ def test_a_small_mask_keeps_its_shape():
     assert box_iou(drawn, boxes) > 0.85
 
 
+def test_an_object_that_its_box_cuts_off_is_followed_as_far_as_the_margin():
+    image = torch.full((3, 240, 320), 0.4)
+    image[:, 60:200, 100:220] = 0.8
+    boxes, masks = torch.tensor([[100.0, 60, 220, 170]]), torch.full((1, 28, 28), 0.95)  # 30 rows less than the object
+    reach = []
+    for settings in (Sharpening(margin=0), Sharpening(), Sharpening(iterations=0)):
+        found = sharpen(image, masks, boxes, settings)[0] > 0.5
+        y, x = torch.where(found)
+        scale = 240 / found.shape[0], 320 / found.shape[1]
+        reach.append(float(y.max() + 1) * scale[0])
+        assert float(x.min()) * scale[1] > 92 and float(x.max() + 1) * scale[1] < 228 and float(y.min()) * scale[0] > 52
+    assert reach[0] == pytest.approx(170, abs=6) and reach[2] == pytest.approx(170, abs=6)
+    assert reach[1] == pytest.approx(170 + 0.25 * 110, abs=6)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 900), (33, 21), (480, 640), (1000, 20)])
 def test_photographs_of_every_shape(shape):
     rows, columns = grid_size(*shape, Sharpening().cells)

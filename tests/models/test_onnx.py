@@ -16,10 +16,11 @@ import torch
 
 import labelpenet
 from labelpenet import cli, config
-from labelpenet.calibration.calibrate import resize_masks
+from labelpenet.calibration.calibrate import around, resize_masks
 from labelpenet.data.images import read_image
 from labelpenet.errors import InputError
-from labelpenet.models.onnx import Fixed, export_onnx, parse_size, survivors
+from labelpenet.instances import masks_to_boxes
+from labelpenet.models.onnx import Fixed, export_onnx, parse_size, survivors, tight
 from labelpenet.models.student import Student, build_body
 from tests.students import SIDE, small_student
 
@@ -36,11 +37,15 @@ def assert_the_same(student: Student, image: torch.Tensor, answer) -> int:
     boxes, labels, scores, masks = (torch.as_tensor(one) for one in answer)
     expected = student.answer(image)
     assert len(boxes) == len(expected[0])
-    torch.testing.assert_close(boxes, expected[0], rtol=0, atol=0.1)
     torch.testing.assert_close(scores, expected[2], rtol=0, atol=1e-3)
     assert torch.equal(labels, expected[1])
-    for mask, one in zip(masks, resize_masks(expected[3], tuple(image.shape[1:])), strict=True):
+    drawn = resize_masks(expected[3], tuple(image.shape[1:]))
+    for mask, one in zip(masks, drawn, strict=True):
         assert (mask & one).sum() >= 0.99 * (mask | one).sum()
+    some = drawn.any(2).any(1)
+    reaching = around(expected[0][some], masks_to_boxes(drawn[some]))
+    torch.testing.assert_close(boxes[some], reaching, rtol=0, atol=0.1)
+    torch.testing.assert_close(boxes[~some], expected[0][~some], rtol=0, atol=0.1)
     return len(boxes)
 
 
@@ -89,6 +94,15 @@ def test_onnx_runtime_answers_as_torch_does_on_photographs():
         whole = pixels(photo)[None]
         image = torch.nn.functional.interpolate(whole, size=(SIDE, SIDE), mode="bilinear", align_corners=False)[0]
         assert_the_same(student, image, session.run(None, {"image": image.numpy()}))
+
+
+def test_boxes_around_masks_are_those_of_instances_and_an_empty_mask_widens_none():
+    masks = torch.zeros(4, 7, 11, dtype=torch.bool)
+    masks[0, 2:5, 3:10] = masks[1] = masks[2, 6, 0] = True
+    assert torch.equal(tight(masks)[:3], masks_to_boxes(masks[:3]))
+    box = torch.tensor([[2.5, 1, 4, 6]])
+    assert torch.equal(around(box, tight(masks)[3:]), box)
+    assert tight(masks[:0]).shape == (0, 4)
 
 
 def test_the_page_runs_without_torch(tmp_path):
