@@ -126,8 +126,8 @@ class Calibration(_Ranged):
         side: longer side of the canvas that maps and CRF live on, in pixels; None for the image's own, up to 640.
         sxy_gaussian, compat_gaussian, sxy_bilateral, srgb, compat_bilateral, iterations: of `calibration.DenseCRF`, the
             widths in pixels of the canvas. Zero iterations leave the CRF out.
-        box: where the box comes from: tight around the ``mask``, that of the kept ``proposal``, or the least box around
-            ``both``.
+        box: where the box comes from: tight around the ``mask``, that of the kept ``proposal``, or the smallest box
+            that encloses ``both``.
         min_component: components of a mask smaller than this fraction of its largest one are dropped; None keeps all.
         vote: whether modules 1 and 2, as far as they came before, have a say in the weights (`LabelPEnet.vote`); what
             follows goes by these weights then.

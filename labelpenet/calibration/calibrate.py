@@ -422,13 +422,13 @@ def to_instances(
     if settings.box != "mask":
         clipped = clip_boxes_to_image(proposals, size)
         inside = (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
-        wanted = clipped if settings.box == "proposal" else around(clipped, boxes)
+        wanted = clipped if settings.box == "proposal" else enclosing_boxes(clipped, boxes)
         boxes = torch.where(inside[:, None], wanted, boxes)
     return Instances(boxes, labels, weights.clamp(0, 1), size, masks)
 
 
-def around(boxes: Tensor, others: Tensor) -> Tensor:
-    """The least boxes (N, 4) around pairs of boxes (N, 4)."""
+def enclosing_boxes(boxes: Tensor, others: Tensor) -> Tensor:
+    """The smallest boxes (N, 4) that enclose each pair of boxes (N, 4), in the same pixels."""
     return torch.cat([torch.minimum(boxes[:, :2], others[:, :2]), torch.maximum(boxes[:, 2:], others[:, 2:])], 1)
 
 

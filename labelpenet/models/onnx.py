@@ -23,7 +23,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import clip_boxes_to_image, nms
 
-from labelpenet.calibration.calibrate import around
+from labelpenet.calibration.calibrate import enclosing_boxes
 from labelpenet.calibration.sharpen import resized, sharpen
 from labelpenet.data.files import write_bytes
 from labelpenet.errors import InputError
@@ -68,7 +68,7 @@ class Fixed(nn.Module):
         every = heads.mask_predictor(features).sigmoid()
         index = (labels + 1)[:, None, None, None].expand(-1, 1, every.shape[2], every.shape[3])
         masks = resized(sharpen(image, every.gather(1, index)[:, 0], boxes, self.masks), self.size) > 0.5
-        return around(boxes, tight(masks)), labels, scores, masks
+        return enclosing_boxes(boxes, tight_boxes(masks)), labels, scores, masks
 
     def _propose(self, maps: OrderedDict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The RPN's boxes (R, 4), best first, and whether each is one (R,): R is fixed."""
@@ -103,9 +103,9 @@ class Fixed(nn.Module):
         return boxes[index], labels[index], scores[index]
 
 
-def tight(masks: Tensor) -> Tensor:
-    """Boxes (N, 4) around the bool masks (N, H, W) as `masks_to_boxes` gives them; of an empty one inside out, so that
-    no box grows around it.
+def tight_boxes(masks: Tensor) -> Tensor:
+    """The boxes (N, 4) of bool masks (N, H, W) in pixels, as `instances.masks_to_boxes` gives them, in operations that
+    ONNX has; of an empty mask inside out, so that no box grows around it.
     """
     corners = []
     for line in (masks.any(1), masks.any(2)):  # of columns, and of rows

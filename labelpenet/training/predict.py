@@ -153,13 +153,19 @@ def predict_images(
         predict(out)
         return skipped
     parts = [out.with_name(f"{out.name}.part{other}") for other in range(world)]
+    written: list[Path] = []  # by this process: what lay there before is not its own to remove
+
+    def predict_part() -> None:
+        predict(parts[rank])
+        written.append(parts[rank])
+
     with peers(world):
         try:
-            together(world, lambda: predict(parts[rank]))
+            together(world, predict_part)
             together(world, lambda: _join(parts, out, images, classes) if predictor.first else None)
         finally:  # also where another process failed, or Ctrl-C ended the wait for it
-            with contextlib.suppress(OSError):
-                parts[rank].unlink()
+            for part in written:
+                part.unlink(missing_ok=True)
         return [name for one in gather(world, skipped) for name in one]
 
 

@@ -16,11 +16,11 @@ import torch
 
 import labelpenet
 from labelpenet import cli, config
-from labelpenet.calibration.calibrate import around, resize_masks
+from labelpenet.calibration.calibrate import enclosing_boxes, resize_masks
 from labelpenet.data.images import read_image
 from labelpenet.errors import InputError
 from labelpenet.instances import masks_to_boxes
-from labelpenet.models.onnx import Fixed, export_onnx, parse_size, survivors, tight
+from labelpenet.models.onnx import Fixed, export_onnx, parse_size, survivors, tight_boxes
 from labelpenet.models.student import Student, build_body
 from tests.students import SIDE, small_student
 
@@ -43,7 +43,7 @@ def assert_the_same(student: Student, image: torch.Tensor, answer) -> int:
     for mask, one in zip(masks, drawn, strict=True):
         assert (mask & one).sum() >= 0.99 * (mask | one).sum()
     some = drawn.any(2).any(1)
-    reaching = around(expected[0][some], masks_to_boxes(drawn[some]))
+    reaching = enclosing_boxes(expected[0][some], masks_to_boxes(drawn[some]))
     torch.testing.assert_close(boxes[some], reaching, rtol=0, atol=0.1)
     torch.testing.assert_close(boxes[~some], expected[0][~some], rtol=0, atol=0.1)
     return len(boxes)
@@ -99,10 +99,10 @@ def test_onnx_runtime_answers_as_torch_does_on_photographs():
 def test_boxes_around_masks_are_those_of_instances_and_an_empty_mask_widens_none():
     masks = torch.zeros(4, 7, 11, dtype=torch.bool)
     masks[0, 2:5, 3:10] = masks[1] = masks[2, 6, 0] = True
-    assert torch.equal(tight(masks)[:3], masks_to_boxes(masks[:3]))
+    assert torch.equal(tight_boxes(masks)[:3], masks_to_boxes(masks[:3]))
     box = torch.tensor([[2.5, 1, 4, 6]])
-    assert torch.equal(around(box, tight(masks)[3:]), box)
-    assert tight(masks[:0]).shape == (0, 4)
+    assert torch.equal(enclosing_boxes(box, tight_boxes(masks)[3:]), box)
+    assert tight_boxes(masks[:0]).shape == (0, 4)
 
 
 def test_the_page_runs_without_torch(tmp_path):
