@@ -10,7 +10,7 @@ import torch
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import box_iou
 
-from labelpenet.calibration.sharpen import FINE, draw, grid_size, mean_field, resized, sharpen
+from labelpenet.calibration.sharpen import FINE, draw, follow, grid_size, mean_field, resized, sharpen
 from labelpenet.config import Sharpening
 from labelpenet.errors import InputError
 from tests.calibration import test_crf
@@ -79,6 +79,40 @@ def test_maps_are_resized_as_torch_resizes_them():
     for size in ((7, 11), (28, 44), (5, 30)):
         expected = torch.nn.functional.interpolate(maps[None], size=size, mode="bilinear")[0]
         torch.testing.assert_close(resized(maps, size), expected)
+
+
+def test_what_a_cell_is_goes_to_the_pixels_of_its_colour():
+    fine = torch.full((3, 5 * FINE, 7 * FINE), 0.2)
+    fine[:, :, 13:] = 0.9  # an edge inside the fourth cell, of which a quarter is dark
+    colours = torch.nn.functional.avg_pool2d(fine, FINE)
+    maps = torch.tensor([-4.0, -4, -4, 4, 4, 4, 4]).expand(2, 5, 7) * torch.tensor([1.0, 3])[:, None, None]
+    found = follow(maps, colours, fine)
+    assert found.shape == (2, 5 * FINE, 7 * FINE)
+    assert bool((found[:, :, :13] < 0).all()) and bool((found[:, :, 13:] > 0).all())
+    assert not torch.equal(resized(maps, (5 * FINE, 7 * FINE)) > 0, found > 0)  # which goes by place alone
+    torch.testing.assert_close(found[1], 3 * found[0])
+    flat = torch.full((1, 5, 7), 0.7)
+    torch.testing.assert_close(follow(flat, colours, fine), torch.full((1, 5 * FINE, 7 * FINE), 0.7))
+    assert follow(maps[:0], colours, fine).shape == (0, 5 * FINE, 7 * FINE)
+    assert bool(torch.isfinite(follow(maps, torch.rand(3, 5, 7), 1 - fine)).all())  # no cell is like the pixel
+
+
+def test_a_pixel_follows_the_nine_cells_around_it():
+    generator = torch.Generator().manual_seed(0)
+    maps, colours = torch.rand(1, 4, 5, generator=generator), torch.rand(3, 4, 5, generator=generator) * 0.2
+    fine = torch.rand(3, 4 * FINE, 5 * FINE, generator=generator) * 0.2
+    found = follow(maps, colours, fine)
+    for y, x in ((0, 0), (7, 9), (15, 19), (6, 0)):
+        summed = total = 0.0
+        for down in (-1, 0, 1):
+            for right in (-1, 0, 1):
+                row, column = y // FINE + down, x // FINE + right
+                inside = min(max(row, 0), 3), min(max(column, 0), 4)
+                near = ((y + 0.5) / FINE - row - 0.5) ** 2 + ((x + 0.5) / FINE - column - 0.5) ** 2
+                unlike = float(((fine[:, y, x] - colours[:, inside[0], inside[1]]) ** 2).sum()) * (255 / 20) ** 2
+                weight = np.exp(-(near + unlike) / 2)
+                summed, total = summed + weight * float(maps[0, inside[0], inside[1]]), total + weight
+        assert float(found[0, y, x]) == pytest.approx(summed / total, abs=1e-5)
 
 
 def test_a_small_mask_keeps_its_shape():
