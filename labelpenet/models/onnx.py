@@ -24,7 +24,7 @@ from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import clip_boxes_to_image, nms
 
 from labelpenet.calibration.calibrate import enclosing_boxes
-from labelpenet.calibration.sharpen import resized, sharpen
+from labelpenet.calibration.sharpen import rescored, resized, sharpen
 from labelpenet.data.files import write_bytes
 from labelpenet.errors import InputError
 from labelpenet.models.student import Student
@@ -67,8 +67,10 @@ class Fixed(nn.Module):
         features = heads.mask_head(heads.mask_roi_pool(maps, [boxes], [self.size]))
         every = heads.mask_predictor(features).sigmoid()
         index = (labels + 1)[:, None, None, None].expand(-1, 1, every.shape[2], every.shape[3])
-        masks = resized(sharpen(image, every.gather(1, index)[:, 0], boxes, self.masks), self.size) > 0.5
-        return enclosing_boxes(boxes, tight_boxes(masks)), labels, scores, masks
+        drawn = sharpen(image, every.gather(1, index)[:, 0], boxes, self.masks)
+        scores, order = rescored(scores, drawn, self.masks).sort(descending=True)
+        masks = resized(drawn[order], self.size) > 0.5
+        return enclosing_boxes(boxes[order], tight_boxes(masks)), labels[order], scores, masks
 
     def _propose(self, maps: OrderedDict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The RPN's boxes (R, 4), best first, and whether each is one (R,): R is fixed."""

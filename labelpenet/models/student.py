@@ -36,7 +36,7 @@ from torchvision.ops import MultiScaleRoIAlign, box_iou
 from labelpenet import config
 from labelpenet.calibration.calibrate import to_instances
 from labelpenet.calibration.maps import full_precision
-from labelpenet.calibration.sharpen import sharpen
+from labelpenet.calibration.sharpen import rescored, sharpen
 from labelpenet.config import MaskCalibration, StudentNetwork, StudentRecipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
@@ -327,8 +327,8 @@ class Student(nn.Module):
         """The network's own answer to an image (3, H, W), RGB in [0, 1].
 
         Returns:
-            Boxes (N, 4) in pixels of the image, best first, labels (N,) from 0, scores (N,), and masks (N, h, w) as
-            probabilities on a smaller canvas (`calibration.sharpen`).
+            Boxes (N, 4) in pixels of the image, best first, labels (N,) from 0, scores (N,) of class and mask
+            (`rescored`), and masks (N, h, w) as probabilities on a smaller canvas (`calibration.sharpen`).
         """
         network = self.network
         batch, _ = network.transform([image])
@@ -340,8 +340,9 @@ class Student(nn.Module):
         seen = batch.tensors[0, :, :height, :width].float() * std[:, None, None] + mean[:, None, None]
         with full_precision(self.device):
             masks = sharpen(seen, found["masks"][:, 0], found["boxes"].float(), self.recipe.masks)
+            scores, order = rescored(found["scores"].float(), masks, self.recipe.masks).sort(descending=True)
         boxes = resize_boxes(found["boxes"], [height, width], list(image.shape[-2:]))
-        return boxes, found["labels"] - 1, found["scores"], masks
+        return boxes[order], found["labels"][order] - 1, scores, masks[order]
 
     def require(self, module: int) -> None:
         """Raises InputError unless the module asked for is the last one, in whose place a student stands."""

@@ -10,7 +10,7 @@ import torch
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import box_iou
 
-from labelpenet.calibration.sharpen import FINE, draw, follow, grid_size, mean_field, resized, sharpen
+from labelpenet.calibration.sharpen import FINE, draw, follow, grid_size, mean_field, rescored, resized, sharpen
 from labelpenet.config import Sharpening
 from labelpenet.errors import InputError
 from tests.calibration import test_crf
@@ -125,6 +125,17 @@ def test_a_small_mask_keeps_its_shape():
     scale = torch.tensor([320 / found.shape[1], 240 / found.shape[0]] * 2)
     drawn = torch.stack([x.min(), y.min(), x.max() + 1, y.max() + 1])[None] * scale
     assert box_iou(drawn, boxes) > 0.85
+
+
+def test_a_mask_in_doubt_takes_from_its_score():
+    masks = torch.zeros(4, 6, 8)
+    masks[0, 1:3], masks[1, 1:3], masks[1, 4:] = 1.0, 0.6, 0.49  # below one half nothing counts
+    masks[2, 0, 0], masks[2, 0, 1] = 1.0, 0.8
+    scores = torch.tensor([0.5, 0.5, 0.5, 0.5])
+    found = rescored(scores, masks, Sharpening())
+    torch.testing.assert_close(found, torch.tensor([0.5, 0.5 * 0.36, 0.5 * 0.81, 0.0]))
+    assert torch.equal(rescored(scores, masks, PLAIN), scores)
+    assert rescored(scores[:0], masks[:0], Sharpening()).shape == (0,)
 
 
 def test_an_object_that_its_box_cuts_off_is_followed_as_far_as_the_margin():

@@ -235,6 +235,18 @@ def test_a_cameras_photograph_is_reduced_by_areas_before_it_becomes_floats(monke
     assert best[0] > 0.9 and best.mean() > 0.8
 
 
+def test_instances_come_in_the_order_of_scores_that_masks_have_a_share_in():
+    folder, year = small_student()
+    student = labelpenet.load(folder)
+    path = min(Path(year, "JPEGImages").glob("*.jpg"))
+    found = student.predict(path)
+    student.recipe = config.override(student.recipe, ["masks.iterations=0"])
+    plain = student.predict(path)
+    assert len(found) == len(plain) > 1 and bool((found.weights.diff() <= 0).all())
+    assert bool((found.weights <= plain.weights + 1e-6).all())  # the class's alone
+    assert float((plain.weights - found.weights).max()) > 0.01
+
+
 def test_masks_are_drawn_in_full_precision_where_the_network_runs_in_half(monkeypatch):
     drawn = []
 
