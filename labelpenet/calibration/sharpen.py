@@ -30,6 +30,9 @@ RESOLVED = 16
 ALIKE = 20.0
 """Standard deviation, in grey levels of 0..255, of the colours of cells that a finer pixel follows."""
 
+DECAY = 2.0
+"""How fast the scores of masks on better ones decay: of two with an IoU of .7 the worse one's to .38."""
+
 NOTHING = -60.0
 """Logarithm of a weight that counts for nothing; smaller ones would be denormal, with which processors are slow."""
 
@@ -66,17 +69,37 @@ def sharpen(image: Tensor, masks: Tensor, boxes: Tensor, settings: Sharpening) -
     return (odds + follow(change, colours, fine)).sigmoid()
 
 
-def rescored(scores: Tensor, masks: Tensor, settings: Sharpening) -> Tensor:
-    """Scores (N,) times the square of the mean probability of each mask's pixels, those above one half.
+def rank(scores: Tensor, labels: Tensor, masks: Tensor, settings: Sharpening) -> tuple[Tensor, Tensor]:
+    """Scores (N,) of class and mask, best first, and whose they are (N,).
 
     A class score does not know how well the mask fits, and where the CRF leaves many pixels in doubt the mask is often
-    wrong (as the mask's score of SOLO; Wang et al., 2020). Masks (N, h, w) as `sharpen` gives them. An empty one has
-    score 0; without iterations of the CRF scores stay as they are.
+    wrong: it is multiplied by the square of the mean probability of the mask's pixels, those above one half (as the
+    mask's own score of SOLO; Wang et al., 2020). Boxes that NMS has kept apart may have grown to the same mask, so
+    scores decay by `matrix_nms`. Without iterations of the CRF the scores are those of the classes alone.
+
+    Args:
+        scores: (N,) in [0, 1]; labels: (N,).
+        masks: (N, h, w) as `sharpen` gives them; a score of an empty one becomes 0.
     """
     if not settings.iterations:
-        return scores
-    inside = masks > 0.5
-    return scores * ((masks * inside).sum((1, 2)) / inside.sum((1, 2)).clamp(min=1)) ** 2
+        return scores.sort(descending=True)
+    masks = masks.flatten(1)
+    inside = (masks > 0.5).float()
+    mean = (masks * inside).sum(1) / inside.sum(1).clamp(min=1)
+    scores, order = (scores * mean**2).sort(descending=True)
+    scores, again = (scores * matrix_nms(inside[order], labels[order])).sort(descending=True)
+    return scores, order[again]
+
+
+def matrix_nms(masks: Tensor, labels: Tensor) -> Tensor:
+    """By what the scores (N,) of masks decay that lie on better ones of their class: Matrix NMS (SOLOv2; Wang et al.,
+    2020), Gaussian. Masks (N, P), 0 or 1, best first; labels (N,).
+    """
+    both, area = masks @ masks.T, masks.sum(1)
+    overlap = both / (area[:, None] + area - both).clamp(min=1) * (labels[:, None] == labels)
+    overlap = F.pad(overlap.triu(1), (0, 0, 1, 0))  # by those before it, and by none
+    own = F.pad(overlap.amax(0), (1, 0))  # one that decays itself makes others decay less
+    return (-DECAY * (overlap**2 - own[:, None] ** 2).amax(0)).exp()
 
 
 def _beyond(masks: Tensor, boxes: Tensor, settings: Sharpening) -> tuple[Tensor, Tensor]:

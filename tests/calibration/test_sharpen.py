@@ -10,7 +10,7 @@ import torch
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import box_iou
 
-from labelpenet.calibration.sharpen import FINE, draw, follow, grid_size, mean_field, rescored, resized, sharpen
+from labelpenet.calibration.sharpen import FINE, draw, follow, grid_size, matrix_nms, mean_field, rank, resized, sharpen
 from labelpenet.config import Sharpening
 from labelpenet.errors import InputError
 from tests.calibration import test_crf
@@ -131,11 +131,42 @@ def test_a_mask_in_doubt_takes_from_its_score():
     masks = torch.zeros(4, 6, 8)
     masks[0, 1:3], masks[1, 1:3], masks[1, 4:] = 1.0, 0.6, 0.49  # below one half nothing counts
     masks[2, 0, 0], masks[2, 0, 1] = 1.0, 0.8
-    scores = torch.tensor([0.5, 0.5, 0.5, 0.5])
-    found = rescored(scores, masks, Sharpening())
-    torch.testing.assert_close(found, torch.tensor([0.5, 0.5 * 0.36, 0.5 * 0.81, 0.0]))
-    assert torch.equal(rescored(scores, masks, PLAIN), scores)
-    assert rescored(scores[:0], masks[:0], Sharpening()).shape == (0,)
+    scores, labels = torch.tensor([0.5, 0.6, 0.5, 0.5]), torch.tensor([0, 1, 0, 0])
+    found, order = rank(scores, labels, masks, Sharpening())
+    assert order.tolist() == [0, 2, 1, 3]
+    torch.testing.assert_close(found, torch.tensor([0.5, 0.5 * 0.81, 0.6 * 0.36, 0.0]))
+    found, order = rank(scores, labels, masks, PLAIN)
+    assert torch.equal(found, scores[order]) and order[0] == 1
+    assert [len(one) for one in rank(scores[:0], labels[:0], masks[:0], Sharpening())] == [0, 0]
+
+
+def test_matrix_nms_is_that_of_its_paper():
+    generator = torch.Generator().manual_seed(0)
+    masks = (torch.rand(12, 1, generator=generator) > torch.rand(12, 40, generator=generator)).float()
+    masks[5] = masks[2]
+    labels = torch.randint(0, 2, (12,), generator=generator)
+    labels[5] = labels[2]
+    overlap = np.zeros((12, 12))
+    for i in range(12):
+        for j in range(i + 1, 12):
+            if labels[i] == labels[j]:
+                overlap[i, j] = iou(masks[i] > 0, masks[j] > 0)
+    expected = []
+    for j in range(12):
+        decays = [np.exp(-2 * overlap[i, j] ** 2) / np.exp(-2 * overlap[:i, i].max(initial=0) ** 2) for i in range(j)]
+        expected.append(min([1.0, *decays]))
+    found = matrix_nms(masks, labels)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert float(found[0]) == 1 and float(found[5]) <= np.exp(-2) * 1.01 / np.exp(-2 * overlap[:2, 2].max() ** 2)
+
+
+def test_the_worse_of_two_that_share_their_pixels_decays():
+    masks = torch.zeros(3, 4, 10)
+    masks[:, :, :7] = 1
+    masks[1, :, 7] = 1
+    found, order = rank(torch.tensor([0.8, 0.9, 0.7]), torch.tensor([3, 3, 4]), masks, Sharpening())
+    assert order.tolist() == [1, 2, 0]  # the third is of another class
+    torch.testing.assert_close(found, torch.tensor([0.9, 0.7, 0.8 * np.exp(-2 * (7 / 8) ** 2)]).float())
 
 
 def test_an_object_that_its_box_cuts_off_is_followed_as_far_as_the_margin():
