@@ -10,7 +10,6 @@ so an edge need not lie between cells.
 Shape letters: ``N`` instances, ``S`` side of a mask, ``H, W`` the image, ``h, w`` the canvas, ``P`` cells of the grid.
 """
 
-import itertools
 import math
 
 import torch
@@ -137,22 +136,24 @@ def follow(maps: Tensor, colours: Tensor, fine: Tensor) -> Tensor:
         (N, FINE h, FINE w).
     """
     height, width = maps.shape[-2:]
-    pixels = fine.view(3, height, FINE, width, FINE)
-    place = (torch.arange(FINE, device=maps.device) + 0.5) / FINE - 0.5  # of a pixel in its cell, in cells
+    steps = torch.tensor([-1, 0, 1], device=maps.device)
     rows, columns = (
-        [(torch.arange(length, device=maps.device) + step).clamp(0, length - 1) for step in (-1, 0, 1)]
-        for length in (height, width)
+        (torch.arange(length, device=maps.device) + steps[:, None]).clamp(0, length - 1) for length in (height, width)
     )
-    total = torch.zeros(height, FINE, width, FINE, device=maps.device)
-    summed = torch.zeros(len(maps), height, FINE, width, FINE, device=maps.device)
-    for (down, row), (right, column) in itertools.product(enumerate(rows, -1), enumerate(columns, -1)):
-        apart = (place[:, None, None] - down) ** 2 + (place - right) ** 2
-        there = colours[:, row][:, :, column][:, :, None, :, None]
-        unlike = ((pixels - there) ** 2).sum(0) * (255 / ALIKE) ** 2
-        weight = (-0.5 * (apart + unlike)).clamp(min=NOTHING).exp()
-        total = total + weight
-        summed = summed + weight * maps[:, row][:, :, column][:, :, None, :, None]
-    return (summed / total).view(len(maps), FINE * height, FINE * width)
+    around = (rows[:, None, :, None] * width + columns[:, None]).view(9, -1)  # of each cell, from its upper left
+    place = (torch.arange(FINE, device=maps.device) + 0.5) / FINE - 0.5  # of a pixel in its cell, in cells
+    square = (place - steps[:, None]) ** 2
+    apart = (square[:, None, :, None] + square[:, None]).view(9, FINE**2)
+    pixels = fine.view(3, height, FINE, width, FINE).permute(0, 2, 4, 1, 3).reshape(3, 1, FINE**2, height * width)
+    there = colours.flatten(1)[:, around][:, :, None]
+    unlike = ((pixels - there) ** 2).sum(0) * (255 / ALIKE) ** 2
+    weights = (-0.5 * (apart[..., None] + unlike)).clamp(min=NOTHING).exp()
+    weights = weights / weights.sum(0)
+    found = torch.zeros(len(maps), FINE**2, height * width, device=maps.device)
+    for weight, own in zip(weights, maps.flatten(1)[:, around].unbind(1), strict=True):
+        found = torch.addcmul(found, weight, own[:, None])
+    found = found.view(len(maps), FINE, FINE, height, width).permute(0, 3, 1, 4, 2)
+    return found.reshape(len(maps), FINE * height, FINE * width)
 
 
 def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
