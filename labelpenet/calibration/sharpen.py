@@ -96,8 +96,8 @@ def matrix_nms(masks: Tensor, labels: Tensor) -> Tensor:
     """
     both, area = masks @ masks.T, masks.sum(1)
     overlap = both / (area[:, None] + area - both).clamp(min=1) * (labels[:, None] == labels)
-    overlap = F.pad(overlap.triu(1), (0, 0, 1, 0))  # by those before it, and by none
-    own = F.pad(overlap.amax(0), (1, 0))  # one that decays itself makes others decay less
+    overlap = torch.cat([0 * area[None], overlap.triu(1)])  # by none, and by those before it
+    own = torch.cat([area.new_zeros(1), overlap.amax(0)])  # one that decays itself makes others decay less
     return (-DECAY * (overlap**2 - own[:, None] ** 2).amax(0)).exp()
 
 
