@@ -417,7 +417,7 @@ class Sharpening(_Ranged):
     """The dense CRF that a student's masks go through in its answers (see `calibration.sharpen`).
 
     Attributes:
-        iterations: of the mean field; 0 leaves the CRF out.
+        iterations: of the mean field; 0 leaves the CRF out, and scores are the classes' alone.
         cells: of the grid that it runs on, about so many.
         threshold: probability of the mask head at which a pixel is equally likely object or background, in (0, 1).
         margin: around a box, so many of its sides wide, the mask head has no say, and the object's probability is

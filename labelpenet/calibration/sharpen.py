@@ -65,11 +65,11 @@ def sharpen(image: Tensor, masks: Tensor, boxes: Tensor, settings: Sharpening) -
     colours = F.avg_pool2d(fine, FINE)
     unary = torch.logit(F.avg_pool2d(drawn[:, None], FINE)[:, 0], SURE) - doubt
     change = mean_field(colours, unary, settings) - unary
-    return (odds + follow(change, colours, fine)).sigmoid()
+    return (odds + joint_bilateral_upsampling(change, colours, fine)).sigmoid()
 
 
-def rank(scores: Tensor, labels: Tensor, masks: Tensor, settings: Sharpening) -> tuple[Tensor, Tensor]:
-    """Scores (N,) of class and mask, best first, and whose they are (N,).
+def rescore(scores: Tensor, labels: Tensor, masks: Tensor, settings: Sharpening) -> tuple[Tensor, Tensor]:
+    """Scores of class and mask for those of the class alone.
 
     A class score does not know how well the mask fits, and where the CRF leaves many pixels in doubt the mask is often
     wrong: it is multiplied by the square of the mean probability of the mask's pixels, those above one half (as the
@@ -77,8 +77,12 @@ def rank(scores: Tensor, labels: Tensor, masks: Tensor, settings: Sharpening) ->
     scores decay by `matrix_nms`. Without iterations of the CRF the scores are those of the classes alone.
 
     Args:
-        scores: (N,) in [0, 1]; labels: (N,).
-        masks: (N, h, w) as `sharpen` gives them; a score of an empty one becomes 0.
+        scores: (N,) in [0, 1].
+        labels: (N,) class indices.
+        masks: (N, h, w) in [0, 1] as `sharpen` gives them; a score of an empty one becomes 0.
+
+    Returns:
+        Scores (N,) in [0, 1], best first, and the index (N,) of the instance that each belongs to.
     """
     if not settings.iterations:
         return scores.sort(descending=True)
@@ -91,8 +95,17 @@ def rank(scores: Tensor, labels: Tensor, masks: Tensor, settings: Sharpening) ->
 
 
 def matrix_nms(masks: Tensor, labels: Tensor) -> Tensor:
-    """By what the scores (N,) of masks decay that lie on better ones of their class: Matrix NMS (SOLOv2; Wang et al.,
-    2020), Gaussian. Masks (N, P), 0 or 1, best first; labels (N,).
+    """Matrix NMS (SOLOv2; Wang et al., 2020), Gaussian: no mask goes, but what lies on a better one decays.
+
+    The factor of mask j is ``min_i exp(-DECAY (IoU_ij^2 - IoU_i^2))`` over the better masks i of its class, at most 1,
+    where ``IoU_i`` is the largest IoU of i with one that is better still.
+
+    Args:
+        masks: (N, P) float, 0 or 1 for each of P pixels, best first.
+        labels: (N,) class indices.
+
+    Returns:
+        (N,) factors of the scores, in (0, 1].
     """
     both, area = masks @ masks.T, masks.sum(1)
     overlap = both / (area[:, None] + area - both).clamp(min=1) * (labels[:, None] == labels)
@@ -121,7 +134,7 @@ def grid_size(height: int, width: int, cells: int) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def follow(maps: Tensor, colours: Tensor, fine: Tensor) -> Tensor:
+def joint_bilateral_upsampling(maps: Tensor, colours: Tensor, fine: Tensor) -> Tensor:
     """Maps of the grid's cells at the canvas's size (joint bilateral upsampling; Kopf et al., 2007).
 
     A pixel is the mean of its own cell and of the eight around it, weighted by how near they are (Gaussian, of a cell)

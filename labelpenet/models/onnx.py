@@ -24,7 +24,7 @@ from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import clip_boxes_to_image, nms
 
 from labelpenet.calibration.calibrate import enclosing_boxes
-from labelpenet.calibration.sharpen import rank, resized, sharpen
+from labelpenet.calibration.sharpen import rescore, resized, sharpen
 from labelpenet.data.files import write_bytes
 from labelpenet.errors import InputError
 from labelpenet.models.student import Student
@@ -68,7 +68,7 @@ class Fixed(nn.Module):
         every = heads.mask_predictor(features).sigmoid()
         index = (labels + 1)[:, None, None, None].expand(-1, 1, every.shape[2], every.shape[3])
         drawn = sharpen(image, every.gather(1, index)[:, 0], boxes, self.masks)
-        scores, order = rank(scores, labels, drawn, self.masks)
+        scores, order = rescore(scores, labels, drawn, self.masks)
         masks = resized(drawn[order], self.size) > 0.5
         return enclosing_boxes(boxes[order], tight_boxes(masks)), labels[order], scores, masks
 

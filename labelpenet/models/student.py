@@ -36,7 +36,7 @@ from torchvision.ops import MultiScaleRoIAlign, box_iou
 from labelpenet import config
 from labelpenet.calibration.calibrate import to_instances
 from labelpenet.calibration.maps import full_precision
-from labelpenet.calibration.sharpen import rank, sharpen
+from labelpenet.calibration.sharpen import rescore, sharpen
 from labelpenet.config import MaskCalibration, StudentNetwork, StudentRecipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
@@ -328,7 +328,7 @@ class Student(nn.Module):
 
         Returns:
             Boxes (N, 4) in pixels of the image, best first, labels (N,) from 0, scores (N,) of class and mask
-            (`rank`), and masks (N, h, w) as probabilities on a smaller canvas (`calibration.sharpen`).
+            (`rescore`), and masks (N, h, w) as probabilities on a smaller canvas (`calibration.sharpen`).
         """
         network = self.network
         batch, _ = network.transform([image])
@@ -340,7 +340,7 @@ class Student(nn.Module):
         seen = batch.tensors[0, :, :height, :width].float() * std[:, None, None] + mean[:, None, None]
         with full_precision(self.device):
             masks = sharpen(seen, found["masks"][:, 0], found["boxes"].float(), self.recipe.masks)
-            scores, order = rank(found["scores"].float(), found["labels"], masks, self.recipe.masks)
+            scores, order = rescore(found["scores"].float(), found["labels"], masks, self.recipe.masks)
         boxes = resize_boxes(found["boxes"], [height, width], list(image.shape[-2:]))
         return boxes[order], found["labels"][order] - 1, scores, masks[order]
 
