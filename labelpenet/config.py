@@ -27,6 +27,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "sides": _SIDE, "longest": _SIDE, "test_side": _SIDE, "side": _SIDE, "limit": _COUNT, "min_area": _SHARE,
     "nms": _SHARE, "per_class": _COUNT, "min_score": _SHARE, "threshold": (1e-6, 1 - 1e-6), "sxy_gaussian": _WIDTH,
     "compat_gaussian": (0, 1e4), "sxy_bilateral": _WIDTH, "srgb": _WIDTH, "compat_bilateral": (0, 1e4),
+    "sfeatures": _WIDTH, "compat_features": (0, 1e4),
     "iterations": (0, 1000), "min_component": _SHARE, "mask_nms": _SHARE, "max_attention": _COUNT, "max_masks": _COUNT,
     "steps": (1, 1e9), "lr": (0, 100), "momentum": _SHARE, "weight_decay": (0, 100), "decay": (0, 100),
     "warmup": (0, 1e9), "clip": (1e-9, 1e9), "batch_size": (1, 100_000), "anchor_sides": (1, 20_000), "rois": _COUNT,
@@ -425,7 +426,8 @@ class Sharpening(_Ranged):
         sxy_gaussian, sxy_bilateral: standard deviations of the two kernels, in sides of the photograph (the root of its
             area).
         srgb: standard deviation of the appearance kernel in grey levels of 0..255.
-        compat_gaussian, compat_bilateral: weights of the kernels.
+        sfeatures: standard deviation of the third kernel, of the network's features, in theirs over the photograph.
+        compat_gaussian, compat_bilateral, compat_features: weights of the kernels.
     """
 
     iterations: int = 5
@@ -438,6 +440,8 @@ class Sharpening(_Ranged):
     sxy_bilateral: float = 0.185
     srgb: float = 5.0
     compat_bilateral: float = 5.0
+    sfeatures: float = 0.5
+    compat_features: float = 10.0
 
 
 @dataclass(frozen=True)

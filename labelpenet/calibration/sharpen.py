@@ -3,9 +3,10 @@
 A mask head gives a RoI 28 x 28 probabilities, whose border is as blurred as the labels that taught it were uncertain.
 The dense CRF of section 3.2 moves it to where the colours change. Here the photograph becomes a grid of some 2,000
 cells, on which every pair can be compared outright: one matrix for all instances, without a lattice. So the same
-operations run on a CPU, on a GPU without waiting, and in an ONNX file. Finer than the grid only what the CRF changed is
-interpolated, so a small mask keeps its shape; and a pixel follows those cells around it whose colours are like its own,
-so an edge need not lie between cells.
+operations run on a CPU, on a GPU without waiting, and in an ONNX file, and a kernel may have any number of dimensions:
+besides their colours, cells are compared by the network's own features. Finer than the grid only what the CRF changed
+is interpolated, so a small mask keeps its shape; and a pixel follows those cells around it whose colours are like its
+own, so an edge need not lie between cells.
 
 Shape letters: ``N`` instances, ``S`` side of a mask, ``H, W`` the image, ``h, w`` the canvas, ``P`` cells of the grid.
 """
@@ -36,7 +37,14 @@ NOTHING = -60.0
 """Logarithm of a weight that counts for nothing; smaller ones would be denormal, with which processors are slow."""
 
 
-def sharpen(image: Tensor, masks: Tensor, boxes: Tensor, settings: Sharpening) -> Tensor:
+def sharpen(
+    image: Tensor,
+    masks: Tensor,
+    boxes: Tensor,
+    settings: Sharpening,
+    features: Tensor | None = None,
+    stride: float = 1.0,
+) -> Tensor:
     """The masks on a canvas of the image's shape, as probabilities: an object's pixels are those above one half.
 
     Not for autocast: the products need all bits of float32 (`maps.full_precision`).
@@ -47,6 +55,8 @@ def sharpen(image: Tensor, masks: Tensor, boxes: Tensor, settings: Sharpening) -
         boxes: (N, 4) in pixels of the image.
         settings: every choice; without iterations the masks are drawn as they are, in their boxes, cut at the
             threshold.
+        features: (K, h', w') what the network makes of the image, a value for ``stride`` x ``stride`` pixels from its
+            upper left corner on, as far as it reaches at least; None leaves the CRF's third kernel out.
 
     Returns:
         (N, h, w) in [0, 1], some `settings.cells` x `FINE`^2 pixels.
@@ -60,11 +70,12 @@ def sharpen(image: Tensor, masks: Tensor, boxes: Tensor, settings: Sharpening) -
     odds = torch.logit(drawn, SURE) - doubt
     if not settings.iterations:
         return odds.sigmoid()
-    device = image.device
-    fine = _average(height, canvas[0], device) @ image.float() @ _average(width, canvas[1], device).T
+    fine = _averages(image.float(), (height, width), canvas)
     colours = F.avg_pool2d(fine, FINE)
+    if features is not None:
+        features = _averages(features.float(), (height / stride, width / stride), (rows, columns))
     unary = torch.logit(F.avg_pool2d(drawn[:, None], FINE)[:, 0], SURE) - doubt
-    change = mean_field(colours, unary, settings) - unary
+    change = mean_field(colours, unary, settings, features) - unary
     return (odds + joint_bilateral_upsampling(change, colours, fine)).sigmoid()
 
 
@@ -178,10 +189,19 @@ def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return rows.T @ maps @ columns
 
 
-def _average(length: int, cells: int, device: torch.device) -> Tensor:
-    """(cells, length) share of each pixel of a side in each cell's mean."""
+def _averages(maps: Tensor, extent: tuple[float, float], size: tuple[int, int]) -> Tensor:
+    """The means (K, h, w) over a grid of ``size`` that lies on the first ``extent`` pixels of maps (K, H, W)."""
+    rows, columns = (
+        _shares(own, cells, pixels, maps.device)
+        for own, cells, pixels in zip(extent, size, maps.shape[-2:], strict=True)
+    )
+    return rows @ maps @ columns.T
+
+
+def _shares(length: float, cells: int, pixels: int, device: torch.device) -> Tensor:
+    """(cells, pixels) share of each pixel of a side in the mean of each cell, of which so many make up the length."""
     edges = torch.arange(cells + 1, device=device) * (length / cells)
-    pixel = torch.arange(length, device=device)
+    pixel = torch.arange(pixels, device=device)
     inside = torch.minimum(edges[1:, None], pixel + 1) - torch.maximum(edges[:-1, None], pixel)
     return inside.clamp(min=0) * (cells / length)
 
@@ -198,15 +218,16 @@ def draw(masks: Tensor, boxes: Tensor, canvas: tuple[int, int]) -> Tensor:
     return rows.transpose(1, 2) @ F.pad(masks, (1, 1, 1, 1)) @ columns
 
 
-def mean_field(image: Tensor, unary: Tensor, settings: Sharpening) -> Tensor:
+def mean_field(image: Tensor, unary: Tensor, settings: Sharpening, features: Tensor | None = None) -> Tensor:
     """Log-odds of the instances after the mean field, each alone against its background.
 
     The model and its symmetric normalisation are those of `crf.DenseCRF`, which the result equals up to the error of
-    the lattice there.
+    the lattice there; with features there is a third kernel, of them and the place.
 
     Args:
         image: (3, h, w) RGB in [0, 1].
         unary: (N, h, w) log-odds of object against background.
+        features: (K, h, w) of any scale: they are compared by their standard deviation over this image.
 
     Returns:
         (N, h, w) log-odds.
@@ -216,22 +237,30 @@ def mean_field(image: Tensor, unary: Tensor, settings: Sharpening) -> Tensor:
     device = unary.device
     y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
     place = torch.stack([y, x]).flatten(1) / (settings.sxy_bilateral * side)
-    feature = torch.cat([place, (image.flatten(1) - 0.5) * (255 / settings.srgb)])
+    alike = settings.compat_bilateral * _kernel(torch.cat([place, (image.flatten(1) - 0.5) * (255 / settings.srgb)]))
+    if features is not None and settings.compat_features:
+        values = features.flatten(1) - features.flatten(1).mean(1, keepdim=True)
+        spread = (values**2).sum(0).mean().clamp(min=1e-12).sqrt()
+        alike += settings.compat_features * _kernel(torch.cat([place, values / (settings.sfeatures * spread)]))
+    rows, columns = (_gaussian(length, settings.sxy_gaussian * side, device) for length in (height, width))
+    near = (rows.sum(1)[:, None] * columns.sum(1)).rsqrt()
+    odds = unary
+    for _ in range(settings.iterations):
+        lean = 2 * odds.sigmoid() - 1  # of the object's probability over the background's
+        smooth = near * (rows @ (near * lean) @ columns)
+        odds = unary + (lean.flatten(1) @ alike).view_as(unary) + settings.compat_gaussian * smooth
+    return odds
+
+
+def _kernel(feature: Tensor) -> Tensor:
+    """(P, P) exp(-|f_i - f_j|^2 / 2) of features (K, P), over the root of the sums of its rows and of its columns."""
     square = -0.5 * (feature**2).sum(0, keepdim=True)
     ones = torch.ones_like(square)
     # -|f_i - f_j|^2 / 2 as one product; a pass over P x P less for each term
     exponent = torch.cat([feature, square, ones]).T @ torch.cat([feature, ones, square])
     kernel = exponent.clamp_(min=NOTHING).exp_()
     norm = kernel.sum(1).rsqrt()
-    rows, columns = (_gaussian(length, settings.sxy_gaussian * side, device) for length in (height, width))
-    near = (rows.sum(1)[:, None] * columns.sum(1)).rsqrt()
-    odds = unary
-    for _ in range(settings.iterations):
-        lean = 2 * odds.sigmoid() - 1  # of the object's probability over the background's
-        alike = ((lean.flatten(1) * norm) @ kernel * norm).view_as(unary)
-        smooth = near * (rows @ (near * lean) @ columns)
-        odds = unary + settings.compat_bilateral * alike + settings.compat_gaussian * smooth
-    return odds
+    return kernel.mul_(norm).mul_(norm[:, None])
 
 
 def _gaussian(length: int, deviation: float, device: torch.device) -> Tensor:

@@ -43,6 +43,7 @@ class Fixed(nn.Module):
     def __init__(self, student: Student, size: tuple[int, int]):
         super().__init__()
         self.network, self.masks, self.size = student.network, student.recipe.masks, size
+        self.stride = student.levels.strides[0]
         image = torch.zeros(1, 3, *size)
         with torch.no_grad():
             maps = list(self.network.backbone(image).values())
@@ -67,7 +68,8 @@ class Fixed(nn.Module):
         features = heads.mask_head(heads.mask_roi_pool(maps, [boxes], [self.size]))
         every = heads.mask_predictor(features).sigmoid()
         index = (labels + 1)[:, None, None, None].expand(-1, 1, every.shape[2], every.shape[3])
-        drawn = sharpen(image, every.gather(1, index)[:, 0], boxes, self.masks)
+        finest = next(iter(maps.values()))[0]
+        drawn = sharpen(image, every.gather(1, index)[:, 0], boxes, self.masks, finest, self.stride)
         scores, order = rescore(scores, labels, drawn, self.masks)
         masks = resized(drawn[order], self.size) > 0.5
         return enclosing_boxes(boxes[order], tight_boxes(masks)), labels[order], scores, masks

@@ -339,7 +339,8 @@ class Student(nn.Module):
         mean, std = (torch.tensor(self.normalisation[name], device=self.device) for name in ("mean", "std"))
         seen = batch.tensors[0, :, :height, :width].float() * std[:, None, None] + mean[:, None, None]
         with full_precision(self.device):
-            masks = sharpen(seen, found["masks"][:, 0], found["boxes"].float(), self.recipe.masks)
+            drawn = found["masks"][:, 0], found["boxes"].float()
+            masks = sharpen(seen, *drawn, self.recipe.masks, next(iter(maps.values()))[0], self.levels.strides[0])
             scores, order = rescore(found["scores"].float(), found["labels"], masks, self.recipe.masks)
         boxes = resize_boxes(found["boxes"], [height, width], list(image.shape[-2:]))
         return boxes[order], found["labels"][order] - 1, scores, masks[order]

@@ -129,6 +129,47 @@ def test_a_pixel_follows_the_nine_cells_around_it():
         assert float(found[0, y, x]) == pytest.approx(summed / total, abs=1e-5)
 
 
+def test_objects_of_one_colour_are_told_apart_by_features():
+    generator = torch.Generator().manual_seed(0)
+    object_ = disc(240, 0.3)
+    image = torch.full((3, 240, 240), 0.5)
+    blurred = torch.nn.functional.avg_pool2d(disc(280, 0.24, (0.53, 0.5))[None].float(), 10)  # too small
+    box = torch.tensor([[0.0, 0, 240, 240]])
+    truth = torch.nn.functional.interpolate(object_[None, None].float(), size=(180, 180), mode="area")[0, 0] > 0.5
+    direction = torch.randn(6, 1, 1, generator=generator)
+    features = direction * torch.nn.functional.avg_pool2d(object_[None].float(), 8)
+    features = torch.nn.functional.pad(features, (0, 3, 0, 5), value=9.0)  # of the batch's padding: not looked at
+    blind, found, scaled, off = (
+        sharpen(image, blurred, box, settings, maps, 8)[0] > 0.5
+        for settings, maps in (
+            (Sharpening(), None),
+            (Sharpening(), features),
+            (Sharpening(), 100 * features + 7),
+            (Sharpening(compat_features=0), features),
+        )
+    )
+    assert iou(blind, truth) < 0.6 and iou(found, truth) > 0.75
+    assert torch.equal(found, scaled) and torch.equal(blind, off)
+    flat = sharpen(image, blurred, box, Sharpening(), torch.ones(6, 30, 30), 8)
+    assert bool(torch.isfinite(flat).all())
+
+
+def test_the_kernel_of_features_is_that_of_its_definition():
+    generator = torch.Generator().manual_seed(0)
+    image, features = torch.rand(3, 4, 5, generator=generator), torch.rand(7, 4, 5, generator=generator)
+    unary = torch.randn(2, 4, 5, generator=generator)
+    settings = Sharpening(iterations=1, compat_gaussian=0, compat_bilateral=0)
+    place = torch.stack(torch.meshgrid(torch.arange(4.0), torch.arange(5.0), indexing="ij")).flatten(1)
+    values = features.flatten(1)
+    spread = values.var(1, correction=0).sum().sqrt()
+    apart = torch.cdist(place.T, place.T) ** 2 / (settings.sxy_bilateral**2 * 20)
+    apart = apart + torch.cdist(values.T, values.T) ** 2 / (settings.sfeatures * spread) ** 2
+    kernel = (-apart / 2).exp()
+    kernel = kernel / (kernel.sum(0) * kernel.sum(1)[:, None]).sqrt()
+    expected = unary + settings.compat_features * ((2 * unary.sigmoid() - 1).flatten(1) @ kernel).view_as(unary)
+    torch.testing.assert_close(mean_field(image, unary, settings, features), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_small_mask_keeps_its_shape():
     image = torch.full((3, 240, 320), 0.5)
     boxes = torch.tensor([[100.0, 100, 124, 130]])
