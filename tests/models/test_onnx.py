@@ -38,7 +38,13 @@ def assert_the_same(student: Student, image: torch.Tensor, answer) -> int:
     expected = student.answer(image)
     assert len(boxes) == len(expected[0])
     torch.testing.assert_close(scores, expected[2], rtol=0, atol=1e-3)
-    assert torch.equal(labels, expected[1])
+    assert torch.equal(labels.sort()[0], expected[1].sort()[0])
+    gaps = (expected[2][:-1] - expected[2][1:] > 1e-5).tolist()
+    certain = torch.tensor(
+        [all(gaps[max(i - 1, 0) : i + 1]) for i in range(len(boxes))]
+    )  # which of equals is first is not
+    boxes, labels, masks, expected = boxes[certain], labels[certain], masks[certain], [one[certain] for one in expected]
+    assert len(labels) > 0.5 * len(scores) and torch.equal(labels, expected[1])
     drawn = resize_masks(expected[3], tuple(image.shape[1:]))
     for mask, one in zip(masks, drawn, strict=True):
         assert (mask & one).sum() >= 0.99 * (mask | one).sum()
@@ -46,7 +52,7 @@ def assert_the_same(student: Student, image: torch.Tensor, answer) -> int:
     reaching = enclosing_boxes(expected[0][some], masks_to_boxes(drawn[some]))
     torch.testing.assert_close(boxes[some], reaching, rtol=0, atol=0.1)
     torch.testing.assert_close(boxes[~some], expected[0][~some], rtol=0, atol=0.1)
-    return len(boxes)
+    return len(scores)
 
 
 @functools.cache
