@@ -237,11 +237,12 @@ def mean_field(image: Tensor, unary: Tensor, settings: Sharpening, features: Ten
     device = unary.device
     y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
     place = torch.stack([y, x]).flatten(1) / (settings.sxy_bilateral * side)
-    alike = settings.compat_bilateral * _kernel(torch.cat([place, (image.flatten(1) - 0.5) * (255 / settings.srgb)]))
+    colours = torch.cat([place, (image.flatten(1) - 0.5) * (255 / settings.srgb)])
+    alike = _kernel(colours, settings.compat_bilateral)
     if features is not None and settings.compat_features:
         values = features.flatten(1) - features.flatten(1).mean(1, keepdim=True)
         spread = (values**2).sum(0).mean().clamp(min=1e-12).sqrt()
-        alike += settings.compat_features * _kernel(torch.cat([place, values / (settings.sfeatures * spread)]))
+        alike += _kernel(torch.cat([place, values / (settings.sfeatures * spread)]), settings.compat_features)
     rows, columns = (_gaussian(length, settings.sxy_gaussian * side, device) for length in (height, width))
     near = (rows.sum(1)[:, None] * columns.sum(1)).rsqrt()
     odds = unary
@@ -252,18 +253,21 @@ def mean_field(image: Tensor, unary: Tensor, settings: Sharpening, features: Ten
     return odds
 
 
-def _kernel(feature: Tensor) -> Tensor:
-    """(P, P) exp(-|f_i - f_j|^2 / 2) of features (K, P), over the root of the sums of its rows and of its columns."""
+def _kernel(feature: Tensor, weight: float) -> Tensor:
+    """(P, P) exp(-|f_i - f_j|^2 / 2) of features (K, P), over the root of its rows' and columns' sums, times the weight."""
     square = -0.5 * (feature**2).sum(0, keepdim=True)
     ones = torch.ones_like(square)
     # -|f_i - f_j|^2 / 2 as one product; a pass over P x P less for each term
     exponent = torch.cat([feature, square, ones]).T @ torch.cat([feature, ones, square])
     kernel = exponent.clamp_(min=NOTHING).exp_()
     norm = kernel.sum(1).rsqrt()
-    return kernel.mul_(norm).mul_(norm[:, None])
+    return kernel.mul_(weight * norm).mul_(norm[:, None])
 
 
 def _gaussian(length: int, deviation: float, device: torch.device) -> Tensor:
-    """(length, length) exp(-d^2 / (2 deviation^2)) of the distances along a side."""
+    """(length, length) exp(-d^2 / (2 deviation^2)) of the distances along a side; 0 where two of them multiplied would
+    count for nothing (`NOTHING`).
+    """
     place = torch.arange(length, device=device, dtype=torch.float32)
-    return (-0.5 * ((place[:, None] - place) / max(deviation, 0.5)) ** 2).exp()
+    exponent = -0.5 * ((place[:, None] - place) / max(deviation, 0.5)) ** 2
+    return torch.where(exponent > NOTHING / 2, exponent.exp(), 0.0)
