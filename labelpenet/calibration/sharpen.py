@@ -254,7 +254,7 @@ def mean_field(image: Tensor, unary: Tensor, settings: Sharpening, features: Ten
 
 
 def _kernel(feature: Tensor, weight: float) -> Tensor:
-    """(P, P) exp(-|f_i - f_j|^2 / 2) of features (K, P), over the root of its rows' and columns' sums, times the weight."""
+    """(P, P) exp(-|f_i - f_j|^2 / 2) of features (K, P), by the root of its rows' and columns' sums, times weight."""
     square = -0.5 * (feature**2).sum(0, keepdim=True)
     ones = torch.ones_like(square)
     # -|f_i - f_j|^2 / 2 as one product; a pass over P x P less for each term
