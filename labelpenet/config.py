@@ -423,11 +423,11 @@ class Sharpening(_Ranged):
         threshold: probability of the mask head at which a pixel is equally likely object or background, in (0, 1).
         margin: around a box, so many of its sides wide, the mask head has no say, and the object's probability is
             ``beyond``: labels cut off legs and tails, and so do a student's boxes. 0 ends masks at their boxes.
-        sxy_gaussian, sxy_bilateral: standard deviations of the two kernels, in sides of the photograph (the root of its
-            area).
-        srgb: standard deviation of the appearance kernel in grey levels of 0..255.
-        sfeatures: standard deviation of the third kernel, of the network's features, in theirs over the photograph.
-        compat_gaussian, compat_bilateral, compat_features: weights of the kernels.
+        sxy_gaussian, sxy_bilateral: standard deviations in place, in sides of the photograph (the root of its area), of
+            the smoothness kernel, and of the kernels of colours and of features.
+        srgb: standard deviation of the kernel of colours, in grey levels of 0..255.
+        sfeatures: standard deviation of the kernel of the network's features, in theirs over the photograph.
+        compat_gaussian, compat_bilateral, compat_features: weights of the kernels; 0 leaves one out.
     """
 
     iterations: int = 5

@@ -55,8 +55,9 @@ def sharpen(
         boxes: (N, 4) in pixels of the image.
         settings: every choice; without iterations the masks are drawn as they are, in their boxes, cut at the
             threshold.
-        features: (K, h', w') what the network makes of the image, a value for ``stride`` x ``stride`` pixels from its
-            upper left corner on, as far as it reaches at least; None leaves the CRF's third kernel out.
+        features: (K, h', w') a map of the network, of any scale, that covers the image or more, from its upper left
+            corner on; None leaves the CRF's third kernel out.
+        stride: of that map, in pixels of the image.
 
     Returns:
         (N, h, w) in [0, 1], some `settings.cells` x `FINE`^2 pixels.

@@ -138,18 +138,19 @@ def test_objects_of_one_colour_are_told_apart_by_features():
     truth = torch.nn.functional.interpolate(object_[None, None].float(), size=(180, 180), mode="area")[0, 0] > 0.5
     direction = torch.randn(6, 1, 1, generator=generator)
     features = direction * torch.nn.functional.avg_pool2d(object_[None].float(), 8)
-    features = torch.nn.functional.pad(features, (0, 3, 0, 5), value=9.0)  # of the batch's padding: not looked at
-    blind, found, scaled, off = (
+    padded = torch.nn.functional.pad(features, (0, 3, 0, 5), value=9.0)  # as a batch is
+    blind, found, beyond, scaled, off = (
         sharpen(image, blurred, box, settings, maps, 8)[0] > 0.5
         for settings, maps in (
             (Sharpening(), None),
             (Sharpening(), features),
+            (Sharpening(), padded),
             (Sharpening(), 100 * features + 7),
             (Sharpening(compat_features=0), features),
         )
     )
     assert iou(blind, truth) < 0.6 and iou(found, truth) > 0.75
-    assert torch.equal(found, scaled) and torch.equal(blind, off)
+    assert torch.equal(found, beyond) and torch.equal(found, scaled) and torch.equal(blind, off)
     flat = sharpen(image, blurred, box, Sharpening(), torch.ones(6, 30, 30), 8)
     assert bool(torch.isfinite(flat).all())
 

@@ -40,9 +40,8 @@ def assert_the_same(student: Student, image: torch.Tensor, answer) -> int:
     torch.testing.assert_close(scores, expected[2], rtol=0, atol=1e-3)
     assert torch.equal(labels.sort()[0], expected[1].sort()[0])
     gaps = (expected[2][:-1] - expected[2][1:] > 1e-5).tolist()
-    certain = torch.tensor(
-        [all(gaps[max(i - 1, 0) : i + 1]) for i in range(len(boxes))]
-    )  # which of equals is first is not
+    # which of two equal scores comes first is not certain
+    certain = torch.tensor([all(gaps[max(i - 1, 0) : i + 1]) for i in range(len(boxes))])
     boxes, labels, masks, expected = boxes[certain], labels[certain], masks[certain], [one[certain] for one in expected]
     assert len(labels) > 0.2 * len(scores) and torch.equal(labels, expected[1])
     drawn = resize_masks(expected[3], tuple(image.shape[1:]))
