@@ -56,6 +56,10 @@ HeldOut = Annotated[
         "NAME", "A split of DATA that is held out and annotated: measure the modules on it while they are trained."
     ),
 ]
+Labels = Annotated[
+    tuple[Path, ...],
+    _optional("[FILE ...]", "Predictions or COCO files to learn from; several are put together. Default: RUN's own."),
+]
 Shorten = Annotated[float, arg(help="Multiply every stage's number of steps.")]
 Device = Annotated[config.Device, arg(help="Where to compute.")]
 Cache = Annotated[Path | None, _optional("PATH", "Folder of the proposals' cache. Default: the user's cache folder.")]
@@ -127,19 +131,23 @@ class ForwardBackward:
     Takes the run folder of `labelpenet train` and writes a new one, which every other command reads like the first: all
     four modules, trained together, and the instances that they now infer for the photographs. Recipe `paper` trains
     the stem too and learns what the modules infer; `best` learns labels that were validated, and stops if they drift.
+    With --labels all four modules learn what the files say instead: better labels than the cascade's own, such as
+    those that students gave the photographs, or a person.
 
     Try:
       labelpenet forward-backward runs/voc VOCdevkit/VOC2012 --out runs/voc-fb
       labelpenet forward-backward runs/voc VOCdevkit/VOC2012 --out runs/voc-fb --resume
       labelpenet forward-backward runs/mine photos/ --out runs/mine-fb --set forward_backward.labels=inferred
+      labelpenet forward-backward runs/mine photos/ --out runs/mine-fb --labels student.json module4.json
     """
 
     run: RunFolder
     """Run folder of the cascade."""
     data: Data
-    """The photographs with tags that it was trained on."""
+    """The photographs with tags that it was trained on; with --labels, any that these name."""
     out: Path
     """Run folder to write."""
+    labels: Labels = ()
     split: TrainingSplit = None
     images: ImageFolder = None
     evaluate: HeldOut = None
@@ -171,8 +179,7 @@ class Distill:
     """The photographs that it was trained on."""
     out: Path
     """Folder to write."""
-    labels: Annotated[tuple[Path, ...], _optional("[FILE ...]")] = ()
-    """Predictions or COCO file to learn from; several are put together. Default: RUN/instances/module4.json."""
+    labels: Labels = ()
     supervision: Literal["labels", "full"] = "labels"
     """labels: the run's. full, a yardstick: the true boxes and masks of DATA."""
     backbone: Annotated[str | None, _optional("NAME")] = None
@@ -601,14 +608,19 @@ def forward_backward(args: ForwardBackward) -> None:
     """``labelpenet forward-backward``; bad input is an `InputError`."""
     from labelpenet.models.cascade import read_run
     from labelpenet.training import curriculum
+    from labelpenet.training.labels import read_labels
 
     _check_out(args)
+    if args.labels and any(choice.startswith("forward_backward.labels=") for choice in args.set):
+        raise InputError("--labels says what is learnt; leave forward_backward.labels out of --set")
     facts = read_run(args.run)
     recipe = _changed(config.from_dict(facts["recipe"]), args)
     images, source = _open_training(args, facts["classes"])
     held_out = _open_held_out(args, images)
+    labels, notes = read_labels(args.run, args.labels, images) if args.labels else (None, ())
+    _say(*notes)
     curriculum.forward_backward(
-        images, args.run, args.out, recipe, source=source, held_out=held_out, options=args.training
+        images, args.run, args.out, recipe, labels=labels, source=source, held_out=held_out, options=args.training
     )
     print(f"trained: {args.out} - next: labelpenet predict {args.out} PHOTOS --out predictions.json")
 
@@ -618,6 +630,7 @@ def distill(args: Distill) -> None:
     from labelpenet.formats import open_annotated
     from labelpenet.models.cascade import read_run
     from labelpenet.training import distill as training
+    from labelpenet.training.labels import read_labels
     from labelpenet.training.supervised import read_supervision
 
     _check_out(args)
@@ -630,7 +643,7 @@ def distill(args: Distill) -> None:
         truth = read_supervision("full", open_annotated(args.data, source["split"], images.classes, args.images))
         labels, notes = truth.truths, truth.notes
     else:
-        labels, notes = training.read_labels(args.run, args.labels, images)
+        labels, notes = read_labels(args.run, args.labels, images)
     _say(*notes)
     training.distill(
         images,

@@ -313,11 +313,11 @@ class ForwardBackward(_Ranged):
         beta: IoU with a detection of module 2 above which a proposal of module 1 gets its class, else background.
         train_stem: whether the stem, frozen in the cascade, is trained too.
         labels: what the modules learn from: instances as another module has just ``inferred`` them, as the paper says,
-            or ``validated`` ones (`training.validated`).
+            or ``validated`` ones (`training.validated`); ``given`` ones come from elsewhere (``--labels``).
         enter, doubt: validated labels: belief from which an instance that the cascade had not is learnt, and below
             which one of the cascade that the teacher does not confirm is ignored.
-        zoom, colours: validated labels: the photograph's side is changed by up to this factor either way, and its
-            brightness, contrast and saturation by up to this fraction.
+        zoom, colours: labels that are not inferred: the side of the photograph is changed by up to this factor either
+            way, and its brightness, contrast and saturation by up to this fraction.
         share: the part of the cascade's weights that their moving average still holds at the end; the average is the
             result, and the teacher of validated labels. None for the weights themselves.
         drift: factor by which the labels' median area and number may leave the cascade's before the stage ends with the
@@ -328,7 +328,7 @@ class ForwardBackward(_Ranged):
     phases: typing.Literal["both", "forward", "backward"] = "both"
     beta: float = 0.5
     train_stem: bool = True
-    labels: typing.Literal["inferred", "validated"] = "inferred"
+    labels: typing.Literal["inferred", "validated", "given"] = "inferred"
     enter: float = 0.6
     doubt: float = 0.7
     zoom: float = 1.25

@@ -7,7 +7,8 @@ detections label the proposals of module 1 for a single-label loss beside its mu
 computed once a phase and shared; what a phase infers, it infers with the weights that it began with.
 
 With validated labels (`training.validated`) the same module infers for the same other one, but a teacher's, for both
-phases at once, and its instances are checked before they are learnt.
+phases at once, and its instances are checked before they are learnt. With given labels nothing is inferred for another
+module: all four learn what a better network, or a person, says of the photographs.
 """
 
 import copy
@@ -37,6 +38,7 @@ from labelpenet.models.cascade import LabelPEnet, read_run
 from labelpenet.models.detection import covered
 from labelpenet.training import validated
 from labelpenet.training.inferred import read_inferred
+from labelpenet.training.labels import Given, fingerprint
 from labelpenet.training.observe import check_held_out
 from labelpenet.training.pretrain import (
     Sample,
@@ -61,6 +63,7 @@ def forward_backward(
     run: Path,
     recipe: Recipe | None = None,
     *,
+    labels: Mapping[str, Instances] | None = None,
     source: dict[str, Any] | None = None,
     held_out: AnnotatedImages | None = None,
     options: CascadeOptions = CascadeOptions(),
@@ -70,11 +73,13 @@ def forward_backward(
     Args:
         images: the photographs and tags; start: run folder of the cascade; run: the run folder to write.
         recipe: every choice; that of ``start`` if None.
+        labels: what all modules learn instead of what another one infers: instances with masks by image id, weights
+            their confidences. A photograph that is not there is left out; one that ``start`` has not seen may be there.
         source, held_out, options: as for `train_run`.
 
     Raises:
-        InputError: ``start`` is not a run of these classes with all four modules and labels of the photographs, or
-            something else that was given cannot be used; KeyboardInterrupt: the state is saved.
+        InputError: ``start`` is not a run of these classes with all four modules and (where none are given) labels of
+            the photographs, or something else that was given cannot be used; KeyboardInterrupt: the state is saved.
     """
     facts = read_run(start)
     if list(images.classes) != list(facts["classes"]):
@@ -90,15 +95,22 @@ def forward_backward(
     if held_out is not None:
         check_held_out(images, held_out)
     recipe = recipe or config.from_dict(facts["recipe"])
-    if recipe.forward_backward.labels == "validated" and recipe.forward_backward.share is None:
+    if labels is not None:
+        images = with_labels(images, labels)
+        recipe = replace(recipe, forward_backward=replace(recipe.forward_backward, labels="given"))
+    elif recipe.forward_backward.labels == "given":
+        raise InputError("there are no given labels to learn; give them with --labels")
+    elif recipe.forward_backward.labels == "validated" and recipe.forward_backward.share is None:
         raise InputError("validated labels need a teacher; choose --set forward_backward.share=0.4, say")
     fabric = build_fabric(options.device, options.devices, options.nodes, options.precision)
     network = LabelPEnet.from_run(start, recipe=recipe)
     for number in range(1, len(MODULES) + 1):
         network.require(number)
-    anchors = read_anchors(start, images)
+    anchors = read_anchors(start, images) if labels is None else (Given(labels),) * len(MODULES)
     weights = digest(value.numpy().tobytes() for value in network.state_dict().values())
     own = {**run_facts(network, images, options.seed, precision_of(fabric)), "start": weights}
+    if labels is not None:
+        own["labels"] = digest(fingerprint(image.id, labels[image.id]) for image in images.images)
     with open_training(network, images, run, fabric, options, own, source) as training:
         observer = build_observer(training, held_out, options)
         parts = ("stem", *MODULES)
@@ -116,7 +128,18 @@ def forward_backward(
 
 
 Anchors = Sequence[Mapping[str, Instances]]
-"""What modules 1 to 4 of the cascade inferred, by image id."""
+"""What modules 1 to 4 of the cascade inferred, or are given to learn, by image id."""
+
+
+def with_labels(images: TaggedImages, labels: Mapping[str, Instances]) -> TaggedImages:
+    """The photographs that have labels; `InputError` where none has any, or one has boxes without masks."""
+    taught = tuple(image for image in images.images if image.id in labels)
+    if not any(len(labels[image.id]) for image in taught):
+        raise InputError("no photograph has a label; check the labels, the split and the classes")
+    for image in taught:
+        if len(labels[image.id]) and labels[image.id].masks is None:
+            raise InputError(f"{image.id}: its labels have no masks, which modules 3 and 4 learn; give some, or none")
+    return TaggedImages(images.classes, taught, images.notes)
 
 
 def read_anchors(start: Path, images: TaggedImages) -> Anchors:
@@ -135,7 +158,7 @@ def read_anchors(start: Path, images: TaggedImages) -> Anchors:
 
 @dataclass
 class Shown(Sample):
-    """A sample with the photograph's ``id`` and what the cascade's modules inferred for it, in its pixels."""
+    """A sample with the photograph's ``id`` and what the cascade's modules inferred, or were given, in its pixels."""
 
     id: str = ""
     anchors: tuple[Instances, ...] = ()
@@ -166,8 +189,12 @@ def stage(training: Training, anchors: Anchors) -> Stage:
         return labels[iteration, one.id]
 
     def loss(samples: list[Shown], step: int) -> dict[str, Tensor]:
-        given = [validate(one, step // count) for one in samples] if choice.labels == "validated" else None
-        return phases[step % count](network, samples, given)
+        taught: Labels = None
+        if choice.labels == "validated":
+            taught = [validate(one, step // count) for one in samples]
+        elif choice.labels == "given":
+            taught = [one.anchors for one in samples]
+        return phases[step % count](network, samples, taught)
 
     return Stage(
         name=STAGE,
@@ -186,8 +213,12 @@ def stage(training: Training, anchors: Anchors) -> Stage:
 
 
 def guard(training: Training, asked: LabelPEnet, anchors: Anchors) -> Callable[[], tuple[dict[str, float], str | None]]:
-    """How far the labels of modules 2 to 4 have left the cascade's, on a few photographs that the seed chooses."""
-    bound, fabric = training.recipe.forward_backward.drift, training.fabric
+    """How far the labels of modules 2 to 4 have left the cascade's, on a few photographs that the seed chooses.
+
+    With given labels: how far they are from those, which they are to come nearer; no bound.
+    """
+    learning, fabric = training.recipe.forward_backward, training.fabric
+    bound = None if learning.labels == "given" else learning.drift
     tagged = [image for image in training.images.images if image.tags]
     chosen = random.Random(stream_seed(training.options.seed, STAGE, 0, use="drift")).sample(
         tagged, min(WATCHED, len(tagged))
@@ -203,7 +234,8 @@ def guard(training: Training, asked: LabelPEnet, anchors: Anchors) -> Callable[[
                 continue
             for number, own in rows.items():
                 ((found, _),) = asked.infer(number, batch)
-                own.append(validated.compare(found, anchors[number - 1][image.id]))
+                anchor = anchors[number - 1][image.id]
+                own.append(validated.compare(found, anchor[anchor.weights > 0]))
         shares = gather(fabric.world_size, rows)
         figures: dict[str, float] = {}
         problem: str | None = None
@@ -234,7 +266,7 @@ def load(training: Training, anchors: Anchors) -> Callable[[list[int], torch.Gen
             return Shown(pixels, training.network.view(pixels, side), image.tags, boxes, id=image.id)
         labels = tuple(module[image.id] for module in anchors)
         if any(label.image_size != pixels.shape[:2] for label in labels):
-            raise InputError(f"{image.path}: has another size than when the cascade labelled it; train that anew")
+            raise InputError(f"{image.path}: has another size than its labels; label it anew")
         zoom = learning.zoom ** (2 * float(torch.rand((), generator=generator)) - 1)
         seen = validated.recolour(pixels, learning.colours, generator)
         view = training.network.view(seen, round(side * zoom), flip)

@@ -10,8 +10,7 @@ Shape letters: ``N`` instances, ``h, w`` the network's input.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from labelpenet import config
-from labelpenet.calibration.fusion import fuse
-from labelpenet.calibration.nms import confident
 from labelpenet.config import Images, Noise, RunOptions, StudentRecipe
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImages
@@ -34,9 +31,9 @@ from labelpenet.engine.sampler import seed_step
 from labelpenet.engine.stage import Stage
 from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
-from labelpenet.formats import read_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.student import KIND, Lesson, Student
+from labelpenet.training.labels import fingerprint, sort_out
 from labelpenet.training.pretrain import digest
 from labelpenet.training.run import open_run
 
@@ -84,7 +81,7 @@ def distill(
         "precision": precision_of(fabric),
         "supervision": supervision,
         "images": len(taught.images),
-        "labels": digest(_fingerprint(image.id, labels[image.id]) for image in taught.images),
+        "labels": digest(fingerprint(image.id, labels[image.id]) for image in taught.images),
         "recipe": config.to_dict(recipe),
     }
     weights_file = run_folder.weights(out, KIND)
@@ -96,49 +93,6 @@ def distill(
                 write_tensors(weights_file, student.plain_state(), "free some space and use --resume")
             fabric.barrier()
     return Student.from_run(out, fabric.device)
-
-
-@dataclass(frozen=True)
-class _Fused(Mapping[str, Instances]):
-    """The labels of several models, put together when they are asked for (`calibration.fusion`)."""
-
-    opinions: tuple[Mapping[str, Instances], ...]
-    tags: dict[str, tuple[int, ...]]  # of the images that any of them names
-
-    def __len__(self) -> int:
-        return len(self.tags)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tags)
-
-    def __getitem__(self, image: str) -> Instances:
-        tags = self.tags[image]  # a KeyError for one that no file names
-        return fuse([one[image] for one in self.opinions if image in one], tags)
-
-
-def read_labels(
-    run: Path, paths: Sequence[Path], images: TaggedImages
-) -> tuple[Mapping[str, Instances], tuple[str, ...]]:
-    """The labels of a run's last module, or of the predictions or COCO files ``paths``; and notes about them.
-
-    Several files are several models' opinions, which are fused, classes of each photograph's tags alone.
-
-    Raises:
-        InputError: there are none, or a file cannot be used.
-    """
-    if not paths:
-        paths = [run_folder.instances(run, "module4")]
-        run_folder.check_own(run, {image.id: image.path for image in images.images})
-    for path in paths:
-        if not path.exists():
-            raise InputError(f"{path}: not there; train the run's module 4, or give labels with --labels")
-    opinions = tuple(read_predictions(path, images, images.classes) for path in paths)
-    notes = tuple(dict.fromkeys(note for one in opinions for note in one.notes))
-    if len(opinions) == 1:
-        return opinions[0], notes
-    return _Fused(
-        opinions, {one.id: one.tags for one in images.images if any(one.id in own for own in opinions)}
-    ), notes
 
 
 def stage(student: Student, images: TaggedImages, labels: Mapping[str, Instances], micro_batch: int = 1) -> Stage:
@@ -188,18 +142,3 @@ def lesson(image: np.ndarray, labels: Instances, images: Images, noise: Noise, g
     scale = width / image.shape[1], height / image.shape[0]
     view = View(pixels.flip(-1) if flip else pixels, scale, flip)
     return Lesson(view.pixels[0], view.instances(taught), view.boxes(doubtful))
-
-
-def sort_out(labels: Instances, noise: Noise) -> tuple[Instances, Tensor]:
-    """The instances that are taught, and the boxes (M, 4) of the doubtful ones (see `config.Noise`)."""
-    area = labels.boxes[:, 2:] - labels.boxes[:, :2]
-    sure = confident(labels, noise.keep, noise.nested) & (area > 0).all(1)
-    taught = labels[sure]
-    if not noise.weighted:
-        taught = taught.weighted(torch.ones(len(taught)))
-    return taught, labels.boxes[~sure]
-
-
-def _fingerprint(name: str, one: Instances) -> bytes:
-    values = [one.boxes, one.labels, one.weights] + ([] if one.masks is None else [one.masks.sum((1, 2))])
-    return name.encode() + b"".join(value.numpy().tobytes() for value in values)

@@ -14,7 +14,7 @@ from labelpenet.data.files import hash_file
 from labelpenet.data.run_folder import check_photographs, claimed, start_run
 from labelpenet.errors import InputError
 from labelpenet.review.doubt import rank_run
-from labelpenet.training.distill import read_labels
+from labelpenet.training.labels import read_labels
 
 FACTS = {"classes": ["a", "b"], "seed": 0, "recipe": {"images": {"sides": (480, 576)}}}
 

@@ -12,6 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from labelpenet import cli
 from labelpenet.config import CascadeOptions
 from labelpenet.data.dataset import TaggedImages
 from labelpenet.data.images import read_image
@@ -21,7 +22,7 @@ from labelpenet.data.transforms import Batch
 from labelpenet.engine.log import read_metrics
 from labelpenet.errors import InputError
 from labelpenet.evaluation import box_iou
-from labelpenet.formats import open_tagged
+from labelpenet.formats import open_tagged, write_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.models.classification import present_classes
@@ -36,6 +37,7 @@ from labelpenet.training.curriculum import (
     proposal_labels,
     read_anchors,
 )
+from labelpenet.training.labels import Given
 from labelpenet.training.pretrain import Sample, Training, pretrain, run_facts, to_batch
 from labelpenet.training.validated import validate
 from tests.models.tiny import lively_tiny
@@ -390,6 +392,115 @@ def test_what_it_cannot_start_from_is_named(improved, start, images, tmp_path):
     with pytest.raises(InputError, match="another recipe"):
         improve(images, start, improved, "forward_backward.schedule.steps=4", resume=True)
     assert not (tmp_path / "run").exists()
+
+
+def objects(images: TaggedImages, masks: bool = True, weight: float = 0.8) -> dict[str, Instances]:
+    """Labels that a person might give: in each photograph its first tag's object, and a doubtful one inside it."""
+    boxes = torch.tensor([[10.0, 12.0, 70.0, 80.0], [20.0, 20.0, 40.0, 40.0]])
+    drawn = torch.zeros(2, 96, 96, dtype=torch.bool)
+    drawn[0, 12:80, 10:70], drawn[1, 20:40, 20:40] = True, True
+    found = {}
+    for image in images.images:
+        classes = torch.tensor([image.tags[0]] * 2)
+        weights = torch.tensor([weight, weight / 4])
+        found[image.id] = Instances(boxes, classes, weights, (96, 96), drawn if masks else None)
+    return found
+
+
+@pytest.fixture
+def told(images, start, tmp_path):
+    """Trains on given labels in a run folder of the test's."""
+
+    def train(labels, *changes: str, photographs: TaggedImages = images, resume: bool = False) -> Path:
+        options = CascadeOptions(resume, device="cpu", precision="32-true", cache=start.parent / "cache")
+        recipe = tiny_recipe(*CHANGES, *changes)
+        forward_backward(photographs, start, tmp_path / "told", recipe, labels=labels, options=options)
+        return tmp_path / "told"
+
+    return train
+
+
+def test_given_labels_are_what_all_modules_learn(start, images, monkeypatch):
+    """Both phases; the doubtful one is ignored; and nothing is inferred for another module."""
+    labels = objects(images)
+    training = training_on(start, images, "forward_backward.labels=given")
+    network, one = training.network, curriculum.stage(training, (Given(labels),) * 4)
+    (shown,) = one.load([0], torch.Generator().manual_seed(1))
+    expected = shown.view.instances(labels["train_00000"].weighted(torch.tensor([0.8, 0.0])))
+    monkeypatch.setattr(LabelPEnet, "infer", None)
+    network.train()
+    seen = spy(monkeypatch, network)
+    one.loss([shown], 0)
+    assert all(same(seen[number], expected) for number in (2, 3, 4))
+    seen.clear()
+    terms = one.loss([shown], 1)
+    assert same(seen[3], expected.weighted(torch.tensor([1.0, 0.0]))) and same(seen[2], expected)
+    x_c, _ = network.classification(network.classification.features(to_batch(network, [shown]))[0])
+    own = proposal_labels(shown.proposals, labels["train_00000"].weighted(torch.tensor([0.8, 0.0])), 0.5)
+    torch.testing.assert_close(
+        terms["backward_1_single"], network.classification.single_label_loss(x_c, own), atol=1e-4, rtol=1e-4
+    )
+
+
+def test_a_cascade_comes_nearer_to_given_labels(told, start, images):
+    """Its own labels of the photographs, against those that it was given."""
+    labels = objects(images)
+
+    def overlap(run: Path) -> float:
+        """The best box IoU with the object, mean over modules 2 to 4 and the photographs."""
+        found = [read_anchors(run, images)[number][image.id] for number in (1, 2, 3) for image in images.images]
+        wanted = [labels[image.id].boxes[:1].numpy() for _ in (1, 2, 3) for image in images.images]
+        ious = [box_iou(one.boxes.numpy(), other) for one, other in zip(found, wanted, strict=True)]
+        return float(np.mean([iou.max(initial=0) for iou in ious]))
+
+    after = told(labels, "forward_backward.schedule.steps=40", "forward_backward.share=none")
+    assert overlap(after) > overlap(start) + 0.1
+
+
+def test_given_labels_choose_the_photographs(told, start, images):
+    """Those that have some; one that the cascade has not seen may be among them."""
+    new = replace(images.images[0], id="new")
+    labels = {name: one for name, one in objects(images).items() if name != images.images[1].id}
+    labels["new"] = labels["train_00000"]
+    more = TaggedImages(images.classes, (*images.images, new))
+    run = told(labels, photographs=more)
+    assert set(read_anchors(run, TaggedImages(images.classes, (new,)))[3]) == set(labels)
+    assert json.loads((run / "run.json").read_text())["recipe"]["forward_backward"]["labels"] == "given"
+    with pytest.raises(InputError, match="with another labels"):
+        told(labels | {"new": objects(images, weight=0.7)["train_00000"]}, photographs=more, resume=True)
+
+
+def test_given_labels_that_cannot_be_learnt_are_named(told, images, tmp_path):
+    for labels, what in (
+        ({}, "no photograph has a label"),
+        (objects(images, masks=False), "train_00000: its labels have no masks"),
+        (None, "give them with --labels"),
+    ):
+        with pytest.raises(InputError, match=what):
+            told(labels, *(["forward_backward.labels=given"] if labels is None else []))
+    assert not (tmp_path / "told").exists()
+
+
+def test_a_file_of_labels_on_the_command_line(start, scenes, images, tmp_path, capsys):
+    for name, weight in (("a.json", 0.8), ("b.json", 0.4)):
+        write_predictions(tmp_path / name, objects(images, weight=weight).items(), images.images, images.classes)
+    words = ["forward-backward", start, scenes, "--split", "train", "--out", tmp_path / "run"]
+    words += ["--cache", start.parent / "cache", "--device", "cpu"]
+    words += ["--labels", tmp_path / "a.json", tmp_path / "b.json"]
+    words = [str(word) for word in words]
+
+    def refused(*more: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*words, *more])
+        assert ended.value.code == 2
+        return capsys.readouterr().err
+
+    assert "--labels says what is learnt" in refused("--set", "forward_backward.labels=validated")
+    assert not (tmp_path / "run").exists()
+    cli.main(words)
+    assert set(results(tmp_path / "run")) == set(results(start))
+    words.pop()
+    assert "with another labels" in refused("--resume"), "one file says something else than two put together"
 
 
 @pytest.mark.parametrize("learns", [False, True])

@@ -18,7 +18,8 @@ from labelpenet.evaluation import evaluate
 from labelpenet.formats import open_annotated, write_predictions
 from labelpenet.instances import Instances, masks_to_boxes
 from labelpenet.training import distill
-from labelpenet.training.distill import lesson, sort_out
+from labelpenet.training.distill import lesson
+from labelpenet.training.labels import Fused, sort_out
 from tests.students import CHOICES, small_student
 
 
@@ -136,9 +137,9 @@ def test_averaged_weights_do_not_look_back_to_where_the_learning_rate_was_high()
 def test_a_file_that_found_nothing_may_name_another_size():
     found, nothing = labels([[1, 1, 9, 9]], [0.8]), Instances.empty((7, 7))
     for opinions in (({"a": nothing}, {"a": found}), ({"a": found}, {"a": nothing})):
-        fused = distill._Fused(opinions, {"a": (0,)})["a"]
+        fused = Fused(opinions, {"a": (0,)})["a"]
         assert fused.image_size == found.image_size and fused.weights.tolist() == [pytest.approx(0.4)]
-    assert not len(distill._Fused(({"a": nothing},), {"a": (0,)})["a"])
+    assert not len(Fused(({"a": nothing},), {"a": (0,)})["a"])
 
 
 def test_from_a_file_of_labels_to_predictions_on_the_command_line(tmp_path, capsys):

@@ -1,0 +1,106 @@
+"""Labels that a training is given: those of a run, or of files, which may be several models' opinions.
+
+Shape letters: ``N`` instances, ``M`` doubtful ones.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from labelpenet.calibration.fusion import fuse
+from labelpenet.calibration.nms import confident
+from labelpenet.config import Noise
+from labelpenet.data import run_folder
+from labelpenet.data.dataset import TaggedImages
+from labelpenet.errors import InputError
+from labelpenet.formats import read_predictions
+from labelpenet.instances import Instances
+
+
+@dataclass(frozen=True)
+class Fused(Mapping[str, Instances]):
+    """The labels of several models, put together when they are asked for (`calibration.fusion`)."""
+
+    opinions: tuple[Mapping[str, Instances], ...]
+    tags: dict[str, tuple[int, ...]]  # of the images that any of them names
+
+    def __len__(self) -> int:
+        return len(self.tags)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tags)
+
+    def __getitem__(self, image: str) -> Instances:
+        tags = self.tags[image]  # a KeyError for one that no file names
+        return fuse([one[image] for one in self.opinions if image in one], tags)
+
+
+def read_labels(
+    run: Path, paths: Sequence[Path], images: TaggedImages
+) -> tuple[Mapping[str, Instances], tuple[str, ...]]:
+    """The labels of a run's last module, or of the predictions or COCO files ``paths``; and notes about them.
+
+    Several files are several models' opinions, which are fused, classes of each photograph's tags alone.
+
+    Raises:
+        InputError: there are none, or a file cannot be used.
+    """
+    if not paths:
+        paths = [run_folder.instances(run, "module4")]
+        run_folder.check_own(run, {image.id: image.path for image in images.images})
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path}: not there; train the run's module 4, or give labels with --labels")
+    opinions = tuple(read_predictions(path, images, images.classes) for path in paths)
+    notes = tuple(dict.fromkeys(note for one in opinions for note in one.notes))
+    if len(opinions) == 1:
+        return opinions[0], notes
+    return Fused(opinions, {one.id: one.tags for one in images.images if any(one.id in own for own in opinions)}), notes
+
+
+class Given(Mapping[str, Instances]):
+    """Labels as the modules of a cascade learn them: those that a student would ignore (`sort_out`) have weight 0."""
+
+    def __init__(self, labels: Mapping[str, Instances]):
+        self._labels = labels
+        self._read = functools.lru_cache(maxsize=1)(self._doubted)  # four modules ask for the same photograph
+
+    def __getitem__(self, image: str) -> Instances:
+        return self._read(image)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._labels)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def _doubted(self, image: str) -> Instances:
+        labels = self._labels[image]
+        return labels.weighted(labels.weights * _sure(labels, Noise()))
+
+
+def sort_out(labels: Instances, noise: Noise) -> tuple[Instances, Tensor]:
+    """The instances that are taught, and the boxes (M, 4) of the doubtful ones (see `config.Noise`)."""
+    sure = _sure(labels, noise)
+    taught = labels[sure]
+    if not noise.weighted:
+        taught = taught.weighted(torch.ones(len(taught)))
+    return taught, labels.boxes[~sure]
+
+
+def _sure(labels: Instances, noise: Noise) -> Tensor:
+    """(N,) bool: neither doubtful nor without area."""
+    sides = labels.boxes[:, 2:] - labels.boxes[:, :2]
+    return confident(labels, noise.keep, noise.nested) & (sides > 0).all(1)
+
+
+def fingerprint(name: str, one: Instances) -> bytes:
+    """What tells a photograph's labels from others, for a digest: the image id, boxes, classes, weights, mask areas."""
+    values = [one.boxes, one.labels, one.weights] + ([] if one.masks is None else [one.masks.sum((1, 2))])
+    return name.encode() + b"".join(value.numpy().tobytes() for value in values)
