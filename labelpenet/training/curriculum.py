@@ -95,8 +95,9 @@ def forward_backward(
     if held_out is not None:
         check_held_out(images, held_out)
     recipe = recipe or config.from_dict(facts["recipe"])
+    own: dict[str, Any] = {}
     if labels is not None:
-        images = with_labels(images, labels)
+        images, own["labels"] = with_labels(images, labels)
         recipe = replace(recipe, forward_backward=replace(recipe.forward_backward, labels="given"))
     elif recipe.forward_backward.labels == "given":
         raise InputError("there are no given labels to learn; give them with --labels")
@@ -108,9 +109,7 @@ def forward_backward(
         network.require(number)
     anchors = read_anchors(start, images) if labels is None else (Given(labels),) * len(MODULES)
     weights = digest(value.numpy().tobytes() for value in network.state_dict().values())
-    own = {**run_facts(network, images, options.seed, precision_of(fabric)), "start": weights}
-    if labels is not None:
-        own["labels"] = digest(fingerprint(image.id, labels[image.id]) for image in images.images)
+    own = {**run_facts(network, images, options.seed, precision_of(fabric)), "start": weights, **own}
     with open_training(network, images, run, fabric, options, own, source) as training:
         observer = build_observer(training, held_out, options)
         parts = ("stem", *MODULES)
@@ -131,15 +130,19 @@ Anchors = Sequence[Mapping[str, Instances]]
 """What modules 1 to 4 of the cascade inferred, or are given to learn, by image id."""
 
 
-def with_labels(images: TaggedImages, labels: Mapping[str, Instances]) -> TaggedImages:
-    """The photographs that have labels; `InputError` where none has any, or one has boxes without masks."""
-    taught = tuple(image for image in images.images if image.id in labels)
-    if not any(len(labels[image.id]) for image in taught):
-        raise InputError("no photograph has a label; check the labels, the split and the classes")
-    for image in taught:
-        if len(labels[image.id]) and labels[image.id].masks is None:
+def with_labels(images: TaggedImages, labels: Mapping[str, Instances]) -> tuple[TaggedImages, str]:
+    """The photographs that have labels, and the labels' digest; `InputError` where no label is there, or no mask."""
+    taught = [image for image in images.images if image.id in labels]
+    prints, count = [], 0
+    for image in taught:  # once each: several files are put together as they are read
+        own = labels[image.id]
+        if len(own) and own.masks is None:
             raise InputError(f"{image.id}: its labels have no masks, which modules 3 and 4 learn; give some, or none")
-    return TaggedImages(images.classes, taught, images.notes)
+        prints.append(fingerprint(image.id, own))
+        count += len(own)
+    if not count:
+        raise InputError("no photograph has a label; check the labels, the split and the classes")
+    return TaggedImages(images.classes, tuple(taught), images.notes), digest(prints)
 
 
 def read_anchors(start: Path, images: TaggedImages) -> Anchors:
