@@ -58,7 +58,10 @@ HeldOut = Annotated[
 ]
 Labels = Annotated[
     tuple[Path, ...],
-    _optional("[FILE ...]", "Predictions or COCO files to learn from; several are put together. Default: RUN's own."),
+    _optional(
+        "[FILE ...]",
+        "Predictions or COCO files to learn from; several are put together. Default: those in RUN/instances.",
+    ),
 ]
 Shorten = Annotated[float, arg(help="Multiply every stage's number of steps.")]
 Device = Annotated[config.Device, arg(help="Where to compute.")]
