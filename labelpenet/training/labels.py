@@ -51,12 +51,13 @@ def read_labels(
     Raises:
         InputError: there are none, or a file cannot be used.
     """
+    remedy = "check the path" if paths else "train the run's module 4, or give labels with --labels"
     if not paths:
         paths = [run_folder.instances(run, "module4")]
         run_folder.check_own(run, {image.id: image.path for image in images.images})
     for path in paths:
         if not path.exists():
-            raise InputError(f"{path}: not there; train the run's module 4, or give labels with --labels")
+            raise InputError(f"{path}: not there; {remedy}")
     opinions = tuple(read_predictions(path, images, images.classes) for path in paths)
     notes = tuple(dict.fromkeys(note for one in opinions for note in one.notes))
     if len(opinions) == 1:

@@ -496,6 +496,10 @@ def test_a_file_of_labels_on_the_command_line(start, scenes, images, tmp_path, c
         return capsys.readouterr().err
 
     assert "--labels says what is learnt" in refused("--set", "forward_backward.labels=validated")
+    gone = [*words[:-1], str(tmp_path / "c.json")]
+    with pytest.raises(SystemExit):
+        cli.main(gone)
+    assert "c.json: not there; check the path" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     cli.main(words)
     assert set(results(tmp_path / "run")) == set(results(start))
