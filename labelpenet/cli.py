@@ -622,6 +622,8 @@ def forward_backward(args: ForwardBackward) -> None:
     held_out = _open_held_out(args, images)
     labels, notes = read_labels(args.run, args.labels, images) if args.labels else (None, ())
     _say(*notes)
+    if args.labels:
+        source["labels"] = " ".join(map(str, args.labels))
     curriculum.forward_backward(
         images, args.run, args.out, recipe, labels=labels, source=source, held_out=held_out, options=args.training
     )

@@ -127,6 +127,7 @@ def model_card(facts: Mapping[str, Any], results: Mapping[str, Any], licence: st
         taught = (
             "a file of labels" if facts.get("labels_file") else f"the labels of a cascade that learnt from {teacher}"
         )
+        taught = taught if student else f"{_TAUGHT['tags']}, and then from labels that were given"
     data = f" of {facts['data']}" if facts.get("data") else ""
     started = facts["backbone"] != "tiny"
     backbone = f"{facts['backbone']}{', from ImageNet weights' * started}"

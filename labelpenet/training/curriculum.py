@@ -98,6 +98,7 @@ def forward_backward(
     own: dict[str, Any] = {}
     if labels is not None:
         images, own["labels"] = with_labels(images, labels)
+        own["supervision"] = "labels"  # so that report and model card do not say that tags alone were learnt
         recipe = replace(recipe, forward_backward=replace(recipe.forward_backward, labels="given"))
     elif recipe.forward_backward.labels == "given":
         raise InputError("there are no given labels to learn; give them with --labels")

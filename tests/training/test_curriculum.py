@@ -27,6 +27,7 @@ from labelpenet.instances import Instances
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.models.classification import present_classes
 from labelpenet.models.detection import Detector
+from labelpenet.models.hub import save_pretrained
 from labelpenet.training import curriculum
 from labelpenet.training.curriculum import (
     STAGE,
@@ -503,6 +504,8 @@ def test_a_file_of_labels_on_the_command_line(start, scenes, images, tmp_path, c
     assert not (tmp_path / "run").exists()
     cli.main(words)
     assert set(results(tmp_path / "run")) == set(results(start))
+    card = (save_pretrained(tmp_path / "run", tmp_path / "hub") / "README.md").read_text()
+    assert "and then from labels that were given" in card, "not from tags alone"
     words.pop()
     assert "with another labels" in refused("--resume"), "one file says something else than two put together"
 
