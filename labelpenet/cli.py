@@ -542,6 +542,8 @@ def _end(status: int, line: str) -> NoReturn:
 
 
 def _say(*notes: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return  # the first process of the machine says it
     for note in notes:
         print(f"note: {one_line(note)}", file=sys.stderr)
 

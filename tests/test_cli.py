@@ -388,3 +388,12 @@ def test_what_is_set_is_not_shortened(words: list[str], base: Any, steps: str) -
         recipe = config.StudentRecipe() if words[0] == "distill" else config.recipe("best")
         changed = cli._changed(recipe, command)
         assert (changed if words[0] == "distill" else changed.modules[1]).schedule.steps == expected
+
+
+def test_of_several_processes_the_first_one_of_a_machine_says_the_notes(monkeypatch, capsys) -> None:
+    for rank, said in ((None, 1), ("0", 1), ("1", 0)):
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        if rank is not None:
+            monkeypatch.setenv("LOCAL_RANK", rank)
+        cli._say("three photographs")
+        assert capsys.readouterr().err.count("three photographs") == said

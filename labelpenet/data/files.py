@@ -342,6 +342,14 @@ def locked(path: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
+def digest(parts: Iterable[bytes]) -> str:
+    """A short fingerprint of values that two processes or runs must share: 64 bits of BLAKE2b, in hexadecimal."""
+    found = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        found.update(part + b"\n")
+    return found.hexdigest()
+
+
 def hash_file(path: Path) -> str:
     """Names the content of a file: 128 bits of BLAKE2b, in hexadecimal."""
     with Path(path).open("rb") as file:

@@ -100,6 +100,10 @@ class Predictions(Mapping[str, Instances]):
     def __contains__(self, image: object) -> bool:
         return image in self._rows
 
+    def labels(self, image: str) -> np.ndarray:
+        """(N,) int64 class indices of an image's instances, without decoding their masks."""
+        return self._rows[image].labels
+
     def __getitem__(self, image: str) -> Instances:
         rows = self._rows[image]
         masks = None

@@ -27,6 +27,7 @@ from labelpenet import config
 from labelpenet.config import MODULES, CascadeOptions, Recipe
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
+from labelpenet.data.files import digest
 from labelpenet.data.images import read_image
 from labelpenet.data.transforms import mirror, random_view
 from labelpenet.engine.distributed import build_fabric, gather, images_together, precision_of
@@ -38,12 +39,11 @@ from labelpenet.models.cascade import LabelPEnet, read_run
 from labelpenet.models.detection import covered
 from labelpenet.training import validated
 from labelpenet.training.inferred import read_inferred
-from labelpenet.training.labels import Given, fingerprint
+from labelpenet.training.labels import Given, fingerprint, read_all
 from labelpenet.training.observe import check_held_out
 from labelpenet.training.pretrain import (
     Sample,
     Training,
-    digest,
     label_images,
     load_trained,
     run_facts,
@@ -95,16 +95,16 @@ def forward_backward(
     if held_out is not None:
         check_held_out(images, held_out)
     recipe = recipe or config.from_dict(facts["recipe"])
-    own: dict[str, Any] = {}
-    if labels is not None:
-        images, own["labels"] = with_labels(images, labels)
-        own["supervision"] = "labels"  # so that report and model card do not say that tags alone were learnt
-        recipe = replace(recipe, forward_backward=replace(recipe.forward_backward, labels="given"))
-    elif recipe.forward_backward.labels == "given":
+    if labels is None and recipe.forward_backward.labels == "given":
         raise InputError("there are no given labels to learn; give them with --labels")
-    elif recipe.forward_backward.labels == "validated" and recipe.forward_backward.share is None:
+    if labels is None and recipe.forward_backward.labels == "validated" and recipe.forward_backward.share is None:
         raise InputError("validated labels need a teacher; choose --set forward_backward.share=0.4, say")
     fabric = build_fabric(options.device, options.devices, options.nodes, options.precision)
+    own: dict[str, Any] = {}
+    if labels is not None:
+        images, own["labels"] = with_labels(images, labels, fabric.global_rank == 0)
+        own["supervision"] = "labels"  # so that report and model card do not say that tags alone were learnt
+        recipe = replace(recipe, forward_backward=replace(recipe.forward_backward, labels="given"))
     network = LabelPEnet.from_run(start, recipe=recipe)
     for number in range(1, len(MODULES) + 1):
         network.require(number)
@@ -131,15 +131,17 @@ Anchors = Sequence[Mapping[str, Instances]]
 """What modules 1 to 4 of the cascade inferred, or are given to learn, by image id."""
 
 
-def with_labels(images: TaggedImages, labels: Mapping[str, Instances]) -> tuple[TaggedImages, str]:
-    """The photographs that have labels, and the labels' digest; `InputError` where no label is there, or no mask."""
+def with_labels(images: TaggedImages, labels: Mapping[str, Instances], first: bool = True) -> tuple[TaggedImages, str]:
+    """The photographs that have labels, and the labels' digest; `InputError` where no label is there, or no mask.
+
+    ``first`` as for `read_all`.
+    """
     taught = [image for image in images.images if image.id in labels]
     prints, count = [], 0
-    for image in taught:  # once each: several files are put together as they are read
-        own = labels[image.id]
+    for name, own in read_all(labels, taught, first):  # once: several files are put together as they are read
         if len(own) and own.masks is None:
-            raise InputError(f"{image.id}: its labels have no masks, which modules 3 and 4 learn; give some, or none")
-        prints.append(fingerprint(image.id, own))
+            raise InputError(f"{name}: its labels have no masks, which modules 3 and 4 learn; give some, or none")
+        prints.append(fingerprint(name, own))
         count += len(own)
     if not count:
         raise InputError("no photograph has a label; check the labels, the split and the classes")

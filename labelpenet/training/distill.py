@@ -23,7 +23,7 @@ from labelpenet import config
 from labelpenet.config import Images, Noise, RunOptions, StudentRecipe
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImages
-from labelpenet.data.files import write_tensors
+from labelpenet.data.files import digest, write_tensors
 from labelpenet.data.images import read_image
 from labelpenet.data.transforms import View, random_view, scaled_size, shrink
 from labelpenet.engine.distributed import build_fabric, images_together, precision_of
@@ -33,8 +33,7 @@ from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.models.student import KIND, Lesson, Student
-from labelpenet.training.labels import fingerprint, sort_out
-from labelpenet.training.pretrain import digest
+from labelpenet.training.labels import fingerprint, read_all, sort_out
 from labelpenet.training.run import open_run
 
 
@@ -81,7 +80,7 @@ def distill(
         "precision": precision_of(fabric),
         "supervision": supervision,
         "images": len(taught.images),
-        "labels": digest(fingerprint(image.id, labels[image.id]) for image in taught.images),
+        "labels": digest(fingerprint(*one) for one in read_all(labels, taught.images, fabric.global_rank == 0)),
         "recipe": config.to_dict(recipe),
     }
     weights_file = run_folder.weights(out, KIND)

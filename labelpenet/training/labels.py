@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,10 +18,12 @@ from labelpenet.calibration.fusion import fuse
 from labelpenet.calibration.nms import confident
 from labelpenet.config import Noise
 from labelpenet.data import run_folder
-from labelpenet.data.dataset import TaggedImages
+from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.errors import InputError
 from labelpenet.formats import read_predictions
+from labelpenet.formats.rows import Predictions
 from labelpenet.instances import Instances
+from labelpenet.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,17 @@ def read_labels(
     opinions = tuple(read_predictions(path, images, images.classes) for path in paths)
     notes = tuple(dict.fromkeys(note for one in opinions for note in one.notes))
     if len(opinions) == 1:
-        return opinions[0], notes
+        return opinions[0], (*notes, *_beyond_tags(paths[0], opinions[0], images))
     return Fused(opinions, {one.id: one.tags for one in images.images if any(one.id in own for own in opinions)}), notes
+
+
+def _beyond_tags(path: Path, labels: Predictions, images: TaggedImages) -> list[str]:
+    """A note where photographs have labels of classes that are not among their tags: they are learnt all the same."""
+    other = [len(set(labels.labels(one.id).tolist()) - set(one.tags)) for one in images.images if one.id in labels]
+    count = sum(map(bool, other))
+    if not count:
+        return []
+    return [f"{path}: {count} photographs have labels of classes that their tags do not name; they are learnt, too"]
 
 
 class Given(Mapping[str, Instances]):
@@ -101,7 +113,20 @@ def _sure(labels: Instances, noise: Noise) -> Tensor:
     return confident(labels, noise.keep, noise.nested) & (sides > 0).all(1)
 
 
+def read_all(
+    labels: Mapping[str, Instances], images: Sequence[TaggedImage], first: bool = True
+) -> Iterator[tuple[str, Instances]]:
+    """The image ids and labels of photographs, one after another; the ``first`` process shows how far it is, for to put
+    several files together takes a while.
+    """
+    with Progress("reading labels", len(images), log=None if first else silent) as progress:
+        for image in progress.tracked(images):
+            yield image.id, labels[image.id]
+
+
 def fingerprint(name: str, one: Instances) -> bytes:
-    """What tells a photograph's labels from others, for a digest: the image id, boxes, classes, weights, mask areas."""
-    values = [one.boxes, one.labels, one.weights] + ([] if one.masks is None else [one.masks.sum((1, 2))])
-    return name.encode() + b"".join(value.numpy().tobytes() for value in values)
+    """What tells a photograph's labels from others, for a digest: image id, boxes, classes, weights and masks."""
+    values = [value.numpy() for value in (one.boxes, one.labels, one.weights)]
+    if one.masks is not None:
+        values.append(np.packbits(one.masks.numpy()))
+    return name.encode() + b"".join(value.tobytes() for value in values)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,7 +18,7 @@ from labelpenet import config
 from labelpenet.config import MODULES, Recipe, RunOptions
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
-from labelpenet.data.files import write_tensors
+from labelpenet.data.files import digest, write_tensors
 from labelpenet.data.images import read_image
 from labelpenet.data.transforms import Batch, View, random_view
 from labelpenet.engine.distributed import gather, images_together
@@ -284,11 +283,3 @@ def run_facts(network: LabelPEnet, images: TaggedImages, seed: int, precision: s
         "weights": digest(value.detach().cpu().numpy().tobytes() for value in network.stem.state_dict().values()),
         "recipe": config.to_dict(network.recipe),
     }
-
-
-def digest(parts: Iterable[bytes]) -> str:
-    """A short fingerprint of values that two processes or runs must share."""
-    found = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        found.update(part + b"\n")
-    return found.hexdigest()

@@ -12,7 +12,7 @@ from lightning_fabric import Fabric
 from labelpenet.config import CascadeOptions, Recipe
 from labelpenet.data import precomputed, run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImages
-from labelpenet.data.files import hash_files
+from labelpenet.data.files import digest, hash_files
 from labelpenet.data.proposals import compute_proposals
 from labelpenet.engine.distributed import build_fabric, peers, precision_of, together
 from labelpenet.engine.sampler import seed_step
@@ -20,7 +20,7 @@ from labelpenet.errors import InputError
 from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.training.observe import Observer, check_held_out
-from labelpenet.training.pretrain import Boxes, Training, digest, freeze_stem, pretrain, run_facts, train_module
+from labelpenet.training.pretrain import Boxes, Training, freeze_stem, pretrain, run_facts, train_module
 from labelpenet.training.supervised import Supervision, fully_supervised
 from labelpenet.training.warmup import warm_up
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from labelpenet.data.dataset import TaggedImage
+from labelpenet.data.files import digest
 from labelpenet.errors import InputError
 from labelpenet.formats.parts import Part
 from labelpenet.instances import Instances
 from labelpenet.training.predict import Predictor
-from labelpenet.training.pretrain import digest
 
 CHUNK = 256  # photographs whose proposals are computed together, for modules that need them
 

@@ -19,7 +19,7 @@ from labelpenet.formats import open_annotated, write_predictions
 from labelpenet.instances import Instances, masks_to_boxes
 from labelpenet.training import distill
 from labelpenet.training.distill import lesson
-from labelpenet.training.labels import Fused, sort_out
+from labelpenet.training.labels import Fused, read_labels, sort_out
 from tests.students import CHOICES, small_student
 
 
@@ -113,10 +113,12 @@ def test_a_finished_student_is_only_loaded_again_and_other_labels_are_refused(mo
         student.plain_state()["rpn.head.cls_logits.weight"],
         labelpenet.load(folder).plain_state()["rpn.head.cls_logits.weight"],
     )
-    first = next(iter(truths))
-    truths[first] = truths[first][:0]
-    with pytest.raises(InputError, match="another labels"):
-        distill.distill(annotated.tagged, truths, folder, recipe, **again)
+    first = next(name for name, one in truths.items() if len(one))
+    pixels = truths[first].masks.flip(-1)
+    assert not torch.equal(pixels, truths[first].masks)
+    for other in (truths[first][:0], replace(truths[first], masks=pixels)):
+        with pytest.raises(InputError, match="another labels"):
+            distill.distill(annotated.tagged, {**truths, first: other}, folder, recipe, **again)
 
 
 def test_averaged_weights_do_not_look_back_to_where_the_learning_rate_was_high():
@@ -140,6 +142,18 @@ def test_a_file_that_found_nothing_may_name_another_size():
         fused = Fused(opinions, {"a": (0,)})["a"]
         assert fused.image_size == found.image_size and fused.weights.tolist() == [pytest.approx(0.4)]
     assert not len(Fused(({"a": nothing},), {"a": (0,)})["a"])
+
+
+def test_labels_of_classes_that_the_tags_do_not_name_are_learnt_and_announced(tmp_path):
+    annotated = open_annotated(small_student()[1], "train")
+    tagged, one = annotated.tagged, annotated.tagged.images[0]
+    found = {one.id: annotated.read(one.id).instances}
+    path = write_predictions(tmp_path / "found.json", found, [one], tagged.classes)
+    assert read_labels(tmp_path, [path], tagged)[1] == ()
+    images = replace(tagged, images=(replace(one, tags=()), *tagged.images[1:]))
+    known, notes = read_labels(tmp_path, [path], images)
+    assert len(known[one.id]) == len(found[one.id]) > 0
+    assert notes == (f"{path}: 1 photographs have labels of classes that their tags do not name; they are learnt, too",)
 
 
 def test_from_a_file_of_labels_to_predictions_on_the_command_line(tmp_path, capsys):
