@@ -11,6 +11,7 @@ for both kinds of choice. Every run and every measurement is kept: the same comm
 from __future__ import annotations
 
 import argparse
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from labelpenet import config
+from labelpenet.config import MODULES
 from labelpenet.data import AnnotatedImages, TaggedImages, run_folder
-from labelpenet.data.files import read_json, write_text
+from labelpenet.data.files import read_json, write_json, write_text
 from labelpenet.errors import InputError
 from labelpenet.formats import open_annotated
 from labelpenet.formats.review import Reviewed, write_review
@@ -28,7 +30,7 @@ from labelpenet.review import rank
 from labelpenet.training.inferred import read_inferred
 from labelpenet.training.measure import measure_run
 from labelpenet.training.run import train_run
-from labelpenet.training.supervised import open_supervision, true_objects
+from labelpenet.training.supervised import Supervision, open_supervision, true_objects
 
 
 def with_masks(annotated: AnnotatedImages) -> dict[str, Instances]:
@@ -66,10 +68,23 @@ def thinned(annotated: AnnotatedImages, every: int, path: Path) -> str:
     return str(write_text(path, "".join(f"{image.id}\n" for image in annotated.tagged.images[::every])))
 
 
+def begin(base: Path, run: Path, supervision: Supervision) -> None:
+    """A run that has what tags alone have taught ``base``; training it fails where the corrections change a tag."""
+    facts = run_folder.read_facts(base) | supervision.facts()
+    shutil.copytree(run_folder.features(base), run_folder.features(run))
+    for part in ("stem", MODULES[0]):
+        run_folder.weights(run, part).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(run_folder.weights(base, part), run_folder.weights(run, part))
+    write_json(run_folder.facts(run), {name: value for name, value in facts.items() if name != "checksum"})
+
+
 def row(options: argparse.Namespace, run: Path, images: TaggedImages, split: str, file: Path | None) -> dict[str, Any]:
     """Trains and measures one run, where that has not been done; what module 4 reaches on held-out photographs."""
     if not run_folder.results(run).is_file():
         supervision = open_supervision("mixed", options.data, split, images, None, [file]) if file is not None else None
+        if supervision is not None and not run_folder.facts(run).is_file():
+            shutil.rmtree(run, ignore_errors=True)  # one that was interrupted while it was begun
+            begin(options.out / "tags", run, supervision)
         train_run(
             images,
             run,
@@ -90,7 +105,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--classes", type=lambda text: text.split(","))
     parser.add_argument("--counts", type=int, nargs="+", default=[25, 50, 100])
-    parser.add_argument("--every", type=int, default=1, help="take every n-th photograph of both splits")
+    parser.add_argument("--every", type=int, default=1, help="take every n-th photograph")
+    parser.add_argument("--every-held-out", type=int, help="of the held-out split every so many")
     parser.add_argument("--recipe", default="best")
     parser.add_argument("--backbone", default="mobilenet_v2")
     parser.add_argument("--weights", type=Path)
@@ -100,7 +116,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    thinned(open_annotated(options.data, "val", options.classes), options.every, options.out / "held-out.txt")
+    held_out = open_annotated(options.data, "val", options.classes)
+    thinned(held_out, options.every_held_out or options.every, options.out / "held-out.txt")
     split = thinned(open_annotated(options.data, "train", options.classes), options.every, options.out / "train.txt")
     annotated = open_annotated(options.data, split, options.classes)
     images, known = annotated.tagged, with_masks(annotated)
@@ -112,11 +129,11 @@ def main() -> None:
             name = f"{kind.split()[-1]}-{count}"
             file = correct(options.out / f"{name}.json", order[:count], images, known)
             rows.append((f"{count} corrected, {kind}", row(options, options.out / name, images, split, file)))
-    print(f"| {len(images.images)} photographs, {len(known)} with masks | box mAP@.5 | mask mAP@.5 | @.75 | ABO |")
-    print("|---|---|---|---|---|")
+    title = f"{len(images.images)} photographs, {len(known)} with masks"
+    print(f"| {title} | box mAP@.5 | mask mAP@.25 | @.5 | @.75 | ABO | mIoU |\n|---|---|---|---|---|---|---|")
     for title, result in rows:
-        mask = result["mask"]
-        values = (result["box"]["mAP"], mask["mAP@0.5"], mask["mAP@0.75"], mask["ABO"])
+        box, mask = result["box"]["mAP"], result["mask"]
+        values = (box, *(mask[name] for name in ("mAP@0.25", "mAP@0.5", "mAP@0.75", "ABO")), result["semantic"]["mIoU"])
         print(f"| {title} | " + " | ".join(f"{100 * value:.1f}" for value in values) + " |")
 
 
