@@ -541,11 +541,19 @@ def _end(status: int, line: str) -> NoReturn:
     sys.exit(status)
 
 
+def _is_first() -> bool:
+    """Whether this is the only process of a command on this machine, or the first of several: it speaks for all."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def _say(*notes: str) -> None:
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        return  # the first process of the machine says it
-    for note in notes:
+    for note in notes if _is_first() else ():
         print(f"note: {one_line(note)}", file=sys.stderr)
+
+
+def _say_trained(out: Path) -> None:
+    if _is_first():
+        print(f"trained: {out} - next: labelpenet predict {out} PHOTOS --out predictions.json")
 
 
 def _open_training(
@@ -606,7 +614,7 @@ def train(args: Train) -> None:
         held_out=held_out,
         options=args.training,
     )
-    print(f"trained: {args.out} - next: labelpenet predict {args.out} PHOTOS --out predictions.json")
+    _say_trained(args.out)
 
 
 def forward_backward(args: ForwardBackward) -> None:
@@ -629,7 +637,7 @@ def forward_backward(args: ForwardBackward) -> None:
     curriculum.forward_backward(
         images, args.run, args.out, recipe, labels=labels, source=source, held_out=held_out, options=args.training
     )
-    print(f"trained: {args.out} - next: labelpenet predict {args.out} PHOTOS --out predictions.json")
+    _say_trained(args.out)
 
 
 def distill(args: Distill) -> None:
@@ -668,7 +676,7 @@ def distill(args: Distill) -> None:
         supervision=args.supervision,
         options=args.training,
     )
-    print(f"trained: {args.out} - next: labelpenet predict {args.out} PHOTOS --out predictions.json")
+    _say_trained(args.out)
 
 
 def predict(args: Predict) -> None:

@@ -396,4 +396,6 @@ def test_of_several_processes_the_first_one_of_a_machine_says_the_notes(monkeypa
         if rank is not None:
             monkeypatch.setenv("LOCAL_RANK", rank)
         cli._say("three photographs")
-        assert capsys.readouterr().err.count("three photographs") == said
+        cli._say_trained(Path("runs/mine"))
+        out, err = capsys.readouterr()
+        assert err.count("three photographs") == out.count("trained: runs/mine") == said
