@@ -87,10 +87,11 @@ def forward_backward(
             f"{start}: was trained on {', '.join(facts['classes'])}, but the photographs are tagged with "
             f"{', '.join(images.classes)}; forward-backward learning needs the same classes"
         )
-    if facts.get("supervision"):
+    known = facts.get("supervision", "tags")
+    if known != "tags" and not (known == "labels" and labels is not None):
         raise InputError(
-            f"{start}: was trained with {facts['supervision']} supervision, but forward-backward learning knows tags "
-            "alone; start it from a run on tags"
+            f"{start}: was trained with {known} supervision, but forward-backward learning knows tags alone (or labels, "
+            "if --labels gives it some again); start it from a run on tags"
         )
     if held_out is not None:
         check_held_out(images, held_out)

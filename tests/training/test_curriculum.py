@@ -471,6 +471,22 @@ def test_given_labels_choose_the_photographs(told, start, images):
         told(labels | {"new": objects(images, weight=0.7)["train_00000"]}, photographs=more, resume=True)
 
 
+def test_a_cascade_that_learnt_given_labels_learns_others_but_goes_back_to_no_inferred_ones(
+    told, start, images, tmp_path
+):
+    run, options = (
+        told(objects(images)),
+        CascadeOptions(device="cpu", precision="32-true", cache=start.parent / "cache"),
+    )
+    recipe = tiny_recipe(*CHANGES)
+    with pytest.raises(InputError, match="labels supervision"):
+        forward_backward(images, run, tmp_path / "again", recipe, options=options)
+    assert not (tmp_path / "again").exists()
+    forward_backward(images, run, tmp_path / "again", recipe, labels=objects(images, weight=0.7), options=options)
+    first, second = (json.loads((path / "run.json").read_text()) for path in (run, tmp_path / "again"))
+    assert first["supervision"] == second["supervision"] == "labels" and first["start"] != second["start"]
+
+
 def test_given_labels_that_cannot_be_learnt_are_named(told, images, tmp_path):
     for labels, what in (
         ({}, "no photograph has a label"),
