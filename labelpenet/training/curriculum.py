@@ -90,8 +90,8 @@ def forward_backward(
     known = facts.get("supervision", "tags")
     if known != "tags" and not (known == "labels" and labels is not None):
         raise InputError(
-            f"{start}: was trained with {known} supervision, but forward-backward learning knows tags alone (or labels, "
-            "if --labels gives it some again); start it from a run on tags"
+            f"{start}: was trained with {known} supervision, but forward-backward learning knows tags alone (or "
+            "labels, if --labels gives some again); start it from a run on tags"
         )
     if held_out is not None:
         check_held_out(images, held_out)
