@@ -75,7 +75,7 @@ def begin(base: Path, run: Path, supervision: Supervision) -> None:
     for part in ("stem", MODULES[0]):
         run_folder.weights(run, part).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(run_folder.weights(base, part), run_folder.weights(run, part))
-    write_json(run_folder.facts(run), {name: value for name, value in facts.items() if name != "checksum"})
+    write_json(run_folder.facts(run), facts)
 
 
 def row(options: argparse.Namespace, run: Path, images: TaggedImages, split: str, file: Path | None) -> dict[str, Any]:
@@ -105,8 +105,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--classes", type=lambda text: text.split(","))
     parser.add_argument("--counts", type=int, nargs="+", default=[25, 50, 100])
-    parser.add_argument("--every", type=int, default=1, help="take every n-th photograph")
-    parser.add_argument("--every-held-out", type=int, help="of the held-out split every so many")
+    parser.add_argument("--every", type=int, default=1, help="train on every n-th photograph")
+    parser.add_argument("--every-held-out", type=int, help="measure on every n-th one; default: as --every")
     parser.add_argument("--recipe", default="best")
     parser.add_argument("--backbone", default="mobilenet_v2")
     parser.add_argument("--weights", type=Path)
