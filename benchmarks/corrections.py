@@ -70,12 +70,13 @@ def thinned(annotated: AnnotatedImages, every: int, path: Path) -> str:
 
 def begin(base: Path, run: Path, supervision: Supervision) -> None:
     """A run that has what tags alone have taught ``base``; training it fails where the corrections change a tag."""
-    facts = run_folder.read_facts(base) | supervision.facts()
+    run_folder.check_out(run, False)
+    # first of all, so that one that is interrupted here is a run, which trains itself what it lacks
+    write_json(run_folder.facts(run), run_folder.read_facts(base) | supervision.facts())
     shutil.copytree(run_folder.features(base), run_folder.features(run))
     for part in ("stem", MODULES[0]):
         run_folder.weights(run, part).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(run_folder.weights(base, part), run_folder.weights(run, part))
-    write_json(run_folder.facts(run), facts)
 
 
 def row(options: argparse.Namespace, run: Path, images: TaggedImages, split: str, file: Path | None) -> dict[str, Any]:
@@ -83,7 +84,6 @@ def row(options: argparse.Namespace, run: Path, images: TaggedImages, split: str
     if not run_folder.results(run).is_file():
         supervision = open_supervision("mixed", options.data, split, images, None, [file]) if file is not None else None
         if supervision is not None and not run_folder.facts(run).is_file():
-            shutil.rmtree(run, ignore_errors=True)  # one that was interrupted while it was begun
             begin(options.out / "tags", run, supervision)
         train_run(
             images,
