@@ -42,6 +42,8 @@ def test_the_commands_of_the_story_lead_from_tags_to_labels_that_know_the_correc
     monkeypatch.setattr("labelpenet.data.proposals._usable_cores", lambda: 1)
     for line in fences((ROOT / "docs" / "correct.md").read_text(encoding="utf-8")):
         words = shlex.split(line)
+        if words[:2] == ["python", "benchmarks/corrections.py"]:
+            continue  # how the page's table was made: no part of the story
         if words[0] == "python":
             script = words[2].replace("200", "8").replace("60", "4").replace(")", ", size=(96, 96))")
             subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
