@@ -106,11 +106,13 @@ class AnnotatedImages:
         tagged: the same images as a weakly supervised run sees them.
         read: ``read(image_id) -> Truth``; raises `InputError` for a damaged annotation.
         categories: for each class its id in COCO files.
+        unlisted: ids of images that the annotation does not name, and which so show nothing.
     """
 
     tagged: TaggedImages
     read: Callable[[str], Truth]
     categories: tuple[int, ...]
+    unlisted: frozenset[str] = frozenset()
 
     def where(self, keep: Callable[[TaggedImage], bool]) -> AnnotatedImages:
         """As `TaggedImages.where`."""

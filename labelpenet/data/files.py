@@ -561,11 +561,13 @@ def check_new_folder(out: Path, reads: Iterable[Path]) -> None:
             raise InputError(f"{out}: lies in {path}, which is read; choose a folder outside")
 
 
-def unchanged(folder: Path) -> set[Path]:
-    """The files of a folder that `whole_folder` made which nobody has changed since; none of another folder."""
+def changed(folder: Path) -> set[Path]:
+    """The files of a folder that `whole_folder` made which somebody has changed since; none of another folder, of which
+    that is not known.
+    """
     try:
         digests = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
-        return {path for path in _files(folder) if digests.get(path.relative_to(folder).as_posix()) == hash_file(path)}
+        return {path for path in _files(folder) if digests.get(path.relative_to(folder).as_posix()) != hash_file(path)}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 

@@ -4,8 +4,8 @@ Tags come from the categories of an image's annotations. A crowd region (``iscro
 which no single object can be told, often at the edge of sight. In the truth it is kept, flagged as crowd.
 """
 
-import contextlib
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from labelpenet.data.files import brief, excerpt, inside, is_file, listing, read
 from labelpenet.errors import InputError
 from labelpenet.formats.polygons import coco_polygons
 from labelpenet.formats.review import accepted
-from labelpenet.formats.rows import file_names, image_numbers
+from labelpenet.formats.rows import file_names, image_numbers, name_numbers
 from labelpenet.formats.selection import Exported, copy_photograph, mask_arrays, new_export, selected, stems
 from labelpenet.formats.shapes import PROBE, Shape, checked_size, image_folder, read_truth
 from labelpenet.instances import Instances
@@ -65,6 +65,13 @@ class CocoFile:
 def is_coco(content: Any) -> bool:
     """Whether parsed JSON means to be an ``instances.json``; what it lacks, reading says."""
     return isinstance(content, dict) and sum(isinstance(content.get(key), list) for key in _LISTS) > 1
+
+
+def is_predicted(content: Any) -> bool:
+    """Whether it holds predictions: annotations with scores."""
+    return is_coco(content) and any(
+        isinstance(row, dict) and "score" in row for row in content.get("annotations") or ()
+    )
 
 
 def json_files(data: Path) -> list[Path]:
@@ -132,16 +139,21 @@ def _read(path: Path, content: Any) -> CocoFile:
     problems: list[str] = []
     names: dict[int, str] = {}
     taken: set[str] = set()
+    used = {row["category_id"] for row in content["annotations"] if _is_annotation(row)}
+    doubles = Counter(str(row.get("name")) for row in content["categories"] if isinstance(row, dict))
     for row in content["categories"]:
         name = row.get("name") if isinstance(row, dict) else None
         if not isinstance(name, str) or not name.strip() or not _is_id(row.get("id")):
             raise InputError(f"{path}: a category needs an integer id and a name, but got {excerpt(row)}; mend it")
+        if doubles[name] > 1 and row["id"] not in used and row.get("supercategory") == "none":
+            continue  # Roboflow's name of all its categories, which may be that of the only one
         if row["id"] in names or name in taken:
             raise InputError(f"{path}: category {row['id']} {name!r} stands there twice; merge the two")
         taken.add(name)
         names[row["id"]] = name
     images: dict[int | str, dict[str, Any]] = {}
-    seen: set[str] = set()
+    seen: dict[str, int | str] = {}
+    same: dict[int | str, int | str] = {}  # the second id of an image that is listed under two
     called = Counter(_image_id(row) for row in content["images"] if _is_image(row))
     for row in content["images"]:
         key: Any = row.get("id") if isinstance(row, dict) else None
@@ -152,16 +164,20 @@ def _read(path: Path, content: Any) -> CocoFile:
         elif key in images or _image_id(row) in seen:
             twice = f"image id {excerpt(key)}" if key in images else f"image {_image_id(row)[:80]}"
             problems.append(f"{path}: {twice} stands there twice; the first is used")
+            if key not in images:
+                same[key] = seen[_image_id(row)]
         else:
-            seen.add(_image_id(row))
+            seen[_image_id(row)] = key
             images[key] = row
     annotations: dict[int | str, list[dict[str, Any]]] = defaultdict(list)
     by_datumaro = content.get("licenses") == [{"name": "", "id": 0, "url": ""}]
     painted = 0
     for row in content["annotations"]:
-        if not isinstance(row, dict) or not _is_key(row.get("image_id")):
+        key = row.get("image_id") if isinstance(row, dict) else None
+        image: Any = same.get(key, key) if _is_key(key) else None  # type: ignore[arg-type]
+        if image is None:
             problems.append(f"{path}: an annotation without image_id: {excerpt(row)}")
-        elif row["image_id"] not in images:
+        elif image not in images:
             problems.append(
                 f"{path}: annotation {excerpt(row.get('id'))} belongs to no image ({excerpt(row['image_id'])})"
             )
@@ -170,7 +186,7 @@ def _read(path: Path, content: Any) -> CocoFile:
         else:
             single = by_datumaro and _is_crowd(row)
             painted += single
-            annotations[row["image_id"]].append({**row, "iscrowd": 0} if single else row)
+            annotations[image].append({**row, "iscrowd": 0} if single else row)
     if painted:
         notes.append(
             f"{painted} masks with iscrowd 1 are taken for single objects: CVAT and datumaro, which wrote {path.name}, "
@@ -217,14 +233,24 @@ def _chosen(content: CocoFile, split: str | None) -> tuple[list[int | str], list
         return list(content.images), []
     for list_file in (content.path.parent / f"{split}.txt", Path(split)):
         if list_file.suffix and is_file(list_file):
-            names = {key: {str(key), row["file_name"], _image_id(row)} for key, row in content.images.items()}
-            wanted = set(read_names(list_file, set().union(*names.values()).__contains__))
+            names = {
+                key: {str(key), row["file_name"], _image_id(row), _image_id(row).rsplit(".", 1)[0]}
+                for key, row in content.images.items()
+            }
+            times = Counter(name for own in names.values() for name in own)
+            wanted = set(read_names(list_file, times.__contains__))
             ids = [key for key in names if names[key] & wanted]
+            for name in wanted:
+                if times[name] > 1:
+                    raise InputError(
+                        f"{list_file}: {name[:80]} may be several images of {content.path.name} (by id, by file name); "
+                        "give whole file names"
+                    )
             if not ids:
                 raise InputError(f"{list_file}: names no image of {content.path}; give image ids or file names")
             absent = len(wanted.difference(*(names[key] for key in ids)))
             return ids, [f"{absent} lines of {list_file.name} name no image of {content.path.name}"] * bool(absent)
-    if split in content.path.stem:
+    if split in re.split(r"[\W\d_]+", content.path.stem):
         return list(content.images), []
     return list(content.images), [f"{content.path.name} has no splits: all its images are used as {split!r}"]
 
@@ -257,9 +283,8 @@ def _leads_out(name: str) -> bool:
 
 def _shape(row: dict[str, Any], names: dict[int, str]) -> Shape:
     box = row.get("bbox")
-    if isinstance(box, list) and len(box) == 4:
-        with contextlib.suppress(TypeError):  # what are no numbers will be called so
-            box = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
+    if isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box):
+        box = [box[0], box[1], box[0] + box[2], box[1] + box[3]]  # what are no numbers will be called so
     mask = row.get("segmentation")
     where = f"annotation {excerpt(row.get('id'), 40)}"
     return Shape(names[row["category_id"]], where, box, mask, crowd=_is_crowd(row))
@@ -267,6 +292,10 @@ def _shape(row: dict[str, Any], names: dict[int, str]) -> Shape:
 
 def _is_crowd(row: dict[str, Any]) -> bool:
     return row.get("iscrowd") in (1, True)
+
+
+def _is_annotation(row: Any) -> bool:
+    return isinstance(row, dict) and _is_id(row.get("category_id"))
 
 
 def _is_image(row: Any) -> bool:
@@ -351,7 +380,9 @@ def export_coco_results(
 
     Arguments as `export`, errors as `export_coco`. What the list cannot hold: the names of images and classes.
     """
-    numbers = image_numbers(images)
+    own = all(image.number is not None for image in images)
+    digits = {} if own else name_numbers(images)  # by which such a list is read, too
+    numbers = digits or image_numbers(images)
     ids = list(range(1, len(classes) + 1) if category_ids is None else category_ids)
     with new_export(out, images, overwrite, {"format": "coco-results"}) as (folder, done):
         rows = [
@@ -360,8 +391,9 @@ def export_coco_results(
             for row in found.to_coco(numbers[image.id], ids)
         ]
         done.paths.append(write_text(folder / "results.json", _finite_json(rows, out)))
-    if category_ids is None or any(image.number is None for image in images):
-        done.notes.append("the data set has no COCO ids of its own: images and classes are numbered from 1, in order")
+    if category_ids is None or not own:
+        counted = "images have the digits of their names, classes" if digits else "images and classes"
+        done.notes.append(f"the data set has no COCO ids of its own: {counted} are numbered from 1, in order")
     return done
 
 

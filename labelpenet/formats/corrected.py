@@ -93,7 +93,8 @@ def _read_annotated(path: Path, images: TaggedImages) -> tuple[dict[str, Read], 
     if not opened:
         raise problems[0]
     annotated, pairs = max(opened, key=lambda one: len(one[1]))
-    tagged = annotated.tagged
+    tagged = annotated.tagged.where(lambda image: image.id not in annotated.unlisted)
+    pairs = [(theirs, ours) for theirs, ours in pairs if theirs.id not in annotated.unlisted]
     labels = torch.tensor([images.classes.index(name) if name in images.classes else -1 for name in tagged.classes])
     strangers = [name for name in tagged.classes if name not in images.classes]
     if len(strangers) == len(tagged.classes):

@@ -55,7 +55,7 @@ def is_label_studio(content: Any) -> bool:
         isinstance(content, list)
         and bool(content)
         and all(isinstance(task, dict) for task in content)
-        and any(_address(task) is not None for task in content)
+        and any(_addresses(task) for task in content)
     )
 
 
@@ -107,9 +107,10 @@ def _read(path: Path, images: Path | None) -> _Tasks:
     entries: dict[str, str] = {}
     for task in content:
         where = f"{path}: task {excerpt(task.get('id'), 40)}"
-        address = _address(task)
+        address, others = _address(task), _addresses(task)
         if address is None:
-            problems.append(f"{where} names no image")
+            several_images = f"has several images ({listing(sorted(others))}); export tasks of one image each"
+            problems.append(f"{where} {several_images if others else 'names no image'}")
             continue
         annotations = _annotations(task, column)
         if not annotations:
@@ -192,10 +193,12 @@ def _text_column(content: Sequence[dict[str, Any]], path: Path) -> str | None:
         for task in content
         if "annotations" not in task and "data" not in task
         for key, value in task.items()
-        if isinstance(value, str) and key not in _ABOUT and value != _address(task) and "://" not in value
+        if isinstance(value, str) and key not in _ABOUT | set(_addresses(task)) and "://" not in value
     }
-    chosen = texts & _TAG_COLUMNS if len(texts) > 1 else texts
-    if len(texts) > 1 and len(chosen) != 1:
+    # where there are other answers, a text is one only by its name
+    answered = any(isinstance(value, (list, dict)) and value for task in content for value in task.values())
+    chosen = texts & _TAG_COLUMNS if len(texts) > 1 or answered else texts
+    if len(texts) > 1 and len(chosen) != 1 and not answered:
         raise InputError(f"{path}: {listing(sorted(texts))} could each be the tag; export the project as JSON")
     return next(iter(chosen), None)
 
@@ -297,13 +300,19 @@ def _brush(numbers: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 def _address(task: dict[str, Any]) -> str | None:
-    """The address of a task's image: the first text among its data that ends like an image file."""
+    """The address of a task's image; of several the one that is called ``image``, else None, for only the labelling
+    interface, which no export holds, says on which of them the results lie.
+    """
+    found = _addresses(task)
+    return found.get("image") if len(set(found.values())) > 1 else next(iter(found.values()), None)
+
+
+def _addresses(task: dict[str, Any]) -> dict[str, str]:
+    """By name the texts among a task's data that end like image files."""
     data = task.get("data") if isinstance(task.get("data"), dict) else task
     assert isinstance(data, dict)
-    for value in data.values():
-        if isinstance(value, str) and any(name.lower().endswith(SUFFIXES) for name in _names(value)):
-            return value
-    return None
+    texts = ((key, value) for key, value in data.items() if isinstance(value, str))
+    return {key: value for key, value in texts if any(name.lower().endswith(SUFFIXES) for name in _names(value))}
 
 
 def _names(address: str) -> list[str]:

@@ -28,7 +28,8 @@ from labelpenet.data.dataset import (
     tag_images,
     with_truth,
 )
-from labelpenet.data.files import inside, is_file, listing, read_json, unchanged, write_text
+from labelpenet.data.files import changed, inside, is_file, listing, read_json, write_text
+from labelpenet.data.images import SUFFIXES
 from labelpenet.errors import InputError
 from labelpenet.formats.folder import restrict
 from labelpenet.formats.polygons import drawn, joined, outline, signed_area, straight
@@ -149,11 +150,11 @@ def open_data(
     problems: list[str] = []
     flagged: dict[str, frozenset[str]] = {}
     waiting = drawn_on = ambiguous = 0
-    same = unchanged(data)
+    edited = changed(data)
     for path in json_files(data):
         try:
             content = _content(path)
-            if _OURS in content and not _flags(content).get(CHECKED) and path in same:
+            if _OURS in content and not _flags(content).get(CHECKED) and path not in edited:
                 waiting += 1
                 continue
             name, photograph = _photograph(content, path, data, images)
@@ -172,13 +173,16 @@ def open_data(
         except InputError as error:
             problems.append(str(error))
     if waiting and not found and not problems:
-        raise InputError(f"{data}: none of its {waiting} files is checked or changed; correct some first")
+        raise InputError(
+            f"{data}: none of its {waiting} files is checked, or known to be changed; correct some where they were "
+            f"exported to, or set their flag {CHECKED!r}"
+        )
     asked, said = restrict(files, data, data, split) if found else ([], [])
     by_name = {one.id: one for one in found}
     found = [by_name[name] for name in asked]
     notes = [*said]
     if waiting:
-        notes.append(f"{waiting} files are neither checked nor changed since their export; they are left out")
+        notes.append(f"{waiting} files are neither checked nor known to be changed since their export; left out")
     flags = frozenset().union(*flagged.values())
     if flags and not drawn_on:
         found = [replace(one, names=flagged[one.id]) for one in found]
@@ -218,6 +222,9 @@ def _photograph(content: Mapping[str, Any], path: Path, data: Path, images: Path
             raise InputError(
                 f"{photograph}: not there, but {path.name} is about it; add it, or give the images' folder"
             )
+        other = next((one for suffix in SUFFIXES if is_file(one := path.with_suffix(suffix))), photograph)
+        if photograph.stem != path.stem and other != photograph:
+            raise InputError(f"{path}: is about {photograph.name}, but lies beside {other.name}; rename one of them")
         return own if isinstance(own, str) else photograph.relative_to(data).as_posix(), photograph
     for name in (own, beside, beside.rsplit("/", 1)[-1]):
         if isinstance(name, str) and ".." not in name and is_file(images / name):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
@@ -16,6 +17,7 @@ KINDS = (
     "sub-folder of images per class, Labelme or X-AnyLabeling files, or a Label Studio export; docs/data.md shows each"
 )
 _Opened = AnnotatedImages | TaggedImages  # the latter where only tags are known
+_TAGS = ("tags.csv", "tags.json", "metadata.csv", "metadata.jsonl")
 _SAME = ({"val", "valid", "validation"}, {"train", "training"})
 
 
@@ -112,12 +114,19 @@ def _recognise(
         _check_own(data, images)
         return voc.open_annotated(year, split, classes)
     files = coco.json_files(data)
-    if files:
-        return _recognise_file(coco.choose_file(files, split, data), split, classes, images, truth)
-    tags_files = (data / name for name in ("tags.csv", "tags.json", "metadata.csv", "metadata.jsonl"))
-    described = yolo.settings_file(data) or next((path for path in tags_files if path.is_file()), None)
-    if described is not None:
-        return _recognise_file(described, split, classes, images, truth)
+    settings = yolo.settings_file(data)
+    tags_files = [data / name for name in _TAGS if (data / name).is_file()]
+    kinds = [[coco.choose_file(files, split, data)] if files else [], [settings] if settings else [], tags_files[:1]]
+    described = [path for kind in kinds for path in kind]
+    if len(described) > 1:
+        raise InputError(
+            f"{data}: holds {listing(path.relative_to(data).as_posix() for path in described)}; give the file that "
+            "holds the annotation"
+        )
+    if described:
+        if described[0].parent == data and folder.class_folders(data):
+            _check_not_predicted(described[0])
+        return _recognise_file(described[0], split, classes, images, truth)
     if voc.lies_beside(data):
         _check_own(data, images)
         return voc.open_beside(data, split, classes)
@@ -140,9 +149,12 @@ def _recognise(
         raise InputError(
             f"{data}: holds {listing(path.name for path in lone)}; give the file that holds the annotation"
         )
-    if lone and lone[0].is_file():
-        return _recognise_file(lone[0], split, classes, images, truth)
     held = folder.class_folders(data)
+    if lone and lone[0].is_file():
+        _check_not_predicted(lone[0])
+        found = _recognise_file(lone[0], split, classes, images, truth)
+        said = f"{lone[0].name} says what the photographs show; the names of their folders are not taken for classes"
+        return _noted(found, said) if held else found
     lone_class = next(iter(held)) if len(held) == 1 and classes is None else ""
     if lone_class and any(name.count("/") == 1 for name in held[lone_class]):
         raise NotRecognised(
@@ -180,6 +192,20 @@ def _recognise_file(
         _check_truth(path, not truth)
         return folder.open_tags_file(path, split, classes, images)
     raise NotRecognised(f"{path}: no data set recognised; give {KINDS}")
+
+
+def _check_not_predicted(path: Path) -> None:
+    """What `labelpenet predict` left in a folder of photographs is no annotation of theirs."""
+    if path.suffix.lower() == ".json" and coco.is_predicted(read_json(path)):
+        raise InputError(
+            f"{path}: holds predictions (scores); move it elsewhere, or give the file if it is the annotation"
+        )
+
+
+def _noted(found: _Opened, note: str) -> _Opened:
+    if isinstance(found, AnnotatedImages):
+        return replace(found, tagged=replace(found.tagged, notes=(note, *found.tagged.notes)))
+    return replace(found, notes=(note, *found.notes))
 
 
 def _check_own(data: Path, images: Path | None) -> None:

@@ -51,6 +51,15 @@ def image_numbers(images: Sequence[TaggedImage]) -> dict[str, int]:
     return {image.id: position + 1 for position, image in enumerate(images)}
 
 
+def name_numbers(images: Sequence[TaggedImage]) -> dict[str, int]:
+    """For each image id the digits of its file's name, as 2008000001 of 2008_000001.jpg, which VOC converters use as a
+    number; of images that do not all have different ones, none.
+    """
+    digits = {image.id: _digits(image.path.stem) for image in images}
+    numbers = {one: int(text) for one, text in digits.items() if text}
+    return numbers if len(set(numbers.values())) == len(images) else {}
+
+
 def file_names(images: Sequence[TaggedImage]) -> dict[str, str]:
     """For each image id the name of its file in what is written, different for every image.
 
@@ -183,8 +192,7 @@ def match_images(
     by_number = _unique(*((image.number, image) for image in images if image.number is not None))
     if entries is None:
         # of images with numbers of their own, that another's name ends in the digits says nothing
-        stems = [] if by_number else [(_digits(image.path.stem), image) for image in images]
-        digits = _unique(*((int(text), image) for text, image in stems if text))
+        digits = {} if by_number else {number: by_id[one] for one, number in name_numbers(images).items()}
         return {key: image.id for key, image in (digits | by_stem | by_name | by_id | by_number).items()}
     exact: dict[Any, TaggedImage] = {}
     alike: dict[Any, TaggedImage] = {}
@@ -197,7 +205,7 @@ def match_images(
         stem = base if name is None else base.rsplit(".", 1)[0]
         if same := (by_number.get(key) if name is None else None) or by_id.get(whole) or by_file.get(whole):
             exact[key] = same
-        elif like := by_name.get(base) or by_stem.get(stem):
+        elif (like := by_name.get(base) or by_stem.get(stem)) and _may_be(whole, like):
             alike[key] = like
     # The whole path first: beside a/x.jpg, x.jpg is a photograph of its own.
     named = {image.id for image in exact.values()}
@@ -280,6 +288,12 @@ def check_id(value: Any, where: str) -> int | str:
     if type(value) not in (int, str):
         raise InputError(f"{where}: {str(value)[:40]!r} is neither a whole number nor text")
     return value
+
+
+def _may_be(name: str, image: TaggedImage) -> bool:
+    """Whether a path of the image's name may mean it: of the folders before the name, those that both tell agree."""
+    own = image.id if image.id.endswith(image.path.name) else image.path.name
+    return all(a == b for a, b in zip(name.split("/")[-2::-1], own.split("/")[-2::-1], strict=False))
 
 
 def _unique(*pairs: tuple[Any, TaggedImage]) -> dict[Any, TaggedImage]:

@@ -56,16 +56,19 @@ def stems(images: Iterable[TaggedImage], taken: Iterable[str] = (), folders: boo
     ``folders`` the folders within an id stay folders; else all is one plain name.
     """
     used = {name.casefold() for name in taken}
-    names: dict[str, str] = {}
+    bases: dict[str, str] = {}
     for image in images:
         whole = image.id.removesuffix(image.path.suffix)
-        base = "/".join(map(safe_name, whole.split("/")[-8:])) if folders else safe_name(whole)
+        bases[image.id] = "/".join(map(safe_name, whole.split("/")[-8:])) if folders else safe_name(whole)
+    natural = {base.casefold() for base in bases.values()}  # what gets a number must not take another image's name
+    names: dict[str, str] = {}
+    for own, base in bases.items():
         name, number = base, 1
-        while name.casefold() in used:
+        while name.casefold() in used or (number > 1 and name.casefold() in natural):
             number += 1
             name = f"{base}-{number}"
         used.add(name.casefold())
-        names[image.id] = name
+        names[own] = name
     return names
 
 

@@ -408,8 +408,11 @@ def export_voc(
         check_new_split(lists, out, split)
         names = stems(images, (path.stem for path in (year / "Annotations").glob("*.xml")))
         home = Path(out).name if year == folder else year.name
+        masked = any(one.masks is not None and len(one) for one in predictions.values())
         for image, found in selected(predictions, images, min_score, done.notes):
             name = names[image.id]
+            if masked and not len(found):  # its maps say that it shows nothing
+                found = Instances.empty(found.image_size, with_masks=True)
             if found.masks is not None and len(found) > 254:
                 done.notes.append(f"{image.id}: {len(found)} masks, of which the 254 of highest score are kept")
                 found = found[torch.sort(found.weights.argsort(descending=True, stable=True)[:254]).values]

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from labelpenet.data.dataset import VOC_CLASSES, TaggedImage
 from labelpenet.data.files import brief, safe_name, write_bytes
 from labelpenet.data.images import palette_png
+from labelpenet.errors import InputError
 from labelpenet.evaluation.semantic import paint
 from labelpenet.formats.selection import Exported, new_export, stems
 from labelpenet.instances import Instances
@@ -36,6 +38,9 @@ def export_voc_submission(
     instead of comp3 and comp5.
     """
     detection, segmentation = ("comp4", "comp6") if outside_data else ("comp3", "comp5")
+    for name, other in itertools.combinations(classes, 2):
+        if safe_name(name) == safe_name(other):
+            raise InputError(f"the classes {name!r} and {other!r} would share the file {safe_name(name)}; rename one")
     names = stems(images)
     lines: dict[int, list[str]] = {label: [] for label in range(len(classes))}
     files: dict[str, bytes] = {}

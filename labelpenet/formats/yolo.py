@@ -2,7 +2,9 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,26 +144,33 @@ def open_annotated(
             raise InputError(f"{path}: no split {split!r}; available are {listing(places)}")
     found: list[NamedImage] = []
     problems: list[str] = []
-    bare = 0
+    bare: set[str] = set()
     photographs = [one for places in listed.values() for place in places for one in _photographs(root, place, path)]
     for photograph in dict.fromkeys(photographs):
         try:
             inside(root, photograph.relative_to(root).as_posix())
             labels = _labels(path, photograph, images)
-            bare += not is_file(labels)
+            if not is_file(labels):
+                if is_file(photograph.with_suffix(".xml")):
+                    raise InputError(
+                        f"{photograph.with_suffix('.xml')}: lies there, but no {labels.name}; keep one kind"
+                    )
+                bare.add(photograph.relative_to(root).as_posix())
             indices = {index for index, _ in _rows(labels, len(names), pose).values()}
             tags = frozenset(names[index] for index in indices)
             found.append(NamedImage(photograph.relative_to(root).as_posix(), photograph, tags))
         except InputError as error:
             problems.append(str(error))
-    if found and bare == len(found):
+    if found and len(bare) == len(found):
         raise InputError(
             f"{path}: none of {len(found)} images has a label file ({_labels(path, found[0].path, images)}); add them"
         )
     occurring = {name for one in found for name in one.names}
     if problems and not occurring:
         raise InputError(problems[0])
-    notes = [f"{bare} images have no label file; as in YOLO, they show none of the classes"] if bare else []
+    notes = [f"{len(bare)} images have no label file; as in YOLO, they show none of the classes"] if bare else []
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        notes.append(f"{path.name} names {listing(twice)} more than once; taken for one class")
     if split is None and len(places) > 1:
         notes.append(f"no split is named: used are {listing(listed)} of {listing(places)}")
     tagged = tag_images(found, classes, occurring if classes is None else names, problems, path, notes)
@@ -173,7 +182,7 @@ def open_annotated(
         shapes = [_shape(line, row, size, names) for line, row in _rows(labels, len(names), pose).items()]
         return read_truth(shapes, size, tagged.classes, labels)
 
-    return with_truth(tagged, path, truth, [number[name] for name in tagged.classes])
+    return replace(with_truth(tagged, path, truth, [number[name] for name in tagged.classes]), unlisted=frozenset(bare))
 
 
 def _shape(line: int, row: tuple[int, np.ndarray], size: tuple[int, int], names: Sequence[str]) -> Shape:
@@ -243,19 +252,23 @@ def _place(path: Path, base: Any, place: str, images: Path | None) -> str:
     bases = [base] if isinstance(base, str) and base not in (".", "./") else []
     # Roboflow writes ../train/images for what lies beside the file.
     plain = re.sub(r"^(\.\.?/)+", "", place.replace("\\", "/"))
-    for one in (*(f"{one}/{plain}" for one in bases), plain):
-        try:
-            if inside(root, one).exists():
-                return one
-        except (InputError, OSError):
-            continue
-    raise InputError(
-        f"{path}: {place[:80]!r} is not in {root}; put the images there, mend the file, or give their folder (images)"
-    )
+    return next((one for one in (*(f"{one}/{plain}" for one in bases), plain) if _exists(root, one)), plain)
+
+
+def _exists(root: Path, place: str) -> bool:
+    try:
+        return inside(root, place).exists()
+    except (InputError, OSError):
+        return False
 
 
 def _photographs(root: Path, place: str, source: Path) -> list[Path]:
     """The images of a folder, or those that a list names, a path a line."""
+    if place != "." and not _exists(root, place):
+        raise InputError(
+            f"{source}: {place[:80]!r} is not in {root}; put the images there, mend the file, or give their folder "
+            "(images)"
+        )
     path = root if place == "." else inside(root, place)
     if path.is_dir():
         return [one for _, one in find_images([path])]
@@ -271,12 +284,16 @@ def _photographs(root: Path, place: str, source: Path) -> list[Path]:
 
 def _labels(path: Path, photograph: Path, images: Path | None) -> Path:
     """The label file of a photograph, beside it or, where photographs lie in ``images``, beside the file ``path``."""
-    tried = [_label_file(photograph)]
-    if not tried[0].parent.is_dir():  # labelImg writes them beside the photographs, whatever their folder is called
-        tried.append(photograph.with_suffix(".txt"))
-    if images is not None:
+    tried: list[Path] = []
+    if images is not None:  # before those beside the photographs, which may be older
         below = photograph.relative_to(images)
         tried += [_label_file(path.parent / below), (path.parent / "labels" / below).with_suffix(".txt")]
+    if not (tried and (path.parent / "labels").is_dir()):
+        tried.append(_label_file(photograph))
+        if not tried[
+            -1
+        ].parent.is_dir():  # labelImg writes them beside the photographs, whatever their folder is called
+            tried.append(photograph.with_suffix(".txt"))
     return next((one for one in tried if is_file(one)), tried[0])
 
 

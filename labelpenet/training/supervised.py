@@ -8,6 +8,7 @@ Shape letters: ``N`` true objects, ``M`` inferred instances, ``H, W`` the photog
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -157,7 +158,15 @@ def _annotations(annotated: AnnotatedImages, listed: Collection[str] | None) -> 
     """What reads the annotation of each image that may be read, and notes."""
     images, notes = annotated.tagged.images, list[str]()
     if listed is not None:
-        images = tuple(image for image in images if image.id in listed or image.path.name in listed)
+        names, ids = Counter(image.path.name for image in images), {image.id for image in images}
+        several = [name for name in listed if names[name] > 1 and name not in ids]
+        if several:
+            raise InputError(f"{listing(several, 3)} may be several images of the split; list them by their ids")
+        images = tuple(
+            image
+            for image in images
+            if image.id in listed or (image.path.name in listed and image.path.name not in ids)
+        )
         if not images:
             raise InputError(f"none of the images listed as supervised ({listing(listed, 3)}) is in the split")
         absent = len(listed) - len(images)

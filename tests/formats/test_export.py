@@ -291,8 +291,11 @@ def test_submission_for_the_voc_server(tmp_path):
     assert any("knows no class emu" in note for note in done.notes)
     again = export_voc_submission(found, images.images, ("dog", "cat", "emu"), tmp_path / "again")
     assert again.paths[-1].read_bytes() == done.paths[-1].read_bytes()
-    other = export_voc_submission(found, images.images, ("dog",) * 3, tmp_path / "outside", outside_data=True)
-    assert {path.name for path in other.paths if "Main" in path.parts} == {"comp4_det_test_dog.txt"}
+    other = export_voc_submission(found, images.images, ("dog", "cow", "cat"), tmp_path / "outside", outside_data=True)
+    assert {path.name[:14] for path in other.paths if "Main" in path.parts} == {"comp4_det_test"}
+    with pytest.raises(InputError, match="'dog' and 'dog ' would share the file"):
+        export_voc_submission(found, images.images, ("dog", "dog ", "cat"), tmp_path / "third")
+    assert not (tmp_path / "third").exists()
 
 
 def test_minimum_score(tmp_path):

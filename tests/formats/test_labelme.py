@@ -63,7 +63,7 @@ def test_corrected_files_are_read_back_and_others_wait(tmp_path):
     found[images.images[0].id] = one
     out = tmp_path / "out"
     export_labelme(found, images.images, CLASSES, out, copy_images=True)
-    with pytest.raises(InputError, match="none of its 3 files is checked or changed"):
+    with pytest.raises(InputError, match="none of its 3 files is checked, or known to be changed"):
         open_tagged(out)
     content = json.loads((out / "a.json").read_text())
     assert [shape["group_id"] for shape in content["shapes"]] == [1, 1]  # the disc with its hole, and the speck
