@@ -444,7 +444,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 stream.reconfigure(errors="backslashreplace")
         with _library_speaks():
             _run(list(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()  # here, where a pipe that was closed still ends quietly
+        if sys.stdout is not None:  # it was closed before we began
+            sys.stdout.flush()  # here, where a pipe that was closed still ends quietly
     except InputError as error:
         _end(2, str(error))
     except KeyboardInterrupt as interrupt:
@@ -628,6 +629,14 @@ def forward_backward(args: ForwardBackward) -> None:
         raise InputError("--labels says what is learnt; leave forward_backward.labels out of --set")
     facts = read_run(args.run)
     recipe = _changed(config.from_dict(facts["recipe"]), args)
+    stage = recipe.forward_backward
+    unused = [] if args.labels or stage.labels != "inferred" else ["zoom", "colours"]
+    unused += [] if stage.labels == "validated" and not args.labels else ["enter", "doubt"]
+    for choice in args.set:
+        name = choice.partition("=")[0]
+        idle = re.match(r"warm_up\.|modules\..*\.schedule\.", name) or name in map("forward_backward.{}".format, unused)
+        if idle:
+            raise InputError(f"--set {name} does nothing in this forward-backward learning; leave it out")
     images, source = _open_training(args, facts["classes"])
     held_out = _open_held_out(args, images)
     labels, notes = read_labels(args.run, args.labels, images) if args.labels else (None, ())
@@ -927,6 +936,10 @@ def report(args: Report) -> None:
     facts = read_run(args.run)
     source = facts.get("source") or {}
     data = args.data or (Path(source["data"]) if source.get("data") else None)
+    own_data = (
+        data is not None and source.get("data") is not None and real_path(data) == real_path(Path(source["data"]))
+    )
+    images = source.get("images") if own_data else None  # of other data, the photographs lie elsewhere
     if data is not None and data != args.data and not data.exists():
         _say(f"no pictures: {data}, which the run was trained on, is not there (seen from this folder); give --data")
         data = None
@@ -936,12 +949,15 @@ def report(args: Report) -> None:
     def opened(split: str | None) -> AnnotatedImages | TaggedImages:
         assert data is not None
         try:
-            return open_annotated(data, split, facts["classes"], source.get("images"))
+            return open_annotated(data, split, facts["classes"], images)
         except InputError:
-            return open_tagged(data, split, facts["classes"], source.get("images"))
+            return open_tagged(data, split, facts["classes"], images)
 
-    training = None if data is None else opened(source.get("split"))
-    held_out = None
+    training = held_out = None
+    try:
+        training = None if data is None else opened(source.get("split"))
+    except InputError as error:
+        _say(f"no pictures of the training photographs ({error})")
     if training is not None and args.split != source.get("split"):
         own = {image.path for image in _tagged(training).images}
         try:

@@ -167,12 +167,11 @@ class Instances:
     def __len__(self) -> int:
         return len(self.boxes)
 
-    def __getitem__(self, index: Tensor | slice | Sequence[int] | int) -> Instances:
+    def __getitem__(self, index: Tensor | np.ndarray | slice | Sequence[int] | Sequence[bool] | int) -> Instances:
         """The instances selected by a boolean mask, indices or a slice; an int selects one, still as `Instances`."""
-        if isinstance(index, int):
-            index = [index]
-        if not isinstance(index, (Tensor, slice)):
-            index = torch.as_tensor(index, dtype=torch.long, device=self.boxes.device)
+        if not isinstance(index, slice):
+            index = torch.as_tensor(index, device=self.boxes.device)
+            index = (index if index.dtype == torch.bool else index.long()).reshape(-1)
         masks = self._kept
         if isinstance(masks, CompactMasks):
             masks = masks[torch.arange(len(self), device=self.boxes.device)[index].tolist()]

@@ -77,6 +77,28 @@ def test_predict_evaluate_and_export(run: Path, kit: Path, tmp_path: Path) -> No
     assert list((tmp_path / "yolo").rglob("*.txt"))
 
 
+def test_forward_backward_learning_refuses_what_it_would_not_use(
+    run: Path, kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["forward-backward", str(run), str(kit), "--out", str(tmp_path / "out"), "--set"]
+    for choice in ("modules.*.schedule.lr=5", "warm_up.lr=9", "forward_backward.enter=0.1", "forward_backward.zoom=2"):
+        assert f"--set {choice.partition('=')[0]} does nothing" in one_line([*command, choice], capsys)
+    assert not (tmp_path / "out").exists()
+    facts = json.loads((run / "run.json").read_text())
+    del facts["checksum"]
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**facts, "proposals": "0123"}))
+    command = ["forward-backward", str(tmp_path / "run"), str(kit), "--out", str(tmp_path / "out")]
+    assert "another tool's proposals; give them again with --proposals" in one_line(command, capsys)
+
+
+def test_a_closed_standard_output_is_no_error(tmp_path: Path) -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m labelpenet --version >&-", shell=True, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
 def test_measure_and_report(run: Path, kit: Path) -> None:
     main(["measure", str(run), str(kit), "--device", "cpu", "--cache", str(run.parent / "cache")])
     results = json.loads((run / "results.json").read_text())
@@ -140,6 +162,7 @@ def test_the_report_calls_no_photograph_held_out_that_was_trained_on(
     assert [image.id for image in shown[-1][1].images] == names[-1:]
     assert "elsewhere, which the run was trained on, is not there" in report(tmp_path / "elsewhere", None)
     assert shown[-1] == (None, None)
+    assert "no pictures of the training photographs" in report(photos, "moved.txt") and shown[-1] == (None, None)
 
 
 def test_an_export_keeps_the_classes_that_a_split_does_not_show(

@@ -100,7 +100,11 @@ def test_validate_lets_good_ones_and_none_pass() -> None:
         (slice(1, None), [1, 2]),
         ([2, 0], [2, 0]),
         (torch.tensor([True, False, True]), [0, 2]),
+        (np.array([True, False, True]), [0, 2]),
+        ([True, False, True], [0, 2]),
         (torch.tensor([1, 1]), [1, 1]),
+        (torch.tensor(2), [2]),
+        (np.int64(1), [1]),
         ([], []),
     ],
 )

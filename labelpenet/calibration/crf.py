@@ -23,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from labelpenet.errors import InputError
+
 #: Probabilities are clipped to [CLIP, 1] before their logarithm is taken, as pydensecrf's `unary_from_softmax` does.
 CLIP = 1e-5
 
@@ -299,13 +301,13 @@ def _simplices(features: Tensor) -> tuple[Tensor, Tensor, list[int]]:
         of the D + 1 axes of the lattice the difference of key between a vertex and its neighbour.
 
     Raises:
-        ValueError: the kernel is so narrow against the features' range that float32 or keys of 63 bits do not do.
+        InputError: the kernel is so narrow against the features' range that float32 or keys of 63 bits do not do.
     """
     d, n = features.shape
     elevated = _elevate(features)
     # Beyond, float32 does not tell where in its simplex a pixel lies.
     if not bool((elevated.abs() < 2**22).all()):
-        raise ValueError(TOO_NARROW)
+        raise InputError(TOO_NARROW)
     inverse = float(np.float32(1 / (d + 1)))
     multiples = torch.round(elevated * inverse)
     ranks, multiples = _ranks(torch.add(elevated, multiples, alpha=-d - 1), multiples)
@@ -382,7 +384,7 @@ def _key_layout(coordinates: Tensor) -> tuple[list[int], list[int], int]:
     margins = [2 * d] + [2] * (d - 1)
     sizes = [high - low + 2 * margin + 1 for low, high, margin in zip(lows, highs, margins, strict=True)]
     if math.prod(sizes) >= 2**63:
-        raise ValueError(TOO_NARROW)
+        raise InputError(TOO_NARROW)
     strides = [math.prod(sizes[i + 1 :]) for i in range(d)]
     return [low - margin for low, margin in zip(lows, margins, strict=True)], strides, math.prod(sizes)
 

@@ -250,7 +250,7 @@ def _chosen(content: CocoFile, split: str | None) -> tuple[list[int | str], list
                 raise InputError(f"{list_file}: names no image of {content.path}; give image ids or file names")
             absent = len(wanted.difference(*(names[key] for key in ids)))
             return ids, [f"{absent} lines of {list_file.name} name no image of {content.path.name}"] * bool(absent)
-    if split in re.split(r"[\W\d_]+", content.path.stem):
+    if split in (_split_of(content.path), *re.split(r"[\W\d_]+", content.path.stem)):
         return list(content.images), []
     return list(content.images), [f"{content.path.name} has no splits: all its images are used as {split!r}"]
 

@@ -100,6 +100,8 @@ def _read_annotated(path: Path, images: TaggedImages) -> tuple[dict[str, Read], 
     if len(strangers) == len(tagged.classes):
         raise InputError(f"{path}: none of its classes ({listing(strangers)}) is among {listing(images.classes)}")
     notes = [f"{path}: its objects of {listing(strangers)} are left out: no class of that name"] if strangers else []
+    if annotated.unlisted:
+        notes.append(f"{path}: of its photographs those without a label file count as not corrected")
     absent = len(tagged.images) - len(pairs)
     if absent:
         notes.append(f"{path}: {absent} of its {len(tagged.images)} photographs are not trained on, or several fit")

@@ -195,12 +195,17 @@ def _text_column(content: Sequence[dict[str, Any]], path: Path) -> str | None:
         for key, value in task.items()
         if isinstance(value, str) and key not in _ABOUT | set(_addresses(task)) and "://" not in value
     }
-    # where there are other answers, a text is one only by its name
-    answered = any(isinstance(value, (list, dict)) and value for task in content for value in task.values())
-    chosen = texts & _TAG_COLUMNS if len(texts) > 1 or answered else texts
-    if len(texts) > 1 and len(chosen) != 1 and not answered:
+    answers = {key for task in content for key, value in task.items() if _is_answer(value)}
+    # where there are other answers, a text is one only by its name, or where other tasks have several choices there
+    chosen = texts & (_TAG_COLUMNS | answers) if len(texts) > 1 or answers else texts
+    if len(chosen) > 1 or (len(texts) > 1 and not chosen and not answers):
         raise InputError(f"{path}: {listing(sorted(texts))} could each be the tag; export the project as JSON")
     return next(iter(chosen), None)
+
+
+def _is_answer(value: Any) -> bool:
+    """Whether a cell of JSON-MIN holds shapes, taxonomy entries or several choices."""
+    return (isinstance(value, list) and bool(value)) or (isinstance(value, dict) and "choices" in value)
 
 
 def _words(result: Mapping[str, Any], entries: dict[str, str], where: str) -> list[str]:
@@ -304,7 +309,8 @@ def _address(task: dict[str, Any]) -> str | None:
     interface, which no export holds, says on which of them the results lie.
     """
     found = _addresses(task)
-    return found.get("image") if len(set(found.values())) > 1 else next(iter(found.values()), None)
+    several = len({_names(value)[-1] for value in found.values()}) > 1
+    return found.get("image") if several else next(iter(found.values()), None)
 
 
 def _addresses(task: dict[str, Any]) -> dict[str, str]:

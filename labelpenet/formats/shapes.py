@@ -114,6 +114,8 @@ def _box(box: Any, mask: torch.Tensor | None, size: tuple[int, int]) -> tuple[np
         InputError: no box of any area can be made of it.
     """
     try:
+        if isinstance(box, list) and any(isinstance(side, (str, bool)) for side in box):
+            raise ValueError  # of text, numpy would make numbers
         values = np.array([np.nan] * 4 if box is None else box, np.float64)
     except (TypeError, ValueError, OverflowError):
         values = np.zeros(0)

@@ -146,10 +146,11 @@ def open_annotated(
     problems: list[str] = []
     bare: set[str] = set()
     photographs = [one for places in listed.values() for place in places for one in _photographs(root, place, path)]
+    own = any(is_file(one) for photograph in photographs for one in _own_labels(path, photograph, images))
     for photograph in dict.fromkeys(photographs):
         try:
             inside(root, photograph.relative_to(root).as_posix())
-            labels = _labels(path, photograph, images)
+            labels = _labels(path, photograph, images, own)
             if not is_file(labels):
                 if is_file(photograph.with_suffix(".xml")):
                     raise InputError(
@@ -163,7 +164,8 @@ def open_annotated(
             problems.append(str(error))
     if found and len(bare) == len(found):
         raise InputError(
-            f"{path}: none of {len(found)} images has a label file ({_labels(path, found[0].path, images)}); add them"
+            f"{path}: none of {len(found)} images has a label file "
+            f"({_labels(path, found[0].path, images, own)}); add them"
         )
     occurring = {name for one in found for name in one.names}
     if problems and not occurring:
@@ -177,7 +179,7 @@ def open_annotated(
     number = {name: index for index, name in reversed(list(enumerate(names, 1)))}
 
     def truth(image: TaggedImage) -> Truth:
-        labels = _labels(path, image.path, images)
+        labels = _labels(path, image.path, images, own)
         size = checked_size(image.path, (None, None), labels)
         shapes = [_shape(line, row, size, names) for line, row in _rows(labels, len(names), pose).items()]
         return read_truth(shapes, size, tagged.classes, labels)
@@ -282,19 +284,25 @@ def _photographs(root: Path, place: str, source: Path) -> list[Path]:
     return found
 
 
-def _labels(path: Path, photograph: Path, images: Path | None) -> Path:
-    """The label file of a photograph, beside it or, where photographs lie in ``images``, beside the file ``path``."""
-    tried: list[Path] = []
-    if images is not None:  # before those beside the photographs, which may be older
-        below = photograph.relative_to(images)
-        tried += [_label_file(path.parent / below), (path.parent / "labels" / below).with_suffix(".txt")]
-    if not (tried and (path.parent / "labels").is_dir()):
-        tried.append(_label_file(photograph))
-        if not tried[
-            -1
-        ].parent.is_dir():  # labelImg writes them beside the photographs, whatever their folder is called
+def _labels(path: Path, photograph: Path, images: Path | None, own: bool) -> Path:
+    """The label file of a photograph, beside it; where photographs lie in ``images`` and any has ``own`` labels beside
+    the file ``path``, there.
+    """
+    if own:
+        tried = _own_labels(path, photograph, images)
+    else:
+        tried = [_label_file(photograph)]
+        if not tried[0].parent.is_dir():  # labelImg writes them beside the photographs, whatever their folder is called
             tried.append(photograph.with_suffix(".txt"))
     return next((one for one in tried if is_file(one)), tried[0])
+
+
+def _own_labels(path: Path, photograph: Path, images: Path | None) -> list[Path]:
+    """Where the labels of a photograph may lie beside the file ``path``, if the photographs lie in ``images``."""
+    if images is None:
+        return []
+    below = photograph.relative_to(images)
+    return [_label_file(path.parent / below), (path.parent / "labels" / below).with_suffix(".txt")]
 
 
 def _label_file(image: Path) -> Path:

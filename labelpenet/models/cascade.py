@@ -31,6 +31,7 @@ from labelpenet.models.backbones import Backbone
 from labelpenet.models.build import build_backbone
 from labelpenet.models.classification import Classification
 from labelpenet.models.detection import Detection
+from labelpenet.models.layers import evaluating
 from labelpenet.models.segmentation import Segmentation
 from labelpenet.models.weights import check_weights
 
@@ -160,7 +161,19 @@ class LabelPEnet(nn.Module):
                 needs no masks. To modules 2 to 4 one of weight 0 is neither object nor background.
             module: which one learns.
             proposals: (R, 4) of each photograph; computed if the module needs them and they are not given.
+
+        Raises:
+            InputError: no such module, or targets of a class or of a photograph's size that is not there.
         """
+        if module not in range(1, len(MODULES) + 1):
+            raise InputError(f"no module {module}; choose 1, 2, 3 or 4")
+        for image, target in zip(images, targets, strict=True):
+            if tuple(target.image_size) != image.shape[:2]:
+                raise InputError(f"targets on {target.image_size} pixels (H, W) for a photograph of {image.shape[:2]}")
+            if len(target) and int(target.labels.max()) >= len(self.classes):
+                raise InputError(
+                    f"a target of class {int(target.labels.max())}, but there are {len(self.classes)}, from 0"
+                )
         batch = self.batch(
             images, [tuple(one.labels.unique().tolist()) for one in targets], self._proposed(images, module, proposals)
         )
@@ -202,10 +215,11 @@ class LabelPEnet(nn.Module):
         self.require(module)
         images = several(image)
         if images is not None:
+            if proposals is not None:
+                raise InputError("proposals are those of one photograph; give those of several to predict_batch")
             return [self.predict(one, module) for one in images]
-        return self.predict_batch(
-            [as_pixels(cast(Photograph, image))], module, None if proposals is None else [proposals]
-        )[0]
+        own = None if proposals is None else [torch.as_tensor(proposals)]
+        return self.predict_batch([as_pixels(cast(Photograph, image))], module, own)[0]
 
     @torch.no_grad()
     def predict_batch(
@@ -218,9 +232,10 @@ class LabelPEnet(nn.Module):
         """As `predict`, for photographs that go through the network together; where their tags are known, as `infer`
         labels training photographs."""
         self.require(module)
-        batch = self.batch(images, tags, self._proposed(images, module, proposals))
         settings = self.module(module).settings
-        found = self._instances(module, batch, settings.predict if tags is None else settings.label)
+        with evaluating(self):
+            batch = self.batch(images, tags, self._proposed(images, module, proposals))
+            found = self._instances(module, batch, settings.predict if tags is None else settings.label)
         return [one[one.weights.argsort(descending=True, stable=True)] for one, _ in found]
 
     def _instances(self, number: int, batch: Batch, settings: config.Calibration) -> list[tuple[Instances, Trace]]:

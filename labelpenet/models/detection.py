@@ -287,14 +287,16 @@ class Detector(nn.Module):
         roi_features, evidence = self.look(self.pool(features, rois))
         logits, deltas = self.classify(roi_features)
         scores = logits.float().softmax(1)[:, 1:]
-        regressed = self.coder.decode(deltas.float(), rois).reshape(len(scores), -1, 4)[:, 1:]
+        regressed = self.coder.decode(deltas.float(), rois).reshape(len(scores), self.num_classes + 1, 4)[:, 1:]
         # to the host in one piece: what follows works on a few hundred boxes
         together = torch.cat([scores, regressed.flatten(1), torch.cat(rois)], 1).cpu()
         found, boxes = [], []
         for index, part in enumerate(together.split(counts)):
             own, others, seen = part.split([self.num_classes, 4 * self.num_classes, 4], 1)
             view, tags = batch.views[index], batch.tags[index]
-            candidates, seen_boxes = self.candidates(seen, own, others.reshape(len(own), -1, 4), view, tags)
+            candidates, seen_boxes = self.candidates(
+                seen, own, others.reshape(len(own), self.num_classes, 4), view, tags
+            )
             found.append(candidates)
             boxes.append(seen_boxes)
         return found, boxes, list(evidence.split(counts))

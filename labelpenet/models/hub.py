@@ -123,7 +123,7 @@ def model_card(facts: Mapping[str, Any], results: Mapping[str, Any], licence: st
     kind = "Mask R-CNN with a feature pyramid" if student else "Label-PEnet cascade of four modules"
     taught = _TAUGHT.get(str(facts.get("supervision", "tags")), "unknown labels")
     if facts.get("supervision") == "labels":
-        teacher = _TAUGHT.get(str(facts.get("teacher", "tags")), "unknown labels")
+        teacher = _TAUGHT.get(str(facts.get("teacher", "tags")), "labels that were given")
         taught = (
             "a file of labels" if facts.get("labels_file") else f"the labels of a cascade that learnt from {teacher}"
         )

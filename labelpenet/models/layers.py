@@ -1,6 +1,7 @@
 """Parts that several modules share: RoI pooling, initialisation."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -36,6 +37,18 @@ class RoIPooling(nn.Module):
         else:
             pooled = roi_align(features, rois, self.size, 1 / self.stride, sampling_ratio=1, aligned=True)
         return pooled.contiguous(memory_format=torch.channels_last)
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """The network in evaluation mode; afterwards every part of it is in the mode in which it was."""
+    before = [(part, part.training) for part in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
 
 
 def by_rois(layers: nn.Module, pooled: Tensor) -> Tensor:

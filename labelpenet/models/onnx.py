@@ -155,7 +155,8 @@ def export_onnx(student: Student, path: Path, size: tuple[int, int] | None = Non
         InputError: a size that does not fit, or the packages of the extra ``onnx`` are missing.
     """
     if size is None:
-        side = student.recipe.images.test_side or 480
+        side = student.recipe.images.test_side
+        assert side is not None  # of no student
         size = (side // MULTIPLE * MULTIPLE, round(side * 4 / 3 / MULTIPLE) * MULTIPLE)
     if min(size) < 2 * MULTIPLE or any(side % MULTIPLE for side in size):
         raise InputError(f"--size {size[0]}x{size[1]}: height and width must be multiples of {MULTIPLE}, 64 at least")

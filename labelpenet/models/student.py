@@ -47,7 +47,7 @@ from labelpenet.instances import Instances
 from labelpenet.models.build import BACKBONES, build_backbone, whole_network
 from labelpenet.models.cascade import LabelPEnet, read_run
 from labelpenet.models.detection import ANCHOR_RATIOS, DoubtingRPN, covered, rcnn_loss
-from labelpenet.models.layers import initialise
+from labelpenet.models.layers import evaluating, initialise
 from labelpenet.models.segmentation import crop_masks, mask_loss
 
 KIND = "student"  # what ``run.json`` says of such a folder, and the name of its weights
@@ -157,6 +157,8 @@ class Student(nn.Module):
         """What torchvision needs to build the plain network (`build_network`), as plain values for ``run.json``."""
         network, images = self.recipe.network, self.recipe.images
         head = self._stages() if network.head == "stages" else None
+        if images.test_side is None:
+            raise InputError("images.test_side: a student answers at one size; give the shorter side in pixels, as 480")
         width = head["channels"] if head else network.width
         idle = "width" if head else "pool"
         if getattr(network, idle) != getattr(StudentNetwork, idle):
@@ -318,7 +320,8 @@ class Student(nn.Module):
         # before it becomes floats: a camera's photograph would fill memory with them
         pixels = shrink(pixels, scaled_size(size, views.test_side, views.longest))
         values = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device).permute(2, 0, 1).float().div_(255)
-        boxes, labels, scores, masks = (value.cpu() for value in self.answer(values))
+        with evaluating(self):
+            boxes, labels, scores, masks = (value.cpu() for value in self.answer(values))
         boxes = resize_boxes(boxes, list(pixels.shape[:2]), list(size))
         return to_instances(masks, boxes, labels, scores, size, _BOXES)
 

@@ -126,7 +126,12 @@ def write_report(
             given = _own(run, given, problems) if training else given
             found = _labels(run, facts, given, problems) if training else _predictions(run, facts, given, problems)
             used = training and "supervision" in facts.run
-            sources.append(Source(given, network, facts.trained, found, read, training, used))
+            proposed = "proposals" in facts.run
+            if training and proposed:
+                problems.append(
+                    "training images: the run had another tool's proposals; these and module 1's maps are left out"
+                )
+            sources.append(Source(given, network, facts.trained, found, read, training, used, proposed))
             if read is None:
                 problems.append(f"{name} images: no annotation was given, so their true objects are not shown")
     sources = [replace(source, side=_panel_side(images * len(sources))) for source in sources]
@@ -343,6 +348,7 @@ def _render(run: Path, facts: Facts, sections: Sequence[Section], problems: Sequ
         script_hash=f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}",
         missing=[*facts.missing, *problems],
         table=module_table(facts.results),
+        student=facts.run.get("kind") == STUDENT,
         by_class=class_table(facts.results),
         split=facts.results.get("split"),
         protocol=facts.results.get("protocol"),
@@ -381,7 +387,8 @@ def _key_figures(facts: Facts) -> list[tuple[str, str]]:
     for title, part, name in (("mask mAP .5", "mask", "mAP@0.5"), ("box mAP .5", "box", "mAP")):
         value = (measured[last].get(part) or {}).get(name) if last else None
         if isinstance(value, (int, float)):
-            figures.insert(0, (f"{title} of module {last}, %", f"{100 * value:.1f}"))
+            whose = "the student" if last == STUDENT else f"module {last}"
+            figures.insert(0, (f"{title} of {whose}, %", f"{100 * value:.1f}"))
     accuracy = results.get("classification_mAP")
     if isinstance(accuracy, (int, float)):
         figures.insert(2, ("classification mAP, %", f"{100 * accuracy:.1f}"))
@@ -397,6 +404,8 @@ def _learnt(classes: Sequence[str], limit: int = 6) -> str:
 def _trained(facts: Facts) -> str:
     """Which modules on which backbone, in words."""
     numbers = facts.trained
+    if facts.run.get("kind") == STUDENT:
+        return f"a student on {facts.run['backbone']}{'' if numbers else ', not trained yet'}"
     if not numbers:
         return f"no module trained yet, backbone {facts.run['backbone']}"
     several = f"modules {numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"module {numbers[0]}"

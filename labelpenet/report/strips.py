@@ -68,6 +68,7 @@ class Source:
         truth: reads the annotation of an image, or None.
         training: whether the photographs are those of the training.
         used: whether some of the annotation was used in training.
+        proposed: whether another tool made the proposals that the run was trained on; ours would not be those.
         side: longer side of a panel in pixels.
     """
 
@@ -78,6 +79,7 @@ class Source:
     truth: ReadTruth | None = None
     training: bool = True
     used: bool = False
+    proposed: bool = False
     side: int = 400
 
 
@@ -143,7 +145,7 @@ def make_strip(source: Source, image: TaggedImage) -> Strip:
     if isinstance(source.network, Student):
         if not source.training:
             results.setdefault(4, source.network.predict(photograph))
-    elif source.network is not None:
+    elif source.network is not None and not (source.training and source.proposed):
         proposals = source.network.proposals(photograph)
         first.append(_proposals_panel(canvas, photograph, proposals))
         if 1 in source.trained:

@@ -93,6 +93,8 @@ def forward_backward(
             f"{start}: was trained with {known} supervision, but forward-backward learning knows tags alone (or "
             "labels, if --labels gives some again); start it from a run on tags"
         )
+    if "proposals" in facts and options.proposals is None:
+        raise InputError(f"{start}: was trained on another tool's proposals; give them again with --proposals")
     if held_out is not None:
         check_held_out(images, held_out)
     recipe = recipe or config.from_dict(facts["recipe"])

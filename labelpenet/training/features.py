@@ -8,14 +8,14 @@ import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage
@@ -24,6 +24,7 @@ from labelpenet.data.images import read_image
 from labelpenet.engine.distributed import map_images, precision_of
 from labelpenet.errors import InputError
 from labelpenet.models.cascade import LabelPEnet
+from labelpenet.models.layers import evaluating
 from labelpenet.progress import Progress
 
 _log = logging.getLogger(__name__)
@@ -122,15 +123,3 @@ class RoIFeatures:
         if found is None and path.is_file():
             _log.warning("note: %s is damaged; the RoI features of %s are computed again", path, image.id)
         return found
-
-
-@contextlib.contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode; afterwards every part of it is in the mode in which it was."""
-    before = [(part, part.training) for part in network.modules()]
-    network.eval()
-    try:
-        yield
-    finally:
-        for part, training in before:
-            part.training = training

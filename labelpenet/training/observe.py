@@ -22,7 +22,7 @@ from labelpenet.engine.sampler import stream_seed
 from labelpenet.engine.stage import Stage
 from labelpenet.errors import InputError
 from labelpenet.evaluation import evaluate
-from labelpenet.training.features import evaluating
+from labelpenet.models.layers import evaluating
 from labelpenet.training.inferred import Inferred
 from labelpenet.training.predict import predict_photograph
 from labelpenet.training.pretrain import Boxes, Training

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from labelpenet.calibration import crf as module
 from labelpenet.calibration.crf import DenseCRF, dense_crf
+from labelpenet.errors import InputError
 
 FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("crf_*.npz"))
 PHOTOGRAPHS = Path(__file__).parents[2] / "../shared/data/voc-animals/VOCdevkit/VOC2012/JPEGImages"
@@ -414,7 +415,7 @@ def test_wrong_widths(name: str, value: float) -> None:
 
 @pytest.mark.parametrize("widths", [{"srgb": 1e-4}, {"sxy_bilateral": 1e-6}, {"sxy_gaussian": 1e-9}, {"srgb": 1e-44}])
 def test_kernels_too_narrow_for_float32(widths: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="too narrow for this image; widen"):
+    with pytest.raises(InputError, match="too narrow for this image; widen"):
         DenseCRF(example()[0], **widths)
 
 

@@ -98,6 +98,50 @@ def test_a_split_of_a_single_file(tmp_path: Path) -> None:
     assert [image.id for image in open_tagged(path, "some", ["cat"]).images] == ["sub/y.jpg"]
 
 
+@pytest.mark.parametrize(
+    ("name", "split", "whole"),
+    [("trainval", "val", True), ("val2017", "train", True), ("val2017", "val", False), ("val2017", "val2017", False)],
+)
+def test_it_is_said_where_a_single_file_is_not_of_the_split(tmp_path: Path, name: str, split: str, whole: bool) -> None:
+    path = coco_set(tmp_path).rename(tmp_path / f"instances_{name}.json")
+    note = f"{path.name} has no splits: all its images are used as {split!r}"
+    assert (note in open_tagged(tmp_path, split).notes) == whole
+
+
+def test_a_line_of_a_split_that_may_be_two_images_is_refused_and_stems_will_do(tmp_path: Path) -> None:
+    content = coco_content()
+    content["images"][0]["file_name"] = "9.jpg"  # and 9 is the id of the other
+    coco_set(tmp_path, content)
+    photograph(tmp_path / "images" / "9.jpg")
+    (tmp_path / "few.txt").write_text("9\n")
+    with pytest.raises(InputError, match=r"few\.txt: 9 may be several images of instances\.json"):
+        open_tagged(tmp_path, "few")
+    for lines, expected in (("9.jpg\n", ["9.jpg"]), ("7\nsub/y\n", ["9.jpg", "sub/y.jpg"])):
+        (tmp_path / "few.txt").write_text(lines)
+        assert [image.id for image in open_tagged(tmp_path, "few", ["cat"]).images] == expected
+
+
+def test_an_image_under_two_ids_has_the_annotations_of_both(tmp_path: Path) -> None:
+    content = coco_content()
+    content["images"].append({**content["images"][0], "id": 8})
+    content["annotations"].append({"id": 3, "image_id": 8, "category_id": 3, "bbox": [12, 2, 5, 5]})
+    annotated = open_annotated(coco_set(tmp_path, content), classes=["cat", "dog"])
+    assert [(image.id, image.tags) for image in annotated.tagged.images] == [("x.jpg", (0, 1)), ("sub/y.jpg", ())]
+    assert annotated.read("x.jpg").instances.labels.tolist() == [0, 1]
+    assert any("image x.jpg stands there twice" in note for note in annotated.tagged.notes)
+
+
+def test_a_category_of_no_use_may_be_called_as_the_only_class(tmp_path: Path) -> None:
+    content = coco_content()
+    cat = {"id": 5, "name": "cat", "supercategory": "cat"}
+    content["categories"] = [{"id": 0, "name": "cat", "supercategory": "none"}, cat, content["categories"][2]]
+    path = coco_set(tmp_path, content)
+    assert open_tagged(path).classes == ("cat",) and open_annotated(path).categories == (5,)
+    content["annotations"][1]["category_id"] = 0
+    with pytest.raises(InputError, match="category 5 'cat' stands there twice; merge the two"):
+        open_tagged(coco_set(tmp_path, content))
+
+
 def test_an_image_folder_elsewhere(tmp_path: Path) -> None:
     path = coco_set(tmp_path / "here")
     (tmp_path / "here/images").rename(tmp_path / "there")
@@ -135,6 +179,7 @@ def test_damaged_rows_cost_themselves(tmp_path: Path) -> None:
         ({"bbox": [0, 0, float("nan"), 5], "segmentation": []}, "needs a box of four numbers", None),
         ({"bbox": [0, 0, 10**400, 5], "segmentation": []}, "needs a box of four numbers", None),
         ({"bbox": "box", "segmentation": []}, "needs a box of four numbers", None),
+        ({"bbox": ["1", "2", "3", "4"], "segmentation": []}, "needs a box of four numbers", None),
         (
             {"segmentation": {"size": [24, 32], "counts": [5]}},
             "damaged RLE.*no mask of its photograph",

@@ -11,7 +11,20 @@ import pytest
 
 from labelpenet import InputError
 from labelpenet.formats import open_annotated, open_tagged
-from tests.formats.corpus import CAT, DOG, LAYOUTS, REFUSED, coco, flat_yolo, photographs, plain_yolo, write, yolo
+from tests.formats.corpus import (
+    CAT,
+    DOG,
+    LAYOUTS,
+    REFUSED,
+    coco,
+    flat_yolo,
+    photographs,
+    plain_yolo,
+    write,
+    yolo,
+    yolo_box,
+)
+from tests.formats.kits import voc_xml
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -71,3 +84,36 @@ def test_photographs_of_one_name_that_coco_has_elsewhere_are_not_mixed_up(tmp_pa
     write(tmp_path / "result.json", coco(("/home/one/a.jpg", "b.jpg")))
     images = open_tagged(tmp_path)
     assert [one.id for one in images.images] == ["a.jpg", "b.jpg"] and "1 names of result.json" in images.notes[0]
+
+
+def test_labels_beside_a_given_file_come_before_the_photographs_own(tmp_path: Path) -> None:
+    data = plain_yolo(tmp_path / "data")
+    write(data / "labels/b.txt", yolo_box(0, CAT))
+    write(tmp_path / "fix/classes.txt", "cat\ndog\n")
+    write(tmp_path / "fix/labels/a.txt", yolo_box(1, DOG))
+    annotated = open_annotated(tmp_path / "fix", images=data / "images")
+    assert annotated.tagged.classes == ("dog",)
+    assert {one.id: one.tags for one in annotated.tagged.images} == {"a.jpg": (0,), "b.jpg": ()}
+    assert annotated.read("a.jpg").instances.boxes.flatten().tolist() == pytest.approx(DOG, abs=1e-3)
+    assert "1 images have no label file; as in YOLO, they show none of the classes" in annotated.tagged.notes
+
+
+def test_a_photograph_with_an_xml_file_but_no_yolo_labels_is_no_negative(tmp_path: Path) -> None:
+    write(flat_yolo(tmp_path) / "b.xml", voc_xml([("dog", (2, 2, 9, 9), 0)]))
+    images = open_tagged(tmp_path)
+    assert [one.id for one in images.images] == ["a.jpg"]
+    assert any("b.xml: lies there, but no b.txt; keep one kind" in note for note in images.notes)
+
+
+def test_a_class_that_yolo_names_twice_is_one_class_and_that_is_said(tmp_path: Path) -> None:
+    images = open_tagged(yolo("train: images/train\nnames: [cat, cat]\n")(tmp_path))
+    assert images.classes == ("cat",) and images.images[0].tags == (0,)
+    assert "data.yaml names cat more than once; taken for one class" in images.notes
+
+
+def test_a_split_of_yolo_that_lies_elsewhere_costs_itself_alone(tmp_path: Path) -> None:
+    places = "".join(f"{split}: images/{split}\n" for split in ("train", "val", "test"))
+    data = yolo(f"{places}names: [cat, dog]\n")(tmp_path)
+    assert len(open_tagged(data, "train").images) == 2 and len(open_tagged(data).images) == 4
+    with pytest.raises(InputError, match=r"data\.yaml: 'images/test' is not in"):
+        open_tagged(data, "test")

@@ -11,12 +11,13 @@ import torch
 
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.errors import InputError
-from labelpenet.formats import export, open_annotated, read_predictions
+from labelpenet.formats import export, open_annotated, open_tagged, read_predictions
 from labelpenet.formats.corrected import read_corrected
 from labelpenet.formats.open import open_photographs
 from labelpenet.formats.review import Reviewed, write_review
 from labelpenet.instances import Instances, masks_to_boxes
 
+from .corpus import write
 from .photographs import CLASSES, photographs
 
 NAMES = ("a #1.png", "sub/b c.jpg", "d.jpg", "x.jpg", "x.png")
@@ -88,3 +89,24 @@ def test_what_an_export_wrote_is_read_back_for_its_photographs_and_never_for_oth
         one = read().instances
         assert one.labels.tolist() == truth[name].labels.tolist()
         assert one.masks is not None and torch.equal(one.masks, truth[name].masks)
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(("given", "labels"), [(".", "labels"), ("classes.txt", "labels"), ("classes.txt", ".")])
+def test_of_yolo_labels_those_photographs_are_corrected_that_have_a_file(
+    tmp_path: Path, own: bool, given: str, labels: str
+) -> None:
+    photographs(tmp_path / "data/images", ("a.jpg", "b.jpg", "c.jpg"))
+    names = write(tmp_path / "fix/classes.txt", "cat\ndog\n").read_text()
+    write(tmp_path / "fix" / labels / "a.txt", "1 .25 .25 .3 .3\n")
+    write(tmp_path / "fix" / labels / "c.txt", "")
+    if own:  # labels of the photographs' own, which are wrong
+        write(tmp_path / "data/classes.txt", names)
+        for index, name in enumerate("abc"):
+            write(tmp_path / f"data/labels/{name}.txt", f"{index % 2} .5 .5 .2 .2\n")
+    else:
+        write(tmp_path / "data/tags.csv", "file,tags\na.jpg,cat\nb.jpg,dog\nc.jpg,cat\n")
+    ours = open_tagged(tmp_path / "data")
+    found = read_corrected([tmp_path / "fix" / given], ours)
+    objects = {Path(name).name: read().instances.labels.tolist() for name, read in found.truths.items()}
+    assert objects == {"a.jpg": [ours.classes.index("dog")], "c.jpg": []}

@@ -394,3 +394,45 @@ def test_supervision_is_asked_for_only_when_needed(monkeypatch):
     monkeypatch.setitem(sys.modules, "supervision", None)
     with pytest.raises(InputError, match="pip install supervision"):
         to_supervision(instances((10, 14), 2), CLASSES)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [tuple(sorted(f"{k}.jpg" for k in range(1, 13))), tuple(f"{k}.jpg" for k in range(5)), NAMES],
+    ids=["1 10 11", "0 to 4", "2008_000001"],
+)
+def test_a_results_list_is_read_back_onto_its_photographs(tmp_path, names):
+    images = photographs(tmp_path / "in", names)
+    found = predictions(images)
+    export(found, images, CLASSES, tmp_path / "out", "coco-results")
+    read = read_predictions(tmp_path / "out/results.json", images, CLASSES)
+    assert set(read) == {name for name, one in found.items() if len(one)}
+    for name, one in read.items():
+        assert_same(one, found[name])
+
+
+@pytest.mark.parametrize("names", [("a.jpg", "b.jpg"), ("a.jpg", "1.jpg", "2.jpg")])
+def test_a_results_list_of_photographs_without_numbers_is_not_read_onto_others(tmp_path, names):
+    images = photographs(tmp_path / "in", names)
+    export(predictions(images, masks=False), images, CLASSES, tmp_path / "out", "coco-results")
+    with pytest.raises(InputError, match="image_id '1' is unknown"):
+        read_predictions(tmp_path / "out/results.json", images, CLASSES)
+
+
+def test_a_number_behind_a_name_takes_no_other_photographs_name():
+    images = [TaggedImage(name, Path(name), ()) for name in ("photo.jpg", "photo.png", "photo-2.jpg")]
+    assert list(stems(images).values()) == ["photo", "photo-3", "photo-2"]
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_photograph_without_objects_has_empty_maps_where_others_have_masks(tmp_path, masks):
+    images = photographs(tmp_path / "in", NAMES[:2])
+    found = {"2008_000001": instances((10, 14), 1, 2, masks), "2008_000002": Instances.empty((11, 14))}
+    export_voc(found, images.images, CLASSES, tmp_path / "VOC2012")
+    lists = {path.parent.name: path.read_text().split() for path in tmp_path.glob("VOC2012/ImageSets/*/train.txt")}
+    maps = sorted(path.stem for path in tmp_path.glob("VOC2012/Segmentation*/*.png"))
+    assert lists == {kind: list(found) for kind in ("Main", "Segmentation")[: 1 + masks]}
+    assert maps == [name for name in found for _ in range(2)] * masks
+    for kind in ("Class", "Object") if masks else ():
+        pixels = np.array(Image.open(tmp_path / f"VOC2012/Segmentation{kind}/2008_000002.png"))
+        assert pixels.shape == (11, 14) and not pixels.any()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 from labelpenet import InputError
 from labelpenet.formats import open_annotated, open_tagged
 from labelpenet.formats.open import open_photographs
-from tests.formats.corpus import labelme
+from tests.formats.corpus import CAT, CLASSES, class_folders, coco, labelme, photographs, studio_value, write, yolo_box
 from tests.formats.kits import photograph
 
 
@@ -282,3 +284,79 @@ def test_names_cannot_break_the_line_or_draw_on_the_terminal(tmp_path: Path) -> 
     with pytest.raises(InputError, match="unprintable characters; rename it") as caught:
         open_tagged(tmp_path)
     assert str(caught.value).isprintable()
+
+
+def said(root: Path, words: str) -> bool:
+    return any(words in note for note in open_tagged(root).notes)
+
+
+@pytest.mark.parametrize("name", ["predictions.json", "labels.json"])
+def test_predictions_in_a_folder_of_classes_are_not_taken_for_its_annotation(tmp_path: Path, name: str) -> None:
+    class_folders("cat/a.jpg", "dog/b.jpg")(tmp_path)
+    content = coco(("cat/a.jpg", "dog/b.jpg"))
+    expected = {"cat/a.jpg": ("cat", "dog"), "dog/b.jpg": ()}
+    write(tmp_path / name, content)
+    assert tags_of(tmp_path) == expected
+    content["annotations"][0]["score"] = 0.3
+    write(tmp_path / name, content)
+    with pytest.raises(InputError, match=rf"{name}: holds predictions \(scores\)"):
+        open_tagged(tmp_path)
+    assert tags_of(tmp_path / name) == expected
+
+
+def test_a_lone_tags_file_beside_folders_of_classes_is_used_and_that_is_said(tmp_path: Path) -> None:
+    class_folders("cat/a.jpg", "dog/b.jpg")(tmp_path)
+    write(tmp_path / "mine.csv", "file,tags\ncat/a.jpg,emu\ndog/b.jpg,cow\n")
+    assert tags_of(tmp_path) == {"cat/a.jpg": ("emu",), "dog/b.jpg": ("cow",)}
+    assert said(tmp_path, "the names of their folders are not taken for classes")
+
+
+@pytest.mark.parametrize("pair", itertools.combinations(["instances.json", "classes.txt", "tags.csv"], 2))
+def test_of_two_kinds_of_annotation_in_one_folder_one_must_be_given(tmp_path: Path, pair: tuple[str, str]) -> None:
+    photographs(tmp_path, "a.jpg", "b.jpg")
+    write(tmp_path / "a.txt", yolo_box(0, CAT))
+    kinds = {
+        "instances.json": (coco(("a.jpg", "b.jpg")), {"a.jpg": ("cat", "dog"), "b.jpg": ()}),
+        "classes.txt": ("cat\ndog\n", {"a.jpg": ("cat",), "b.jpg": ()}),
+        "tags.csv": ("file,tags\na.jpg,emu\n", {"a.jpg": ("emu",)}),
+    }
+    for name in pair:
+        write(tmp_path / name, kinds[name][0])
+    with pytest.raises(InputError, match=f"holds {', '.join(pair)}; give the file that holds the annotation"):
+        open_tagged(tmp_path)
+    for name in pair:
+        assert tags_of(tmp_path / name) == kinds[name][1]
+
+
+def test_of_a_label_studio_task_with_several_images_only_one_that_is_called_image_is_used(tmp_path: Path) -> None:
+    before = {**task(1, "", ["cat"]), "data": {"before": "one.jpg", "after": "two.PNG"}}
+    thumb = {**task(2, "", ["cat"]), "data": {"thumb": "two.PNG", "image": "four.jpg"}}
+    path = studio(tmp_path, [before, thumb, task(3, "sub/three.webp", ["dog"])])
+    assert tags_of(path) == {"four.jpg": ("cat",), "sub/three.webp": ("dog",)}
+    assert said(path, "task 1 has several images (after, before)") and said(path, "1 tasks are skipped")
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv"])
+def test_a_text_beside_label_studio_shapes_is_a_class_only_in_a_column_of_such_a_name(
+    tmp_path: Path, suffix: str
+) -> None:
+    pets(tmp_path / "images")
+    plain = {"annotation_id": 1, "id": 1, "image": "one.jpg", "lead_time": 2.5}
+    shapes = {"drawn": [studio_value("rectangle", "cat", CAT)]}
+
+    def tags(row: dict[str, Any]) -> tuple[str, ...]:
+        path = write(tmp_path / f"export{suffix}", [row])
+        if suffix == ".csv":
+            cells = [json.dumps(cell) if isinstance(cell, list) else cell for cell in row.values()]
+            with path.open("w", newline="") as file:
+                csv.writer(file).writerows([list(row), cells])
+        return tags_of(path)["one.jpg"]
+
+    assert tags({**plain, **shapes, "site": "north"}) == ("cat",)
+    assert tags({**plain, **shapes, "choice": "north"}) == ("cat", "north")
+    assert tags({**plain, "weather": "rain"}) == ("rain",)
+
+
+def test_in_label_studio_one_of_several_choices_is_a_text_whatever_the_column_is_called(tmp_path: Path) -> None:
+    rows = [{"id": 1, "image": "one.jpg", "pets": "cat"}, {"id": 2, "image": "two.PNG", "pets": {"choices": CLASSES}}]
+    assert tags_of(studio(tmp_path, rows)) == {"one.jpg": ("cat",), "two.PNG": ("cat", "dog")}

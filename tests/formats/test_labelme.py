@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from labelpenet.formats import (
 from labelpenet.formats.polygons import contours, drawn, outline
 from labelpenet.instances import Instances, masks_to_boxes
 
+from .corpus import labelme, write
 from .photographs import CLASSES, photographs, predictions
 
 NAMES = ("a.jpg", "b.jpg", "sub/a.png")
@@ -235,3 +237,31 @@ def test_a_list_of_photographs_makes_a_split(tmp_path):
     assert len(open_tagged(tmp_path / "out").images) == len(NAMES)
     with pytest.raises(InputError, match="no split 'test'; available are val"):
         open_tagged(tmp_path / "out", "test")
+
+
+def test_files_of_an_export_that_lie_elsewhere_wait_until_they_are_checked(tmp_path):
+    images = photographs(tmp_path / "in", NAMES[:2])
+    out, copy = tmp_path / "out", tmp_path / "copy"
+    export_labelme(predictions(images), images.images, CLASSES, out, copy_images=True)
+    shutil.copytree(out, copy, ignore=shutil.ignore_patterns(".labelpenet"))
+    content = json.loads((out / "a.json").read_text()) | {"version": "saved again"}
+    for folder in (out, copy):
+        write(folder / "a.json", content)
+    assert [image.path.name for image in open_tagged(out).images] == ["a.jpg"]
+    with pytest.raises(InputError, match="none of its 2 files is checked"):
+        open_tagged(copy)
+    content["flags"]["checked"] = True
+    write(copy / "a.json", content)
+    again = open_tagged(copy)
+    assert [image.path.name for image in again.images] == ["a.jpg"]
+    assert any("1 files are neither checked nor known to be changed" in note for note in again.notes)
+
+
+def test_a_file_about_another_photograph_than_that_beside_it_is_left_out(tmp_path):
+    labelme(shapes=True)(tmp_path)
+    (tmp_path / "b.json").rename(tmp_path / "c.json")
+    assert [image.id for image in open_tagged(tmp_path).images] == ["a.jpg", "b.jpg"]
+    shutil.copy(tmp_path / "b.jpg", tmp_path / "c.jpg")
+    images = open_tagged(tmp_path)
+    assert [image.id for image in images.images] == ["a.jpg"]
+    assert any("c.json: is about b.jpg, but lies beside c.jpg; rename one" in note for note in images.notes)

@@ -64,6 +64,28 @@ def test_a_photograph_of_its_own_name_is_not_taken_for_one_of_that_name_in_a_fol
     assert_same(read["sub/a.jpg"], found["sub/a.jpg"])
 
 
+@pytest.mark.parametrize(
+    ("name", "fits"),
+    [
+        ("images/train/1.jpg", False),
+        ("train/1.jpg", False),
+        ("1.jpg", True),
+        ("val/1.jpg", True),
+        ("C:\\me\\images\\val\\1.jpg", True),
+        ("/home/me/images/val/1.jpg", True),
+    ],
+)
+def test_of_a_path_the_folders_must_be_those_of_the_photograph(tmp_path, name, fits):
+    images = photographs(tmp_path, ("images/val/1.jpg",))
+    row = {"image_id": 1, "category_id": 17, "bbox": [1, 1, 2, 2], "score": 0.5}
+    path = saved(tmp_path / "p.json", {"images": [{"id": 1, "file_name": name}], "annotations": [row]})
+    if fits:
+        assert list(read_predictions(path, images, CLASSES, IDS)) == ["images/val/1.jpg"]
+    else:
+        with pytest.raises(InputError, match="none of its images"):
+            read_predictions(path, images, CLASSES, IDS)
+
+
 def test_pycocotools_reads_the_file(tmp_path):
     images = photographs(tmp_path, NAMES)
     found = predictions(images)

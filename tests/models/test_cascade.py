@@ -151,6 +151,41 @@ def test_predict_answers_for_images_of_any_size(network, module, size):
     assert found.boxes.device.type == "cpu"
 
 
+def test_a_network_that_is_being_trained_answers_as_a_trained_one_and_trains_on():
+    network = build()
+    network.classification.head = torch.nn.Sequential(*network.classification.head, torch.nn.Dropout(0.9))
+    network.eval()
+    pixels, boxes = photograph(64, 80), some_boxes(64, 80)
+    expected = network.predict(pixels, 1, boxes)
+    network.train()
+    found = network.predict(pixels, 1, boxes.numpy())
+    assert torch.equal(found.weights, expected.weights) and torch.equal(found.boxes, expected.boxes)
+    assert network.training and network.classification.head[-1].training
+    with pytest.raises(InputError, match="those of one photograph"):
+        network.predict([pixels, pixels], 1, boxes)
+
+
+def test_targets_that_are_not_there_teach_nothing_in_silence(network):
+    pixels = photograph(64, 80)
+    none = Instances.empty((64, 80), with_masks=True)
+    one = Instances(torch.tensor([[1.0, 1, 9, 9]]), torch.tensor([3]), torch.ones(1), (64, 80))
+    for targets, module, words in (
+        ([none], 0, "no module 0"),
+        ([none], 5, "no module 5"),
+        ([Instances.empty((80, 64))], 2, r"targets on \(80, 64\) pixels .* photograph of \(64, 80\)"),
+        ([one], 2, "a target of class 3, but there are 3, from 0"),
+    ):
+        with pytest.raises(InputError, match=words):
+            network.losses([pixels], targets, module)
+
+
+@pytest.mark.parametrize("module", [2, 3])
+def test_a_detector_without_a_single_roi_finds_nothing(module, monkeypatch):
+    network = build()
+    monkeypatch.setattr(network.module(module), "propose", lambda _, sizes: ([torch.zeros(0, 4) for _ in sizes], {}))
+    assert len(network.predict(photograph(64, 80), module)) == 0
+
+
 def test_predict_reads_files_of_any_kind(network, tmp_path):
     grey = photograph(40, 56)[..., 0]
     Image.fromarray(grey).save(tmp_path / "grey.png")

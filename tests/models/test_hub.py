@@ -78,6 +78,7 @@ def test_the_card_claims_no_more_than_is_known(tmp_path):
     student = {"kind": "student", "classes": ["cat"], "backbone": "vgg16", "images": 3, "supervision": "labels"}
     assert "a cascade that learnt from image tags alone" in model_card(student, {}, "mit")
     assert "a cascade that learnt from true boxes" in model_card({**student, "teacher": "full"}, {}, "mit")
+    assert "a cascade that learnt from labels that were" in model_card({**student, "teacher": "labels"}, {}, "mit")
     assert "3 photographs from a file of labels" in model_card({**student, "labels_file": "c.json"}, {}, "mit")
     results = {"split": "train", "trained_on": 3, "val": {"student": {"box": {"mAP": 0.5}}}}
     assert "Split `train` (3 of its photographs were trained on)" in model_card(student, results, "mit")

@@ -117,9 +117,14 @@ def test_a_network_whose_children_are_out_of_order_is_not_folded():
 
 @pytest.mark.parametrize(
     ("backbone", "choice", "line"),
-    [("mobilenet_v2", "network.width=8", "has a pyramid of 96 channels"), ("tiny", "network.pool=9", "layers pools 7")],
+    [
+        ("mobilenet_v2", "network.width=8", "has a pyramid of 96 channels"),
+        ("tiny", "network.pool=9", "layers pools 7"),
+        ("tiny", "images.test_side=None", "a student answers at one size"),
+        ("tiny", "network.mask_depth=0", "mask_depth"),
+    ],
 )
-def test_a_choice_that_does_nothing_for_the_network_is_refused(backbone, choice, line):
+def test_a_choice_that_the_network_cannot_have_is_refused(backbone, choice, line):
     body, normalisation = build_body(backbone, pretrained=False)
     with pytest.raises(InputError, match=line):
         Student(body, ("a", "b"), config.override(SMALL, [choice]), backbone, normalisation)
@@ -206,7 +211,9 @@ def test_a_student_takes_photographs_in_every_form_that_a_cascade_takes(tmp_path
     exif[0x0112] = 6
     Image.fromarray(pixels).save(tmp_path / "b.png")
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    student.train()  # where a loop of one's own leaves it
     expected = student.predict(pixels)
+    assert student.training and torch.equal(student.eval().predict(pixels).boxes, expected.boxes)
     with Image.open(tmp_path / "a.png") as picture:
         listed = student.predict([picture, tmp_path / "b.png", pixels, pixels[..., 0]])
     assert [one.image_size for one in listed] == [(64, 40), (40, 64), (40, 64), (40, 64)]

@@ -227,6 +227,17 @@ def test_a_finished_run_has_its_numbers_pictures_curves_and_set_up(tmp_path: Pat
     assert "Not in this report" not in page.text
 
 
+def test_what_another_tool_proposed_is_not_shown_as_ours(tmp_path: Path, network: Network) -> None:
+    data = photographs(tmp_path / "train", 3)
+    run = make_run(tmp_path / "run", 4, data)
+    facts = json.loads((run / "run.json").read_text())
+    page = [Page(write_report(run, tmp_path / "a.html", data, images=1).read_text("utf-8"))]
+    (run / "run.json").write_text(json.dumps({**facts, "proposals": "0123"}))
+    page.append(Page(write_report(run, tmp_path / "b.html", data, images=1).read_text("utf-8")))
+    assert ["the run had another tool's proposals" in one.text for one in page] == [False, True]
+    assert [one.tags.count("img") for one in page] == [3 + 1 + (2 + 5 + 5), 3 + 1 + (1 + 5)]
+
+
 def test_nothing_outside_the_file_is_referred_to(tmp_path: Path, network: Network) -> None:
     data = photographs(tmp_path / "train", 3)
     text = write_report(make_run(tmp_path / "run", 2, data), tmp_path / "out" / "page.html", data).read_text("utf-8")

@@ -37,6 +37,7 @@ from labelpenet.training.supervised import (
     true_objects,
     with_masks,
 )
+from tests.formats.corpus import coco, photographs, write
 from tests.models.tiny import lively_tiny
 from tests.test_cli import one_line, train_arguments
 from tests.training.test_pretrain import boxes_of, results, tiny_recipe
@@ -133,6 +134,17 @@ def test_only_listed_annotation_is_read(kit):
     assert "3 images with masks, 2 with boxes only, 3 with tags only" in found.notes[-1]
     with pytest.raises(InputError, match="none of the images"):
         read_supervision("mixed", open_annotated(kit, "train"), ["elsewhere"])
+
+
+def test_a_listed_name_that_fits_several_images_is_refused_and_an_id_is_that_image_alone(tmp_path):
+    for folder, names in (("one", ("x/1.jpg", "y/1.jpg")), ("two", ("1.jpg", "sub/1.jpg"))):
+        photographs(tmp_path / folder / "images", *names)
+        write(tmp_path / folder / "instances.json", coco(names))
+    several = open_annotated(tmp_path / "one")
+    with pytest.raises(InputError, match=r"1\.jpg may be several images of the split; list them by their ids"):
+        read_supervision("mixed", several, ["1.jpg"])
+    assert list(read_supervision("mixed", several, ["x/1.jpg"]).truths) == ["x/1.jpg"]
+    assert list(read_supervision("mixed", open_annotated(tmp_path / "two"), ["1.jpg"]).truths) == ["1.jpg"]
 
 
 def test_objects_without_a_box_leave_an_image_with_its_tags(kit, tmp_path):
