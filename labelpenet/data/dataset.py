@@ -204,6 +204,7 @@ def tag_images(
         problems: one line each about images that cannot be used; if all of them, this is an error.
         said: notes that come before those from here.
     """
+    known = set(known)
     classes = choose_classes(classes, known, source) if found else ()
     problems = [*problems, *(f"{source}: unprintable image id {one.id!r}" for one in found if not one.id.isprintable())]
     found = [one for one in found if one.id.isprintable()]
@@ -223,6 +224,11 @@ def tag_images(
     absent = [name for name in classes if label[name] not in present]
     if absent:
         notes.append(f"no image shows {listing(absent)}")
+    alike: dict[str, str] = {}
+    for name in sorted(known):
+        other = alike.setdefault(" ".join(name.lower().split()), name)
+        if other != name:
+            notes.append(f"{source.name}: {other!r} and {name!r} are two classes; write them alike if they are one")
     return TaggedImages(classes, images, (*said, *notes))
 
 

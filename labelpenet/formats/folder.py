@@ -201,10 +201,6 @@ def _doubts(known: set[str], classes: Sequence[str], source: Path) -> Iterator[s
     Raises:
         InputError: a tag may be several (``cat dog``, beside ``cat`` and ``dog``) and is none of ``classes``.
     """
-    alike: dict[str, str] = {}
-    for tag in sorted(known):
-        if alike.setdefault(tag.lower(), tag) != tag:
-            yield f"{source.name}: {alike[tag.lower()]!r} and {tag!r} are two classes; write them alike if they are one"
     for tag in sorted(known - set(classes)):
         parts = [part for part in re.split(r"[\s/+&,;|]+", tag) if part.lower() != "and"]
         if len(parts) > 1 and known.issuperset(parts):
@@ -230,7 +226,7 @@ def restrict(names: Iterable[str], home: Path, source: Path, split: str | None) 
     lists = [path.stem for path in files if path.stem.lower() in SPLIT_NAMES]
     names = list(names)
     if split is None:
-        return names, []
+        return names, [f"no split is named: all are used, of {listing(lists)} too"] if lists else []
     for path in (*(folder / f"{split}.txt" for folder in folders), Path(split)):
         if path.suffix and is_file(path):
             wanted = set(map(_name, read_text(path).splitlines())) - {""}

@@ -62,6 +62,18 @@ def test_what_may_be_meant_otherwise_is_said(tmp_path: Path) -> None:
     (tmp_path / "tags.csv").write_text("file,tags\none.jpg,Cat\ntwo.PNG,cat\nfour.jpg,NaN\n")
     notes = " ".join(open_tagged(tmp_path).notes)
     assert "'Cat' and 'cat' are two classes" in notes and "'NaN' is taken for a class" in notes
+    (tmp_path / "train.txt").write_text("one.jpg\n")
+    assert "no split is named: all are used, of train too" in open_tagged(tmp_path).notes
+    assert not any("no split is named" in note for note in open_tagged(tmp_path, "train").notes)
+    (tmp_path / "train.txt").unlink()
+    rows = [{"id": number, "name": name} for number, name in enumerate(("cat", "cat ", "Cat"), 1)]
+    images = [{"id": number, "file_name": name} for number, name in enumerate(("one.jpg", "two.PNG", "four.jpg"), 1)]
+    marks = [{"id": one, "image_id": one, "category_id": one, "bbox": [1, 1, 5, 5]} for one in (1, 2, 3)]
+    coco = tmp_path / "coco" / "instances.json"
+    coco.parent.mkdir()
+    coco.write_text(json.dumps({"images": images, "annotations": marks, "categories": rows}))
+    notes = " ".join(open_tagged(coco, images=tmp_path).notes)
+    assert "'Cat' and 'cat' are two classes" in notes and "'Cat' and 'cat ' are two classes" in notes
     (tmp_path / "tags.csv").write_text("file,tags\none.jpg,hot dog\ntwo.PNG,dog;cat\n")
     assert tags_of(tmp_path)["one.jpg"] == ("hot dog",)
     (tmp_path / "tags.csv").write_text("file,tags\none.jpg,cat & dog\ntwo.PNG,dog;cat\n")
