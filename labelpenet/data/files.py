@@ -16,6 +16,7 @@ import re
 import shutil
 import stat
 import tempfile
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -127,7 +128,8 @@ def bare_name(line: str) -> str:
 def inside(root: Path, name: str) -> Path:
     """The path of ``name``, as a file of the data set calls it, inside the folder ``root``.
 
-    Links are followed before the check, so neither ``..`` nor an absolute path nor a link leads out of ``root``.
+    Links are followed before the check, so neither ``..`` nor an absolute path nor a link leads out of ``root``. A name
+    with accents is also found where the disk has it in Unicode's other form, as macOS writes it.
 
     Raises:
         InputError: the name is empty, absolute, holds ``..`` or a NUL, or leads out of the folder.
@@ -136,6 +138,9 @@ def inside(root: Path, name: str) -> Path:
     if not parts.parts or parts.anchor or ".." in parts.parts or "\0" in name:
         raise InputError(f"{name!r} is no path inside {root}; name files relative to that folder, without '..'")
     path = root.joinpath(*parts.parts)
+    if not name.isascii() and not os.path.lexists(path):  # which says no to a name that is too long, too
+        forms = (root.joinpath(*(unicodedata.normalize(form, part) for part in parts.parts)) for form in ("NFC", "NFD"))
+        path = next(filter(os.path.lexists, forms), path)
     try:
         resolved = path.resolve()
         home = root.resolve()

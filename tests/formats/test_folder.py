@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,17 @@ def test_tags_csv(tmp_path: Path) -> None:
     assert "1 of 3 images show none of the classes; they serve as negatives" in notes
     assert any("1 images of" in note and "do not stand in tags.csv" in note for note in notes)
     assert open_tagged(tmp_path, None, ["dog"]).images[0].tags == (0,)
+
+
+def test_a_name_with_accents_is_found_in_either_form_of_unicode(tmp_path: Path) -> None:
+    for form, other in (("NFC", "NFD"), ("NFD", "NFC")):
+        root = tmp_path / form
+        pets(root)
+        (root / "one.jpg").rename(root / unicodedata.normalize(form, "größe é.jpg"))
+        name = unicodedata.normalize(other, "größe é.jpg")
+        (root / "tags.csv").write_text(f"file,tags\n{name},cat\nfour.jpg,dog\n", encoding="utf-8")
+        assert tags_of(root) == {name: ("cat",), "four.jpg": ("dog",)}
+        assert open_tagged(root).images[0].path.is_file()
 
 
 def test_columns_in_any_order_and_doubled_rows(tmp_path: Path) -> None:
