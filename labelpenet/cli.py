@@ -30,7 +30,7 @@ from labelpenet.config import CascadeOptions, R, RunOptions, check_ranges
 from labelpenet.errors import InputError, one_line
 
 if TYPE_CHECKING:
-    from labelpenet.data import AnnotatedImages, TaggedImages
+    from labelpenet.data import AnnotatedImages, TaggedImages, Truth
 
 
 def _optional(metavar: str, help: str | None = None) -> Any:
@@ -659,7 +659,7 @@ def distill(args: Distill) -> None:
 
     _check_out(args)
     facts = read_run(args.run)
-    recipe = _changed(config.StudentRecipe(), args)
+    recipe = _changed(config.student_recipe(args.supervision == "full"), args)
     images, source = _open_training(args, facts["classes"])
     if args.supervision == "full":
         if args.labels:
@@ -744,7 +744,12 @@ def predict(args: Predict) -> None:
         part, skipped = predict_shard(
             predictor, images, args.module, args.out, shard, keep=keep, choices=choices, cache=args.cache
         )
-        print(f"{part.path}: {len(part.images)} images" + (f", {len(skipped)} skipped" if skipped else ""))
+        if pictures and part.before:
+            _say(f"{part.before} photographs were predicted before; overlays are drawn of the others alone")
+        if len(part.skipped) > len(skipped):
+            _say(f"{part.path}: to try photographs again that were skipped before, delete it")
+        done = len(part.images) - len(part.skipped)
+        print(f"{part.path}: {done} images" + (f", {len(part.skipped)} skipped" if part.skipped else ""))
         return
     try:
         skipped = predict_images(predictor, images, args.module, args.out, keep=keep, cache=args.cache)
@@ -778,11 +783,19 @@ def evaluate(args: Evaluate) -> None:
         raise InputError("the paper's tables are by VOC's protocols; leave --table out, or measure by voc07 or voc12")
     check_outputs([args.json] if args.json else [], [args.predictions, args.data], args.overwrite)
     annotated = open_annotated(args.data, args.split, _names(args.classes), args.images)
+    annotated = annotated.by_number() if args.protocol == "coco" else annotated
     tagged = annotated.tagged
-    predictions = read_predictions(args.predictions, tagged, tagged.classes, annotated.categories)
+    predictions = read_predictions(args.predictions, tagged, tagged.classes, annotated.categories, annotated.others)
     notes: list[str] = []
-    result = measure(predictions, annotated.each(notes), tagged.classes, args.protocol)
-    absent = sum(image.id not in predictions for image in tagged.images)
+    absent = 0
+
+    def truths() -> Iterator[tuple[str, Truth]]:
+        nonlocal absent
+        for name, truth in annotated.each(notes):
+            absent += name not in predictions
+            yield name, truth
+
+    result = measure(predictions, truths(), tagged.classes, args.protocol)
     if absent:
         notes.append(f"{absent} of {len(tagged.images)} images are not in {args.predictions}; their objects are missed")
     _say(*tagged.notes, *predictions.notes, *notes)

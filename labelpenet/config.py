@@ -399,7 +399,8 @@ class Noise(_Ranged):
     Attributes:
         keep: an instance is taught if its confidence is at least this fraction of the best one's of its class in its
             image, as the best one itself always is; the others are doubtful.
-        nested: an instance of which this fraction of the box lies inside a better one of its class is doubtful too.
+        nested: an instance of which this fraction of the box lies inside a better one of its class is doubtful too;
+            None for none.
         weighted: whether confidences weigh the losses.
         limit: a RoI whose class or box loss exceeds it is left out, after the fraction ``limit_from`` of the steps.
         ema: decay of the averaged weights, which are the result; lower where the steps are few, so that they look back
@@ -407,7 +408,7 @@ class Noise(_Ranged):
     """
 
     keep: float = 0.5
-    nested: float = 0.85
+    nested: float | None = 0.85
     weighted: bool = True
     limit: float | None = 4.0
     limit_from: float = 0.2
@@ -457,6 +458,11 @@ class StudentRecipe:
         steps=1600, lr=3e-4, kind="adamw", weight_decay=1e-2, batch_size=2, warmup=100, clip=10.0,
         decay=((0.6, 0.3), (0.85, 0.1)),
     )  # fmt: skip
+
+
+def student_recipe(true: bool = False) -> StudentRecipe:
+    """The student's choices; of ``true`` objects none is doubtful, and no RoI is left out for its loss."""
+    return StudentRecipe(noise=Noise(nested=None, limit=None)) if true else StudentRecipe()
 
 
 @dataclass(frozen=True)

@@ -365,7 +365,9 @@ def unaries(
         (1, K + 1, h, w) where all instances compete, else (K, 2, h, w), each against the background and its rivals.
     """
     if settings.threshold is None:
-        background = background_map(confidence if attention is None else normalise(attention))
+        maps = confidence if attention is None else normalise(attention)
+        # of one that stands alone the sum is its own: others would leave it no background, however doubtful it is
+        background = background_map(maps) if settings.compete == "instances" else (1 - maps).clamp(min=0)
         object_ = confidence
     else:
         background = torch.ones_like(confidence[0])

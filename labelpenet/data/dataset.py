@@ -106,13 +106,23 @@ class AnnotatedImages:
         tagged: the same images as a weakly supervised run sees them.
         read: ``read(image_id) -> Truth``; raises `InputError` for a damaged annotation.
         categories: for each class its id in COCO files.
+        others: the ids of its other categories in COCO files.
         unlisted: ids of images that the annotation does not name, and which so show nothing.
     """
 
     tagged: TaggedImages
     read: Callable[[str], Truth]
     categories: tuple[int, ...]
+    others: tuple[int, ...] = ()
     unlisted: frozenset[str] = frozenset()
+
+    def by_number(self) -> AnnotatedImages:
+        """The images in the order of their COCO ids, in which COCO's measure takes equal scores; else as they are."""
+        numbers = {image.id: image.number for image in self.tagged.images if image.number is not None}
+        if len(numbers) < len(self.tagged.images):
+            return self
+        images = tuple(sorted(self.tagged.images, key=lambda image: numbers[image.id]))
+        return replace(self, tagged=replace(self.tagged, images=images))
 
     def where(self, keep: Callable[[TaggedImage], bool]) -> AnnotatedImages:
         """As `TaggedImages.where`."""

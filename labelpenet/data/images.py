@@ -272,7 +272,8 @@ def find_images(paths: Iterable[Path]) -> list[tuple[str, Path]]:
         for name, file in pairs:
             if file not in taken and not any(part.startswith(".") for part in Path(name).parts):
                 taken.add(file)
-                found[str(file) if name in found else name] = file
+                names = (name, str(file), str(file.absolute()))  # the second may be another one's first
+                found[next(one for one in names if one not in found)] = file
     if not found:
         raise InputError(f"no image in {', '.join(map(str, paths))}; known are {', '.join(sorted(SUFFIXES))}")
     return list(found.items())

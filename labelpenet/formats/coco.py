@@ -8,7 +8,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -126,7 +126,9 @@ def open_annotated(
         shapes = (_shape(one, instances.names) for one in instances.annotations.get(keys[image.id], []))
         return read_truth(shapes, size, tagged.classes, source)
 
-    return with_truth(tagged, path, truth, [number[name] for name in tagged.classes])
+    own = [number[name] for name in tagged.classes]
+    others = tuple(category for category in instances.names if category not in own)
+    return replace(with_truth(tagged, path, truth, own), others=others)
 
 
 def _read(path: Path, content: Any) -> CocoFile:

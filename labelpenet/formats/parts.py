@@ -62,6 +62,10 @@ class Part:
         facts: what decides the predictions (weights, module, settings, list of photographs), the same in all parts.
         images: all photographs, in order.
 
+    Attributes:
+        done, skipped: ids of the photographs that it holds, and of those among them that could not be read.
+        before: how many an earlier process has written.
+
     Raises:
         InputError: the part was begun with other facts, another process is writing it, or it cannot be written.
     """
@@ -77,6 +81,8 @@ class Part:
         self.path = folder / f"part-{shard[0]:05d}-of-{shard[1]:05d}.jsonl"
         self.partial = self.path.with_suffix(".jsonl.partial")
         self.images = share(images, shard)
+        self.done: set[str] = set()
+        self.skipped: set[str] = set()
         self._numbers, self._names = image_numbers(images), file_names(images)
         self._header = {
             "labelpenet": "part", "shard": list(shard), "images": len(images), "classes": list(classes), **facts,
@@ -88,8 +94,9 @@ class Part:
             if not opened.enter_context(locked(self.path.with_suffix(".lock"))):
                 raise InputError(f"{self.path}: another process is writing this part; give each its own --shard")
             there = self.path if self.path.exists() else self.partial
-            self.done, length = self._already(there) if there.exists() else (set(), 0)
-            self.finished = there == self.path and not self.left()
+            length = self._already(there) if there.exists() else 0
+            self.before = len(self.done)
+            self.finished = there == self.path and not self.left() and there.stat().st_size == length
             if not self.finished:
                 if there == self.path:
                     _log.warning("note: %s is damaged; what is missing is made again", self.path)
@@ -117,6 +124,8 @@ class Part:
             row = {"image": image.id, "number": self._numbers[image.id], "file_name": self._names[image.id]}
             row |= {"width": width, "height": height}
             row["instances"] = [{key: value for key, value in one.items() if key != "image_id"} for one in rows]
+        else:
+            self.skipped.add(image.id)
         self._write(row)
         self.done.add(image.id)
 
@@ -133,23 +142,24 @@ class Part:
             self._file.write(sealed(json.dumps(row, allow_nan=False)).encode() + b"\n")
             self._file.flush()
 
-    def _already(self, path: Path) -> tuple[set[str], int]:
-        """The ids that a part holds, and its length up to the last whole line."""
-        done, length = set(), 0
+    def _already(self, path: Path) -> int:
+        """Takes up what a part holds; returns its length up to the last line that is whole and of a photograph more."""
+        ids, length = {image.id for image in self.images}, 0
         with path.open("rb") as file:
             for number, line in enumerate(file):
                 row = _row(line) if line.endswith(b"\n") else None
-                if row is None or (number and not isinstance(row.get("image"), str)):
+                if row is None or (number and (row.get("image") not in ids or row["image"] in self.done)):
                     break
                 if number == 0 and row != self._header:
-                    changed = sorted(key for key in self._header if row.get(key) != self._header[key])
-                    raise InputError(
-                        f"{path}: belongs to another prediction ({', '.join(changed)} changed); give another --out"
-                    )
+                    keys = sorted(self._header.keys() | row.keys())
+                    changed = ", ".join(key for key in keys if row.get(key) != self._header.get(key))
+                    raise InputError(f"{path}: belongs to another prediction ({changed} changed); give another --out")
                 if number:
-                    done.add(row["image"])
+                    self.done.add(row["image"])
+                    if row.get("skipped"):
+                        self.skipped.add(row["image"])
                 length += len(line)
-        return done, length
+        return length
 
 
 def merge_parts(paths: Sequence[Path], out: Path) -> tuple[int, int]:
@@ -174,6 +184,8 @@ def merge_parts(paths: Sequence[Path], out: Path) -> tuple[int, int]:
         _write_parquet(parts, header, out, counts)
     else:
         write_bytes(out, lambda file: _write_coco(parts, header, file, counts))
+    if skipped := header["images"] - counts[0]:
+        _log.warning("note: %d photographs could not be read when they were predicted and are left out", skipped)
     return counts[0], counts[1]
 
 
@@ -276,13 +288,19 @@ def _photographs(part: Path, check: bool = True) -> Iterator[tuple[int, dict[str
     header = _header(part)
     (i, n), total, number = header["shard"], header["images"], 1
     labels = dict(enumerate(range(len(header["classes"])), 1))
+    seen: set[int] = set()
     with part.open("rb") as file:
         place = len(next(file))
         for number, line in enumerate(file, 2):
             row = _row(line)
-            if row is None or not (row.get("skipped") is True or not check or _is_photograph(part, row, labels)):
+            if (
+                row is None
+                or row.get("number") in seen
+                or not (row.get("skipped") is True or not check or _is_photograph(part, row, labels))
+            ):
                 raise InputError(f"{part}: line {number} is damaged; delete the part and run its shard again")
             if not row.get("skipped"):
+                seen.add(row["number"])
                 yield place, row
             place += len(line)
     if number - 1 != total * i // n - total * (i - 1) // n:

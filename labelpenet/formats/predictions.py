@@ -126,6 +126,7 @@ def read_predictions(
     images: TaggedImages | Sequence[TaggedImage],
     classes: Sequence[str],
     category_ids: Sequence[int] | None = None,
+    others: Sequence[int] = (),
 ) -> Predictions:
     """Reads predictions.json, a folder of parts, a bare COCO results list or a COCO annotation file.
 
@@ -144,6 +145,7 @@ def read_predictions(
         images: the photographs that predictions are wanted for.
         classes: names of the C classes, in label order.
         category_ids: (C,) the id of each class where the file names no categories; None for 1..C.
+        others: ids of classes that are not asked for, which are left out there.
 
     Returns:
         `Instances` by image id, in the order of ``images``: of the images that the file lists (or has rows for).
@@ -164,6 +166,8 @@ def read_predictions(
     entries = read_entries(path, content, "images") if listed else None
     names = match_images(path, images, entries, notes)
     labels = match_categories(path, classes, category_ids, content if listed else None, notes)
+    if not listed or content.get("categories") is None:
+        labels |= dict.fromkeys(set(others) - set(labels))
     kept: dict[str, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
     known = listing(map(str, labels))
     for index, row in enumerate(rows):
@@ -206,12 +210,29 @@ def _sizes(
 
 
 def _rescale(rows: Mapping[str, Rows], notes: list[str]) -> None:
+    """Scores in [0, 1], in place, in their order also as float32."""
     scores = np.concatenate([np.zeros(0), *(one.scores for one in rows.values())])
     low, high = scores.min(initial=0.0), scores.max(initial=1.0)
     if low < 0 or high > 1:
         notes.append(f"scores between {low:.4g} and {high:.4g} are mapped onto [0, 1]; their order is as it was")
         for one in rows.values():
             one.scores[:] = (one.scores / 2 - low / 2) / (high / 2 - low / 2)  # halves: 1e308 must not overflow
+        mapped = np.concatenate([np.zeros(0), *(one.scores for one in rows.values())])
+    else:
+        mapped = scores
+    before, place = np.unique(scores, return_inverse=True)
+    single = mapped.astype(np.float32)  # as `Instances` has them, where scores that differ may not
+    if len(before) == len(np.unique(single)):
+        return
+    order = np.zeros(len(before), np.float32)
+    order[place] = single
+    for index in range(len(order) - 2, -1, -1):
+        order[index] = min(order[index], np.nextafter(order[index + 1], np.float32(-1)))
+    if order[0] < 0:  # too many near nothing
+        order = np.linspace(0, 1, len(order), dtype=np.float32)
+    ends = np.cumsum([len(one.scores) for one in rows.values()])[:-1]
+    for one, own in zip(rows.values(), np.split(order[place], ends), strict=True):
+        one.scores[:] = own
 
 
 def _lookup(table: Mapping[Any, Any], value: Any, where: str, known: str) -> Any:

@@ -60,7 +60,7 @@ class StrideAnchors(AnchorGenerator):
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """Anchors (A, 4) in pixels for each image; the same for all, as they share the map."""
         features = feature_maps[0]
-        self.set_cell_anchors(features.dtype, features.device)
+        self.set_cell_anchors(torch.float32, features.device)  # bfloat16 would move them by up to a pixel
         stride = torch.tensor(self.stride, device=features.device)
         anchors = self.grid_anchors([list(features.shape[-2:])], [[stride, stride]])
         return [torch.cat(anchors)] * len(image_list.image_sizes)

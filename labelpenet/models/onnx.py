@@ -12,6 +12,7 @@ import contextlib
 import io
 import json
 import logging
+import re
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -136,10 +137,10 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     """(H, W) from a text such as 480x640, else an `InputError`; None from None."""
     if text is None:
         return None
-    height, cross, width = text.lower().partition("x")
-    if not (cross and height.isdigit() and width.isdigit()):
-        raise InputError(f"--size {text}: expected height x width in pixels, such as 480x640")
-    return int(height), int(width)
+    found = re.fullmatch(r"([0-9]{1,4})[xX]([0-9]{1,4})", text)
+    if not found:
+        raise InputError(f"--size {text}: expected height x width in pixels, at most 9999, such as 480x640")
+    return int(found[1]), int(found[2])
 
 
 def export_onnx(student: Student, path: Path, size: tuple[int, int] | None = None) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import MultiScaleRoIAlign, box_iou
+from torchvision.ops.poolers import initLevelMapper
 
 from labelpenet import config
 from labelpenet.calibration.calibrate import to_instances
@@ -128,6 +130,9 @@ class Student(nn.Module):
         if state is not None:
             self.network.load_state_dict(state)
         self.network.rpn = DoubtingRPN.like(self.network.rpn)
+        set_scales(self.network, self.levels.strides)
+        for layers in (self.network.rpn.head, self.network.roi_heads.box_predictor):
+            layers.register_forward_hook(_in_full_precision)
         body = cast(nn.ModuleDict, self.network.backbone.body).eval()
         self.folded = fold_norms(body, 3, "backbone.body.")
         if description["head"]:
@@ -335,7 +340,7 @@ class Student(nn.Module):
         """
         network = self.network
         batch, _ = network.transform([image])
-        maps = network.backbone(batch.tensors)
+        maps = {name: features.float() for name, features in network.backbone(batch.tensors).items()}
         proposals, _ = network.rpn(batch, maps)
         found = network.roi_heads(maps, proposals, batch.image_sizes)[0][0]
         height, width = batch.image_sizes[0]
@@ -518,6 +523,26 @@ def measure_levels(body: nn.Module) -> Levels:
     late = [name for name, stride in every.items() if stride == 2 * _HEAD] if _HEAD in last else []
     layers = {last[stride][0]: str(level) for level, stride in enumerate(strides)}
     return Levels(layers, [last[stride][1] for stride in strides], [*strides, 2 * strides[-1]], every, late)
+
+
+def set_scales(network: MaskRCNN, strides: Sequence[int]) -> None:
+    """Tells RoI pooling the strides of the pyramid's maps, which torchvision infers from the first image that it sees:
+    wrongly where that is padded to half as much again.
+    """
+    heads: Any = network.roi_heads
+    names = [*map(str, range(len(strides) - 1)), "pool"]
+    for pooler in (heads.box_roi_pool, heads.mask_roi_pool):
+        used = [stride for name, stride in zip(names, strides, strict=True) if name in pooler.featmap_names]
+        pooler.scales = [1 / stride for stride in used]
+        least, most = (round(math.log2(stride)) for stride in (used[0], used[-1]))
+        pooler.map_levels = initLevelMapper(least, most, pooler.canonical_scale, pooler.canonical_level)
+
+
+def _in_full_precision(layers: nn.Module, inputs: Any, outputs: Any) -> Any:
+    """Scores and regressions as float32: torchvision gives boxes the type of these, and bfloat16 has steps of 4 pixels
+    from 512 on.
+    """
+    return tuple([one.float() for one in part] if isinstance(part, list) else part.float() for part in outputs)
 
 
 @torch.no_grad()

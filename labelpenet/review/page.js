@@ -124,11 +124,20 @@ function judge(status) {
   entry.status = status;
   one.kept = { ...kept };
   draw();
-  const body = JSON.stringify({ status, kept });
-  saving = saving.then(() => request(`photographs/${index}`, { method: "POST", body })).catch((error) => {
+  const said = { status, kept: one.kept };
+  const save = async () => { // the revision as the verdict before has left it
+    const body = JSON.stringify({ ...said, revision: one.revision });
+    one.revision = (await (await request(`photographs/${index}`, { method: "POST", body })).json()).revision;
+  };
+  saving = saving.then(save).catch((error) => {
     entry.status = before.status;
     one.kept = before.kept;
-    show(index).then(() => say(`not saved: ${error.message}`));
+    loaded.delete(index); // another window may have judged it
+    show(index).then(() => {
+      if (shown === index) entry.status = photograph.status;
+      draw();
+      say(`not saved: ${error.message}`);
+    });
   });
   return saving;
 }

@@ -11,6 +11,7 @@ import hmac
 import json
 import secrets
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -58,6 +59,7 @@ class Review:
         found: the labels that are looked at.
         path: the file that every verdict is written to.
         reviewed: what was said, by image id.
+        revisions: how often something was said of an image since the start, by which a window that is behind is known.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Review:
     found: Inferred
     path: Path
     reviewed: dict[str, Reviewed] = field(default_factory=dict)
+    revisions: Counter[str] = field(default_factory=Counter)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _written: str | None = None  # the hash of the file's content: two changes may come within one tick of its clock
 
@@ -118,7 +121,7 @@ class Review:
             for one, (label, score) in enumerate(zip(found.labels.tolist(), found.weights.tolist(), strict=True))
         ]
         about = {"width": width, "height": height, "tags": image.tags, "status": self.status(image)}
-        return {**about, "kept": kept, "objects": objects}
+        return {**about, "kept": kept, "objects": objects, "revision": self.revisions[image.id]}
 
     def picture(self, index: int) -> bytes:
         """The photograph as a JPEG, upright, no larger than a screen; `InputError` where it cannot be read."""
@@ -128,12 +131,13 @@ class Review:
             pixels = cv2.resize(pixels, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
         return encode_picture(pixels)
 
-    def judge(self, index: int, status: Status, kept: dict[int, int]) -> None:
+    def judge(self, index: int, status: Status, kept: dict[int, int], revision: int | None = None) -> None:
         """Notes the status of the photograph at a place of the ranking, and by number the class of each of its labels
         that is right, in memory and in the file.
 
         Raises:
-            InputError: the file cannot be written, or another program has written it; nothing is noted then.
+            InputError: the file cannot be written, another program has written it, or something was said of the
+                photograph since ``revision``, where that is given; nothing is noted then.
         """
         image = self.ranked[index][0]
         rows = self.found.rows(image.id)
@@ -144,6 +148,8 @@ class Review:
         ]
         untouched = kept == {one: row["category_id"] - 1 for one, row in enumerate(rows)}
         with self._lock:
+            if revision not in (None, self.revisions[image.id]):
+                raise InputError("it was judged in another window meanwhile; look at it again")
             reviewed = {key: one for key, one in self.reviewed.items() if key != image.id}
             if status != "open" or not untouched:
                 reviewed[image.id] = Reviewed(status, self.found.size(image.id), chosen)
@@ -151,12 +157,15 @@ class Review:
                 raise InputError(f"{self.path}: was changed by another program; end this review and start it again")
             write_review(self.path, reviewed, self.all, self.classes)
             self.reviewed, self._written = reviewed, hash_file(self.path)
+            self.revisions[image.id] += 1
 
 
 def _is_foreign(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
     """Whether a row of a review is of another instance than that of its number now: a later module has labelled."""
     number = row.get("instance")
-    return number is not None and (not 0 <= number < len(rows) or row.get("bbox") != rows[number].get("bbox"))
+    if number is None:
+        return False
+    return not 0 <= number < len(rows) or any(row.get(key) != rows[number].get(key) for key in ("bbox", "segmentation"))
 
 
 def _path(found: Instances, index: int) -> str:
@@ -253,7 +262,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(400, b"a verdict is a status and the classes of the objects that are kept")
             else:
                 review.judge(number, *verdict)
-                self._json({"status": review.status(review.ranked[number][0])})
+                image = review.ranked[number][0]
+                self._json({"status": review.status(image), "revision": review.revisions[image.id]})
         else:
             self._answer(404, b"nothing there")
 
@@ -271,16 +281,17 @@ class _Handler(BaseHTTPRequestHandler):
         """Says nothing: the page shows what goes wrong."""
 
 
-def _verdict(body: bytes, objects: int, classes: int) -> tuple[Any, dict[int, int]] | None:
-    """Status and kept classes from the page's JSON; None where it is none."""
+def _verdict(body: bytes, objects: int, classes: int) -> tuple[Any, dict[int, int], int | None] | None:
+    """Status, kept classes and the revision that was looked at from the page's JSON; None where it is none."""
     try:
         content = json.loads(body)
         kept = {int(one): label for one, label in content["kept"].items()}
-        status = content["status"]
+        status, revision = content["status"], content.get("revision")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     right = all(0 <= one < objects and type(label) is int and 0 <= label < classes for one, label in kept.items())
-    return (status, kept) if right and isinstance(status, str) and status in get_args(Status) else None
+    right &= isinstance(status, str) and status in get_args(Status) and (revision is None or type(revision) is int)
+    return (status, kept, revision) if right else None
 
 
 def serve(run: Path, images: TaggedImages, path: Path, port: int) -> None:

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 class Predictor:
-    """The cascade or student of a run folder on a device, in that precision of its training which the device has.
+    """The cascade or student of a run folder on a device, in the precision that ``auto`` stands for there.
 
     ``device, devices, nodes`` are as `build_fabric` takes them. With ``tagged`` the photographs' tags are known, and
     they are labelled as training photographs are.

@@ -1,11 +1,13 @@
 """A run applied to a million photographs: independent shards, or batches for an engine such as Ray."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from labelpenet import config
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import digest
 from labelpenet.errors import InputError
@@ -48,8 +50,9 @@ def predict_shard(
     random = tuple(f"{name}." for name in getattr(network, "untrained", ()))
     state = network.state_dict().items()
     weights = digest(value.cpu().numpy().tobytes() for name, value in state if not name.startswith(random))
-    listed = digest(image.id.encode() for image in images)
-    facts = {"weights": weights, "module": module, "list": listed, **(choices or {})}
+    listed = digest(f"{image.id}\n{file_size(image.path)}".encode() for image in images)
+    recipe = digest([json.dumps(config.to_dict(network.recipe)).encode()])
+    facts = {"weights": weights, "recipe": recipe, "module": module, "list": listed, **(choices or {})}
     if predictor.tagged:
         facts["tags"] = digest(repr((image.id, image.tags)).encode() for image in images)
     skipped: list[str] = []
@@ -66,6 +69,14 @@ def predict_shard(
             skipped += bad
         part.finish()
     return part, skipped
+
+
+def file_size(path: Path) -> int:
+    """The bytes of a file, -1 where it is not there: cheap for a million, and other photographs have other ones."""
+    try:
+        return path.stat().st_size
+    except (OSError, ValueError):
+        return -1
 
 
 class BatchPredictor:

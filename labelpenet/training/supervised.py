@@ -274,5 +274,5 @@ def masks_in_boxes(boxes: Tensor, image: np.ndarray, settings: Calibration) -> T
     """
     canvas, _ = working_canvas(image, settings.side)
     confidence = IN_BOX * F.interpolate(boxes[None].float(), size=canvas.shape[:2], mode="area")[0]
-    even = replace(settings, threshold=0.5)
+    even = replace(settings, threshold=0.5, compete="instances")
     return resize_masks(segment(canvas, confidence, even), (image.shape[0], image.shape[1]))

@@ -395,6 +395,10 @@ def test_the_papers_background_is_what_the_attention_leaves():
     attention = torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(2)) * 7
     confidence = torch.rand(2, 5, 6, generator=torch.Generator().manual_seed(3))
     background = (1 - (attention / attention.amax((1, 2), keepdim=True)).sum(0)).clamp(min=0)
+    alone = unaries(confidence, AttentionCalibration(per_class=1, threshold=None, compete="background"), attention)
+    for index, one in enumerate(alone):  # as if the others were not there
+        only = AttentionCalibration(per_class=1, threshold=None, compete="instances")
+        assert torch.equal(one, unaries(confidence[index : index + 1], only, attention[index : index + 1])[0])
     p = unaries(confidence, AttentionCalibration(per_class=1, threshold=None), attention)[0]
     torch.testing.assert_close(p, torch.cat([background[None], confidence]) / (background + confidence.sum(0)))
 

@@ -205,3 +205,13 @@ def test_a_photograph_that_is_given_twice_is_found_once(tmp_path: Path) -> None:
     given = [tmp_path / "sub", tmp_path, tmp_path / "x.jpg"]
     ids = {"x.jpg": "sub/x.jpg", "y.jpg": "sub/y.jpg", "other/x.jpg": "other/x.jpg", str(tmp_path / "x.jpg"): "x.jpg"}
     assert {name: path.relative_to(tmp_path).as_posix() for name, path in find_images(given)} == ids
+
+
+def test_no_photograph_is_lost_where_a_path_is_another_ones_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos/a.jpg", "photos/2023/a.jpg", "2023/a.jpg"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(name)
+    found = dict(find_images([Path("photos"), Path("2023")]))
+    assert set(found) == {"a.jpg", "2023/a.jpg", str(tmp_path / "2023/a.jpg")}
+    assert found["2023/a.jpg"] == Path("photos/2023/a.jpg")

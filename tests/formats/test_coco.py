@@ -13,8 +13,11 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from labelpenet import InputError
+from labelpenet.cli import main
 from labelpenet.evaluation import evaluate
 from labelpenet.formats import open_annotated, open_tagged
 from tests.formats.kits import coco_content, coco_set, photograph
@@ -119,6 +122,30 @@ def test_a_line_of_a_split_that_may_be_two_images_is_refused_and_stems_will_do(t
     for lines, expected in (("9.jpg\n", ["9.jpg"]), ("7\nsub/y\n", ["9.jpg", "sub/y.jpg"])):
         (tmp_path / "few.txt").write_text(lines)
         assert [image.id for image in open_tagged(tmp_path, "few", ["cat"]).images] == expected
+
+
+def test_cocos_measure_takes_images_in_the_order_of_their_ids(tmp_path: Path) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (20, 20)).save(tmp_path / name)
+    box = {"category_id": 1, "bbox": [2, 2, 8, 8], "iscrowd": 0, "area": 64}
+    content = {
+        "images": [{"id": 2, "file_name": "a.jpg"}, {"id": 1, "file_name": "b.jpg"}],
+        "annotations": [{"id": number, "image_id": number, **box} for number in (1, 2)],
+        "categories": [{"id": 1, "name": "cat"}],
+    }
+    (tmp_path / "instances.json").write_text(json.dumps(content))
+    annotated = open_annotated(tmp_path)
+    assert [image.id for image in annotated.tagged.images] == ["a.jpg", "b.jpg"]
+    assert [image.id for image in annotated.by_number().tagged.images] == ["b.jpg", "a.jpg"]
+    found = [{**box, "image_id": 2, "score": 0.5}, {**box, "bbox": [12, 12, 5, 5], "image_id": 1, "score": 0.5}]
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    main(["evaluate", str(tmp_path / "found.json"), str(tmp_path / "instances.json"), "--protocol", "coco",
+          "--json", str(tmp_path / "out.json")])  # fmt: skip
+    truth = COCO(str(tmp_path / "instances.json"))
+    reference = COCOeval(truth, truth.loadRes(str(tmp_path / "found.json")), "bbox")
+    for step in (reference.evaluate, reference.accumulate, reference.summarize):
+        step()
+    assert json.loads((tmp_path / "out.json").read_text())["box"]["mAP"] == pytest.approx(reference.stats[0])
 
 
 def test_an_image_under_two_ids_has_the_annotations_of_both(tmp_path: Path) -> None:

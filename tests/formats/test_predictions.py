@@ -174,6 +174,29 @@ def test_scores_beyond_one_keep_their_order(tmp_path):
     assert "mapped onto [0, 1]" in read.notes[-1]
 
 
+@pytest.mark.parametrize(
+    "scores", [(-1.2e-5, -1.1e-5, -900), (0.99999998, 0.99999999, 0.5), (1e-46, 2e-46, 0), (1e308, 1e308 * 0.999999, 0)]
+)
+def test_scores_that_float32_does_not_tell_apart_keep_their_order(tmp_path, scores):
+    images = photographs(tmp_path, NAMES)
+    rows = [
+        {"image_id": "2008_000001", "category_id": 17, "bbox": [1, 1, 2, 2], "score": score} for score in (*scores, 0.5)
+    ]
+    weights = read_predictions(saved(tmp_path / "r.json", rows), images, CLASSES, IDS)["2008_000001"].weights
+    assert weights.dtype == torch.float32 and float(weights.min()) >= 0 and float(weights.max()) <= 1
+    before, after = np.array([row["score"] for row in rows]), weights.numpy()
+    assert (np.sign(before[:, None] - before) == np.sign(after[:, None] - after)).all()
+
+
+def test_a_results_list_may_hold_categories_that_are_not_asked_for(tmp_path):
+    images = photographs(tmp_path, NAMES)
+    row = {"image_id": "2008_000001", "category_id": 17, "bbox": [1, 1, 2, 2], "score": 0.5}
+    path = saved(tmp_path / "r.json", [row, {**row, "category_id": 90}])
+    with pytest.raises(InputError, match="category_id '90' is unknown"):
+        read_predictions(path, images, CLASSES, IDS)
+    assert len(read_predictions(path, images, CLASSES, IDS, others=[90])["2008_000001"]) == 1
+
+
 def test_a_prediction_without_area_survives(tmp_path):
     """An empty mask has the box 0, 0, 0, 0; it must count as a wrong detection, so it may not vanish."""
     images = photographs(tmp_path, NAMES)

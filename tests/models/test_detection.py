@@ -112,6 +112,15 @@ def test_an_anchors_label_is_the_weight_of_the_instance_that_it_fits_best():
     assert set(labels[0][positive].tolist()) == set(weights.tolist())
 
 
+def test_anchors_are_no_coarser_where_the_network_runs_in_half():
+    anchors = StrideAnchors((64, 128), (0.5, 1.0, 2.0), 16)
+    images = ImageList(torch.zeros(1, 3, 480, 640), [(480, 640)])
+    half, full = (
+        anchors(images, [torch.zeros(1, 8, 30, 40, dtype=kind)])[0] for kind in (torch.bfloat16, torch.float32)
+    )
+    assert half.dtype == torch.float32 and torch.equal(half, full)
+
+
 def test_the_rpn_learns_from_an_image_without_instances():
     one = detector()
     empty = Instances.empty((H, W))

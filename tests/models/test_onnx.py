@@ -140,7 +140,7 @@ def test_survivors_are_the_best_of_each_group():
 
 def test_sizes_that_do_not_fit_are_refused(tmp_path):
     assert parse_size("480x640") == (480, 640) and parse_size(None) is None
-    for text in ("480", "x", "-1x5"):
+    for text in ("480", "x", "-1x5", "²x96", "320000x320000"):
         with pytest.raises(InputError, match="480x640"):
             parse_size(text)
     student = labelpenet.load(small_student()[0])

@@ -21,6 +21,7 @@ from labelpenet.data.images import read_image
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.models.student import Lesson, Student, build_body, build_network, fold_norms, roi_loss, trusted
+from labelpenet.training.labels import sort_out
 from tests.students import SIDE, small_student
 
 SMALL = config.override(config.StudentRecipe(), ["network.mask_depth=1", "images.test_side=64"])
@@ -128,6 +129,39 @@ def test_a_choice_that_the_network_cannot_have_is_refused(backbone, choice, line
     body, normalisation = build_body(backbone, pretrained=False)
     with pytest.raises(InputError, match=line):
         Student(body, ("a", "b"), config.override(SMALL, [choice]), backbone, normalisation)
+
+
+def test_boxes_are_computed_in_full_precision_where_the_network_runs_in_half():
+    """bfloat16 has every fourth number from 512 on; torchvision gives boxes the type of what they are decoded from."""
+    student = untaught()
+    image = torch.rand(3, 200, 620, generator=torch.Generator().manual_seed(0))
+    student.network.transform.min_size, student.network.transform.max_size = (200,), 800
+    with torch.autocast("cpu", torch.bfloat16):
+        boxes, _, scores, _ = student.answer(image)
+        losses = student.train().losses([lesson([[20.0, 20, 60, 60]])])
+    assert len(boxes) and boxes.dtype == scores.dtype == torch.float32
+    large = boxes[boxes > 300]
+    assert len(large) and not torch.equal(large, large.bfloat16().float())
+    assert losses["box"].dtype == losses["rpn_box"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("backbone", ["tiny", "mobilenet_v2"])
+def test_roi_pooling_knows_the_strides_before_it_has_seen_an_image(backbone):
+    student = untaught(backbone)
+    heads = student.network.roi_heads
+    set_ones = [(pool, pool.scales, vars(pool.map_levels)) for pool in (heads.box_roi_pool, heads.mask_roi_pool)]
+    for pool, scales, levels in set_ones:
+        pool.scales = pool.map_levels = None
+        maps = student.network.backbone(torch.zeros(1, 3, 128, 128))
+        pool(maps, [torch.tensor([[0.0, 0, 60, 60]])], [(128, 128)])  # as torchvision infers them
+        assert pool.scales == scales and vars(pool.map_levels) == levels
+
+
+def test_of_true_objects_none_is_doubtful():
+    noise = config.student_recipe(true=True).noise
+    inner = Instances(torch.tensor([[0.0, 0, 40, 40], [5, 5, 20, 20]]), torch.zeros(2).long(), torch.ones(2), (50, 50))
+    assert [len(sort_out(inner, one)[0]) for one in (noise, config.student_recipe().noise)] == [2, 1]
+    assert noise.limit is None and config.student_recipe() == config.StudentRecipe()
 
 
 def test_a_pretrained_backbone_stays_as_far_as_asked_and_a_random_one_learns():

@@ -11,8 +11,10 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as rle
 
 from labelpenet.cli import main
 from labelpenet.data import TaggedImages, run_folder
@@ -208,6 +210,33 @@ def test_a_review_of_the_labels_of_an_earlier_module_is_not_gone_on_with(
     earlier.judge(0, "accepted", {0: 1})
     assert Review.open(folder, images, path).status(earlier.ranked[0][0]) == "accepted"
     last.write_text(labels)
+    with pytest.raises(InputError, match="was begun on other labels"):
+        Review.open(folder, images, path)
+
+
+def test_a_window_that_is_behind_undoes_nothing(server: Server) -> None:
+    first, second = (json.loads(ask(server, "/photographs/0")[1])["revision"] for _ in range(2))
+    status, body, _ = ask(server, "/photographs/0", {"status": "accepted", "kept": {"0": 1}, "revision": first})
+    assert status == 200
+    status, words, _ = ask(server, "/photographs/0", {"status": "rejected", "kept": {}, "revision": second})
+    assert status == 409 and b"in another window" in words
+    assert [one.status for one in said(server).values()] == ["accepted"]
+    later = {"status": "dropped", "kept": {}, "revision": json.loads(body)["revision"]}
+    assert ask(server, "/photographs/0", later)[0] == 200
+
+
+def test_a_review_is_not_gone_on_with_where_masks_are_others_in_the_same_boxes(
+    run: tuple[Path, TaggedImages], tmp_path: Path
+) -> None:
+    folder, images = run
+    path, last = tmp_path / "review.json", run_folder.instances(folder, "module4")
+    review = Review.open(folder, images, path)
+    review.judge(0, "accepted", {0: 1})
+    content = json.loads(last.read_text())
+    for row in content["annotations"]:
+        full = rle.encode(np.ones(row["segmentation"]["size"], np.uint8, order="F"))
+        row["segmentation"] = {**full, "counts": full["counts"].decode()}
+    last.write_text(json.dumps(content))
     with pytest.raises(InputError, match="was begun on other labels"):
         Review.open(folder, images, path)
 

@@ -108,7 +108,7 @@ def test_parts_that_do_not_belong_together_are_refused_by_name(tmp_path: Path) -
     with pytest.raises(InputError, match="give each once"):
         merge_parts([*parts, parts[1]], out)
     with (
-        pytest.raises(InputError, match="module changed"),
+        pytest.raises(InputError, match=r"\(module, weights changed\)"),
         Part(tmp_path / "a", (1, 3), {"module": 3}, images, CLASSES),
     ):
         pass
@@ -171,6 +171,32 @@ def test_a_finished_part_that_is_damaged_is_mended(tmp_path: Path, caplog: pytes
     write(tmp_path, images, 2)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert all(f"{path} is damaged" in caplog.text for path in before)
+
+
+def test_a_photograph_twice_in_a_part_is_refused_and_made_good(tmp_path: Path) -> None:
+    images = photographs(4)
+    write(tmp_path / "a", images, 1)
+    path, out = tmp_path / "a" / "part-00001-of-00001.jsonl", tmp_path / "out.json"
+    merge_parts([path], out)
+    whole, lines = path.read_bytes(), path.read_bytes().splitlines(keepends=True)
+    for copied in ([*lines[:2], lines[1], *lines[3:]], [*lines, lines[-1]]):
+        path.write_bytes(b"".join(copied))
+        with pytest.raises(InputError, match="damaged"):
+            merge_parts([path], tmp_path / "again.json")
+        write(tmp_path / "a", images, 1)
+        assert path.read_bytes() == whole
+
+
+def test_skipped_photographs_are_counted_again_and_said_in_merging(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = photographs(5)
+    write(tmp_path / "a", images, 1, bad=(1, 3))
+    with Part(tmp_path / "a", (1, 1), FACTS, images, CLASSES) as part:
+        assert part.skipped == {images[1].id, images[3].id} and part.before == 5
+    with caplog.at_level("WARNING", "labelpenet"):
+        assert merge_parts([tmp_path / "a"], tmp_path / "out.json")[0] == 3
+    assert "2 photographs could not be read when they were predicted" in caplog.text
 
 
 def test_parts_are_read_like_the_file_that_they_merge_to(tmp_path: Path) -> None:
@@ -304,6 +330,26 @@ def test_shards_of_a_run_of_two_modules_belong_together(run: Path, photos: Path,
         )
     main(["merge", str(tmp_path / "parts"), "--out", str(tmp_path / "found.json")])
     assert len(json.loads((tmp_path / "found.json").read_text())["images"]) == 5, "all but the damaged one"
+
+
+def test_shards_of_other_photographs_or_another_recipe_do_not_go_together(
+    run: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, changed = tmp_path / "photos", tmp_path / "run"
+    shutil.copytree(photos, other)
+    for index, path in enumerate(sorted(other.iterdir())):
+        Image.fromarray(np.random.default_rng(index).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(path)
+    shutil.copytree(run, changed)
+    facts = json.loads(run_folder.facts(changed).read_text())
+    facts.pop("checksum", None)
+    facts["recipe"]["modules"][3]["predict"]["per_class"] = 2
+    run_folder.facts(changed).write_text(json.dumps(facts))
+    out = tmp_path / "parts"
+    main([*command(run, photos), "--out", str(out), "--shard", "1/2"])
+    for one, folder, what in ((run, other, "list"), (changed, photos, "recipe")):
+        with pytest.raises(SystemExit):
+            main([*command(one, folder), "--out", str(out), "--shard", "1/2"])
+        assert f"another prediction ({what} changed)" in capsys.readouterr().err
 
 
 def test_a_shard_of_tagged_photographs_does_not_go_on_with_other_tags(run: Path, photos: Path, tmp_path: Path) -> None:

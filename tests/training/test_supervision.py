@@ -30,6 +30,7 @@ from labelpenet.training.pretrain import Training, load_samples, module_loss
 from labelpenet.training.run import train_run
 from labelpenet.training.supervised import (
     fully_supervised,
+    masks_in_boxes,
     match,
     open_supervision,
     presentations,
@@ -441,3 +442,14 @@ def test_what_cannot_be_meant_is_refused_in_one_line(kit, tmp_path, capsys):
     ):
         assert message in one_line([*train, *options], capsys), options
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+def test_masks_made_of_boxes_share_no_pixel(number):
+    boxes = torch.zeros(2, 40, 60, dtype=torch.bool)
+    boxes[0, 5:35, :35] = boxes[1, 5:35, 25:] = True
+    settings = recipe("best").modules[number - 1].label
+    image = np.full((40, 60, 3), 90, np.uint8)
+    image[5:35] = 200, 30, 30  # one colour in both
+    masks = masks_in_boxes(boxes, image, settings)
+    assert masks.flatten(1).any(1).all() and not (masks[0] & masks[1]).any()
