@@ -65,6 +65,7 @@ def measure_run(
     if not modules:
         raise InputError(f"{run}: none of the modules has labelled the training photographs yet; train it first")
     held_out = open_annotated(data, split, classes, images)
+    held_out = held_out.by_number() if protocol == "coco" else held_out
     labelled = labelled_images(run, len(classes))
     training = None if student else training_images(run, labelled, data, train_split, classes, images)
     photographs = held_out.tagged.images
