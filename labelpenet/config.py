@@ -14,7 +14,7 @@ from typing import Any
 from labelpenet.errors import InputError
 from labelpenet.old_recipe import inferred_second_stage, modernise, vote_in_calibrations
 
-Pool = typing.Literal["max", "align"]
+Pool = typing.Literal["max", "align", "centred"]
 Attention = typing.Literal["excitation", "gradient"]
 Method = typing.Literal["selective-search-fast", "selective-search-quality", "edge-boxes"]
 Device = typing.Literal["auto", "cpu", "cuda"]
@@ -217,7 +217,8 @@ class Classification:
     """Module 1, multi-label classification.
 
     Attributes:
-        pool: RoI pooling as Fast R-CNN's (``max``) or RoIAlign (``align``).
+        pool: RoI pooling as Fast R-CNN's (``max``), RoIAlign (``align``), or RoIAlign of what cells really see
+            (``centred``; attention maps and anchors lie there, too).
         freeze_head: whether tail and RoI head keep their pretrained weights.
         attention: ``excitation`` (excitation backprop) or ``gradient`` (activation times gradient of the class logit at
             the last spatial layer of the RoI head).
@@ -508,7 +509,7 @@ def best() -> Recipe:
         decay=((0.6, 0.3), (0.85, 0.1)),
     )  # fmt: skip
     detector: dict[str, Any] = {
-        "anchor_sides": (64, 128, 256), "rois": 64, "pool": "align", "cells": 3,
+        "anchor_sides": (64, 128, 256), "rois": 64, "pool": "centred", "cells": 3,
         "rpn_pre_nms_top_n_train": 2000, "rpn_pre_nms_top_n_test": 1000,
         "rpn_post_nms_top_n_train": 200, "rpn_post_nms_top_n_test": 200,
     }  # fmt: skip
@@ -532,7 +533,7 @@ def best() -> Recipe:
         proposals=Proposals(side=250, limit=300, min_area=0.015),
         modules=(
             Classification(
-                pool="align", freeze_head=True, attention="gradient", heat="all", initialiser="gaussian",
+                pool="centred", freeze_head=True, attention="gradient", heat="all", initialiser="gaussian",
                 schedule=Schedule(steps=1200, lr=1e-3, kind="adam", weight_decay=0.0, batch_size=8),
                 label=label, predict=replace(label, compete="background"),
             ),

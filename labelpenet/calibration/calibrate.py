@@ -156,6 +156,7 @@ def calibrate(
     maps: Tensor,
     settings: Calibration,
     heat: tuple[Tensor, Tensor] | None = None,
+    offset: float = 0.0,
 ) -> tuple[Instances, Trace]:
     """The chosen instances of an image.
 
@@ -167,6 +168,7 @@ def calibrate(
             probabilities (`config.MaskCalibration`), on the device that is to compute.
         heat: boxes (R, 4) and class scores (R, C) that make the heat-maps of a class that has one instance; the
             candidates' own if None.
+        offset: of attention maps, see `project_maps`.
 
     Returns:
         K instances on the CPU, within each class the best first, and the maps behind them; with ``settings.vote``
@@ -184,7 +186,7 @@ def calibrate(
         return Instances.empty(size, with_masks=True), Trace(nothing, nothing, nothing, nothing)
     kept, factor = chosen.kept, torch.tensor([*scale, *scale])
     if isinstance(settings, AttentionCalibration):
-        attention = project_members(maps, found, chosen, factor, small)
+        attention = project_members(maps, found, chosen, factor, small, offset=offset)
         warmth = instance_heat(found, chosen, heat, factor, small, settings, maps.device)
         confidence = normalise(confidence_map(attention, warmth, settings.combine))
         background: Tensor | None = attention
@@ -249,6 +251,7 @@ def project_members(
     factor: Tensor,
     canvas: tuple[int, int],
     weights: Tensor | None = None,
+    offset: float = 0.0,
 ) -> Tensor:
     """Instance maps (K, h, w): the members' maps, projected into their regions and added.
 
@@ -259,6 +262,7 @@ def project_members(
         factor: (4,) from pixels of the image to those of the canvas.
         canvas: (h, w).
         weights: (M,) factors of the maps; 1 if None.
+        offset: see `project_maps`.
     """
     instance, candidate = torch.where(chosen.member)
     position = torch.zeros(len(found.boxes), dtype=torch.long)
@@ -267,7 +271,8 @@ def project_members(
     device = maps.device
     own = None if weights is None else weights[candidate].to(device)
     index = position[candidate].to(device)
-    return project_maps(maps[index], regions.to(device), canvas, own, instance.to(device), len(chosen.kept))
+    groups = instance.to(device)
+    return project_maps(maps[index], regions.to(device), canvas, own, groups, len(chosen.kept), offset)
 
 
 def instance_heat(

@@ -26,6 +26,7 @@ def project_maps(
     weights: Tensor | None = None,
     groups: Tensor | None = None,
     num_groups: int = 1,
+    offset: float = 0.0,
 ) -> Tensor:
     """Resizes each proposal's attention map into its box and sums the maps of each group: instance attention maps.
 
@@ -39,6 +40,7 @@ def project_maps(
         weights: (R,) factor of each map; 1 if None.
         groups: (R,) int64, the group of each proposal; one outside [0, G) is left out; all 0 if None.
         num_groups: G.
+        offset: how far right of and below its middle each cell of the maps looks, as a fraction of the box's side.
 
     Returns:
         (G, H, W), float32 (float64 if maps are).
@@ -52,8 +54,8 @@ def project_maps(
     # Resizing into a box is separable: canvas = sum over r of rows_r^T (maps_r columns_r), a product of two matrices.
     for start in range(0, len(maps), CHUNK):
         part = slice(start, start + CHUNK)
-        rows = interpolation(boxes[part, 1], boxes[part, 3], maps.shape[1], height)
-        columns = interpolation(boxes[part, 0], boxes[part, 2], maps.shape[2], width)
+        rows = interpolation(boxes[part, 1], boxes[part, 3], maps.shape[1], height, offset)
+        columns = interpolation(boxes[part, 0], boxes[part, 2], maps.shape[2], width, offset)
         with full_precision(maps.device):
             stretched = maps[part] @ columns
         if groups is None:
@@ -83,11 +85,12 @@ def _add_product(canvas: Tensor, rows: Tensor, stretched: Tensor) -> None:
         canvas.addmm_(rows.flatten(0, 1).T, stretched.flatten(0, 1))
 
 
-def interpolation(low: Tensor, high: Tensor, cells: int, pixels: int) -> Tensor:
+def interpolation(low: Tensor, high: Tensor, cells: int, pixels: int, offset: float = 0.0) -> Tensor:
     """Linear interpolation from ``cells`` values spread over [low, high) to the pixels of one axis.
 
     Args:
         low, high: (R,) ends of the interval in pixels.
+        offset: fraction of the interval by which the values stand right of the middles of their cells.
 
     Returns:
         (R, cells, pixels) weights: those of a pixel whose centre lies in the interval sum to 1, of any other to 0.
@@ -95,7 +98,7 @@ def interpolation(low: Tensor, high: Tensor, cells: int, pixels: int) -> Tensor:
     centre = torch.arange(pixels, dtype=low.dtype, device=low.device) + 0.5
     low, high = low[:, None], high[:, None]
     inside = (centre >= low) & (centre < high) & torch.isfinite(low) & torch.isfinite(high)
-    position = ((centre - low) / (high - low) * cells - 0.5).clamp(0, cells - 1)
+    position = (((centre - low) / (high - low) - offset) * cells - 0.5).clamp(0, cells - 1)
     cell = torch.arange(cells, dtype=low.dtype, device=low.device)[:, None]
     hat = (1 - (position[:, None] - cell).abs()).clamp(min=0)
     return torch.where(inside[:, None], hat, 0.0)

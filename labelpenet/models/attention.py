@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from labelpenet.calibration import excitation_backprop, forward_with_activations
-from labelpenet.models.layers import by_rois
+from labelpenet.models.layers import RoIPooling, by_rois, cell_offset
 
 CHUNK = 64
 
@@ -61,6 +61,18 @@ def explain_rois(
     if not parts:
         return evidence.new_zeros(0, evidence.shape[-2], evidence.shape[-1])
     return torch.cat(parts) * scores.to(parts[0])[:, None, None]
+
+
+def attention_offset(head: nn.Sequential, channels: int, pool: RoIPooling, kind: str) -> float:
+    """How far right of and below their middles the cells of an attention map look, as a fraction of the RoI's side.
+
+    They look beside them where a RoI head, which takes (R, D, P, P) of D ``channels``, halves the cells
+    (`cell_offset`). 0 behind pools that are not ``centred``, which leave maps where they come, and
+    for the kind ``excitation``, which goes back to the P x P cells.
+    """
+    if pool.kind != "centred" or kind == "excitation":
+        return 0.0
+    return cell_offset(head[: _last_spatial(head)], torch.zeros(1, channels, pool.size, pool.size)) / pool.size
 
 
 def _last_spatial(head: nn.Sequential) -> int:

@@ -36,18 +36,19 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.ops import FrozenBatchNorm2d
 
-from labelpenet.models.layers import initialise
+from labelpenet.models.layers import cell_offset, initialise
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of network, and what comes out of it."""
+    """A stretch of network, and what comes out of it; ``offset`` as of `layers.cell_offset`, in pixels of the image."""
 
     module: nn.Module
     channels: int
     stride: int
+    offset: float = 0.0
 
 
 class Backbone:
@@ -77,7 +78,7 @@ class Backbone:
     def region_tail(self) -> Part:
         """From the stem to the map that modules 1 and 2 pool RoIs from (here the stem's own); ``stride`` is relative to
         the image."""
-        return Part(nn.Identity(), self.stem.channels, self.stem.stride)
+        return Part(nn.Identity(), self.stem.channels, self.stem.stride, self.stem.offset)
 
     def detection_tail(self) -> Part:
         """From the stem to the map that the detection part of modules 3 and 4 works on (here the stem's own)."""
@@ -141,7 +142,8 @@ class MobileNetV2(Backbone):
     def __init__(self, network: torchvision.models.MobileNetV2):
         fix_batch_norm(network.eval(), torch.zeros(1, 3, 32, 32))
         self._network = network
-        self.stem = Part(copy.deepcopy(network.features[:14]), 96, 16)
+        stem = copy.deepcopy(network.features[:14])
+        self.stem = Part(stem, 96, 16, cell_offset(stem, torch.zeros(1, 3, 64, 64)))
 
     def mask_tail(self) -> Part:
         blocks = copy.deepcopy(self._network.features[14:18])
@@ -150,7 +152,7 @@ class MobileNetV2(Backbone):
             depthwise.stride = (1, 1)
             if number > 0:  # the first block's input is still at the stem's resolution
                 depthwise.dilation = depthwise.padding = (2, 2)
-        return Part(replace(blocks, for_training), 320, 16)
+        return Part(replace(blocks, for_training), 320, 16, self.stem.offset)
 
     def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
         blocks = copy.deepcopy(self._network.features[14:19])
@@ -188,10 +190,11 @@ class Tiny(Backbone):
 
     def __init__(self, network: TinyNetwork):
         self._network = network
-        self.stem = Part(copy.deepcopy(network.stem), 96, 8)
+        stem = copy.deepcopy(network.stem)
+        self.stem = Part(stem, 96, 8, cell_offset(stem, torch.zeros(1, 3, 64, 64)))
 
     def mask_tail(self) -> Part:
-        return Part(copy.deepcopy(self._network.last), self._network.channels, 8)
+        return Part(copy.deepcopy(self._network.last), self._network.channels, 8, self.stem.offset)
 
     def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
         head = nn.Sequential(*copy.deepcopy(self._network.last), nn.AdaptiveAvgPool2d(cells), nn.Flatten())

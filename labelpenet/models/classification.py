@@ -13,7 +13,7 @@ from labelpenet import config
 from labelpenet.calibration.calibrate import Candidates, Trace, calibrate, choose_instances, proposal_candidates
 from labelpenet.data.transforms import Batch
 from labelpenet.instances import Instances
-from labelpenet.models.attention import explain_rois, roi_attention, roi_evidence
+from labelpenet.models.attention import attention_offset, explain_rois, roi_attention, roi_evidence
 from labelpenet.models.backbones import Backbone
 from labelpenet.models.layers import RoIPooling, by_rois, initialise
 
@@ -33,8 +33,9 @@ class Classification(nn.Module):
         self.num_classes, self.settings = num_classes, settings
         tail = backbone.region_tail()
         self.tail = tail.module
-        self.pool = RoIPooling(backbone.pool_size, tail.stride, settings.pool)
+        self.pool = RoIPooling(backbone.pool_size, tail.stride, settings.pool, tail.offset)
         self.head, features = backbone.roi_head()
+        self.attention_offset = attention_offset(self.head, tail.channels, self.pool, settings.attention)
         if settings.freeze_head:
             self.tail.requires_grad_(False)
             self.head.requires_grad_(False)
@@ -120,7 +121,9 @@ class Classification(nn.Module):
         for index, maps in enumerate(attention.split([len(rois) for rois in which])):
             candidates, scores, probabilities = scored[index]
             heated = (batch.proposals[index].cpu(), scores) if heat else None
-            instances, trace = calibrate(batch.images[index], candidates, chosen[index], maps, settings, heated)
+            instances, trace = calibrate(
+                batch.images[index], candidates, chosen[index], maps, settings, heated, self.attention_offset
+            )
             if batch.tags[index] is None:
                 instances = instances.weighted(instances.weights * probabilities[instances.labels])
             found.append((instances, trace))

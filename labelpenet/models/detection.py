@@ -23,7 +23,7 @@ from labelpenet.calibration.calibrate import Candidates, Trace, calibrate, choos
 from labelpenet.calibration.nms import inside
 from labelpenet.data.transforms import Batch, View
 from labelpenet.instances import Instances
-from labelpenet.models.attention import explain_rois, roi_evidence
+from labelpenet.models.attention import attention_offset, explain_rois, roi_evidence
 from labelpenet.models.backbones import Backbone, Part
 from labelpenet.models.layers import RoIPooling, by_rois, initialise
 
@@ -47,15 +47,15 @@ class RPNHead(nn.Module):
 
 
 class StrideAnchors(AnchorGenerator):
-    """Anchors of one map at multiples of the map's true stride.
+    """Anchors of one map at multiples of the map's true stride, from ``first`` pixels on.
 
     torchvision divides the image's side by the number of cells, which is another stride where the map was rounded up:
     for 721 pixels in 46 cells 15 instead of 16, 41 pixels off at the far edge.
     """
 
-    def __init__(self, sides: tuple[int, ...], ratios: tuple[float, ...], stride: int):
+    def __init__(self, sides: tuple[int, ...], ratios: tuple[float, ...], stride: int, first: float = 0.0):
         super().__init__((sides,), (ratios,))
-        self.stride = stride
+        self.stride, self.first = stride, first
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """Anchors (A, 4) in pixels for each image; the same for all, as they share the map."""
@@ -63,7 +63,7 @@ class StrideAnchors(AnchorGenerator):
         self.set_cell_anchors(torch.float32, features.device)  # bfloat16 would move them by up to a pixel
         stride = torch.tensor(self.stride, device=features.device)
         anchors = self.grid_anchors([list(features.shape[-2:])], [[stride, stride]])
-        return [torch.cat(anchors)] * len(image_list.image_sizes)
+        return [torch.cat(anchors) + self.first] * len(image_list.image_sizes)
 
 
 class DoubtingRPN(RegionProposalNetwork):
@@ -174,8 +174,9 @@ class Detector(nn.Module):
         super().__init__()
         self.num_classes, self.settings = num_classes, settings
         self.tail = tail.module
+        first = tail.stride / 2 + tail.offset if settings.pool == "centred" else 0.0
         self.rpn = WeightedRPN(
-            StrideAnchors(settings.anchor_sides, ANCHOR_RATIOS, tail.stride),
+            StrideAnchors(settings.anchor_sides, ANCHOR_RATIOS, tail.stride, first),
             RPNHead(tail.channels, len(settings.anchor_sides) * len(ANCHOR_RATIOS)),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,
@@ -185,7 +186,7 @@ class Detector(nn.Module):
             post_nms_top_n={"training": settings.rpn_post_nms_top_n_train, "testing": settings.rpn_post_nms_top_n_test},
             nms_thresh=0.7,
         )
-        self.pool = RoIPooling(backbone.pool_size, tail.stride, settings.pool)
+        self.pool = RoIPooling(backbone.pool_size, tail.stride, settings.pool, tail.offset)
         self.head, features = backbone.roi_head(settings.cells)
         self.classifier = nn.Linear(features, num_classes + 1)
         self.regressor = nn.Linear(features, 4 * (num_classes + 1))
@@ -315,18 +316,20 @@ class Detector(nn.Module):
             scores: (R, C).
             boxes: (R, C, 4) regressed for each class, in pixels of the view.
             view: of the image.
-            tags: where the image's tags are known, only those classes are candidates.
+            tags: where the image's tags are known, only those classes are candidates, and the best box of each is one
+                whatever its score: else its object would be taught as background.
             limit: boxes that enter NMS.
 
         Returns:
             M candidates and their boxes (M, 4) in pixels of the view.
         """
-        if tags is not None:
-            allowed = torch.zeros(self.num_classes, dtype=torch.bool)
-            allowed[list(tags)] = True
-            scores = scores * allowed
+        good = scores > self.settings.score_threshold
+        if tags is not None and len(scores):
+            classes = torch.tensor(tags, dtype=torch.long)
+            good[scores[:, classes].argmax(0), classes] = True
+            good &= torch.isin(torch.arange(self.num_classes), classes)
         boxes = clip_boxes_to_image(boxes, view.size)
-        index, labels = torch.where(scores > self.settings.score_threshold)
+        index, labels = torch.where(good)
         chosen, own = boxes[index, labels], scores[index, labels]
         order = own.argsort(descending=True, stable=True)[:limit]
         order = order[torch.isin(order, remove_small_boxes(chosen, 1.0))]
@@ -340,12 +343,17 @@ class Detection(Detector):
     settings: config.Detection
 
     def __init__(self, backbone: Backbone, num_classes: int, settings: config.Detection):
-        super().__init__(backbone, num_classes, backbone.region_tail(), settings)
+        tail = backbone.region_tail()
+        super().__init__(backbone, num_classes, tail, settings)
+        self.attention_offset = attention_offset(self.head, tail.channels, self.pool, settings.attention)
 
     def infer(self, batch: Batch, settings: config.AttentionCalibration) -> list[tuple[Instances, Trace]]:
         """The instances of each image, several of a class, and the maps behind them."""
         found, _, evidence = self.detect(batch)
-        chosen = [choose_instances(candidates, settings, each_class=True) for candidates in found]
+        chosen = [
+            choose_instances(candidates, settings, tags is not None)
+            for candidates, tags in zip(found, batch.tags, strict=True)
+        ]
         parts, labels, scores = [], [], []
         for candidates, own, seen in zip(found, chosen, evidence, strict=True):
             parts.append(seen[candidates.rois[own.mapped].to(seen.device)])
@@ -354,7 +362,7 @@ class Detection(Detector):
         together = torch.cat(parts), torch.cat(labels) + 1, torch.cat(scores)
         maps = explain_rois(self.head, self.classifier, *together, self.settings.attention)
         return [
-            calibrate(image, candidates, own, attention, settings)
+            calibrate(image, candidates, own, attention, settings, offset=self.attention_offset)
             for image, candidates, own, attention in zip(
                 batch.images, found, chosen, maps.split([len(part) for part in parts]), strict=True
             )

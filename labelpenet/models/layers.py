@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,24 +19,64 @@ class RoIPooling(nn.Module):
         size: output cells per side.
         stride: of the feature map, in pixels.
         kind: ``max`` is RoI pooling as Fast R-CNN defines it (and the paper uses); ``align`` is RoIAlign with one
-            bilinear sample a cell.
+            bilinear sample a cell; ``centred`` is the same, of what the cells really see.
+        offset: of ``centred``: see `cell_offset`, in pixels.
     """
 
-    def __init__(self, size: int, stride: int, kind: str = "max"):
+    def __init__(self, size: int, stride: int, kind: str = "max", offset: float = 0.0):
         super().__init__()
-        if kind not in ("max", "align"):
-            raise ValueError(f"pooling must be 'max' or 'align', but got {kind!r}")
+        if kind not in ("max", "align", "centred"):
+            raise ValueError(f"pooling must be 'max', 'align' or 'centred', but got {kind!r}")
         self.size, self.stride, self.kind = size, stride, kind
+        self.offset = offset if kind == "centred" else 0.0
 
     def forward(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         """(N, D, h, w) maps and (R_n, 4) boxes of each image, in pixels of the view, to (R, D, size, size)."""
         # bfloat16 would round the boxes to several pixels, and RoI pooling does not know it on a CPU
-        features, rois = features.float(), [one.float() for one in boxes]
+        features, rois = features.float(), [one.float() - self.offset for one in boxes]
         if self.kind == "max":
             pooled = roi_pool(features, rois, self.size, 1 / self.stride)
         else:
             pooled = roi_align(features, rois, self.size, 1 / self.stride, sampling_ratio=1, aligned=True)
         return pooled.contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def cell_offset(layers: nn.Module, image: Tensor) -> float:
+    """How far right of and below a cell's middle lies the middle of what the cell sees, in pixels of the input.
+
+    A convolution of stride 2 that pads on both sides sees pixels around the upper left corner of its cell (of stride s
+    in all, ``(1 - s) / 2``), one that pads as TensorFlow does around the lower right one, 2 x 2 pooling its middle.
+    What counts is the first layer that makes each map smaller; a shortcut beside it sees the same place.
+
+    Args:
+        layers: that see ``image``, and halve its sides as often as they like.
+        image: (N, D, P, P).
+    """
+    offset, stride = 0.0, 1
+    seen: dict[int, tuple[Any, int]] = {}
+
+    def ran(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        before, after = inputs[0].shape[-1], output.shape[-1]
+        if before > after and after not in seen:
+            seen[after] = (layer, before)
+
+    kinds = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
+    handles = [layer.register_forward_hook(ran) for layer in layers.modules() if isinstance(layer, kinds)]
+    layers(image)
+    for handle in handles:
+        handle.remove()
+    for after, (layer, before) in sorted(seen.items(), reverse=True):
+        kernel, step, padding = (_single(getattr(layer, name)) for name in ("kernel_size", "stride", "padding"))
+        if getattr(layer, "same", False):
+            padding = max(0, (after - 1) * step + kernel - before) // 2
+        offset += stride * ((kernel - 1) / 2 - padding - (step - 1) / 2)
+        stride *= step
+    return offset
+
+
+def _single(value: Any) -> int:
+    return int(value[0] if isinstance(value, tuple) else value)
 
 
 @contextlib.contextmanager

@@ -69,7 +69,7 @@ class Segmentation(Detector):
         tail = backbone.mask_tail()
         self.mask_tail = tail.module
         self.pyramid = SpatialPyramid(tail.channels, settings.mask_width)
-        self.mask_pool = RoIPooling(MASK_POOL, tail.stride, settings.pool)
+        self.mask_pool = RoIPooling(MASK_POOL, tail.stride, settings.pool, tail.offset)
         self.mask_head = MaskHead(settings.mask_width, num_classes, settings.mask_depth)
 
     def mask_features(self, stem: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from labelpenet.calibration.excitation import Residual
 from labelpenet.errors import InputError, reason
 from labelpenet.models.backbones import Backbone, Part, SameConv2d, fix_batch_norm, for_training, replace
+from labelpenet.models.layers import cell_offset
 from labelpenet.models.weights import load_weights
 
 STRIDE = 16
@@ -96,12 +97,11 @@ class Staged(Backbone):
                 f"{name} cannot be cut into stem and RoI head ({reason(error)}); choose a convolutional "
                 "network with stages, such as timm/tf_efficientnet_lite2, timm/resnet50 or timm/convnext_tiny"
             ) from error
-        self.stem = Part(
-            nn.Sequential(PadToStride(), *copy.deepcopy(self._cut.before)), int(self._cut.seen.shape[1]), STRIDE
-        )
+        stem = nn.Sequential(PadToStride(), *copy.deepcopy(self._cut.before))
+        self.stem = Part(stem, int(self._cut.seen.shape[1]), STRIDE, cell_offset(stem, image))
 
     def mask_tail(self) -> Part:
-        return Part(replace(copy.deepcopy(self._tail), for_training), self._tail_channels, STRIDE)
+        return Part(replace(copy.deepcopy(self._tail), for_training), self._tail_channels, STRIDE, self.stem.offset)
 
     def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
         blocks, end = copy.deepcopy(nn.Sequential(*self._cut.stages, *self._cut.final)), copy.deepcopy(self._end)

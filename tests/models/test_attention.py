@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from labelpenet.models import attention
-from labelpenet.models.attention import roi_attention
+from labelpenet.models.attention import attention_offset, roi_attention
+from labelpenet.models.layers import RoIPooling
 
 R, D, P, F, C = 7, 3, 4, 5, 3
 
@@ -80,3 +81,12 @@ def test_no_roi_and_an_unknown_kind():
     assert roi_attention(layers, classifier, pooled[:0], outputs[:0], scores[:0], "gradient").shape == (0, P, P)
     with pytest.raises(ValueError, match="excitation"):
         roi_attention(layers, classifier, pooled, outputs, scores, "gradcam")
+
+
+def test_attention_lies_where_the_cells_left_over_look():
+    """Behind a convolution of stride 2 the cells of a RoI look half a cell of 4 left of and above their middle."""
+    layers = nn.Sequential(nn.Conv2d(D, F, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    centred, aligned = RoIPooling(P, 8, "centred", -3.5), RoIPooling(P, 8, "align")
+    assert attention_offset(layers, D, centred, "gradient") == -0.5 / P
+    assert attention_offset(layers, D, aligned, "gradient") == attention_offset(layers, D, centred, "excitation") == 0
+    assert attention_offset(head(), D, centred, "gradient") == 0

@@ -79,6 +79,7 @@ def test_vgg_strides_and_channels(vgg):
     stem = plug.stem.module(torch.randn(1, 3, 64, 80))
     assert stem.shape == (1, plug.stem.channels, 8, 10) and plug.stem.stride == 8
     assert plug.stem.channels == 512
+    assert plug.stem.offset == plug.detection_tail().offset == 0  # pooled by 2 x 2
     for part in (plug.region_tail(), plug.mask_tail()):  # no pool4
         assert part.module(stem).shape == (1, part.channels, 8, 10) and part.stride == 8
         assert not any(isinstance(layer, nn.MaxPool2d) for layer in part.module)
@@ -128,6 +129,7 @@ def test_mobilenet_on_a_whole_image_is_torchvisions(mobilenet):
     head, features = plug.roi_head()
     stem = plug.stem.module(x)
     assert stem.shape == (2, plug.stem.channels, 6, 4)
+    assert plug.stem.offset == plug.region_tail().offset == plug.mask_tail().offset == -7.5
     expected = mobilenet.features(x).mean((2, 3))
     torch.testing.assert_close(head(stem), expected, atol=1e-4, rtol=1e-4)
     assert expected.shape == (2, features) and float(expected.std()) > 1e-3

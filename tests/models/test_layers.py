@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from labelpenet.calibration.nms import nms_groups
 from labelpenet.models import layers
-from labelpenet.models.layers import RoIPooling, by_rois, initialise
+from labelpenet.models.backbones import SameConv2d
+from labelpenet.models.layers import RoIPooling, by_rois, cell_offset, initialise
 
 
 def slow_iou(a: list[float], b: list[float]) -> float:
@@ -129,11 +130,39 @@ def test_align_samples_a_linear_map_at_the_cells_centres():
     torch.testing.assert_close(pooled[1], (33 + 42 * steps)[:, None].expand(size, size))
 
 
-@pytest.mark.parametrize("kind", ["max", "align"])
+@pytest.mark.parametrize("kind", ["max", "align", "centred"])
 def test_pooling_no_box_gives_no_row_and_an_unknown_kind_is_refused(kind):
     assert RoIPooling(7, 8, kind)(torch.zeros(1, 5, 6, 6), [torch.zeros(0, 4)]).shape == (0, 5, 7, 7)
     with pytest.raises(ValueError, match="align"):
         RoIPooling(7, 8, "mean")
+
+
+def test_centred_pooling_samples_what_the_cells_see():
+    """A map whose cells hold the middle of what they see, 3.5 pixels left of and above their own: exact again."""
+    stride, size, offset = 8, 3, -3.5
+    y, x = torch.meshgrid(torch.arange(20.0), torch.arange(24.0), indexing="ij")
+    features = torch.stack([(x + 0.5) * stride, (y + 0.5) * stride])[None] + offset
+    box = torch.tensor([[21.0, 33.0, 90.0, 75.0]])
+    pooled = RoIPooling(size, stride, "centred", offset)(features, [box])[0]
+    steps = (torch.arange(size) + 0.5) / size
+    torch.testing.assert_close(pooled[0], (21 + 69 * steps).expand(size, size))
+    torch.testing.assert_close(pooled[1], (33 + 42 * steps)[:, None].expand(size, size))
+    plain = RoIPooling(size, stride, "align", offset)(features, [box])[0]
+    torch.testing.assert_close(plain, pooled + offset)
+
+
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        (nn.Sequential(nn.Conv2d(1, 1, 3, 2, 1), nn.Conv2d(1, 1, 3, 1, 1), nn.Conv2d(1, 1, 5, 2, 2)), -1.5),
+        (nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(1, 1, 3, 1, 1), nn.AvgPool2d(2)), 0.0),
+        (nn.Sequential(SameConv2d(1, 1, 3, 2), SameConv2d(1, 1, 5, 2)), 1.5),
+        (nn.Sequential(nn.Conv2d(1, 1, 1, 2)), -0.5),
+        (nn.Sequential(nn.Conv2d(1, 1, 3, 1, 1), nn.Flatten()), 0.0),
+    ],
+)
+def test_where_cells_see(network, expected):
+    assert cell_offset(network, torch.zeros(1, 1, 16, 16)) == expected
 
 
 def test_initialise_is_normal_with_the_papers_deviation_and_zero_biases():

@@ -110,6 +110,20 @@ def test_the_stride_is_true(name):
     assert float((first - torch.tensor([7.5 * 16, 6.5 * 16])).abs().max()) < 16
 
 
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_offset_is_where_a_cell_looks(name):
+    """The middle of what moves a cell, weighted by how much, lies beside the cell's own middle by the offset."""
+    images = rand(4, 3, 320, 320).requires_grad_()
+    stem, places, looks = plug(name).stem.module(images), torch.arange(320) + 0.5, []
+    for cell in (7, 10, 13):
+        seen = stem[:, :, cell, cell]
+        (change,) = torch.autograd.grad((seen * rand(*seen.shape, seed=cell)).sum(), images, retain_graph=True)
+        weight = change.abs().sum((0, 1))
+        looks += [(weight.sum(axis) * places).sum() / weight.sum() - (cell + 0.5) * 16 for axis in (0, 1)]
+    assert plug(name).stem.offset == {"tf_efficientnet_lite0": 7.5, "convnext_atto": 0.0}.get(name, -7.5)
+    assert abs(float(torch.stack(looks).mean()) - plug(name).stem.offset) < 2
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(8, 10), (7, 9)])
 @pytest.mark.parametrize("name", PLAIN)
@@ -181,6 +195,7 @@ def test_a_step_along_the_gradient_lowers_the_loss_of_modules_1_and_3(name):
     cascade = LabelPEnet(plug(name), ("cat", "dog"), small_recipe())
     view = cascade.view((rand(80, 107, 3).abs() * 80).clamp(0, 255).byte().numpy(), side=80)
     stem = cascade.stem_map(view).detach()
+    stem = stem / stem.std()  # random weights let some signals grow a hundredfold, and softmax with them
     boxes = torch.tensor([[0.0, 0, 107, 80], [10, 10, 60, 70], [50, 20, 100, 75]])
     batch = Batch([view], stem, tags=[(1,)], proposals=[boxes])
     one, two = cascade.classification, cascade.refinement
