@@ -47,31 +47,34 @@ def cell_offset(layers: nn.Module, image: Tensor) -> float:
 
     A convolution of stride 2 that pads on both sides sees pixels around the upper left corner of its cell (of stride s
     in all, ``(1 - s) / 2``), one that pads as TensorFlow does around the lower right one, 2 x 2 pooling its middle.
-    What counts is the first layer that makes each map smaller; a shortcut beside it sees the same place.
+    What counts is the first layer that makes each map smaller (a shortcut beside it mostly sees the same place; that of
+    ResNet-D does not), and every one with an even window that keeps the map's size.
 
     Args:
         layers: that see ``image``, and halve its sides as often as they like.
         image: (N, D, P, P).
     """
-    offset, stride = 0.0, 1
-    seen: dict[int, tuple[Any, int]] = {}
+    offset = 0.0
+    strides = {image.shape[-1]: 1}  # of the maps, by their side
 
     def ran(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal offset
         before, after = inputs[0].shape[-1], output.shape[-1]
-        if before > after and after not in seen:
-            seen[after] = (layer, before)
+        kernel, step, padding, dilation = (
+            _single(getattr(layer, name, 1)) for name in ("kernel_size", "stride", "padding", "dilation")
+        )
+        if (before > after and after in strides) or (before == after and kernel % 2) or before not in strides:
+            return
+        if getattr(layer, "same", False):
+            padding = max(0, (after - 1) * step + (kernel - 1) * dilation + 1 - before) // 2
+        offset += strides[before] * ((kernel - 1) * dilation / 2 - padding - (step - 1) / 2)
+        strides.setdefault(after, strides[before] * step)
 
     kinds = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
     handles = [layer.register_forward_hook(ran) for layer in layers.modules() if isinstance(layer, kinds)]
     layers(image)
     for handle in handles:
         handle.remove()
-    for after, (layer, before) in sorted(seen.items(), reverse=True):
-        kernel, step, padding = (_single(getattr(layer, name)) for name in ("kernel_size", "stride", "padding"))
-        if getattr(layer, "same", False):
-            padding = max(0, (after - 1) * step + kernel - before) // 2
-        offset += stride * ((kernel - 1) / 2 - padding - (step - 1) / 2)
-        stride *= step
     return offset
 
 

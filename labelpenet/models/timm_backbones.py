@@ -99,9 +99,10 @@ class Staged(Backbone):
             ) from error
         stem = nn.Sequential(PadToStride(), *copy.deepcopy(self._cut.before))
         self.stem = Part(stem, int(self._cut.seen.shape[1]), STRIDE, cell_offset(stem, image))
+        self._tail_offset = self.stem.offset + STRIDE * cell_offset(self._tail, self._cut.seen)
 
     def mask_tail(self) -> Part:
-        return Part(replace(copy.deepcopy(self._tail), for_training), self._tail_channels, STRIDE, self.stem.offset)
+        return Part(replace(copy.deepcopy(self._tail), for_training), self._tail_channels, STRIDE, self._tail_offset)
 
     def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
         blocks, end = copy.deepcopy(nn.Sequential(*self._cut.stages, *self._cut.final)), copy.deepcopy(self._end)

@@ -95,6 +95,16 @@ class TestProjectMaps:
         expected[0, 3:14, 2:22] = F.interpolate(maps[None], (11, 20), mode="bilinear", align_corners=False)[0, 0]
         torch.testing.assert_close(got, expected)
 
+    def test_cells_that_look_beside_their_middles(self) -> None:
+        """A map that holds where its cells look, an eighth of the side left of and above: exact, and covers the box."""
+        places = (torch.arange(4.0) + 0.5) / 4 - 0.125
+        maps, box = places.expand(1, 4, 4), torch.tensor([[10.0, 5, 26, 21]])
+        got = project_maps(maps, box, (30, 40), offset=-0.125)[0, 5:21, 10:26]
+        pixels = (torch.arange(16) + 0.5) / 16
+        torch.testing.assert_close(got, pixels.clamp(places[0], places[-1]).expand(16, 16))
+        ones = project_maps(torch.ones(1, 4, 4), box, (30, 40), offset=-0.125)
+        assert torch.equal(ones, project_maps(torch.ones(1, 4, 4), box, (30, 40)))
+
     def test_chunks_add_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         maps, boxes = torch.rand(40, 7, 7, dtype=torch.float64), random_boxes(40, (20, 30))
         groups = torch.randint(0, 3, (40,))
