@@ -223,7 +223,7 @@ class Classification:
         attention: ``excitation`` (excitation backprop) or ``gradient`` (activation times gradient of the class logit at
             the last spatial layer of the RoI head).
         heat: whose class scores a heat-map sums where one instance a class is sought: those of the proposals whose best
-            class it is (``class``), as the paper says, or of ``all``.
+            class (among the tags, where they are known) it is (``class``), as the paper says, or of ``all``.
         initialiser: of the two branches: He's, which is the paper's [18], or a ``gaussian`` of deviation .01.
         schedule: of its training.
         label: how it labels training images, whose tags are known.
@@ -522,11 +522,11 @@ def best() -> Recipe:
     masks = MaskCalibration(nms=0.4, mask_nms=0.5, max_masks=100, vote=True, **several, **crf | {"threshold": 0.38})
     segmenter: dict[str, Any] = {
         **detector, "mask_width": 128, "mask_depth": 2, "mask_margin": 0.15, "schedule": replace(schedule, steps=800),
-        # lower than in answers: legs come back, and with them the boxes around the masks
-        "label": replace(masks, **sure | {"threshold": 0.25}), "predict": masks,
+        # lower than module 3's: legs come back, and with them the boxes around the masks
+        "label": replace(masks, **sure | {"threshold": 0.25}), "predict": replace(masks, threshold=0.25),
     }  # fmt: skip
     # What attention maps enlarged is cut back once, where it is first passed on as a mask.
-    refiner = segmenter | {"label": replace(masks, **sure | {"threshold": 0.42})}
+    refiner = segmenter | {"label": replace(masks, **sure | {"threshold": 0.42}), "predict": masks}
     return Recipe(
         name="best",
         images=Images(sides=(480,), longest=800, flip=True, test_side=480),

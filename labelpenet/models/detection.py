@@ -318,20 +318,21 @@ class Detector(nn.Module):
             view: of the image.
             tags: where the image's tags are known, only those classes are candidates, and the best box of each is one
                 whatever its score: else its object would be taught as background.
-            limit: boxes that enter NMS.
+            limit: boxes that enter NMS, besides the best of known tags.
 
         Returns:
             M candidates and their boxes (M, 4) in pixels of the view.
         """
-        good = scores > self.settings.score_threshold
+        good, best = scores > self.settings.score_threshold, torch.zeros_like(scores, dtype=torch.bool)
         if tags is not None and len(scores):
             classes = torch.tensor(tags, dtype=torch.long)
-            good[scores[:, classes].argmax(0), classes] = True
-            good &= torch.isin(torch.arange(self.num_classes), classes)
+            best[scores[:, classes].argmax(0), classes] = True
+            good = best | good & torch.isin(torch.arange(self.num_classes), classes)
         boxes = clip_boxes_to_image(boxes, view.size)
         index, labels = torch.where(good)
         chosen, own = boxes[index, labels], scores[index, labels]
-        order = own.argsort(descending=True, stable=True)[:limit]
+        order = own.argsort(descending=True, stable=True)
+        order = order[(torch.arange(len(order)) < limit) | best[index, labels][order]]
         order = order[torch.isin(order, remove_small_boxes(chosen, 1.0))]
         chosen, index = chosen[order], index[order]
         return Candidates(view.back(chosen), own[order], labels[order], view.back(rois[index]), index), chosen

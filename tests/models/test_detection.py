@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork
-from torchvision.ops import box_iou
+from torchvision.ops import box_iou, clip_boxes_to_image
 
 from labelpenet import config
 from labelpenet.data.transforms import Batch, View
@@ -298,13 +299,34 @@ def test_candidates(seed, tags, threshold):
     found, seen = one.candidates(boxes, scores, regressed, replace(VIEW, scale=(2.0, 0.5)), tags, limit=20)
     torch.testing.assert_close(found.boxes * torch.tensor([2.0, 0.5, 2.0, 0.5]), seen)
     torch.testing.assert_close(found.regions * torch.tensor([2.0, 0.5, 2.0, 0.5]), boxes[found.rois])
-    assert len(found.boxes) <= 20
+    assert len(found.boxes) <= 20 + len(tags or ())
+    sure = found.scores > threshold
     if tags is not None:
         assert set(found.labels.tolist()) <= set(tags)
+        kept = set(zip(found.rois.tolist(), found.labels.tolist(), strict=True))
+        for tag in tags:  # unless its box has no size, the best of a known tag is there however doubtful
+            best = int(scores[:, tag].argmax())
+            box = clip_boxes_to_image(regressed[best, tag], (H, W))
+            assert (best, tag) in kept or float((box[2:] - box[:2]).min()) < 1
+            sure |= (found.rois == best) & (found.labels == tag)
     assert (seen >= 0).all() and (seen[:, 2] <= W).all() and (seen[:, 3] <= H).all()
     assert ((seen[:, 2:] - seen[:, :2]) >= 1).all()
     torch.testing.assert_close(found.scores, scores[found.rois, found.labels])
-    assert (found.scores > threshold).all() and (found.scores.diff() <= 0).all()
+    assert sure.all() and (found.scores.diff() <= 0).all()
+
+
+def test_answers_need_the_score_that_is_asked_for_and_known_tags_do_not(monkeypatch):
+    """Module 2 with unknown tags gave the best of every class, however low its score."""
+    one = detector(score_threshold=0.05, attention="gradient").eval()
+    boxes = torch.tensor([[20.0, 20, 60, 60], [50, 30, 90, 80]])
+    logits = torch.tensor([[2.0, 1, 0, -4], [2, 0, 1, -4]])
+    monkeypatch.setattr(one, "propose", lambda features, sizes: ([boxes], {}))
+    monkeypatch.setattr(one, "classify", lambda features: (logits, torch.zeros(2, 4 * (C + 1))))
+    settings = replace(config.AttentionCalibration(), min_score=0.9, iterations=0)
+    images = [np.zeros((H, W, 3), np.uint8)]
+    for tags, expected in ((None, []), ((1,), [1]), ((0, 2), [0, 2])):
+        ((found, _),) = one.infer(replace(batch(), images=images, tags=[tags]), settings)
+        assert found.labels.tolist() == expected
 
 
 def test_detections_take_the_box_of_their_class(monkeypatch):
@@ -370,7 +392,10 @@ def test_anchors_stand_where_the_map_looks(backbone, size):
         with torch.no_grad():
             features = tail.module(parts.stem.module(image))
         rows, columns = features.shape[-2:]
-        (anchors,) = StrideAnchors((16, 32), ANCHOR_RATIOS, tail.stride)(ImageList(image, [size]), [features])
+        anchors_of = StrideAnchors((16, 32), ANCHOR_RATIOS, tail.stride)
+        (anchors,) = anchors_of(ImageList(image, [size]), [features])
+        moved = StrideAnchors((16, 32), ANCHOR_RATIOS, tail.stride, 4.5)(ImageList(image, [size]), [features])[0]
+        torch.testing.assert_close(moved, anchors + 4.5)
         centres = ((anchors[:, :2] + anchors[:, 2:]) / 2).reshape(rows, columns, -1, 2)
         x = torch.arange(columns) * float(tail.stride)
         y = torch.arange(rows) * float(tail.stride)
