@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -554,7 +555,7 @@ def _say(*notes: str) -> None:
 
 def _say_trained(out: Path) -> None:
     if _is_first():
-        print(f"trained: {out} - next: labelpenet predict {out} PHOTOS --out predictions.json")
+        print(f"trained: {out} - next: labelpenet predict {shlex.quote(str(out))} PHOTOS --out predictions.json")
 
 
 def _open_training(
@@ -580,7 +581,7 @@ def _check_out(args: Train | ForwardBackward | Distill) -> None:
     run_folder.check_out(args.out, args.training.resume)
 
 
-def _changed(recipe: R, args: Train | ForwardBackward | Distill) -> R:
+def _changed(recipe: R, args: Train | Distill) -> R:
     """The recipe shortened, and then with single choices changed: what is set is as it is set."""
     return config.override(config.shorten(recipe, args.shorten), args.set)
 
@@ -620,17 +621,21 @@ def train(args: Train) -> None:
 
 def forward_backward(args: ForwardBackward) -> None:
     """``labelpenet forward-backward``; bad input is an `InputError`."""
-    from labelpenet.models.cascade import read_run
+    from labelpenet.models.cascade import read_cascade
     from labelpenet.training import curriculum
     from labelpenet.training.labels import read_labels
 
     _check_out(args)
     if args.labels and any(choice.startswith("forward_backward.labels=") for choice in args.set):
         raise InputError("--labels says what is learnt; leave forward_backward.labels out of --set")
-    facts = read_run(args.run)
-    recipe = _changed(config.from_dict(facts["recipe"]), args)
+    facts = read_cascade(args.run)
+    recipe = config.from_dict(facts["recipe"])
+    # the modules' own schedules stay those that they were trained by
+    shorter = replace(recipe, forward_backward=config.shorten(recipe, args.shorten).forward_backward)
+    recipe = config.override(shorter, args.set)
     stage = recipe.forward_backward
-    unused = [] if args.labels or stage.labels != "inferred" else ["zoom", "colours"]
+    unused = ["drift"] if args.labels else []
+    unused += [] if args.labels or stage.labels != "inferred" else ["zoom", "colours"]
     unused += [] if stage.labels == "validated" and not args.labels else ["enter", "doubt"]
     for choice in args.set:
         name = choice.partition("=")[0]
@@ -705,6 +710,8 @@ def predict(args: Predict) -> None:
         raise InputError("--shard is for one process each; leave --devices and --nodes out")
     if args.shard and args.out.suffix == ".json":
         raise InputError(f"--shard writes a folder of parts, but --out is {args.out}; give a folder: --out parts/")
+    if not args.shard and args.out.suffix.lower() not in ("", ".json"):
+        raise InputError(f"{args.out}: predict writes .json; for Parquet use --shard and then labelpenet merge")
     if not args.images and not args.data:
         raise InputError("give photographs (or folders of them) or --data DATA")
     if args.split and not args.data:
@@ -722,6 +729,7 @@ def predict(args: Predict) -> None:
         images: Sequence[TaggedImage] = tagged.images
     else:
         images = [TaggedImage(name, path, ()) for name, path in find_images(args.images)]
+        _say(*(note for path in args.images for note in unread(path)))
     reads = [args.run, *([args.data] if args.data else args.images), *(image.path for image in images)]
     check_outputs([] if args.shard else [args.out], reads, args.overwrite)
     pictures = overlay_paths(args.overlays, [image.id for image in images]) if args.overlays else {}

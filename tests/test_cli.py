@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from PIL import Image
 from labelpenet import Instances, LabelPEnet, cli, config
 from labelpenet.cli import main
 from labelpenet.data import write_scenes
+from labelpenet.engine.distributed import build_fabric
 
 SIDES = ("images.sides=96", "images.test_side=96")  # as the scenes are: less than half the time
 
@@ -63,7 +65,8 @@ def test_predict_evaluate_and_export(run: Path, kit: Path, tmp_path: Path) -> No
     assert {row["image_id"] for row in content["annotations"]} <= {image["id"] for image in content["images"]}
     assert sorted(path.name for path in overlays.iterdir()) == names  # the bad image is skipped, the others are done
     network = LabelPEnet.from_run(run)
-    alone = network.predict(photos / names[0])
+    with build_fabric("cpu").autocast():  # in bfloat16 where the processor has it, as the command
+        alone = network.predict(photos / names[0])
     assert len(alone) == sum(image["file_name"] == names[0] for image in content["images"] for row in
                              content["annotations"] if row["image_id"] == image["id"])  # fmt: skip
 
@@ -90,6 +93,8 @@ def test_forward_backward_learning_refuses_what_it_would_not_use(
     (tmp_path / "run" / "run.json").write_text(json.dumps({**facts, "proposals": "0123"}))
     command = ["forward-backward", str(tmp_path / "run"), str(kit), "--out", str(tmp_path / "out")]
     assert "another tool's proposals; give them again with --proposals" in one_line(command, capsys)
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**facts, "recipe": {"network": {}}, "kind": "student"}))
+    assert f"{tmp_path / 'run'}: holds a student, but this needs the modules" in one_line(command, capsys)
 
 
 def test_a_closed_standard_output_is_no_error(tmp_path: Path) -> None:
@@ -250,6 +255,7 @@ def test_train_refuses_a_folder_in_use_and_changed_settings(
         (["--recipe", "nope"], "unknown recipe"),
         (["--backbone", "nope"], "unknown backbone"),
         (["--classes", "ball,unicorn"], "unicorn"),
+        (["--classes", "ball"], "got only ball: tags tell classes apart; choose more with --classes"),
         (["--split", "nope"], "available are"),
         (["--evaluate", "nope"], "available are"),
         (["--evaluate", "train"], "choose a split that shares no image"),
@@ -301,6 +307,13 @@ def test_other_commands_name_file_and_remedy(run: Path, tmp_path: Path, capsys: 
     assert str(empty) in one_line(["evaluate", str(tmp_path / "x.json"), str(empty)], capsys)
     assert str(empty) in one_line(["train", str(empty), "--out", str(tmp_path / "r")], capsys)
     assert not (tmp_path / "p.json").exists()
+
+
+def test_predict_writes_json_under_no_other_name(run: Path, kit: Path, tmp_path: Path, capsys) -> None:
+    for name in ("x.parquet", "x.csv"):
+        line = one_line(["predict", str(run), str(kit / "JPEGImages"), "--out", str(tmp_path / name)], capsys)
+        assert f"{tmp_path / name}: predict writes .json" in line and "labelpenet merge" in line
+    assert not list(tmp_path.iterdir())
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
@@ -401,7 +414,6 @@ def test_streams_that_end_or_cannot_write_a_name_cost_no_traceback(tmp_path: Pat
     ("words", "base", "steps"),
     [
         (["train", "photos"], config.recipe("best").modules[1], "modules.2.schedule.steps=7"),
-        (["forward-backward", "run", "photos"], config.recipe("best").modules[1], "modules.2.schedule.steps=7"),
         (["distill", "run", "photos"], config.StudentRecipe(), "schedule.steps=7"),
     ],
 )
@@ -411,6 +423,12 @@ def test_what_is_set_is_not_shortened(words: list[str], base: Any, steps: str) -
         recipe = config.StudentRecipe() if words[0] == "distill" else config.recipe("best")
         changed = cli._changed(recipe, command)
         assert (changed if words[0] == "distill" else changed.modules[1]).schedule.steps == expected
+
+
+def test_a_line_to_copy_is_one_command_whatever_the_folder_is_called(capsys) -> None:
+    cli._say_trained(Path("runs/it's mine"))
+    command = shlex.split(capsys.readouterr().out.split("next: ")[1])
+    assert command == ["labelpenet", "predict", "runs/it's mine", "PHOTOS", "--out", "predictions.json"]
 
 
 def test_of_several_processes_the_first_one_of_a_machine_says_the_notes(monkeypatch, capsys) -> None:

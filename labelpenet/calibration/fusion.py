@@ -54,9 +54,10 @@ def fuse(opinions: Sequence[Instances], tags: Collection[int]) -> Instances:
     overlap = box_iou(every.boxes, every.boxes) * (every.labels[:, None] == every.labels)
     weights = supported(every.weights, overlap, model, len(opinions))
     kept, _ = nms_groups(every.boxes, weights, every.labels, SAME)
+    known = torch.ones_like(model, dtype=torch.bool) if every.masks is None else every.masks.flatten(1).any(1)
     drawn: dict[int, float] = {}  # whose outlines, and how sure: of two with the same the surer one
     for index in kept.tolist():
-        drawn.setdefault(outline(index, overlap, model), float(weights[index]))
+        drawn.setdefault(outline(index, overlap, model, known), float(weights[index]))
     return every[torch.tensor(list(drawn))].weighted(torch.tensor(list(drawn.values())))
 
 
@@ -69,9 +70,13 @@ def supported(weights: Tensor, overlap: Tensor, model: Tensor, models: int) -> T
     return by_model.mean(1)
 
 
-def outline(index: int, overlap: Tensor, model: Tensor) -> int:
-    """The instance whose outline a kept one gets: its closest one of the first model that has one so close."""
-    close = torch.where((overlap[index] >= OUTLINE) & (model < model[index]))[0]
+def outline(index: int, overlap: Tensor, model: Tensor, known: Tensor) -> int:
+    """The instance whose outline a kept one gets: its closest one of the first model that has one so close.
+
+    ``known`` (N,) says which instances have an outline: beside masks an empty one is that of a box alone.
+    """
+    before = model < model[index] if known[index] else model != model[index]
+    close = torch.where((overlap[index] >= OUTLINE) & before & known)[0]
     if not len(close):
         return index
     first = close[model[close] == model[close].min()]

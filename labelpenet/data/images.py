@@ -1,14 +1,18 @@
 """Photographs from disk, whatever a camera, a scanner or a web site made of them."""
 
 import io
+import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, TiffImagePlugin, WebPImagePlugin
 
+from labelpenet.data.files import real_path
 from labelpenet.errors import InputError, reason
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
@@ -19,6 +23,7 @@ FORMATS = (
     TiffImagePlugin.TiffImageFile.format,
     WebPImagePlugin.WebPImageFile.format,
 )
+UNREAD = (".heic", ".heif", ".avif", ".raw", ".cr2", ".nef", ".dng")  # what cameras and phones write besides
 PIXEL_LIMIT = 100_000_000
 _ORIENTATION = 0x0112
 
@@ -250,7 +255,8 @@ def read_index_map(path: Path | str) -> np.ndarray:
 
 
 def find_images(paths: Iterable[Path]) -> list[tuple[str, Path]]:
-    """The image files among ``paths`` and, in order of name, in the folders among them (not in hidden ones), each once.
+    """The image files among ``paths`` and, in order of name, in the folders among them, each once, however its path
+    is spelt; hidden files and folders are left out, and ``@eaDir``, where a Synology keeps its thumbnails.
 
     Returns:
         (id, file) pairs; the id is the path below the folder given, or the file's name; of another image of the same id
@@ -261,6 +267,7 @@ def find_images(paths: Iterable[Path]) -> list[tuple[str, Path]]:
     """
     found: dict[str, Path] = {}
     taken: set[Path] = set()
+    home = cache(real_path)  # links to files stay photographs of their own
     for path in paths:
         if path.is_dir():
             inside = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file())
@@ -270,10 +277,27 @@ def find_images(paths: Iterable[Path]) -> list[tuple[str, Path]]:
         else:
             raise InputError(f"{path}: no such image or folder; check the path")
         for name, file in pairs:
-            if file not in taken and not any(part.startswith(".") for part in Path(name).parts):
-                taken.add(file)
+            place = home(file.parent) / file.name
+            if place not in taken and not any(part.startswith((".", "@eaDir")) for part in Path(name).parts):
+                taken.add(place)
                 names = (name, str(file), str(file.absolute()))  # the second may be another one's first
                 found[next(one for one in names if one not in found)] = file
     if not found:
-        raise InputError(f"no image in {', '.join(map(str, paths))}; known are {', '.join(sorted(SUFFIXES))}")
+        said = "".join(f"; {note}" for path in paths for note in unread(path))
+        raise InputError(f"no image in {', '.join(map(str, paths))}; known are {', '.join(sorted(SUFFIXES))}{said}")
     return list(found.items())
+
+
+def unread(folder: Path) -> list[str]:
+    """A note on the photographs in a folder and below that cannot be read, such as HEIC, if there are any: of those
+    without a file of the same name beside them that can.
+    """
+    counts: Counter[str] = Counter()
+    for _, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "@eaDir"))]
+        odd = [Path(name) for name in files if name.lower().endswith(UNREAD) and not name.startswith(".")]
+        fine = {Path(name).stem for name in files if name.lower().endswith(SUFFIXES)} if odd else set()
+        counts.update(file.suffix.lower() for file in odd if file.stem not in fine)
+    if not counts:
+        return []
+    return [f"{', '.join(f'{counts[one]} {one}' for one in sorted(counts))} files are not read; convert them to JPEG"]

@@ -84,7 +84,11 @@ def _leave() -> None:
 
 
 def images_together(batch_size: int, fabric: Fabric) -> int:
-    """Images of a batch that go through the network at a time in training: one on a CPU, on a GPU all of a process."""
+    """Images of a batch that go through the network at a time in training: one on a CPU, on a GPU all of a process.
+
+    So on GPUs the result depends on the number of processes, by what is drawn for these images and averaged over them,
+    and a stage is resumed with the same number alone.
+    """
     share, rest = divmod(batch_size, fabric.world_size)
     return 1 if fabric.device.type == "cpu" or rest else share
 

@@ -1,8 +1,8 @@
 """The training loop, for any module and loss.
 
 The batch of a step is cut into micro-batches of `Stage.micro_batch` images; their gradients are accumulated, then
-summed over the processes. As the cut does not depend on the number of processes, neither does the result, but for
-rounding.
+summed over the processes. Where the cut does not depend on the number of processes (on CPUs, see
+`distributed.images_together`), neither does the result, but for rounding.
 """
 
 import math

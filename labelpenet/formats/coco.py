@@ -23,6 +23,7 @@ from labelpenet.data.dataset import (
 )
 from labelpenet.data.files import brief, excerpt, inside, is_file, listing, read_json, read_names, write_text
 from labelpenet.errors import InputError
+from labelpenet.formats.folder import exists, list_file, nfc
 from labelpenet.formats.polygons import coco_polygons
 from labelpenet.formats.review import accepted
 from labelpenet.formats.rows import file_names, image_numbers, name_numbers
@@ -233,25 +234,25 @@ def _chosen(content: CocoFile, split: str | None) -> tuple[list[int | str], list
     """The ids of the images of a split, and notes. One file is one split, so only a text file restricts it."""
     if split is None:
         return list(content.images), []
-    for list_file in (content.path.parent / f"{split}.txt", Path(split)):
-        if list_file.suffix and is_file(list_file):
-            names = {
-                key: {str(key), row["file_name"], _image_id(row), _image_id(row).rsplit(".", 1)[0]}
-                for key, row in content.images.items()
-            }
-            times = Counter(name for own in names.values() for name in own)
-            wanted = set(read_names(list_file, times.__contains__))
-            ids = [key for key in names if names[key] & wanted]
-            for name in wanted:
-                if times[name] > 1:
-                    raise InputError(
-                        f"{list_file}: {name[:80]} may be several images of {content.path.name} (by id, by file name); "
-                        "give whole file names"
-                    )
-            if not ids:
-                raise InputError(f"{list_file}: names no image of {content.path}; give image ids or file names")
-            absent = len(wanted.difference(*(names[key] for key in ids)))
-            return ids, [f"{absent} lines of {list_file.name} name no image of {content.path.name}"] * bool(absent)
+    path = list_file(split, [content.path.parent], content.path)
+    if path is not None:
+        names = {
+            key: set(map(nfc, (str(key), row["file_name"], _image_id(row), _image_id(row).rsplit(".", 1)[0])))
+            for key, row in content.images.items()
+        }
+        times = Counter(name for own in names.values() for name in own)
+        wanted = set(map(nfc, read_names(path, lambda name: nfc(name) in times)))
+        ids = [key for key in names if names[key] & wanted]
+        for name in wanted:
+            if times[name] > 1:
+                raise InputError(
+                    f"{path}: {name[:80]} may be several images of {content.path.name} (by id, by file name); "
+                    "give whole file names"
+                )
+        if not ids:
+            raise InputError(f"{path}: names no image of {content.path}; give image ids or file names")
+        absent = len(wanted.difference(*(names[key] for key in ids)))
+        return ids, [f"{absent} lines of {path.name} name no image of {content.path.name}"] * bool(absent)
     if split in (_split_of(content.path), *re.split(r"[\W\d_]+", content.path.stem)):
         return list(content.images), []
     return list(content.images), [f"{content.path.name} has no splits: all its images are used as {split!r}"]
@@ -264,7 +265,11 @@ def _image_folder(content: CocoFile, images: Path | None) -> tuple[Path, list[st
     inner = (f"images/{own}", own, "images", f"data/{own}", "data", ".")
     folders = [images] if images else [root / name for root in homes for name in inner]
     names = [_image_id(row) for row in list(content.images.values())[:PROBE]]
-    held = {folder: sum(is_file(folder / name) for name in names) for folder in folders if folder.is_dir()}
+    held = {
+        folder: sum(is_file(folder / name) or exists(folder, name) for name in names)
+        for folder in folders
+        if folder.is_dir()
+    }
     return image_folder(held, content.path)
 
 

@@ -1,19 +1,22 @@
 """Labels that a person has corrected, as they come: files of the review page, or of any tool whose format is read."""
 
+import filecmp
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, Truth
-from labelpenet.data.files import listing, read_json, safe_name
+from labelpenet.data.files import listing, read_json
 from labelpenet.data.images import image_size
 from labelpenet.errors import InputError
 from labelpenet.formats.open import open_annotated
 from labelpenet.formats.review import is_review, read_review
+from labelpenet.formats.rows import copy_name, plain_name
 from labelpenet.instances import Instances
 
 Read = Callable[[], Truth]
@@ -84,14 +87,14 @@ def _read_annotated(path: Path, images: TaggedImages) -> tuple[dict[str, Read], 
     root = Path(os.path.commonpath([image.path.parent.absolute() for image in images.images]))
     opened: list[tuple[AnnotatedImages, list[tuple[TaggedImage, TaggedImage]]]] = []
     problems: list[InputError] = []
-    for home in (root, None):  # beside our photographs, or with copies of its own
+    for home in (None, root):  # with photographs of its own, else ours
         try:
             found = open_annotated(path, None, None, home)
             opened.append((found, _matched(found.tagged.images, images.images)))
         except InputError as error:
             problems.append(error)
     if not opened:
-        raise problems[0]
+        raise problems[-1]
     annotated, pairs = max(opened, key=lambda one: len(one[1]))
     tagged = annotated.tagged.where(lambda image: image.id not in annotated.unlisted)
     pairs = [(theirs, ours) for theirs, ours in pairs if theirs.id not in annotated.unlisted]
@@ -114,35 +117,46 @@ def _read_annotated(path: Path, images: TaggedImages) -> tuple[dict[str, Read], 
 
 def _matched(theirs: Sequence[TaggedImage], ours: Sequence[TaggedImage]) -> list[tuple[TaggedImage, TaggedImage]]:
     """Pairs of the same photograph: the same file, else the only one of its name on both sides, else of the name that
-    an export gives a copy. Of two photographs that differ in their suffix no copy is known by its name.
+    an export gives a copy. Of two photographs that differ in their suffix, or whose copies may have one name, a copy is
+    known by its content alone.
     """
     files = {os.path.realpath(image.path): image for image in ours}
     stems = Counter(image.path.stem.casefold() for image in ours)
     named = {image.path.name: image for image in ours if stems[image.path.stem.casefold()] == 1}
-    copies = Counter(map(_copy, ours))
-    copied = {_copy(image): image for image in ours if copies[_copy(image)] == 1}
+    copies = Counter(map(copy_name, ours))
+    copied = {copy_name(image): image for image in ours if copies[copy_name(image)] == 1}
     names = Counter(image.path.name for image in theirs)
-    alike = [Counter(map(_copy, theirs)), Counter(_plain(image.path.stem) for image in theirs)]
+    alike = [Counter(map(copy_name, theirs)), Counter(plain_name(image.path.stem) for image in theirs)]
+    fitting: dict[str, list[TaggedImage]] = {}
+    for image in ours:
+        fitting.setdefault(copy_name(image), []).append(image)
     pairs: dict[str, tuple[TaggedImage, TaggedImage]] = {}
     for image in theirs:
         same = files.get(os.path.realpath(image.path))
-        if same is None and names[image.path.name] == 1:
+        plain = plain_name(image.path.stem)
+        # of one name copies get numbers
+        called = (name for name in (copy_name(image), plain, re.sub(r"-\d+$", "", plain)) if name in fitting)
+        rivals = {one.id: one for one in (*fitting.get(next(called, ""), []), named.get(image.path.name)) if one}
+        doubtful = len(rivals) > 1 and not all(one.path.name in names for one in rivals.values())
+        if same is None and doubtful:
+            # a rival that another of theirs is called as is that one's
+            free = (one for one in rivals.values() if one.path.name == image.path.name or one.path.name not in names)
+            same = _same_content(image, free)
+        elif same is None and names[image.path.name] == 1:
             same = named.get(image.path.name)
-        for count, plain in zip(alike, (_copy(image), _plain(image.path.stem)), strict=True):
-            if same is None and count[plain] == 1:
-                same = copied.get(plain)
+        for count, name in zip(alike, (copy_name(image), plain), strict=True):
+            if same is None and not doubtful and count[name] == 1:
+                same = copied.get(name)
         if same is not None:
             pairs.setdefault(same.id, (image, same))
     return list(pairs.values())
 
 
-def _copy(image: TaggedImage) -> str:
-    """The name, without suffix, of the copy of a photograph in an export, folders included."""
-    return _plain(image.id.removesuffix(image.path.suffix))
-
-
-def _plain(name: str) -> str:
-    return safe_name(name).casefold()
+def _same_content(image: TaggedImage, rivals: Iterable[TaggedImage]) -> TaggedImage | None:
+    """Of the rivals the one with the image's content; of several the one of its name, else none."""
+    same = [one for one in rivals if filecmp.cmp(image.path, one.path, shallow=False)]
+    own = [one for one in same if one.path.name == image.path.name]
+    return next((found[0] for found in (own, same) if len(found) == 1), None)
 
 
 def _renamed(annotated: AnnotatedImages, theirs: TaggedImage, ours: TaggedImage, labels: torch.Tensor) -> Truth:

@@ -14,12 +14,14 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from labelpenet.data.dataset import NamedImage, TaggedImages, tag_images
+from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImages, tag_images
 from labelpenet.data.files import brief, excerpt, inside, is_file, listing, read_json, read_text
 from labelpenet.data.images import SUFFIXES
 from labelpenet.errors import InputError
@@ -71,11 +73,11 @@ def open_tags_file(
     folders = [images] if images else [path.parent, *(path.parent / name for name in ("images", "data", path.stem))]
     stems = {folder: _stems(folder) if stemless else {} for folder in folders if folder.is_dir()}
     first = list(table.tags)[:PROBE]
-    held = {folder: sum(exists(folder, name) or name in stems[folder] for name in first) for folder in stems}
+    held = {folder: sum(exists(folder, name) or nfc(name) in stems[folder] for name in first) for folder in stems}
     home, said = image_folder(held, path) if any(held.values()) else (images or path.parent, [])
     tags: dict[str, frozenset[str]] = {}
     for name, names in table.tags.items():
-        fitting = [] if exists(home, name) else stems[home].get(name, [])
+        fitting = [] if exists(home, name) else stems[home].get(nfc(name), [])
         if len(fitting) > 1:
             table.problems.append(f"{path}: {name[:80]} may be {listing(fitting)}; write the suffix")
         else:
@@ -88,10 +90,12 @@ def open_tags_file(
     if occurring and all(name.isdigit() for name in occurring):
         numbers = sorted(occurring, key=lambda name: (len(name), name))  # int takes neither ² nor 5,000 digits
         notes.append(f"{path.name} calls the classes by numbers: {listing(numbers)}")
-    untagged = sum(name not in tags for name in image_files(home))
+    named = set(map(nfc, tags))
+    untagged = sum(nfc(name) not in named for name in _all_images(home))
     if untagged:
         notes.append(f"{untagged} images of {home} do not stand in {path.name}; they are not used")
-    return tag_names(tags, home, path, split, classes, notes)
+    known = known_beside(path.parent, classes, occurring, lambda part: open_tags_file(part / path.name))
+    return tag_names(tags, home, path, split, classes, notes, known)
 
 
 def open_class_folders(data: Path, split: str | None = None, classes: Sequence[str] | None = None) -> TaggedImages:
@@ -139,7 +143,27 @@ def open_class_folders(data: Path, split: str | None = None, classes: Sequence[s
     loose = len(image_files(data))
     if loose:
         notes.append(f"{loose} images lie in no class's sub-folder; they are not used")
-    return tag_names(tags, data, data, split, classes, notes)
+    known = known_beside(data, classes, set().union(*tags.values()), open_class_folders)
+    return tag_names(tags, data, data, split, classes, notes, known)
+
+
+def known_beside(
+    data: Path,
+    classes: Sequence[str] | None,
+    known: Iterable[str],
+    opened: Callable[[Path], AnnotatedImages | TaggedImages],
+) -> set[str]:
+    """The ``known`` class names and, where one that is asked for is none of them, those of the data set's other parts:
+    a small ``val`` beside ``train`` need not show every class. ``opened`` reads a part.
+    """
+    names = set(known)
+    if data.resolve().name.lower() in SPLIT_NAMES and not names.issuperset(classes or ()):
+        parts = (part for part in data.resolve().parent.iterdir() if part.name.lower() in SPLIT_NAMES)
+        for part in filter(Path.is_dir, parts):
+            with suppress(InputError):  # what is wrong with another part is no matter here
+                found = opened(part)
+                names.update((found.tagged if isinstance(found, AnnotatedImages) else found).classes)
+    return names
 
 
 def _copies(data: Path, tags: Mapping[str, frozenset[str]]) -> Iterator[list[str]]:
@@ -176,8 +200,12 @@ def tag_names(
     split: str | None,
     classes: Sequence[str] | None,
     notes: Sequence[str],
+    more: Iterable[str] = (),
 ) -> TaggedImages:
-    """Tagged images from tags by file name relative to ``home``; ids are these names. Errors as `tag_images`."""
+    """Tagged images from tags by file name relative to ``home``; ids are these names. Errors as `tag_images`.
+
+    ``more`` are names of classes that are known besides.
+    """
     chosen, split_notes = restrict(tags, home, source, split)
     found, problems = [], []
     for name in chosen:
@@ -192,7 +220,7 @@ def tag_names(
             problems.append(str(error))
     known = {tag for names in tags.values() for tag in names}
     notes = [*notes, *split_notes, *_doubts(known, classes or (), source)]
-    return tag_images(found, classes, known, problems, source, notes)
+    return tag_images(found, classes, known.union(more), problems, source, notes)
 
 
 def _doubts(known: set[str], classes: Sequence[str], source: Path) -> Iterator[str]:
@@ -227,24 +255,39 @@ def restrict(names: Iterable[str], home: Path, source: Path, split: str | None) 
     names = list(names)
     if split is None:
         return names, [f"no split is named: all are used, of {listing(lists)} too"] if lists else []
-    for path in (*(folder / f"{split}.txt" for folder in folders), Path(split)):
-        if path.suffix and is_file(path):
-            wanted = set(map(_name, read_text(path).splitlines())) - {""}
-            chosen = [name for name in names if name in wanted]
-            if not chosen:
-                raise InputError(f"{path}: names no image of {source}; give file names relative to {home}")
-            missing = sorted(wanted - set(chosen))
-            return chosen, [f"{len(missing)} lines of {path.name} name no tagged image"] if missing else []
+    path = list_file(split, folders, source)
+    if path is not None:
+        wanted = {nfc(_name(line)) for line in read_text(path).splitlines()} - {""}
+        chosen = [name for name in names if nfc(name) in wanted]
+        if not chosen:
+            raise InputError(f"{path}: names no image of {source}; give file names relative to {home}")
+        missing = wanted.difference(map(nfc, chosen))
+        return chosen, [f"{len(missing)} lines of {path.name} name no tagged image"] if missing else []
     if lists:
         raise InputError(f"{source}: no split {split!r}; available are {listing(lists)}, or give a text file")
     return names, [f"{source} has no splits: all its images are used as {split!r}"]
+
+
+def list_file(split: str, folders: Iterable[Path], source: Path) -> Path | None:
+    """The list of a split: ``SPLIT.txt`` in one of the folders, or a text file of the user's; None: there is none.
+
+    Raises:
+        InputError: the split can only be meant as a file, and is none.
+    """
+    own = Path(os.path.expanduser(split))  # noqa: PTH111 the shell leaves the ~ of --split=~/few.txt; no home, no error
+    for path in (*(folder / f"{split}.txt" for folder in folders), own):
+        if path.suffix and is_file(path):
+            return path
+    if split.lower().endswith(".txt") or "/" in split or "\\" in split:
+        raise InputError(f"{split}: no such list of photographs of {source}; check the path")
+    return None
 
 
 def _read_csv(path: Path) -> _Table:
     """A row a file, or several; a column of tags, or one of 0 and 1 for each class."""
     text = read_text(path)
     delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
     try:
         rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:
@@ -393,6 +436,19 @@ def _read_json(path: Path) -> _Table:
     return table
 
 
+def nfc(name: str) -> str:
+    """A name in the one form of Unicode in which names are compared: macOS writes accents in another."""
+    return unicodedata.normalize("NFC", name)
+
+
+def disk_form(path: Path) -> Path:
+    """The path, or where there is no such file the one whose name has its accents in Unicode's other form."""
+    if not path.name.isascii() and not is_file(path):
+        with suppress(InputError):
+            return inside(path.parent, path.name)
+    return path
+
+
 def _name(text: str) -> str:
     return text.strip().replace("\\", "/").removeprefix("./")
 
@@ -406,10 +462,10 @@ def exists(home: Path, name: str) -> bool:
 
 
 def _stems(folder: Path) -> dict[str, list[str]]:
-    """The images below a folder by their paths without suffix."""
+    """The images below a folder by their paths without suffix, as `nfc` has them."""
     found: dict[str, list[str]] = {}
     for name in _all_images(folder):
-        found.setdefault(name.rsplit(".", 1)[0], []).append(name)
+        found.setdefault(nfc(name.rsplit(".", 1)[0]), []).append(name)
     return found
 
 

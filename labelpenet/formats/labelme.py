@@ -7,6 +7,7 @@ file is truth. Files that other hands made are truth as they are, and their flag
 
 import base64
 import io
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -28,10 +29,10 @@ from labelpenet.data.dataset import (
     tag_images,
     with_truth,
 )
-from labelpenet.data.files import changed, inside, is_file, listing, read_json, write_text
+from labelpenet.data.files import MANIFEST, changed, inside, is_file, listing, read_json, write_text
 from labelpenet.data.images import SUFFIXES
 from labelpenet.errors import InputError
-from labelpenet.formats.folder import restrict
+from labelpenet.formats.folder import image_files, known_beside, restrict
 from labelpenet.formats.polygons import drawn, joined, outline, signed_area, straight
 from labelpenet.formats.rows import file_names
 from labelpenet.formats.selection import Exported, copy_photograph, new_export, objects, selected, stems
@@ -121,6 +122,20 @@ def json_files(folder: Path) -> list[Path]:
     return files if files and _is_labelme(files[0]) else []
 
 
+def lies_beside(data: Path) -> bool:
+    """Whether the file of the same name beside a photograph of the folder is laid out as Labelme's."""
+    files = (path for name in image_files(data) if is_file(path := (data / name).with_suffix(".json")))
+    return any(map(_is_labelme, itertools.islice(files, 1)))
+
+
+def lies_in(data: Path, parts: Sequence[str]) -> bool:
+    """Whether all JSON of a folder lies in these sub-folders for splits. In an export of ours they mean nothing: its
+    folders are those of the photographs.
+    """
+    files = (path.relative_to(data).parts[0] for path in json_files(data))
+    return not (data / MANIFEST).is_file() and set(parts).issuperset(files)
+
+
 def _is_labelme(path: Path) -> bool:
     try:
         content = read_json(path, 2**26)
@@ -179,6 +194,7 @@ def open_data(
         )
     asked, said = restrict(files, data, data, split) if found else ([], [])
     by_name = {one.id: one for one in found}
+    shown = frozenset().union(*(one.names for one in found))
     found = [by_name[name] for name in asked]
     notes = [*said]
     if waiting:
@@ -192,6 +208,8 @@ def open_data(
     elif flags:
         notes.append(f"flags that are set ({listing(sorted(flags))}) are no tags, for there are shapes")
     known = {name for one in found for name in one.names}
+    if classes is not None:  # of those that are asked for a small split need not show every one
+        known = known_beside(data, classes, shown if drawn_on else flags, open_data)
     tagged = tag_images(found, classes, known, problems, data, notes)
     if flags and not drawn_on:
         return tagged

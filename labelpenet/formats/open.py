@@ -7,7 +7,7 @@ from pathlib import Path
 
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.files import listing, read_json, read_text
-from labelpenet.data.images import find_images
+from labelpenet.data.images import find_images, unread
 from labelpenet.errors import InputError
 from labelpenet.formats import coco, folder, label_studio, labelme, voc, yolo
 
@@ -72,7 +72,8 @@ def open_photographs(
     files = dict(find_images([data]))
     names, notes = folder.restrict(files, data, data, split)
     found = tuple(TaggedImage(name, files[name], ()) for name in names)
-    return TaggedImages(tuple(classes), found, (f"{data}: no tags are known of its {len(found)} photographs", *notes))
+    notes = [f"{data}: no tags are known of its {len(found)} photographs", *unread(data), *notes]
+    return TaggedImages(tuple(classes), found, tuple(notes))
 
 
 def training_split(data: Path | str) -> str | None:
@@ -99,7 +100,8 @@ def _open(
     if images is not None and not Path(images).is_dir():
         raise InputError(f"{images}: no such image folder; check the path")
     with _readable(data):
-        return _recognise(Path(data), split, classes, None if images is None else Path(images), truth)
+        found = _recognise(Path(data), split, classes, None if images is None else Path(images), truth)
+        return _noted(found, *unread(Path(data if images is None else images)))
 
 
 def _recognise(
@@ -116,7 +118,7 @@ def _recognise(
     files = coco.json_files(data)
     settings = yolo.settings_file(data)
     tags_files = [data / name for name in _TAGS if (data / name).is_file()]
-    kinds = [[coco.choose_file(files, split, data)] if files else [], [settings] if settings else [], tags_files[:1]]
+    kinds = [[coco.choose_file(files, split, data)] if files else [], [settings] if settings else [], tags_files]
     described = [path for kind in kinds for path in kind]
     if len(described) > 1:
         raise InputError(
@@ -126,15 +128,20 @@ def _recognise(
     if described:
         if described[0].parent == data and folder.class_folders(data):
             _check_not_predicted(described[0])
-        return _recognise_file(described[0], split, classes, images, truth)
+        found = _recognise_file(described[0], split, classes, images, truth)
+        for kind in (voc, labelme) if tags_files else ():  # somebody may be correcting there, so it is not refused
+            if kind.lies_beside(data):
+                name = "XML" if kind is voc else "Labelme's"
+                found = _noted(found, f"{tags_files[0].name} is read, {name} files beside the photographs are not")
+        return found
     if voc.lies_beside(data):
         _check_own(data, images)
         return voc.open_beside(data, split, classes)
-    if labelme.json_files(data):
+    below = sorted(path.name for path in data.iterdir() if path.is_dir() and path.name.lower() in folder.SPLIT_NAMES)
+    if labelme.json_files(data) and not (below and labelme.lies_in(data, below)):
         found = labelme.open_data(data, split, classes, images)
         _check_truth(data, not truth or isinstance(found, AnnotatedImages))
         return found
-    below = sorted(path.name for path in data.iterdir() if path.is_dir() and path.name.lower() in folder.SPLIT_NAMES)
     if below:
         same = next((names for names in _SAME if split in names), {split})
         fitting = [split] if split in below else [name for name in below if name in same]
@@ -171,7 +178,7 @@ def _recognise(
             f"{data}: no data set recognised: {len(loose)} photographs, but no tags; write tags.csv beside them (first "
             f"line file,tags, then lines such as {loose[0]},cat;dog) or put them into a sub-folder for each class"
         )
-    raise NotRecognised(f"{data}: no data set recognised; looked for {KINDS}")
+    raise NotRecognised("; ".join([f"{data}: no data set recognised", *unread(data), f"looked for {KINDS}"]))
 
 
 def _recognise_file(
@@ -202,10 +209,10 @@ def _check_not_predicted(path: Path) -> None:
         )
 
 
-def _noted(found: _Opened, note: str) -> _Opened:
+def _noted(found: _Opened, *notes: str) -> _Opened:
     if isinstance(found, AnnotatedImages):
-        return replace(found, tagged=replace(found.tagged, notes=(note, *found.tagged.notes)))
-    return replace(found, notes=(note, *found.notes))
+        return replace(found, tagged=replace(found.tagged, notes=(*notes, *found.tagged.notes)))
+    return replace(found, notes=(*notes, *found.notes))
 
 
 def _check_own(data: Path, images: Path | None) -> None:

@@ -16,7 +16,7 @@ import torch
 from pycocotools import mask as rle
 
 from labelpenet.data.dataset import TaggedImage
-from labelpenet.data.files import brief, listing
+from labelpenet.data.files import brief, listing, safe_name
 from labelpenet.data.images import PIXEL_LIMIT
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances, check_segmentation, decode_mask, masks_to_boxes
@@ -194,6 +194,8 @@ def match_images(
         # of images with numbers of their own, that another's name ends in the digits says nothing
         digits = {} if by_number else {number: by_id[one] for one, number in name_numbers(images).items()}
         return {key: image.id for key, image in (digits | by_stem | by_name | by_id | by_number).items()}
+    by_copy = _unique(*((copy_name(image), image) for image in images))
+    copies: dict[str, list[tuple[Any, str]]] = {}
     exact: dict[Any, TaggedImage] = {}
     alike: dict[Any, TaggedImage] = {}
     for entry in entries:
@@ -207,6 +209,14 @@ def match_images(
             exact[key] = same
         elif (like := by_name.get(base) or by_stem.get(stem)) and _may_be(whole, like):
             alike[key] = like
+        elif (plain := plain_name(whole.rsplit(".", 1)[0])) in by_copy and name is not None:
+            copies.setdefault(plain, []).append((key, name))
+    taken, said = {image.id for image in (*exact.values(), *alike.values())}, []
+    for plain, ((key, name), *more) in copies.items():
+        if not more and by_copy[plain].id not in taken:
+            alike[key] = by_copy[plain]
+            said.append(f"{path}: {name} is taken for {by_copy[plain].id}, whose copy an export calls so")
+    notes += brief(said, "photographs are told by their copies' names")
     # The whole path first: beside a/x.jpg, x.jpg is a photograph of its own.
     named = {image.id for image in exact.values()}
     found = exact | {key: image for key, image in alike.items() if image.id not in named}
@@ -302,6 +312,16 @@ def _unique(*pairs: tuple[Any, TaggedImage]) -> dict[Any, TaggedImage]:
     for key, image in pairs:
         table[key] = image if table.setdefault(key, image) is image else None
     return {key: image for key, image in table.items() if image is not None}
+
+
+def copy_name(image: TaggedImage) -> str:
+    """The name, without suffix, of the copy of a photograph in an export, folders included."""
+    return plain_name(image.id.removesuffix(image.path.suffix))
+
+
+def plain_name(name: str) -> str:
+    """A name as exports spell it, in one case."""
+    return safe_name(name).casefold()
 
 
 def _doubles(values: Sequence[Any]) -> list[Any]:

@@ -52,19 +52,27 @@ def check_new_split(paths: Iterable[Path], out: Path | str, split: str) -> None:
 def stems(images: Iterable[TaggedImage], taken: Iterable[str] = (), folders: bool = False) -> dict[str, str]:
     """For each image id a file name without suffix, unique also on file systems that ignore case, and not ``taken``.
 
-    The id without the image's suffix, made safe; the second image of the same name gets ``-2`` and so on. With
-    ``folders`` the folders within an id stay folders; else all is one plain name.
+    The id without the image's suffix, made safe; the second image of the same name gets ``-2`` and so on, and so does
+    one whose name would be that of another image's file. With ``folders`` the folders within an id stay folders; else
+    all is one plain name.
     """
     used = {name.casefold() for name in taken}
     bases: dict[str, str] = {}
+    owned: dict[str, set[str]] = {}
     for image in images:
         whole = image.id.removesuffix(image.path.suffix)
         bases[image.id] = "/".join(map(safe_name, whole.split("/")[-8:])) if folders else safe_name(whole)
+        owned[image.id] = {whole.casefold(), image.path.stem.casefold()}
     natural = {base.casefold() for base in bases.values()}  # what gets a number must not take another image's name
+    every = set().union(*owned.values())  # a copy of another photograph's name would bring its labels to that one
     names: dict[str, str] = {}
     for own, base in bases.items():
         name, number = base, 1
-        while name.casefold() in used or (number > 1 and name.casefold() in natural):
+        while (
+            name.casefold() in used
+            or (number > 1 and name.casefold() in natural)
+            or ({name.casefold(), name.casefold().rsplit("/", 1)[-1]} & every) - owned[own]
+        ):
             number += 1
             name = f"{base}-{number}"
         used.add(name.casefold())

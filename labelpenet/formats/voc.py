@@ -6,6 +6,7 @@ Tags come from the names of an image's objects alone (difficult ones included). 
 
 import itertools
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -32,7 +33,7 @@ from labelpenet.data.files import (
 from labelpenet.data.images import SUFFIXES, palette_png, read_index_map, voc_palette
 from labelpenet.errors import InputError
 from labelpenet.evaluation.semantic import IGNORE, paint
-from labelpenet.formats.folder import image_files, restrict
+from labelpenet.formats.folder import disk_form, image_files, known_beside, nfc, restrict
 from labelpenet.formats.selection import (
     Exported,
     check_new_split,
@@ -142,7 +143,7 @@ def open_annotated(year: Path, split: str | None = None, classes: Sequence[str] 
 
 def lies_beside(data: Path) -> bool:
     """Whether a folder holds photographs and, beside one of them, its XML."""
-    return any((data / name).with_suffix(".xml").is_file() for name in image_files(data))
+    return any(is_file(disk_form((data / name).with_suffix(".xml"))) for name in image_files(data))
 
 
 def open_beside(data: Path, split: str | None = None, classes: Sequence[str] | None = None) -> AnnotatedImages:
@@ -152,11 +153,11 @@ def open_beside(data: Path, split: str | None = None, classes: Sequence[str] | N
     """
     photographs: dict[str, list[str]] = {}
     for name in image_files(data):
-        photographs.setdefault(Path(name).stem, []).append(name)
+        photographs.setdefault(nfc(Path(name).stem), []).append(name)
     found: dict[str, NamedImage] = {}
     problems: list[str] = []
     for path in sorted(data.glob("*.xml")):
-        own = photographs.pop(path.stem, [])
+        own = photographs.pop(nfc(path.stem), [])
         try:
             if len(own) != 1:
                 raise InputError(f"{path}: must have one photograph of its name beside, not {listing(own) or 'none'}")
@@ -168,11 +169,11 @@ def open_beside(data: Path, split: str | None = None, classes: Sequence[str] | N
     chosen, notes = restrict(found, data, data, split) if found else ([], [])
     if photographs:
         notes.append(f"{sum(map(len, photographs.values()))} photographs have no XML beside them; they are not used")
-    known = {name for one in found.values() for name in one.names}
+    known = known_beside(data, classes, {name for one in found.values() for name in one.names}, open_beside)
     tagged = tag_images([found[name] for name in chosen], classes, known, problems, data, notes)
 
     def truth(image: TaggedImage) -> Truth:
-        path = image.path.with_suffix(".xml")
+        path = disk_form(image.path.with_suffix(".xml"))
         objects, said = read_objects(path)
         return read_shapes(objects, checked_size(image.path, said, path), tagged.classes, path, masked=False)
 
@@ -271,7 +272,7 @@ def _list_file(year: Path, split: str, known: Sequence[str]) -> Path:
     if split in known:
         folder = year / "ImageSets" if "/" in split else year / "ImageSets" / "Main"
         return folder / f"{split}.txt"
-    own = Path(split)
+    own = Path(os.path.expanduser(split))  # noqa: PTH111 as in `folder.list_file`
     if own.suffix and is_file(own):
         return own
     in_main = year / "ImageSets" / "Main" / f"{split}.txt"

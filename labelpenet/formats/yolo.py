@@ -16,7 +16,7 @@ from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImage, Tr
 from labelpenet.data.files import inside, is_file, listing, read_text, safe_name, write_text
 from labelpenet.data.images import find_images
 from labelpenet.errors import InputError
-from labelpenet.formats.folder import image_files
+from labelpenet.formats.folder import disk_form, image_files
 from labelpenet.formats.polygons import contours, joined, outline, straight
 from labelpenet.formats.selection import (
     Exported,
@@ -116,7 +116,8 @@ def settings_file(data: Path) -> Path | None:
     """What describes a folder of YOLO labels: data.yaml, darknet's obj.data, or a list of classes beside ``labels``
     or among photographs and their labels."""
     lists = [data / name for name in _LISTS]
-    beside = (data / "labels").is_dir() or any((data / one).with_suffix(".txt").is_file() for one in image_files(data))
+    own = (disk_form((data / one).with_suffix(".txt")) for one in image_files(data))
+    beside = (data / "labels").is_dir() or any(map(is_file, own))
     names = [data / name for name in ("classes.txt", "obj.names") if beside]
     return next((path for path in [*lists, *names] if path.is_file()), None)
 
@@ -146,7 +147,7 @@ def open_annotated(
     problems: list[str] = []
     bare: set[str] = set()
     photographs = [one for places in listed.values() for place in places for one in _photographs(root, place, path)]
-    own = any(is_file(one) for photograph in photographs for one in _own_labels(path, photograph, images))
+    own = any(is_file(disk_form(one)) for photograph in photographs for one in _own_labels(path, photograph, images))
     for photograph in dict.fromkeys(photographs):
         try:
             inside(root, photograph.relative_to(root).as_posix())
@@ -294,7 +295,7 @@ def _labels(path: Path, photograph: Path, images: Path | None, own: bool) -> Pat
         tried = [_label_file(photograph)]
         if not tried[0].parent.is_dir():  # labelImg writes them beside the photographs, whatever their folder is called
             tried.append(photograph.with_suffix(".txt"))
-    return next((one for one in tried if is_file(one)), tried[0])
+    return next((one for one in map(disk_form, tried) if is_file(one)), tried[0])
 
 
 def _own_labels(path: Path, photograph: Path, images: Path | None) -> list[Path]:

@@ -65,7 +65,7 @@ class LabelPEnet(nn.Module):
         self.to(memory_format=torch.channels_last)
         self.register_buffer("_mean", torch.tensor(backbone.mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("_std", torch.tensor(backbone.std).view(1, 3, 1, 1) * 255, persistent=False)
-        self.untrained: tuple[str, ...] = ()  # modules that a run's folder has no weights for
+        self.untrained: tuple[str, ...] = ()  # modules that are random still: not trained, not loaded
         self.normalisation = {"mean": list(backbone.mean), "std": list(backbone.std)}
         self.eval()
 
@@ -158,7 +158,8 @@ class LabelPEnet(nn.Module):
         Args:
             images: N photographs, (H, W, 3) uint8 RGB, of any sizes.
             targets: the instances of each in pixels of its photograph. Module 1 reads their labels alone, module 2
-                needs no masks. To modules 2 to 4 one of weight 0 is neither object nor background.
+                needs no masks, and an empty one teaches none. To modules 2 to 4 one of weight 0 is neither object nor
+                background.
             module: which one learns.
             proposals: (R, 4) of each photograph; computed if the module needs them and they are not given.
 
@@ -321,10 +322,11 @@ class LabelPEnet(nn.Module):
             recipe: choices to use instead of those that the run was trained with.
 
         Raises:
-            InputError: no run folder, an unfinished run without any trained module, or damaged weights.
+            InputError: no run folder, one of a student, an unfinished run without any trained module, or damaged
+                weights.
         """
         run = Path(run)
-        facts = read_run(run)
+        facts = read_cascade(run)
         network = cls.from_facts(facts, recipe)
         loaded = [part for part in ("stem", *MODULES) if network.load_part(run, part)]
         if len(loaded) < 2:
@@ -375,6 +377,17 @@ def read_run(run: Path) -> dict[str, Any]:
     facts = run_folder.read_facts(run)
     if not {"classes", "backbone", "recipe", "normalisation"} <= set(facts):
         raise InputError(f"{run_folder.facts(run)}: damaged (entries are missing); train again into a new folder")
+    return facts
+
+
+def read_cascade(run: Path) -> dict[str, Any]:
+    """As `read_run`, but an `InputError` also where the folder holds a student."""
+    facts = read_run(run)
+    if "kind" in facts:
+        raise InputError(
+            f"{run}: holds a {facts['kind']}, but this needs the modules of a cascade; give a run of labelpenet train "
+            "(labelpenet.load in Python takes both)"
+        )
     return facts
 
 

@@ -88,7 +88,8 @@ class Segmentation(Detector):
         return logits[torch.arange(len(labels), device=logits.device), labels].float().sigmoid()
 
     def losses(self, batch: Batch, targets: Sequence[Instances]) -> dict[str, Tensor]:
-        """As `Detector.losses`, and the masks' weighted binary cross-entropy over the positive RoIs."""
+        """As `Detector.losses`, and the masks' weighted binary cross-entropy over the positive RoIs; an empty mask
+        teaches none."""
         losses, samples = self._detector_losses(batch, targets)
         mask_features = self.mask_features(batch.stem)
         chosen, inside = [], []
@@ -97,9 +98,11 @@ class Segmentation(Detector):
             if target.masks is None:
                 positive = positive[:0]
             regions = enlarge(boxes[positive], self.settings.mask_margin)
-            chosen.append((regions, labels[positive] - 1, weights[positive]))
+            known = weights[positive]
             if target.masks is not None and len(positive):
                 inside.append(crop_masks(target.masks, regions, matched[positive], MASK_SIDE))
+                known = known * target.masks.flatten(1).any(1)[matched[positive]]  # none of a box alone beside masks
+            chosen.append((regions, labels[positive] - 1, known))
         if not inside:  # keeps the graph of every parameter, which distributed training needs
             return {**losses, "mask": mask_features.float().sum() * 0}
         labels, weights = (torch.cat([one[part] for one in chosen]) for part in (1, 2))

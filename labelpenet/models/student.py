@@ -43,7 +43,7 @@ from labelpenet.config import MaskCalibration, StudentNetwork, StudentRecipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
 from labelpenet.data.images import Photograph, as_pixels, several
-from labelpenet.data.transforms import divisible, scaled_size, shrink
+from labelpenet.data.transforms import divisible, resize_image, scaled_size, shrink
 from labelpenet.errors import InputError, reason
 from labelpenet.instances import Instances
 from labelpenet.models.build import BACKBONES, build_backbone, whole_network
@@ -323,7 +323,10 @@ class Student(nn.Module):
         pixels = as_pixels(cast(Photograph, image))
         size, views = (pixels.shape[0], pixels.shape[1]), self.recipe.images
         # before it becomes floats: a camera's photograph would fill memory with them
-        pixels = shrink(pixels, scaled_size(size, views.test_side, views.longest))
+        seen = scaled_size(size, views.test_side, views.longest)
+        pixels = shrink(pixels, seen)
+        if min(size) * views.longest < min(seen) * max(size):  # so flat that torchvision's transform may leave no pixel
+            pixels = resize_image(pixels, seen)
         values = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device).permute(2, 0, 1).float().div_(255)
         with evaluating(self):
             boxes, labels, scores, masks = (value.cpu() for value in self.answer(values))

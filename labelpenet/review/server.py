@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import json
 import secrets
+import shlex
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
@@ -314,4 +315,4 @@ def serve(run: Path, images: TaggedImages, path: Path, port: int) -> None:
             server.serve_forever()
         except KeyboardInterrupt:
             say(f"\n{path}: {len(review.reviewed)} photographs judged")
-            say(f"next: labelpenet train DATA --out NEW_RUN --supervision mixed --corrected {path}")
+            say(f"next: labelpenet train DATA --out NEW_RUN --supervision mixed --corrected {shlex.quote(str(path))}")

@@ -127,6 +127,7 @@ def train_module(
         InputError: as `train_stage` and `infer_all`.
     """
     network, name = training.network, MODULES[number - 1]
+    network.untrained = tuple(one for one in network.untrained if one != name)
     if load_trained(training, name):
         _log.info("module %d (%s): trained before, loaded", number, name)
     else:

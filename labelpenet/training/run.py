@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 
-from labelpenet.config import CascadeOptions, Recipe
+from labelpenet.config import MODULES, CascadeOptions, Recipe
 from labelpenet.data import precomputed, run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImages
-from labelpenet.data.files import digest, hash_files
+from labelpenet.data.files import digest, hash_files, listing
 from labelpenet.data.proposals import compute_proposals
 from labelpenet.engine.distributed import build_fabric, peers, precision_of, together
 from labelpenet.engine.sampler import seed_step
@@ -63,7 +63,8 @@ def train_run(
         raise InputError("full supervision trains module 4 alone; leave --until out")
     if len(images.classes) < 2 and not full:
         raise InputError(
-            f"training needs at least two classes, but the data set has {len(images.classes)}: tags tell classes apart"
+            f"training needs at least two classes, but got only {', '.join(images.classes) or 'none'}: tags tell "
+            "classes apart; choose more with --classes, or add photographs of another class"
         )
     if not any(image.tags for image in images.images):
         raise InputError("no image has a tag of the chosen classes; check the tags and --classes")
@@ -85,6 +86,7 @@ def train_run(
             body = warm_up(training, body)
             seed_step(options.seed, "initialisation", 1)
             training.network = LabelPEnet(body, images.classes, recipe).to(fabric.device)
+        training.network.untrained = MODULES  # until their turn they are random and have no vote
         observer = build_observer(training, held_out, options)
         if supervision is not None and full:
             if fabric.global_rank == 0:
@@ -123,8 +125,12 @@ def open_training(
             _log.warning("note: %s", note)
     with open_run(run, {**facts, "source": dict(source or {})}, options.resume, images, fabric):
         network.to(fabric.device)
-        images, boxes = read_proposals(images, network.recipe, options.cache, fabric, given)
-        yield Training(network, images, boxes, run, fabric, options, facts)
+        readable, boxes = read_proposals(images, network.recipe, options.cache, fabric, given)
+        shown, left = ({tag for one in part.images for tag in one.tags} for part in (images, readable))
+        lost = [images.classes[tag] for tag in sorted(shown - left)]
+        if lost and fabric.global_rank == 0:
+            _log.warning("note: no photograph that can be read shows %s, so nothing is learnt of it", listing(lost))
+        yield Training(network, readable, boxes, run, fabric, options, facts)
 
 
 @contextlib.contextmanager

@@ -146,7 +146,8 @@ def read_corrections(
         notes.append(f"{len(dropped)} images are left out, as a person wants it")
     if not kept:
         raise InputError("nothing was accepted in the corrected files: mixed supervision needs at least one photograph")
-    one = _read("mixed", images, kept, [*corrected.notes, *notes])
+    used = replace(images, images=tuple(image for image in images.images if image.id not in dropped))
+    one = _read("mixed", used, kept, [*corrected.notes, *notes])
     labels = {name: one.truths[name].labels.tolist() for name in corrected.truths if name in one.truths}
     tags = {name: tuple(sorted(set(found))) for name, found in labels.items()}
     changed = sum(tags.get(image.id, image.tags) != image.tags for image in images.images)

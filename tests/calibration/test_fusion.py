@@ -49,6 +49,18 @@ def test_the_outline_is_the_first_models_and_the_weight_stays():
     torch.testing.assert_close(found.weights, torch.tensor([(0.9 + 0.2 * iou) / 2]))
 
 
+def test_a_box_alone_beside_masks_is_no_outline():
+    near = [3, 3, 22, 30]
+    boxed = opinion((near, 0, 0.9), (RIGHT, 0, 0.8))
+    assert boxed.masks is not None
+    boxed.masks[0] = False
+    drawn = opinion((LEFT, 0, 0.5), (RIGHT, 0, 0.5))
+    for opinions in ([boxed, drawn], [drawn, boxed]):
+        found = fuse(opinions, (0,))
+        assert found.boxes.tolist() == [LEFT, RIGHT] and found.masks.flatten(1).sum(1).tolist() == [20 * 28] * 2
+    assert fuse([boxed], (0,)).boxes.tolist() == [near, RIGHT]  # which nobody has drawn
+
+
 def test_no_outline_is_used_twice():
     # both of the second model's lie over six tenths of the first model's, but under the NMS of one another
     first, left, right = opinion(([0, 0, 40, 10], 0, 0.1)), ([0, 0, 25, 10], 0, 0.9), ([15, 0, 40, 10], 0, 0.8)

@@ -215,3 +215,22 @@ def test_no_photograph_is_lost_where_a_path_is_another_ones_id(tmp_path, monkeyp
     found = dict(find_images([Path("photos"), Path("2023")]))
     assert set(found) == {"a.jpg", "2023/a.jpg", str(tmp_path / "2023/a.jpg")}
     assert found["2023/a.jpg"] == Path("photos/2023/a.jpg")
+
+
+def test_a_photograph_is_found_once_however_its_path_is_spelt(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos/a.jpg", "photos/@eaDir/a.jpg/SYNO_THUMB.jpg"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(name)
+    Path("link").symlink_to("photos")
+    Path("photos/b.jpg").symlink_to("a.jpg")
+    given = [Path("photos"), tmp_path / "photos", Path("link"), Path("photos/../photos/a.jpg")]
+    assert find_images(given) == [("a.jpg", Path("photos/a.jpg")), ("b.jpg", Path("photos/b.jpg"))]
+
+
+def test_where_all_photographs_are_of_a_kind_that_is_not_read_that_is_said(tmp_path):
+    for name in ("a.HEIC", "sub/b.heic", "c.dng"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"1 \.dng, 2 \.heic files are not read; convert them to JPEG"):
+        find_images([tmp_path])

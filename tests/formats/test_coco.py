@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -279,3 +280,15 @@ def test_coco_mini_as_pycocotools_reads_it() -> None:
             assert annotated.categories[int(truth.instances.labels[i])] == row["category_id"]
             seen += 1
     assert seen > 100
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_and_lists_in_the_other_form_of_unicode(tmp_path: Path, forms: tuple[str, str]) -> None:
+    ours, disk = (unicodedata.normalize(form, "größe é.jpg") for form in forms)
+    content = coco_content()
+    content["images"] = [{**content["images"][0], "file_name": ours}]
+    photograph(coco_set(tmp_path, content).parent / "images" / disk)
+    (tmp_path / "few.txt").write_text(f"{disk}\n")
+    images = open_tagged(tmp_path, "few")
+    assert [image.tags for image in images.images] == [(0,)]
+    assert images.images[0].path == tmp_path / "images" / disk

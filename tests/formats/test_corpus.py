@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,16 @@ def test_a_split_of_yolo_that_lies_elsewhere_costs_itself_alone(tmp_path: Path) 
     assert len(open_tagged(data, "train").images) == 2 and len(open_tagged(data).images) == 4
     with pytest.raises(InputError, match=r"data\.yaml: 'images/test' is not in"):
         open_tagged(data, "test")
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_yolo_label_file_in_the_other_form_of_unicode_is_the_photographs(
+    tmp_path: Path, forms: tuple[str, str]
+) -> None:
+    photo, label = (unicodedata.normalize(form, "größe é") for form in forms)
+    flat_yolo(tmp_path)
+    (tmp_path / "a.jpg").rename(tmp_path / f"{photo}.jpg")
+    (tmp_path / "a.txt").rename(tmp_path / f"{label}.txt")
+    annotated = open_annotated(tmp_path)
+    assert {one.id: one.tags for one in annotated.tagged.images} == {"b.jpg": (), f"{photo}.jpg": (0, 1)}
+    assert annotated.read(f"{photo}.jpg").instances.labels.tolist() == [0, 1]

@@ -18,6 +18,7 @@ from labelpenet.formats.review import Reviewed, write_review
 from labelpenet.instances import Instances, masks_to_boxes
 
 from .corpus import write
+from .kits import photograph
 from .photographs import CLASSES, photographs
 
 NAMES = ("a #1.png", "sub/b c.jpg", "d.jpg", "x.jpg", "x.png")
@@ -110,3 +111,36 @@ def test_of_yolo_labels_those_photographs_are_corrected_that_have_a_file(
     found = read_corrected([tmp_path / "fix" / given], ours)
     objects = {Path(name).name: read().instances.labels.tolist() for name, read in found.truths.items()}
     assert objects == {"a.jpg": [ours.classes.index("dog")], "c.jpg": []}
+
+
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("to", ["coco", "yolo", "voc"])
+@pytest.mark.parametrize("names", [("a b.jpg", "a_b.jpg"), ("sub/x.jpg", "sub_x.jpg")])
+def test_a_copy_never_brings_its_labels_to_the_photograph_of_its_name(
+    tmp_path: Path, to: Any, names: Any, same: bool
+) -> None:
+    for number, name in enumerate(names):
+        photograph(tmp_path / "photos" / name, (10, 14), seed=0 if same else number)
+    ours = open_photographs(tmp_path / "photos", CLASSES)
+    truth = drawn(ours.images)
+    back = "VOCdevkit/VOC2012" if to == "voc" else "."
+    for count in (2,) if same else (2, 1):  # all are exported, or only the one whose copy would have the other's name
+        few = [one for one in ours.images if count == 2 or one.id == names[0]]
+        export(truth, few, CLASSES, tmp_path / f"out{count}", to, copy_images=True)
+        found = read_corrected([tmp_path / f"out{count}" / back], ours).truths
+        assert set(found) == {image.id for image in few}
+        for name, read in found.items():
+            assert read().instances.labels.tolist() == truth[name].labels.tolist()
+
+
+def test_labels_for_a_student_are_found_by_the_names_of_copies(tmp_path: Path) -> None:
+    for number, name in enumerate(("my cat.JPG", "sub/it's.jpg", "a b.jpg", "a_b.jpg")):
+        photograph(tmp_path / "photos" / name, (10, 14), seed=number)
+    ours = open_photographs(tmp_path / "photos", CLASSES)
+    truth = drawn(ours.images)
+    export(truth, ours, CLASSES, tmp_path / "out", "coco", copy_images=True)
+    read = read_predictions(tmp_path / "out/annotations/instances_default.json", ours, CLASSES)
+    assert set(read) == {"my cat.JPG", "sub/it's.jpg", "a_b.jpg"}
+    assert all(read[name].labels.tolist() == truth[name].labels.tolist() for name in read)
+    assert any("my_cat.jpg is taken for my cat.JPG, whose copy an export calls so" in note for note in read.notes)
+    assert any("1 of its 4 images are not asked for" in note for note in read.notes)

@@ -436,3 +436,11 @@ def test_a_photograph_without_objects_has_empty_maps_where_others_have_masks(tmp
     for kind in ("Class", "Object") if masks else ():
         pixels = np.array(Image.open(tmp_path / f"VOC2012/Segmentation{kind}/2008_000002.png"))
         assert pixels.shape == (11, 14) and not pixels.any()
+
+
+@pytest.mark.parametrize("folders", [False, True])
+@pytest.mark.parametrize("names", [("a b.jpg", "a_b.jpg"), ("sub/x.jpg", "sub_x.jpg"), ("d d/x.jpg", "d_d/x.jpg")])
+def test_no_copy_is_called_as_another_photograph(names, folders):
+    images = [TaggedImage(name, Path(name), ()) for name in names]
+    assert f"{stems(images, folders=folders)[names[0]]}.jpg" not in names[1:]
+    assert stems(images, folders=True)[names[1]] == names[1].removesuffix(".jpg")

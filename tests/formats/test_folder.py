@@ -384,3 +384,88 @@ def test_a_text_beside_label_studio_shapes_is_a_class_only_in_a_column_of_such_a
 def test_in_label_studio_one_of_several_choices_is_a_text_whatever_the_column_is_called(tmp_path: Path) -> None:
     rows = [{"id": 1, "image": "one.jpg", "pets": "cat"}, {"id": 2, "image": "two.PNG", "pets": {"choices": CLASSES}}]
     assert tags_of(studio(tmp_path, rows)) == {"one.jpg": ("cat",), "two.PNG": ("cat", "dog")}
+
+
+@pytest.mark.parametrize("kind", ["tags", "folders", "coco"])
+def test_a_list_of_photographs_that_is_not_there_is_refused(tmp_path: Path, kind: str, monkeypatch: Any) -> None:
+    if kind == "coco":
+        photographs(tmp_path / "data", "a.jpg", "b.jpg")
+        write(tmp_path / "data/instances.json", coco(("a.jpg", "b.jpg")))
+    else:
+        class_folders("cat/a.jpg", "dog/a.jpg")(tmp_path / "data")
+    if kind == "tags":
+        write(tmp_path / "data/tags.csv", "file,tags\ncat/a.jpg,cat\ndog/a.jpg,dog\n")
+    name = "a.jpg" if kind == "coco" else "cat/a.jpg"
+    for split in ("nosuch.txt", "lists/few", "~/few.txt"):
+        with pytest.raises(InputError, match=f"{split}: no such list of photographs"):
+            open_tagged(tmp_path / "data", split)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "few.txt", name)
+    assert list(tags_of(tmp_path / "data", "~/few.txt")) == [name]
+
+
+def test_a_small_split_need_not_show_every_class_of_a_run(tmp_path: Path) -> None:
+    class_folders("folders/train/cat/a.jpg", "folders/train/dog/b.jpg", "folders/valid/cat/c.jpg")(tmp_path)
+    for part, names in (("train", ("cat", "dog")), ("valid", ("cat",))):
+        rows = [f"{name}.jpg,{name}\n" for name in names]
+        class_folders(*(f"csv/{part}/{name}.jpg" for name in names))(tmp_path)
+        write(tmp_path / "csv" / part / "tags.csv", "".join(["file,tags\n", *rows]))
+    for kind in ("folders", "csv"):
+        for data, split in ((tmp_path / kind, "val"), (tmp_path / kind / "valid", None)):
+            assert list(tags_of(data, split, ["dog", "cat"]).values()) == [("cat",)]
+            with pytest.raises(InputError, match="unknown class 'cow'; known are cat, dog"):
+                open_tagged(data, split, ["cat", "cow"])
+
+
+def test_a_blank_after_the_comma_before_a_quote(tmp_path: Path) -> None:
+    pets(tmp_path)
+    (tmp_path / "tags.csv").write_text('file, tags\n"one.jpg", "cat;dog"\nfour.jpg, cow\n')
+    assert tags_of(tmp_path) == {"one.jpg": ("cat", "dog"), "four.jpg": ("cow",)}
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_either_form_of_unicode_in_tags_and_lists(tmp_path: Path, forms: tuple[str, str]) -> None:
+    ours, disk = (unicodedata.normalize(form, "größe é") for form in forms)
+    photographs(tmp_path, f"{disk}.jpg", "two.jpg")
+    for suffix in (".jpg", ""):
+        write(tmp_path / "tags.csv", f"file,tags\n{ours}{suffix},cat\ntwo.jpg,dog\n")
+        write(tmp_path / "val.txt", f"{disk if suffix else ours}.jpg\n")
+        assert sorted(tags_of(tmp_path).values()) == [("cat",), ("dog",)]
+        assert not said(tmp_path, "do not stand in tags.csv") and not said(tmp_path, "skipped")
+        assert [image.tags for image in open_tagged(tmp_path, "val").images] == [(0,)]
+
+
+def test_photographs_in_sub_folders_that_the_tags_do_not_name_are_counted(tmp_path: Path) -> None:
+    pets(tmp_path)
+    write(tmp_path / "tags.csv", "file,tags\none.jpg,cat\n")
+    assert said(tmp_path, "3 images of") and said(tmp_path, "do not stand in tags.csv; they are not used")
+
+
+def test_photographs_of_kinds_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    class_folders("cat/a.jpg", "dog/b.jpg")(tmp_path)
+    for name in ("cat/c.HEIC", "d.heic", "dog/e.avif", "dog/b.nef", ".f.heic", "cat/@eaDir/g.heic"):
+        write(tmp_path / name, "")
+    words = "1 .avif, 2 .heic files are not read; convert them to JPEG"
+    assert said(tmp_path, words) and words in open_photographs(tmp_path, ["cat"]).notes
+    write(tmp_path / "phone/cat/a.heic", "")
+    with pytest.raises(InputError, match=r"no data set recognised; 1 \.heic files are not read; convert them to JPEG"):
+        open_tagged(tmp_path / "phone")
+
+
+def test_of_several_tags_files_one_must_be_given(tmp_path: Path) -> None:
+    pets(tmp_path)
+    write(tmp_path / "tags.json", {"one.jpg": ["cat"]})
+    write(tmp_path / "metadata.csv", "file_name,label\none.jpg,dog\n")
+    with pytest.raises(InputError, match=r"holds tags\.json, metadata\.csv; give the file"):
+        open_tagged(tmp_path)
+    assert tags_of(tmp_path / "tags.json") == {"one.jpg": ("cat",)}
+
+
+def test_annotation_beside_photographs_with_a_tags_file_is_not_passed_over_in_silence(tmp_path: Path) -> None:
+    labelme(shapes=True)(tmp_path)
+    write(tmp_path / "tags.csv", "file,tags\na.jpg,emu\n")
+    assert tags_of(tmp_path) == {"a.jpg": ("emu",)}
+    assert said(tmp_path, "tags.csv is read, Labelme's files beside the photographs are not")
+    assert not said(tmp_path, "XML files")
+    write(tmp_path / "b.xml", "<annotation/>")
+    assert said(tmp_path, "tags.csv is read, XML files beside the photographs are not")

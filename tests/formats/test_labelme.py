@@ -265,3 +265,31 @@ def test_a_file_about_another_photograph_than_that_beside_it_is_left_out(tmp_pat
     images = open_tagged(tmp_path)
     assert [image.id for image in images.images] == ["a.jpg"]
     assert any("c.json: is about b.jpg, but lies beside c.jpg; rename one" in note for note in images.notes)
+
+
+def test_sub_folders_for_splits_are_told_apart(tmp_path):
+    labelme(shapes=True)(tmp_path / "train"), labelme(shapes=True)(tmp_path / "val")
+    with pytest.raises(InputError, match="has sub-folders for splits; name one; available are train, val"):
+        open_tagged(tmp_path)
+    assert [image.path for image in open_tagged(tmp_path, "val").images] == [tmp_path / f"val/{n}.jpg" for n in "ab"]
+    content = json.loads((tmp_path / "val/a.json").read_text())
+    write(tmp_path / "val/a.json", {**content, "shapes": content["shapes"][:1]})
+    assert open_annotated(tmp_path, "val", ["dog", "cat"]).read("a.jpg").instances.labels.tolist() == [1]
+    with pytest.raises(InputError, match="unknown class 'cow'; known are cat, dog"):
+        open_annotated(tmp_path, "val", ["cow"])
+
+
+def test_the_folders_of_an_export_are_no_splits(tmp_path):
+    images = photographs(tmp_path / "in", ("train/a.jpg", "val/b.jpg"))
+    export_labelme(predictions(images), images.images, CLASSES, tmp_path / "out", copy_images=True)
+    for path in (tmp_path / "out").rglob("*.json"):
+        write(path, {**json.loads(path.read_text()), "flags": {"checked": True}})
+    assert [image.id for image in open_tagged(tmp_path / "out").images] == ["train/a.jpg", "val/b.jpg"]
+
+
+def test_a_list_need_not_show_every_class_that_is_asked_for(tmp_path):
+    labelme(shapes=True)(tmp_path)
+    write(tmp_path / "val.txt", "b.jpg\n")
+    assert [image.tags for image in open_annotated(tmp_path, "val", ["cat", "dog"]).tagged.images] == [()]
+    with pytest.raises(InputError, match="unknown class 'blurred'; known are cat, dog"):
+        open_annotated(tmp_path, "val", ["blurred"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -332,3 +333,24 @@ def test_xml_beside_the_photographs_that_cannot_be_used_costs_its_photograph(tmp
     (tmp_path / "a.xml").unlink()
     said = " ".join(open_tagged(tmp_path).notes)
     assert all(word in said for word in ("b.xml: no valid XML", "e.xml: no annotation", "gone.xml: must have"))
+
+
+def test_a_small_part_with_xml_beside_the_photographs_need_not_show_every_class(tmp_path: Path) -> None:
+    beside(tmp_path / "train"), beside(tmp_path / "valid")
+    for name in "acd":
+        (tmp_path / "valid" / f"{name}.xml").unlink()
+    for data, split in ((tmp_path, "val"), (tmp_path / "valid", None)):
+        annotated = open_annotated(data, split, ["cat", "dog"])
+        assert annotated.read("b.jpg").instances.labels.tolist() == [1]
+        with pytest.raises(InputError, match="unknown class 'cow'; known are bird, cat, dog"):
+            open_annotated(data, split, ["cow"])
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_xml_beside_a_photograph_in_the_other_form_of_unicode(tmp_path: Path, forms: tuple[str, str]) -> None:
+    photo, xml = (unicodedata.normalize(form, "größe é") for form in forms)
+    photograph(tmp_path / f"{photo}.jpg")
+    (tmp_path / f"{xml}.xml").write_text(voc_xml(OBJECTS["a"]))
+    annotated = open_annotated(tmp_path)
+    assert [image.tags for image in annotated.tagged.images] == [(0, 1)]
+    assert annotated.read(f"{photo}.jpg").instances.labels.tolist() == [0, 1]

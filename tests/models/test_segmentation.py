@@ -156,6 +156,19 @@ def test_losses(which):
         assert all(layer.weight.grad.any() for layer in (one.mask_head.logits, one.mask_head.up, one.mask_tail[0]))
 
 
+def test_an_empty_mask_beside_others_teaches_none():
+    """That of an instance of which only the box is known; boxes and classes it teaches all the same."""
+    boxed, one = target(), segmenter()
+    assert boxed.masks is not None
+    boxed.masks[1] = False
+    losses = one.losses(Batch([VIEW], stem_map()), [boxed])
+    losses["mask"].backward(retain_graph=True)
+    learnt = one.mask_head.logits.weight.grad.flatten(1).any(1).tolist()
+    assert learnt == [True, False, False] and losses["mask"] > 0
+    losses["class"].backward()
+    assert one.classifier.weight.grad[3].any()
+
+
 def test_module_four_is_trained_without_weights():
     """Full supervision on the output of module 3: the weights may be anything."""
     losses = []

@@ -18,6 +18,7 @@ from labelpenet import config
 from labelpenet.calibration.sharpen import sharpen
 from labelpenet.data.files import write_tensors, write_text
 from labelpenet.data.images import read_image
+from labelpenet.data.transforms import scaled_size
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.models.student import Lesson, Student, build_body, build_network, fold_norms, roi_loss, trusted
@@ -229,6 +230,8 @@ def test_load_tells_students_from_cascades_and_unfinished_ones(tmp_path):
     folder, year = small_student()
     student = labelpenet.load(folder)
     assert isinstance(student, labelpenet.Student)
+    with pytest.raises(InputError, match=r"holds a student, .*labelpenet\.load"):
+        labelpenet.LabelPEnet.from_run(folder)
     (tmp_path / "run.json").write_text((folder / "run.json").read_text())
     with pytest.raises(InputError, match="not trained yet"):
         labelpenet.load(tmp_path)
@@ -256,6 +259,18 @@ def test_a_student_takes_photographs_in_every_form_that_a_cascade_takes(tmp_path
     for wrong in (pixels / 255, pixels.transpose(2, 0, 1), None, torch.zeros(3, 40, 64)):
         with pytest.raises(InputError, match="an image must be"):
             student.predict(wrong)
+
+
+@pytest.mark.parametrize("size", [(1200, 1), (2, 3000), (1, 1), (9, 500)])
+def test_a_student_answers_for_very_flat_images(size):
+    """With the floor that a cascade's views have, and what a student is trained on."""
+    student = labelpenet.load(small_student()[0])
+    pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+    seen = []
+    student.network.transform.register_forward_hook(lambda _, given, batch: seen.append(batch[0].image_sizes[0]))
+    found = student.predict(pixels).validate(len(student.classes))
+    assert found.image_size == size and seen == [scaled_size(size, SIDE, 200)]
+    assert len(found) == 0 or found.masks.shape[1:] == size
 
 
 def test_a_cameras_photograph_is_reduced_by_areas_before_it_becomes_floats(monkeypatch):
@@ -323,7 +338,8 @@ def test_the_lines_in_the_docs_load_a_student_in_torchvision_alone(tmp_path):
     exec(code.replace("STUDENT", str(tmp_path)).replace("photo.jpg", str(photo)), scope)
     expected = student.predict(photo)
     overlap, same = box_iou(scope["found"]["boxes"], expected.boxes).max(1)
-    assert len(overlap) == len(expected) and (overlap > 0.98).float().mean() > 0.9
+    # one that hardly suppresses another may not where a processor rounds otherwise
+    assert abs(len(overlap) - len(expected)) <= 2 and (overlap > 0.98).float().mean() > 0.9
     masks = scope["found"]["masks"][:, 0]
     sure = (overlap > 0.98)[:, None, None] & ((masks - 0.5).abs() > 0.05)  # torchvision rounds boxes to pixels first
     assert sure.float().mean() > 0.5 and (((masks > 0.5) == expected.masks[same])[sure]).float().mean() > 0.999

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import socket
 import threading
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from labelpenet.data import TaggedImages, run_folder
 from labelpenet.errors import InputError
 from labelpenet.formats.review import read_review
 from labelpenet.instances import Instances
-from labelpenet.review.server import Review, Server
+from labelpenet.review.server import Review, Server, serve
 from tests.report.test_html import CLASSES, found_in, make_run, photographs
 
 COUNT = 5
@@ -252,6 +253,18 @@ def test_a_file_of_another_data_set_or_kind_is_not_taken_over(run: tuple[Path, T
     path.write_text(json.dumps({"images": [], "annotations": [], "categories": []}))
     with pytest.raises(InputError, match="review page"):
         Review.open(folder, images, path)
+
+
+def test_the_next_command_can_be_copied_whatever_the_file_is_called(
+    run: tuple[Path, TaggedImages], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: Server) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "serve_forever", interrupted)
+    serve(*run, tmp_path / "my review.json", 0)
+    command = shlex.split(capsys.readouterr().out.split("next: ")[1])
+    assert command[-2:] == ["--corrected", str(tmp_path / "my review.json")]
 
 
 def test_the_command_refuses_in_one_line_what_it_cannot_review(

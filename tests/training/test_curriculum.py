@@ -502,7 +502,7 @@ def test_a_file_of_labels_on_the_command_line(start, scenes, images, tmp_path, c
     for name, weight in (("a.json", 0.8), ("b.json", 0.4)):
         write_predictions(tmp_path / name, objects(images, weight=weight).items(), images.images, images.classes)
     words = ["forward-backward", start, scenes, "--split", "train", "--out", tmp_path / "run"]
-    words += ["--cache", start.parent / "cache", "--device", "cpu"]
+    words += ["--cache", start.parent / "cache", "--device", "cpu", "--shorten", "0.34"]
     words += ["--labels", tmp_path / "a.json", tmp_path / "b.json"]
     words = [str(word) for word in words]
 
@@ -512,6 +512,7 @@ def test_a_file_of_labels_on_the_command_line(start, scenes, images, tmp_path, c
         assert ended.value.code == 2
         return capsys.readouterr().err
 
+    assert "forward_backward.drift does nothing" in refused("--set", "forward_backward.drift=2")
     assert "--labels says what is learnt" in refused("--set", "forward_backward.labels=validated")
     gone = [*words[:-1], str(tmp_path / "c.json")]
     with pytest.raises(SystemExit):
@@ -520,6 +521,9 @@ def test_a_file_of_labels_on_the_command_line(start, scenes, images, tmp_path, c
     assert not (tmp_path / "run").exists()
     cli.main(words)
     assert set(results(tmp_path / "run")) == set(results(start))
+    before, after = (json.loads((run / "run.json").read_text())["recipe"] for run in (start, tmp_path / "run"))
+    steps = [one["forward_backward"]["schedule"]["steps"] for one in (before, after)]
+    assert steps == [3, 1] and after["modules"] == before["modules"], "those that the modules were trained by"
     card = (save_pretrained(tmp_path / "run", tmp_path / "hub") / "README.md").read_text()
     assert "and then from labels that were given" in card, "not from tags alone"
     words.pop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from labelpenet.formats import open_tagged
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.training.inferred import read_inferred
 from labelpenet.training.pretrain import Training, cached_loss, pretrain, run_facts
-from labelpenet.training.run import train_run
+from labelpenet.training.run import open_training, train_run
 from tests.models.tiny import lively_mobilenet
 
 N = 6
@@ -242,6 +243,22 @@ def test_nothing_is_learnt_from_an_image_that_could_not_be_read(tmp_path):
     assert loss([2], 0) == {}
     for others in ([1], [1, 4]):
         assert torch.equal(loss([*others, 2], 0)["multi_label"], loss(others, 0)["multi_label"])
+
+
+def test_a_class_that_no_readable_photograph_shows_is_named(tmp_path, caplog):
+    year = write_scenes(tmp_path / "scenes", train=3, val=0, size=(96, 96), seed=3)
+    images = open_tagged(year, "train")
+    images.images[0].path.write_bytes(b"no image")
+    tagged = [replace(image, tags=tags) for image, tags in zip(images.images, ((0, 1), (1,), (1, 2)), strict=True)]
+    images = TaggedImages(images.classes, tuple(tagged))
+    network = LabelPEnet(lively_mobilenet(7), images.classes, tiny_recipe())
+    fabric, options = Fabric(accelerator="cpu", devices=1), CascadeOptions(device="cpu", cache=tmp_path / "cache")
+    facts = run_facts(network, images, 0, "32-true")
+    with open_training(network, images, tmp_path / "run", fabric, options, facts, None) as training:
+        assert training.images.images == images.images[1:]
+    assert [line for line in caplog.messages if "no photograph that can be read" in line] == [
+        f"note: no photograph that can be read shows {images.classes[0]}, so nothing is learnt of it"
+    ]
 
 
 def test_a_run_learns_from_the_proposals_of_another_tool_and_resumes_with_no_others(scenes, tmp_path):

@@ -26,6 +26,7 @@ from labelpenet.formats.review import Reviewed, write_review
 from labelpenet.instances import Instances, masks_to_boxes
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.training.inferred import read_inferred
+from labelpenet.training.predict import Predictor
 from labelpenet.training.pretrain import Training, load_samples, module_loss
 from labelpenet.training.run import train_run
 from labelpenet.training.supervised import (
@@ -40,12 +41,13 @@ from labelpenet.training.supervised import (
 )
 from tests.formats.corpus import coco, photographs, write
 from tests.models.tiny import lively_tiny
-from tests.test_cli import one_line, train_arguments
+from tests.test_cli import SIDES, one_line, train_arguments
 from tests.training.test_pretrain import boxes_of, results, tiny_recipe
 
 CLASSES = 4
 MASKED, BOXED = ("train_00000", "train_00001", "train_00002"), ("train_00003", "train_00004")
 SUPERVISED = (*MASKED, *BOXED)
+FULL = ("--supervision", "full", "--set", *SIDES, "modules.4.label.vote=true")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def mixed_run(kit, folder) -> Path:
 
 @pytest.fixture(scope="module")
 def full_run(kit, folder) -> Path:
-    main(train_arguments(kit, folder / "full", "--supervision", "full"))
+    main(train_arguments(kit, folder / "full", *FULL))
     return folder / "full"
 
 
@@ -315,17 +317,28 @@ def test_a_fully_supervised_run_is_a_run(kit, full_run, tmp_path, capsys):
     assert "is not trained yet" not in page and "alone." not in page.split("<table")[0].split("Report of")[0]
 
 
+def test_modules_that_nobody_trained_have_no_vote(kit, full_run):
+    """Neither in the labels that a fully supervised run keeps nor when it is read again."""
+    kept, again = read_inferred(full_run, "module4", CLASSES), Predictor(full_run, "cpu", tagged=True)
+    images = open_tagged(kit, "train").images
+    assert sum(len(kept[image.id]) for image in images) > len(images)
+    for image in images:
+        expected = again.predict_image(image, 4).weights
+        torch.testing.assert_close(kept[image.id].weights.sort(descending=True).values, expected, atol=1e-3, rtol=0)
+
+
 def test_a_run_is_not_continued_under_other_supervision(kit, folder, full_run, tags_run, mixed_run, capsys):
     def refused(run: Path, *more: str) -> str:
         return one_line(train_arguments(kit, run, "--resume", *more), capsys)
 
-    full = ("--supervision", "full")
-    for line in (refused(full_run), refused(tags_run, *full), refused(tags_run, *mixed(folder)), refused(mixed_run)):
+    full = FULL[:2]
+    on_tags = refused(full_run, *FULL[2:]), refused(mixed_run)
+    for line in (*on_tags, refused(tags_run, *full), refused(tags_run, *mixed(folder))):
         assert "was started with another" in line and "supervision" in line
     assert "another truth;" in refused(mixed_run, *mixed(folder)[:2])
     before = results(mixed_run), results(full_run)
     main(train_arguments(kit, mixed_run, "--resume", *mixed(folder)))
-    main(train_arguments(kit, full_run, "--resume", *full))
+    main(train_arguments(kit, full_run, "--resume", *FULL))
     assert (results(mixed_run), results(full_run)) == before
 
 
@@ -391,7 +404,8 @@ def test_corrected_objects_and_tags_are_learnt_dropped_photographs_are_not_and_r
     assert len(tags) == 7 and "train_00007" not in tags and tags["train_00005"] == (2,)
     assert tags["train_00006"] == next(image.tags for image in images.images if image.id == "train_00006")
     text = "\n".join(found.notes)
-    assert "1 images with masks" in text and "1 images are left out" in text and "of 1 of which the tags change" in text
+    assert "1 images with masks, 0 with boxes only, 6 with tags only" in text  # of eight, one of which is dropped
+    assert "1 images are left out" in text and "of 1 of which the tags change" in text
 
 
 def test_a_correction_stands_in_for_annotation_and_all_else_is_as_listed(kit, folder, tmp_path):
