@@ -697,7 +697,7 @@ def predict(args: Predict) -> None:
     """``labelpenet predict``; bad input is an `InputError`."""
     from labelpenet.data import TaggedImage, read_image
     from labelpenet.data.files import check_outputs, real_path
-    from labelpenet.data.images import find_images
+    from labelpenet.data.images import find_images, unread
     from labelpenet.formats import open_tagged
     from labelpenet.formats.parts import parse_shard
     from labelpenet.instances import MIN_SCORE, Instances
