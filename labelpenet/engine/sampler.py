@@ -2,7 +2,7 @@
 
 Everything random in a step is a pure function of (seed, stage, step, position in the batch): which images it sees, how
 they are augmented, what is dropped or sampled. So a run continues from model, optimiser and step alone, bit for bit on
-the CPU, and any number of processes sees the same images with the same draws.
+the CPU. Any number of processes sees the same images, with the same draws where micro-batches are the same (on CPUs).
 """
 
 import hashlib

@@ -165,8 +165,8 @@ def _recognise(
     lone_class = next(iter(held)) if len(held) == 1 and classes is None else ""
     if lone_class and any(name.count("/") == 1 for name in held[lone_class]):
         raise NotRecognised(
-            f"{data}: its photographs all lie in one sub-folder, {lone_class}; if that is their class, name it as the "
-            f"classes (--classes {lone_class}), else add tags.csv (file,tags)"
+            f"{data}: its photographs all lie in one sub-folder, {lone_class}; to train, add a sub-folder for a second "
+            f"class or tags.csv (file,tags); elsewhere, if that is their class, give --classes {lone_class}"
         )
     if held:
         _check_own(data, images)

@@ -35,7 +35,7 @@ from labelpenet.engine.sampler import stream_seed
 from labelpenet.engine.stage import Stage
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
-from labelpenet.models.cascade import LabelPEnet, read_run
+from labelpenet.models.cascade import LabelPEnet, read_cascade
 from labelpenet.models.detection import covered
 from labelpenet.training import validated
 from labelpenet.training.inferred import read_inferred
@@ -81,7 +81,7 @@ def forward_backward(
         InputError: ``start`` is not a run of these classes with all four modules and (where none are given) labels of
             the photographs, or something else that was given cannot be used; KeyboardInterrupt: the state is saved.
     """
-    facts = read_run(start)
+    facts = read_cascade(start)
     if list(images.classes) != list(facts["classes"]):
         raise InputError(
             f"{start}: was trained on {', '.join(facts['classes'])}, but the photographs are tagged with "
