@@ -277,7 +277,8 @@ class LabelPEnet(nn.Module):
             opinions.append(_of_class(torch.cat(self.detection.probabilities(batch, seen)), labels))
         others = torch.stack(opinions).float().cpu()
         together = torch.cat([torch.cat([one.weights for one in found])[None].float(), others])
-        weights = together.clamp(min=1e-6).log().mean(0).exp().split(counts)
+        weights = together.clamp(min=1e-6).log().mean(0).exp()
+        weights = torch.where(together[0] == 0, 0.0, weights).split(counts)  # what is doubtful stays so
         return [one.weighted(own) for one, own in zip(found, weights, strict=True)]
 
     @torch.no_grad()

@@ -317,7 +317,7 @@ class Detector(nn.Module):
             boxes: (R, C, 4) regressed for each class, in pixels of the view.
             view: of the image.
             tags: where the image's tags are known, only those classes are candidates, and the best box of each is one
-                whatever its score: else its object would be taught as background.
+                however low its score; such a one gets the score 0 (doubtful): neither object nor background to learn.
             limit: boxes that enter NMS, besides the best of known tags.
 
         Returns:
@@ -331,6 +331,7 @@ class Detector(nn.Module):
         boxes = clip_boxes_to_image(boxes, view.size)
         index, labels = torch.where(good)
         chosen, own = boxes[index, labels], scores[index, labels]
+        own = torch.where(own > self.settings.score_threshold, own, 0.0)
         order = own.argsort(descending=True, stable=True)
         order = order[(torch.arange(len(order)) < limit) | best[index, labels][order]]
         order = order[torch.isin(order, remove_small_boxes(chosen, 1.0))]

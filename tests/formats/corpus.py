@@ -466,7 +466,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str | None, str]] = {
     "FiftyOne without its labels": (class_folders("data/a.jpg"), None, "no data set recognised"),
     "CVAT's YOLO without its lists": (class_folders("obj_train_data/a.jpg"), None, "no data set recognised"),
     "photographs alone": (class_folders("a.jpg", "b.jpg"), None, "2 photographs, but no tags; write .*a.jpg,cat;dog"),
-    "KITTI's photographs": (class_folders("image_2/a.jpg", "image_2/b.jpg"), None, "in one sub-folder, image_2; to train"),
+    "KITTI's photographs": (class_folders("image_2/a.jpg", "image_2/b.jpg"), None, "in one sub-folder, image_2; to"),
     "CamVid by datumaro": (class_folders("default/a.png", "defaultannot/a.png"), None, "no data set recognised"),
     "photographs beside masks": (class_folders("img/a.jpg", "gt/a.jpg"), None, "no data set recognised"),
     "a tag, or two with a blank": (table("tags.csv", "file,tags\na.jpg,cat dog\nsub/b.jpg,cat;dog\n"), None,

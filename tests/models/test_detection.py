@@ -311,7 +311,8 @@ def test_candidates(seed, tags, threshold):
             sure |= (found.rois == best) & (found.labels == tag)
     assert (seen >= 0).all() and (seen[:, 2] <= W).all() and (seen[:, 3] <= H).all()
     assert ((seen[:, 2:] - seen[:, :2]) >= 1).all()
-    torch.testing.assert_close(found.scores, scores[found.rois, found.labels])
+    own = scores[found.rois, found.labels]
+    torch.testing.assert_close(found.scores, torch.where(own > threshold, own, 0.0))
     assert sure.all() and (found.scores.diff() <= 0).all()
 
 
@@ -327,6 +328,7 @@ def test_answers_need_the_score_that_is_asked_for_and_known_tags_do_not(monkeypa
     for tags, expected in ((None, []), ((1,), [1]), ((0, 2), [0, 2])):
         ((found, _),) = one.infer(replace(batch(), images=images, tags=[tags]), settings)
         assert found.labels.tolist() == expected
+        assert [weight > 0 for weight in found.weights.tolist()] == [label < 2 for label in expected]  # 2 is doubtful
 
 
 def test_detections_take_the_box_of_their_class(monkeypatch):
