@@ -79,7 +79,8 @@ def cell_offset(layers: nn.Module, image: Tensor) -> float:
 
 
 def _single(value: Any) -> int:
-    return int(value[0] if isinstance(value, tuple) else value)
+    """A layer's number for both axes; its padding may be a word: ``valid``, or ``same``, which keeps the map's size."""
+    return 0 if isinstance(value, str) else int(value[0] if isinstance(value, tuple) else value)
 
 
 @contextlib.contextmanager

@@ -158,6 +158,7 @@ def test_centred_pooling_samples_what_the_cells_see():
         (nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(1, 1, 3, 1, 1), nn.AvgPool2d(2)), 0.0),
         (nn.Sequential(SameConv2d(1, 1, 3, 2), SameConv2d(1, 1, 5, 2)), 1.5),
         (nn.Sequential(nn.Conv2d(1, 1, 1, 2)), -0.5),
+        (nn.Sequential(nn.Conv2d(1, 1, 3, padding="same"), nn.Conv2d(1, 1, 2, 2, padding="valid")), 0.0),
         (nn.Sequential(nn.Conv2d(1, 1, 3, 2, 1), SameConv2d(1, 1, 2)), 0.5),
         (nn.Sequential(nn.Conv2d(1, 1, 3, 1, 1), nn.Flatten()), 0.0),
     ],
