@@ -337,9 +337,11 @@ def test_the_lines_in_the_docs_load_a_student_in_torchvision_alone(tmp_path):
     scope: dict = {}
     exec(code.replace("STUDENT", str(tmp_path)).replace("photo.jpg", str(photo)), scope)
     expected = student.predict(photo)
-    overlap, same = box_iou(scope["found"]["boxes"], expected.boxes).max(1)
-    # one that hardly suppresses another may not where a processor rounds otherwise
-    assert abs(len(overlap) - len(expected)) <= 2 and (overlap > 0.98).float().mean() > 0.9
+    overlaps = box_iou(scope["found"]["boxes"], expected.boxes)
+    overlap, same = overlaps.max(1)
+    # of noise the last of the 50 may fall to another side of NMS where a processor rounds otherwise; both ways the rest
+    assert abs(len(overlap) - len(expected)) <= 1 and len(expected) > 40
+    assert (overlap > 0.98).float().mean() > 0.9 and (overlaps.amax(0) > 0.98).float().mean() > 0.9
     masks = scope["found"]["masks"][:, 0]
     sure = (overlap > 0.98)[:, None, None] & ((masks - 0.5).abs() > 0.05)  # torchvision rounds boxes to pixels first
     assert sure.float().mean() > 0.5 and (((masks > 0.5) == expected.masks[same])[sure]).float().mean() > 0.999
