@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models.vgg import VGG, cfgs, make_layers
 
 from labelpenet.errors import InputError
-from labelpenet.models.backbones import VGG16, FullPrecisionConv2d, MobileNetV2, fix_batch_norm
+from labelpenet.models.backbones import VGG16, FullPrecisionConv2d, MobileNetV2, fix_batch_norm, for_training
 from labelpenet.models.build import build_backbone
 
 SHARED = Path(__file__).parents[2] / "../shared/weights/mobilenet_v2_imagenet.safetensors"
@@ -172,6 +172,31 @@ def test_a_dilated_convolution_is_the_same_in_training(size, kernel):
         strict=True,
     ):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "dilation", "slow"), [(3, 1, 1, False), (3, 2, 1, True), (3, 1, 2, True), (5, 1, 1, True)]
+)
+def test_depthwise_convolutions_that_bfloat16_trains_slowly_are_trained_in_float32(kernel, stride, dilation, slow):
+    """Under autocast their outputs and gradients are those of float32 to the bit."""
+    generator = torch.Generator().manual_seed(0)
+    plain = nn.Conv2d(8, 8, kernel, stride, dilation * (kernel // 2), dilation, groups=8)
+    ours = for_training(plain)
+    assert (ours is not None) == slow
+    x = torch.randn(3, 8, 7, 9, generator=generator, requires_grad=True)
+    expected = (ours or plain)(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = (ours or plain)(x)
+    assert got.dtype == (torch.float32 if slow else torch.bfloat16)
+    if slow:
+        upstream = torch.randn(expected.shape, generator=generator)
+        for one, other in zip(
+            torch.autograd.grad(got, (x, *ours.parameters()), upstream),
+            torch.autograd.grad(expected, (x, *ours.parameters()), upstream),
+            strict=True,
+        ):
+            assert torch.equal(one, other)
+    assert for_training(nn.Conv2d(8, 8, kernel, stride, dilation * (kernel // 2), dilation)) is None
 
 
 @torch.no_grad()
