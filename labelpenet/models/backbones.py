@@ -267,8 +267,9 @@ class FullPrecisionConv2d(SameConv2d):
     """A convolution that is trained in float32 also under autocast.
 
     The backward pass of a strided or dilated depthwise convolution in bfloat16 is 6 to 25 times slower than in float32
-    on a CPU with torch 2.15 (207 against 8 ms for 64 RoIs on one core): it was two thirds of a training step. So is that
-    of a plain one of 5 x 5 (torch 2.14, 128 RoIs of 1,152 channels: 359 against 118 ms), for its weight's gradient.
+    on a CPU with torch 2.15 (207 against 8 ms for 64 RoIs on one core): it was two thirds of a training step.
+    That of a plain one of 5 x 5 is slow for its weight's gradient (torch 2.14, 128 RoIs of 1,152 channels: 359 against
+    118 ms).
     The dilated one is slow in float32 too (oneDNN lacks a kernel for its gradients), but each grid of every second
     cell is an ordinary convolution: forward and backward 16 against 54 ms (3 x 3), 54 against 163 ms (5 x 5).
     """
