@@ -216,9 +216,9 @@ def for_training(layer: nn.Module) -> nn.Module | None:
     """A depthwise convolution with a stride, a dilation or a wide kernel in the form that trains fast; else None."""
     if not isinstance(layer, nn.Conv2d) or type(layer) not in (nn.Conv2d, SameConv2d):
         return None
-    wide = max(layer.kernel_size) > 3 or max(*layer.stride, *layer.dilation) > 1
-    slow = layer.groups == layer.in_channels > 1 and wide
-    return FullPrecisionConv2d.like(layer) if slow else None
+    depthwise = layer.groups == layer.in_channels > 1
+    slow = max(layer.kernel_size) > 3 or max(*layer.stride, *layer.dilation) > 1
+    return FullPrecisionConv2d.like(layer) if depthwise and slow else None
 
 
 def _convolution(channels: int, width: int, stride: int = 1) -> tuple[nn.Conv2d, nn.ReLU]:
