@@ -399,7 +399,7 @@ class Noise(_Ranged):
 
     Attributes:
         keep: an instance is taught if its confidence is at least this fraction of the best one's of its class in its
-            image, as the best one itself always is; the others are doubtful.
+            image, as the best one itself is unless it is 0; the others are doubtful.
         nested: an instance of which this fraction of the box lies inside a better one of its class is doubtful too;
             None for none.
         weighted: whether confidences weigh the losses.

@@ -54,7 +54,9 @@ def fuse(opinions: Sequence[Instances], tags: Collection[int]) -> Instances:
     overlap = box_iou(every.boxes, every.boxes) * (every.labels[:, None] == every.labels)
     weights = supported(every.weights, overlap, model, len(opinions))
     kept, _ = nms_groups(every.boxes, weights, every.labels, SAME)
-    known = torch.ones_like(model, dtype=torch.bool) if every.masks is None else every.masks.flatten(1).any(1)
+    known = every.weights > 0
+    if every.masks is not None:
+        known &= every.masks.flatten(1).any(1)
     drawn: dict[int, float] = {}  # whose outlines, and how sure: of two with the same the surer one
     for index in kept.tolist():
         drawn.setdefault(outline(index, overlap, model, known), float(weights[index]))
@@ -73,7 +75,8 @@ def supported(weights: Tensor, overlap: Tensor, model: Tensor, models: int) -> T
 def outline(index: int, overlap: Tensor, model: Tensor, known: Tensor) -> int:
     """The instance whose outline a kept one gets: its closest one of the first model that has one so close.
 
-    ``known`` (N,) says which instances have an outline: beside masks an empty one is that of a box alone.
+    ``known`` (N,) says which instances have an outline: beside masks an empty one is that of a box alone, and that of
+    an instance of weight 0 fills its box.
     """
     before = model < model[index] if known[index] else model != model[index]
     close = torch.where((overlap[index] >= OUTLINE) & before & known)[0]

@@ -244,7 +244,7 @@ def guard(training: Training, asked: LabelPEnet, anchors: Anchors) -> Callable[[
             for number, own in rows.items():
                 ((found, _),) = asked.infer(number, batch)
                 anchor = anchors[number - 1][image.id]
-                own.append(validated.compare(found, anchor[anchor.weights > 0]))
+                own.append(validated.compare(found[found.weights > 0], anchor[anchor.weights > 0]))
         shares = gather(fabric.world_size, rows)
         figures: dict[str, float] = {}
         problem: str | None = None

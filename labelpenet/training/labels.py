@@ -108,9 +108,9 @@ def sort_out(labels: Instances, noise: Noise) -> tuple[Instances, Tensor]:
 
 
 def _sure(labels: Instances, noise: Noise) -> Tensor:
-    """(N,) bool: neither doubtful nor without area."""
+    """(N,) bool: neither doubtful nor without area; of weight 0 the best of its class is doubtful, too."""
     sides = labels.boxes[:, 2:] - labels.boxes[:, :2]
-    return confident(labels, noise.keep, noise.nested) & (sides > 0).all(1)
+    return confident(labels, noise.keep, noise.nested) & (sides > 0).all(1) & (labels.weights > 0)
 
 
 def read_all(

@@ -244,6 +244,7 @@ def with_masks(truth: Instances, found: Instances, image: np.ndarray, settings: 
     """
     size = truth.image_size
     truth = truth.to(found.boxes.device)
+    found = found[found.weights > 0]  # the mask of a doubtful one fills its box
     if not len(truth):
         return Instances.empty(size, with_masks=True)
     whole = torch.stack([box_mask(box, size) for box in truth.boxes])

@@ -61,6 +61,18 @@ def test_a_box_alone_beside_masks_is_no_outline():
     assert fuse([boxed], (0,)).boxes.tolist() == [near, RIGHT]  # which nobody has drawn
 
 
+def test_an_instance_of_weight_zero_gives_no_outline():
+    # a tag of which a cascade is sure nowhere: its mask fills its box
+    near = [3, 3, 22, 30]
+    for opinions in (
+        [opinion((near, 0, 0.0)), opinion((LEFT, 0, 0.9))],
+        [opinion((LEFT, 0, 0.9)), opinion((near, 0, 0.0))],
+    ):
+        found = fuse(opinions, (0,))
+        assert found.boxes.tolist() == [LEFT] and found.weights.tolist() == [pytest.approx(0.45)]
+    assert fuse([opinion((near, 0, 0.0))], (0,)).boxes.tolist() == [near]
+
+
 def test_no_outline_is_used_twice():
     # both of the second model's lie over six tenths of the first model's, but under the NMS of one another
     first, left, right = opinion(([0, 0, 40, 10], 0, 0.1)), ([0, 0, 25, 10], 0, 0.9), ([15, 0, 40, 10], 0, 0.8)

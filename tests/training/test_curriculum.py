@@ -229,6 +229,19 @@ def test_labels_that_drift_are_told_without_annotation(start, images):
     assert figures["drift/module3_area"] == pytest.approx(2, rel=0.1) and "module 3 (refinement)" in str(problem)
 
 
+def test_doubtful_instances_are_no_drift(start, images, monkeypatch):
+    training, anchors = training_on(start, images, "forward_backward.drift=1.6"), read_anchors(start, images)
+    infer = training.network.infer
+
+    def doubting(*given):
+        found = infer(*given)
+        return [(Instances.cat([one, one.weighted(torch.zeros(len(one)))]), trace) for one, trace in found]
+
+    monkeypatch.setattr(training.network, "infer", doubting)
+    figures, problem = curriculum.guard(training, training.network, anchors)()
+    assert list(figures.values()) == [pytest.approx(1)] * 9 and problem is None
+
+
 def test_the_background_of_module_one_learns_only_backward(start, images):
     network = trainable(start)
     bias = network.classification.classifier.bias

@@ -42,6 +42,14 @@ def test_the_best_of_every_tag_and_all_about_as_sure_are_taught():
     assert taught.weights.tolist() == [1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_label_of_weight_zero_is_doubtful_though_the_best_of_its_class(weighted):
+    # as a cascade labels a tag of which it is sure nowhere: the RPN, whose losses have no weights, would learn it
+    boxes = [[0, 0, 9, 9], [10, 0, 19, 9]]
+    taught, doubtful = sort_out(labels(boxes, [0.8, 0.0], [0, 1]), Noise(weighted=weighted))
+    assert taught.boxes.tolist() == boxes[:1] and doubtful.tolist() == boxes[1:]
+
+
 def test_a_box_inside_a_better_one_of_its_class_is_doubtful():
     boxes = [[0, 0, 30, 30], [5, 5, 15, 15], [5, 5, 15, 15], [0, 0, 30, 30]]
     taught, doubtful = sort_out(labels(boxes, [0.8, 0.8, 0.9, 0.8], [0, 0, 1, 1]), Noise())

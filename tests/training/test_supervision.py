@@ -238,6 +238,12 @@ def test_a_true_box_takes_the_mask_that_was_inferred_for_it_or_what_the_crf_find
     iou = (result.masks[1] & disc).sum() / (result.masks[1] | disc).sum()
     assert iou > 0.9  # the box alone has 0.64
     assert result.masks[2].any() and not (result.masks[2] & ~square(size, 2, 40, 10, 46)).any()
+    # an inferred instance of weight 0, whose mask fills its box, has no say
+    found = Instances(
+        boxes, truth.labels, torch.zeros(3), size, torch.stack([square(size, *map(int, box)) for box in boxes])
+    )
+    doubtful, alone = (with_masks(truth, one, image, settings) for one in (found, found[:0]))
+    assert torch.equal(doubtful.masks, alone.masks)
 
 
 @pytest.mark.parametrize("count", [0, 3])
