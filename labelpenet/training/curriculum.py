@@ -311,6 +311,7 @@ class Phase:
             return [found for found, _ in self.network.infer(number, batch)]
         finally:
             self.network.train()
+            torch.clear_autocast_cache()  # torch 2.9 would give the losses the weights cast here, without gradients
 
     def classify(self) -> list[tuple[Tensor, Tensor]]:
         """Module 1's ``x^c`` (R, C + 1) and ``x^p`` (R, C) of each photograph, for its losses."""

@@ -261,6 +261,17 @@ def test_inference_in_a_phase_is_without_dropout_and_gradients(start, images):
     assert same(*found) and not found[0].boxes.requires_grad and network.training
 
 
+def test_modules_that_voted_learn_in_half_precision_too(start, images):
+    # shown by torch 2.9, whose autocast hands the losses the weights that it has cast for the vote, without gradients
+    network = trainable(start)
+    assert network.recipe.modules[3].label.vote
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = backward(network, [sample(network, images)])
+    torch.stack(list(losses.values())).sum().backward()
+    for layer in (network.classification.classifier, network.detection.classifier, network.detection.regressor):
+        assert layer.weight.grad is not None
+
+
 @pytest.mark.parametrize("beta", [0.3, 0.5])
 def test_proposal_labels_against_a_loop(beta):
     rng = np.random.default_rng(1)
