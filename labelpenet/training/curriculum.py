@@ -145,9 +145,9 @@ def with_labels(images: TaggedImages, labels: Mapping[str, Instances], first: bo
         if len(own) and own.masks is None:
             raise InputError(f"{name}: its labels have no masks, which modules 3 and 4 learn; give some, or none")
         prints.append(fingerprint(name, own))
-        count += len(own)
+        count += int((own.weights > 0).sum())
     if not count:
-        raise InputError("no photograph has a label; check the labels, the split and the classes")
+        raise InputError("no photograph has a label surer than 0; check the labels, the split and the classes")
     return TaggedImages(images.classes, tuple(taught), images.notes), digest(prints)
 
 

@@ -63,8 +63,8 @@ def distill(
         InputError: something the user gave cannot be used; KeyboardInterrupt: the state is saved.
     """
     taught = TaggedImages(images.classes, tuple(image for image in images.images if image.id in labels), images.notes)
-    if not any(len(labels[image.id]) for image in taught.images):
-        raise InputError("no photograph has a label; check the labels, the split and the classes")
+    if not any((labels[image.id].weights > 0).any() for image in taught.images):
+        raise InputError("no photograph has a label surer than 0; check the labels, the split and the classes")
     if all(not len(one) or one.masks is None for one in (labels[image.id] for image in taught.images)):
         raise InputError("no label has a mask, and a student learns masks, too; give labels with masks")
     fabric = build_fabric(options.device, options.devices, options.nodes, options.precision)

@@ -514,6 +514,7 @@ def test_a_cascade_that_learnt_given_labels_learns_others_but_goes_back_to_no_in
 def test_given_labels_that_cannot_be_learnt_are_named(told, images, tmp_path):
     for labels, what in (
         ({}, "no photograph has a label"),
+        (objects(images, weight=0.0), "no photograph has a label surer than 0"),
         (objects(images, masks=False), "train_00000: its labels have no masks"),
         (None, "give them with --labels"),
     ):

@@ -97,6 +97,9 @@ def test_labels_without_masks_teach_no_masks(tmp_path):
     recipe = config.override(config.StudentRecipe(), CHOICES)
     with pytest.raises(InputError, match="no label has a mask"):
         distill.distill(annotated.tagged, {image.id: bare}, tmp_path / "out", recipe, backbone="tiny")
+    doubtful = replace(bare, masks=masks).weighted(torch.zeros(len(bare)))
+    with pytest.raises(InputError, match="no photograph has a label surer than 0"):
+        distill.distill(annotated.tagged, {image.id: doubtful}, tmp_path / "out", recipe, backbone="tiny")
     assert not (tmp_path / "out").exists()
 
 
