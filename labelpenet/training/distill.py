@@ -22,7 +22,7 @@ from torch import Tensor
 from labelpenet import config
 from labelpenet.config import Images, Noise, RunOptions, StudentRecipe
 from labelpenet.data import run_folder
-from labelpenet.data.dataset import TaggedImages
+from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.files import digest, write_tensors
 from labelpenet.data.images import read_image
 from labelpenet.data.transforms import View, random_view, scaled_size, shrink
@@ -99,9 +99,14 @@ def stage(student: Student, images: TaggedImages, labels: Mapping[str, Instances
     recipe = student.recipe
     schedule, noise = recipe.schedule, recipe.noise
 
+    def one(image: TaggedImage, generator: torch.Generator) -> Lesson:
+        pixels, own = read_image(image.path), labels[image.id]
+        if len(own) and own.image_size != pixels.shape[:2]:
+            raise InputError(f"{image.path}: has another size than its labels; label it anew")
+        return lesson(pixels, own, recipe.images, noise, generator)
+
     def load(indices: list[int], generator: torch.Generator) -> list[Lesson]:
-        chosen = [images.images[index] for index in indices]
-        return [lesson(read_image(one.path), labels[one.id], recipe.images, noise, generator) for one in chosen]
+        return [one(images.images[index], generator) for index in indices]
 
     def loss(lessons: list[Lesson], step: int) -> dict[str, Tensor]:
         late = step >= noise.limit_from * schedule.steps

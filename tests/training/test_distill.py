@@ -103,6 +103,18 @@ def test_labels_without_masks_teach_no_masks(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_labels_of_another_size_than_the_photograph_are_not_taught():
+    folder, year = small_student()
+    annotated = open_annotated(year, "train")
+    image = annotated.tagged.images[0]
+    own = annotated.read(image.id).instances
+    height, width = own.image_size
+    half = Instances(own.boxes / 2, own.labels, own.weights, (height // 2, width // 2))
+    student = labelpenet.load(folder)
+    with pytest.raises(InputError, match="has another size than its labels"):
+        distill.stage(student, annotated.tagged, {image.id: half}).load([0], torch.Generator())
+
+
 def test_a_student_learns_from_labels():
     folder, year = small_student()
     annotated = open_annotated(year, "train")
