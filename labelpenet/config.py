@@ -119,7 +119,8 @@ class Calibration(_Ranged):
     Attributes:
         nms: IoU above which boxes of a class suppress one another.
         per_class: instances kept for each class, at most.
-        min_score: an instance needs this score; where the tags are known, the first of each is kept in any case.
+        min_score: an instance needs this score; where the tags are known, and in module 1, the first of each class is
+            kept in any case.
         threshold: confidence at which a pixel is equally likely object or background, in (0, 1); None for the paper's
             background map ``max(0, 1 - sum of the attention maps)``.
         compete: with whom an instance competes for a pixel in the CRF: with all other ``instances`` and the background,

@@ -233,6 +233,10 @@ class LabelPEnet(nn.Module):
         """As `predict`, for photographs that go through the network together; where their tags are known, as `infer`
         labels training photographs."""
         self.require(module)
+        if tags is not None and None in tags:  # those are answered by other choices, so each goes by itself
+            boxes = [None] * len(images) if proposals is None else [[one] for one in proposals]
+            each = zip(images, boxes, tags, strict=True)
+            return [self.predict_batch([one], module, own, None if tag is None else [tag])[0] for one, own, tag in each]
         settings = self.module(module).settings
         with evaluating(self):
             batch = self.batch(images, tags, self._proposed(images, module, proposals))

@@ -422,6 +422,18 @@ def test_photographs_that_go_through_together_are_answered_as_alone(network, mod
         found.validate(len(CLASSES))
 
 
+@pytest.mark.parametrize("module", [1, 2, 3, 4])
+def test_a_photograph_of_unknown_tags_among_others_is_answered_as_alone(module):
+    network = build(f"modules.{module}.label.threshold=0.9")  # of what is labelled alone
+    images, boxes = [photograph(48, 70, seed) for seed in range(2)], [some_boxes(48, 70)] * 2
+    unknown, known = network.predict_batch(images, module, boxes, [None, (0,)])
+    for one, alone in (
+        (unknown, network.predict(images[0], module, boxes[0])),
+        (known, network.predict_batch(images[1:], module, boxes[1:], [(0,)])[0]),
+    ):
+        assert torch.equal(one.boxes, alone.boxes) and torch.equal(one.weights, alone.weights)
+
+
 def test_a_stranger_trains_with_a_loop_of_their_own():
     """The README's ten lines: photographs of several sizes, their instances, an optimiser; each module's loss falls."""
     network = build()
