@@ -86,19 +86,24 @@ def selected(
     min_score: float,
     notes: list[str],
     as_labels: bool = True,
+    scored: bool = True,
 ) -> Iterator[tuple[TaggedImage, Instances]]:
     """Each image that has a prediction (perhaps an empty one) and its instances to export, in the order of ``images``.
 
     Left out are instances with a score below ``min_score`` and, counted in a note once all are read, those without area
-    (no pixel, or a box of no size), which annotation formats refuse. Where they are to be taken ``as_labels``, another
-    note counts the doubtful ones.
+    (no pixel, or a box of no size), which annotation formats refuse, and in a format that is not ``scored`` those of
+    score 0, which are doubtful: neither object nor background. Where they are to be taken ``as_labels``, another note
+    counts the weak ones.
     """
-    dropped = weak = total = 0
+    dropped = doubtful = weak = total = 0
     for image in images:
         found = predictions.get(image.id)
         if found is None:
             continue
         found = found[found.weights >= min_score]
+        if not scored:
+            doubtful += int((found.weights == 0).sum())
+            found = found[found.weights > 0]
         whole = (found.boxes[:, 2:] > found.boxes[:, :2]).all(1)
         if found.masks is not None:
             whole &= found.masks.flatten(1).any(1)
@@ -108,6 +113,8 @@ def selected(
         yield image, found
     if dropped:
         notes.append(f"{dropped} instances without area, or without a mask where others have one, are left out")
+    if doubtful:
+        notes.append(f"{doubtful} instances of score 0, which are doubtful, are left out: this format holds no scores")
     if weak and as_labels:
         notes.append(f"{weak} of {total} instances have a score below {MIN_SCORE}; --min-score leaves out weak ones")
 

@@ -313,6 +313,24 @@ def test_minimum_score(tmp_path):
         assert len(ElementTree.parse(annotation).findall("object")) == len(one)
 
 
+def test_a_doubtful_instance_is_no_object_where_a_format_holds_no_scores(tmp_path):
+    images = photographs(tmp_path, NAMES)
+    found = predictions(images)
+    doubtful = NAMES[0].removesuffix(".jpg")
+    count = len(found[doubtful])
+    assert count
+    found[doubtful] = found[doubtful].weighted(torch.zeros(count))
+    done = {to: export(found, images, CLASSES, tmp_path / to, to) for to in ("coco", "voc", "yolo")}  # type: ignore[arg-type]
+    assert (tmp_path / f"yolo/labels/train/{doubtful}.txt").read_text() == ""
+    annotation = tmp_path / f"voc/VOCdevkit/VOC2012/Annotations/{doubtful}.xml"
+    assert not ElementTree.parse(annotation).findall("object")
+    for to in ("voc", "yolo"):
+        assert any(note.startswith(f"{count} instances of score 0") for note in done[to].notes)
+    read = read_predictions(tmp_path / "coco/annotations/instances_default.json", images, CLASSES, (1, 2, 3))
+    assert read[doubtful].weights.tolist() == [0.0] * count
+    assert not any("score 0" in note for note in done["coco"].notes)
+
+
 def test_what_a_format_cannot_take_is_an_input_error(tmp_path):
     images = photographs(tmp_path, NAMES)
     with pytest.raises(InputError, match="unknown format csv; valid are coco, coco-polygons, coco-results, voc"):
