@@ -286,6 +286,7 @@ def test_train_names_file_and_remedy(
 )
 def test_no_value_of_an_option_that_is_given_twice_is_lost(words: list[str], capsys) -> None:
     assert "is given twice; give it once" in one_line(words, capsys)
+    assert "sets a.b twice" in one_line(["train", "DATA", "--out", "new", "--set", "a.b=1", "a.c=1", "a.b=2"], capsys)
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_data_and_weights(
