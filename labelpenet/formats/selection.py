@@ -89,14 +89,15 @@ def selected(
 ) -> Iterator[tuple[TaggedImage, Instances]]:
     """Each image that has a prediction (perhaps an empty one) and its instances to export, in the order of ``images``.
 
-    Left out are instances with a score below ``min_score`` and, counted in a note once all are read, those without area
-    (no pixel, or a box of no size), which annotation formats refuse. Where they are to be taken ``as_labels``, another
-    note counts the doubtful ones.
+    Left out are instances with a score below ``min_score`` and, counted in notes once all are read, images without a
+    prediction and instances without area (no pixel, or a box of no size), which annotation formats refuse. Where they
+    are to be taken ``as_labels``, another note counts the doubtful ones.
     """
-    dropped = weak = total = 0
+    dropped = weak = total = absent = 0
     for image in images:
         found = predictions.get(image.id)
         if found is None:
+            absent += 1
             continue
         found = found[found.weights >= min_score]
         whole = (found.boxes[:, 2:] > found.boxes[:, :2]).all(1)
@@ -106,6 +107,8 @@ def selected(
         found = found[whole]
         weak, total = weak + int((found.weights < MIN_SCORE).sum()), total + len(found)
         yield image, found
+    if absent:
+        notes.append(f"{absent} of {len(images)} photographs are not in the predictions; they are left out")
     if dropped:
         notes.append(f"{dropped} instances without area, or without a mask where others have one, are left out")
     if weak and as_labels:
