@@ -276,6 +276,19 @@ def test_train_names_file_and_remedy(
     assert not (tmp_path / "run").exists()  # nothing half written
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "DATA", "--out", "new", "--set", "images.flip=false", "--set", "images.longest=900"],
+        ["distill", "RUN", "DATA", "--out", "new", "--labels", "one.json", "--labels=two.json"],
+        ["measure", "RUN", "DATA", "--modules", "1", "--modules", "2"],
+    ],
+)
+def test_no_value_of_an_option_that_is_given_twice_is_lost(words: list[str], capsys) -> None:
+    assert "is given twice; give it once" in one_line(words, capsys)
+    assert "sets a.b twice" in one_line(["train", "DATA", "--out", "new", "--set", "a.b=1", "a.c=1", "a.b=2"], capsys)
+
+
 def test_a_folder_that_cannot_be_written_is_named_before_data_and_weights(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,8 +10,9 @@ What is read, and how its coordinates are meant (``x1, y1, x2, y2`` unless it sa
 ``.npz``                  an array for each image name, half-open
 ``.json``                 ``{name: boxes}``, half-open; what ``.pkl`` may hold; COCO results (``bbox`` is x, y, width,
                           height; without one, the box of ``segmentation``), as a list or under ``annotations``
-folder                    label maps ``NAME.png`` (0 is background; 255 is void, unless it is the only value), one
-                          folder ``NAME/*.png`` of masks (other than 0), or COCO rows in ``NAME.json``
+folder                    label maps ``NAME.png`` (0 is background; 255 is void, unless it is the only value or there
+                          are larger ones), one folder ``NAME/*.png`` of masks (other than 0), or COCO rows in
+                          ``NAME.json``
 ========================  ==========================================================================================
 
 An image's name is its id, its file name with or without suffix, or its COCO number; zeros and underscores of a number
@@ -207,7 +208,9 @@ def _by_score(boxes: np.ndarray, scores: Any, path: Path) -> np.ndarray:
         values = np.zeros(0) if scores is None else np.asarray(scores, np.float64).ravel()
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{path}: a score that is no number; correct it") from error
-    return boxes[np.argsort(-values, kind="stable")] if len(values) == len(boxes) else boxes
+    if len(values) not in (0, len(boxes)):
+        raise InputError(f"{path}: {len(values)} scores for {len(boxes)} boxes of an image; there must be one a box")
+    return boxes[np.argsort(-values, kind="stable")] if len(values) else boxes
 
 
 def _by_image(rows: list, files: Mapping[str, str], path: Path) -> dict[str, Raw]:
@@ -245,10 +248,12 @@ def _read_folder(folder: Path) -> dict[str, Raw]:
     """Label maps, folders of masks and JSON files by name."""
     found: dict[str, Raw] = {}
     for entry in sorted(folder.iterdir()):
-        if entry.suffix.lower() in (".png", ".json") and entry.is_file():
-            found[entry.stem] = entry
-        elif entry.is_dir() and any(entry.glob("*.png")):
-            found[entry.name] = entry
+        is_file = entry.suffix.lower() in (".png", ".json") and entry.is_file()
+        if is_file or (entry.is_dir() and any(entry.glob("*.png"))):
+            name = entry.stem if is_file else entry.name
+            if name in found:
+                raise InputError(f"{folder}: {entry.name} and another file or folder are of image {name}; keep one")
+            found[name] = entry
     if not found:
         raise InputError(f"{folder}: holds no label maps (NAME.png), folders of masks (NAME/*.png) or NAME.json")
     return found
@@ -268,7 +273,8 @@ def _boxes(raw: Raw, size: tuple[int, int]) -> np.ndarray:
         return np.concatenate(parts)
     if raw.suffix.lower() == ".png":
         labels = _read_map(raw, size)
-        labels[labels == 255] = 0 if ((labels != 0) & (labels != 255)).any() else 255
+        if labels.max() == 255 and ((labels != 0) & (labels != 255)).any():  # beside larger ones it is a number
+            labels[labels == 255] = 0
         return _map_boxes(labels)
     rows = read_json(raw)
     rows = rows.get("annotations") if isinstance(rows, dict) else rows

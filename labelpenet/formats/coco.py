@@ -298,7 +298,7 @@ def _shape(row: dict[str, Any], names: dict[int, str]) -> Shape:
 
 
 def _is_crowd(row: dict[str, Any]) -> bool:
-    return row.get("iscrowd") in (1, True)
+    return row.get("iscrowd") in (1, "1")
 
 
 def _is_annotation(row: Any) -> bool:

@@ -306,6 +306,8 @@ def _read_csv(path: Path) -> _Table:
             raise InputError(
                 f"{path}: line {number} has {len(row)} cells for {len(header)} columns; put several tags in quotes"
             )
+        if "\n" in "".join([row[file], *row[tag : tag + 1], *more] if tag is not None else []):
+            raise InputError(f"{path}: line {number}: a name or tag goes on in the next line; close its quotation mark")
         extra += bool(more)
         cells.append((name, number, [*row[tag : tag + 1], *more] if tag is not None else row))
     again = len(cells) - len({name for name, _, _ in cells})

@@ -265,7 +265,8 @@ def _truth(path: Path, photograph: Path, classes: Sequence[str]) -> Truth:
             raise InputError(f"{path}: a {shapes[0]['label']} without a pixel inside the photograph; remove it")
         boxed = any(shape.get("shape_type") == "rectangle" for shape in shapes)
         box = masks_to_boxes(torch.from_numpy(drawing)[None])[0].tolist() if boxed else None
-        found.append(Shape(shapes[0]["label"], f"object {len(found) + 1}", box, None if boxed else drawing))
+        difficult = any(shape.get("difficult") is True for shape in shapes)  # X-AnyLabeling's, as VOC's
+        found.append(Shape(shapes[0]["label"], f"object {len(found) + 1}", box, None if boxed else drawing, difficult))
     return read_truth(found, size, classes, path)
 
 

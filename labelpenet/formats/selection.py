@@ -90,15 +90,16 @@ def selected(
 ) -> Iterator[tuple[TaggedImage, Instances]]:
     """Each image that has a prediction (perhaps an empty one) and its instances to export, in the order of ``images``.
 
-    Left out are instances with a score below ``min_score`` and, counted in a note once all are read, those without area
-    (no pixel, or a box of no size), which annotation formats refuse, and in a format that is not ``scored`` those of
-    score 0, which are doubtful: neither object nor background. Where they are to be taken ``as_labels``, another note
-    counts the weak ones.
+    Left out are instances with a score below ``min_score`` and, counted in notes once all are read, images without a
+    prediction, instances without area (no pixel, or a box of no size), which annotation formats refuse, and in a format
+    that is not ``scored`` those of score 0, which are doubtful: neither object nor background. Where they are to be
+    taken ``as_labels``, another note counts the weak ones.
     """
-    dropped = doubtful = weak = total = 0
+    dropped = doubtful = weak = total = absent = 0
     for image in images:
         found = predictions.get(image.id)
         if found is None:
+            absent += 1
             continue
         found = found[found.weights >= min_score]
         if not scored:
@@ -111,6 +112,8 @@ def selected(
         found = found[whole]
         weak, total = weak + int((found.weights < MIN_SCORE).sum()), total + len(found)
         yield image, found
+    if absent:
+        notes.append(f"{absent} of {len(images)} photographs are not in the predictions; they are left out")
     if dropped:
         notes.append(f"{dropped} instances without area, or without a mask where others have one, are left out")
     if doubtful:

@@ -146,7 +146,9 @@ def checked_size(path: Path, said: tuple[Any, Any], source: object) -> tuple[int
         InputError: the image cannot be read, is too large, or the annotation was drawn on an image of another size.
     """
     size = image_size(path)
-    if all(isinstance(side, int) and not isinstance(side, bool) for side in said) and said != size:
+    # some tools write numbers as floats or texts
+    sides = tuple(int(one) if isinstance(one, str) and one.isdecimal() and len(one) < 10 else one for one in said)
+    if all(type(side) in (int, float) for side in sides) and sides != size:
         raise InputError(
             f"{source}: annotated at {said[1]} x {said[0]} pixels, but {path.name} has {size[1]} x {size[0]} "
             "(upright); use the image that was annotated"

@@ -200,9 +200,9 @@ def read_objects(path: Path) -> tuple[list[Shape], tuple[int | None, int | None]
             x1, y1, x2, y2 = (float(corner) for corner in corners)
         except ValueError:
             x1 = y1 = x2 = y2 = math.nan
-        difficult = one.findtext("difficult", "0").strip() == "1"
+        difficult = one.findtext("difficult", "0").strip().lower() in ("1", "1.0", "true")
         objects.append(Shape(_name(one, path), f"object {number}", (x1 - 1, y1 - 1, x2, y2), difficult=difficult))
-    said = [root.findtext(f"size/{side}", "").strip() for side in ("height", "width")]
+    said = [root.findtext(f"size/{side}", "").strip().removesuffix(".0") for side in ("height", "width")]
     height, width = (int(side) if side.isascii() and side.isdigit() and len(side) < 10 else 0 for side in said)
     return objects, (height or None, width or None)  # tools that do not know it write 0
 

@@ -148,10 +148,13 @@ def open_annotated(
     bare: set[str] = set()
     photographs = [one for places in listed.values() for place in places for one in _photographs(root, place, path)]
     own = any(is_file(disk_form(one)) for photograph in photographs for one in _own_labels(path, photograph, images))
-    for photograph in dict.fromkeys(photographs):
+    files = {photograph: _labels(path, photograph, images, own) for photograph in photographs}
+    shared = {labels for labels, count in Counter(files.values()).items() if count > 1}
+    for photograph, labels in files.items():
         try:
             inside(root, photograph.relative_to(root).as_posix())
-            labels = _labels(path, photograph, images, own)
+            if labels in shared and is_file(labels):
+                raise InputError(f"{labels}: may be of {photograph.name} or another of that name; rename one of them")
             if not is_file(labels):
                 if is_file(photograph.with_suffix(".xml")):
                     raise InputError(

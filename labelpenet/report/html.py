@@ -57,6 +57,7 @@ _MEANINGS = {
     "ABO": "each true object's best IoU with a mask of its class, whatever its score; mean over objects, then classes",
     "mIoU": "IoU of the painted class map, mean over background and classes",
 }
+_COCO = {"box mAP": "COCO's average precision of boxes, mean over IoU 0.5 to 0.95 and classes, held-out images"}
 _LEARNT_FROM = {
     "labels": "the labels of a run on image tags, or of a file",
     "full": "true boxes and masks, as a yardstick for what tags can reach",
@@ -363,7 +364,7 @@ def _render(run: Path, facts: Facts, sections: Sequence[Section], problems: Sequ
         recipe=_recipe_parts(recipe),
         written=time.strftime("%Y-%m-%d %H:%M"),
         marked=marked,
-        meanings=_MEANINGS,
+        meanings=_MEANINGS | (_COCO if facts.results.get("protocol") == "coco" else {}),
     )
 
 
@@ -384,7 +385,8 @@ def _key_figures(facts: Facts) -> list[tuple[str, str]]:
     ]
     measured = {number: result for number, result in _by_module(results.get("val")).items() if result}
     last = max(measured, default="")
-    for title, part, name in (("mask mAP .5", "mask", "mAP@0.5"), ("box mAP .5", "box", "mAP")):
+    box = "AP50" if results.get("protocol") == "coco" else "mAP"
+    for title, part, name in (("mask mAP .5", "mask", "mAP@0.5"), ("box mAP .5", "box", box)):
         value = (measured[last].get(part) or {}).get(name) if last else None
         if isinstance(value, (int, float)):
             whose = "the student" if last == STUDENT else f"module {last}"

@@ -62,7 +62,7 @@ def read_labels(
         if not path.exists():
             raise InputError(f"{path}: not there; {remedy}")
     opinions = tuple(read_predictions(path, images, images.classes) for path in paths)
-    notes = tuple(dict.fromkeys(note for one in opinions for note in one.notes))
+    notes = (*dict.fromkeys(note for one in opinions for note in one.notes), *_not_found(opinions, images))
     if len(opinions) == 1:
         return opinions[0], (*notes, *_beyond_tags(paths[0], opinions[0], images))
     return Fused(opinions, {one.id: one.tags for one in images.images if any(one.id in own for own in opinions)}), notes
@@ -75,6 +75,15 @@ def _beyond_tags(path: Path, labels: Predictions, images: TaggedImages) -> list[
     if not count:
         return []
     return [f"{path}: {count} photographs have labels of classes that their tags do not name; they are learnt, too"]
+
+
+def _not_found(opinions: Sequence[Predictions], images: TaggedImages) -> list[str]:
+    """A note where photographs have no label of one of their tags, as after a high ``--min-score``."""
+    count = 0
+    for one in images.images:
+        found = [set(labels.labels(one.id).tolist()) for labels in opinions if one.id in labels]
+        count += bool(found) and not set().union(*found).issuperset(one.tags)
+    return [f"{count} photographs have no label of one of their tags: it is learnt as background"] * bool(count)
 
 
 class Given(Mapping[str, Instances]):

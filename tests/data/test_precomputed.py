@@ -183,6 +183,21 @@ def test_255_alone_is_an_object(tmp_path: Path, images: list[TaggedImage]) -> No
     assert read_proposals(tmp_path / "masks", images)["000005"].tolist() == [[10, 20, 30, 40]]
 
 
+def test_255_beside_larger_numbers_is_an_object(tmp_path: Path, images: list[TaggedImage]) -> None:
+    labels = sum(one.astype(np.uint16) * (i + 254) for i, one in enumerate(masks(BOXES["000005"]).numpy()))
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(labels).save(tmp_path / "masks" / "000005.png")
+    assert read_proposals(tmp_path / "masks", images)["000005"].tolist() == BOXES["000005"].tolist()
+
+
+def test_two_files_of_one_image_are_refused(tmp_path: Path, images: list[TaggedImage]) -> None:
+    (tmp_path / "masks").mkdir()
+    Image.new("L", SIZE[::-1], 1).save(tmp_path / "masks" / "000005.png")
+    write(tmp_path / "masks" / "000005.json", [{"bbox": [1, 2, 3, 4]}])
+    with pytest.raises(InputError, match=r"000005\.png and another file or folder are of image 000005; keep one"):
+        read_proposals(tmp_path / "masks", images)
+
+
 # --- Names and values ---
 
 
@@ -263,6 +278,7 @@ def test_bad_files_are_named(tmp_path: Path, images: list[TaggedImage], name: st
         {"boxes": [[[0, 0, 1, 1]]], "ids": ["000005", "2"]},
         {"boxes": 3, "ids": 3},
         {"boxes": [[[0, 0, 1, 1]]], "ids": ["000005"], "scores": [["high"]]},
+        {"boxes": [[[0, 0, 1, 1], [0, 0, 2, 2]]], "ids": ["000005"], "scores": [[0.1, 0.2, 0.3]]},
         {"000005": [[0, 0, 1, 10**400]]},
         [{"image_id": "000005", "bbox": [0, 0, 1, 10**400]}],
         [[1, 2, 3, 4]],

@@ -237,6 +237,19 @@ def test_an_image_of_another_size_than_annotated(tmp_path: Path) -> None:
         open_annotated(path).read("x.jpg")
 
 
+def test_sizes_and_flags_that_are_written_as_floats_or_texts(tmp_path: Path) -> None:
+    content = coco_content()
+    content["annotations"] = [{**row, "iscrowd": str(row.get("iscrowd", 0))} for row in content["annotations"]]
+    path = coco_set(tmp_path, content)
+    assert open_annotated(path, classes=["cat", "person"]).read("x.jpg").crowd.tolist() == [False, True]
+    assert open_tagged(path).classes == ("cat",)
+    for width in (31.0, "31"):
+        content["images"][0]["width"] = width
+        path.write_text(json.dumps(content))
+        with pytest.raises(InputError, match="annotated at 31"):
+            open_annotated(path).read("x.jpg")
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -106,6 +106,15 @@ def test_a_photograph_with_an_xml_file_but_no_yolo_labels_is_no_negative(tmp_pat
     assert any("b.xml: lies there, but no b.txt; keep one kind" in note for note in images.notes)
 
 
+def test_a_yolo_label_file_is_not_given_to_two_photographs(tmp_path: Path) -> None:
+    data = plain_yolo(tmp_path)
+    shutil.copy(data / "images/a.jpg", data / "images/a.png")
+    write(data / "labels/b.txt", yolo_box(0, CAT))
+    images = open_tagged(data)
+    assert [one.id for one in images.images] == ["images/b.jpg"]
+    assert any("a.txt: may be of a.jpg or another of that name; rename one of them" in note for note in images.notes)
+
+
 def test_a_class_that_yolo_names_twice_is_one_class_and_that_is_said(tmp_path: Path) -> None:
     images = open_tagged(yolo("train: images/train\nnames: [cat, cat]\n")(tmp_path))
     assert images.classes == ("cat",) and images.images[0].tags == (0,)

@@ -331,6 +331,15 @@ def test_a_doubtful_instance_is_no_object_where_a_format_holds_no_scores(tmp_pat
     assert not any("score 0" in note for note in done["coco"].notes)
 
 
+def test_photographs_without_a_prediction_are_counted(tmp_path):
+    images = photographs(tmp_path / "in", ("a.jpg", "b.jpg", "c.jpg"))
+    found = predictions(images)
+    assert not any("left out" in note for note in export(found, images, CLASSES, tmp_path / "all", "yolo").notes)
+    del found["a"]
+    said = "1 of 3 photographs are not in the predictions; they are left out"
+    assert said in export(found, images, CLASSES, tmp_path / "few", "yolo").notes
+
+
 def test_what_a_format_cannot_take_is_an_input_error(tmp_path):
     images = photographs(tmp_path, NAMES)
     with pytest.raises(InputError, match="unknown format csv; valid are coco, coco-polygons, coco-results, voc"):

@@ -191,6 +191,7 @@ def test_supervision_of_another_layout_is_never_taken_for_images(tmp_path: Path)
         ("tags.csv", "file,tags\n/etc/passwd,cat\n", "no path inside"),
         ("tags.csv", f"file,tags\none.jpg,{'x' * 200_000}\n", "no valid CSV"),
         ("tags.csv", "file,tags\n" + "n" * 5000 + ".jpg,cat\n", "no such image"),
+        ("tags.csv", 'file,tags\none.jpg,"cat\nfour.jpg,dog\n', "line 3: a name or tag goes on in the next line"),
         ("tags.json", "{", "not valid JSON"),
         ("tags.json", "[" * 100_000, "not valid JSON"),
         ("tags.json", "[]", "recognised|expected"),

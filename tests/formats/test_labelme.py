@@ -267,6 +267,13 @@ def test_a_file_about_another_photograph_than_that_beside_it_is_left_out(tmp_pat
     assert any("c.json: is about b.jpg, but lies beside c.jpg; rename one" in note for note in images.notes)
 
 
+def test_what_x_anylabeling_calls_difficult_is_so(tmp_path):
+    content = json.loads((labelme(shapes=True)(tmp_path) / "a.json").read_text())
+    content["shapes"][1]["difficult"] = True
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert open_annotated(tmp_path).read("a.jpg").difficult.tolist() == [False, True]
+
+
 def test_sub_folders_for_splits_are_told_apart(tmp_path):
     labelme(shapes=True)(tmp_path / "train"), labelme(shapes=True)(tmp_path / "val")
     with pytest.raises(InputError, match="has sub-folders for splits; name one; available are train, val"):

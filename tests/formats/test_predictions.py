@@ -197,6 +197,15 @@ def test_a_results_list_may_hold_categories_that_are_not_asked_for(tmp_path):
     assert len(read_predictions(path, images, CLASSES, IDS, others=[90])["2008_000001"]) == 1
 
 
+def test_boxes_that_leave_their_photograph_are_announced(tmp_path):
+    images = photographs(tmp_path, NAMES)
+    height, width = next(iter(predictions(images).values())).image_size
+    for box, count in (([0, 0, width, height], 0), ([5, 5, width, height], 1)):  # the latter was x1, y1, x2, y2
+        path = saved(tmp_path / "p.json", [{"image_id": NAMES[0], "category_id": 1, "bbox": box}])
+        notes = read_predictions(path, images, CLASSES).notes
+        assert any(f"{count} boxes leave their photograph" in note for note in notes) == bool(count)
+
+
 def test_a_prediction_without_area_survives(tmp_path):
     """An empty mask has the box 0, 0, 0, 0; it must count as a wrong detection, so it may not vanish."""
     images = photographs(tmp_path, NAMES)

@@ -144,6 +144,18 @@ def test_an_image_of_another_size_than_its_xml_says_is_not_measured(tmp_path: Pa
     assert len(open_annotated(year, "train").read("a").instances) == 2  # as tools write it that do not know it
 
 
+def test_flags_and_sizes_that_are_written_otherwise(tmp_path: Path) -> None:
+    year = voc_kit(tmp_path)
+    xml = year / "Annotations/b.xml"
+    said = xml.read_text()
+    assert "<difficult>1<" in said
+    xml.write_text(said.replace("<difficult>1<", "<difficult>True<"))
+    assert open_annotated(year, "train").read("b").difficult.tolist() == [True]
+    xml.write_text(said.replace("<width>32<", "<width>64.0<"))
+    with pytest.raises(InputError, match=r"b\.xml: annotated at 64 x 24 pixels"):
+        open_annotated(year, "train").read("b")
+
+
 def test_a_class_left_out_becomes_background(tmp_path: Path) -> None:
     birds = open_annotated(voc_kit(tmp_path), "train", ["bird"])
     assert birds.read("a").instances.masks is not None  # its map shows that there is no bird; b has no map

@@ -82,6 +82,8 @@ def test_the_card_claims_no_more_than_is_known(tmp_path):
     assert "3 photographs from a file of labels" in model_card({**student, "labels_file": "c.json"}, {}, "mit")
     results = {"split": "train", "trained_on": 3, "val": {"student": {"box": {"mAP": 0.5}}}}
     assert "Split `train` (3 of its photographs were trained on)" in model_card(student, results, "mit")
+    results = {"split": "val", "protocol": "coco", "val": {"student": {"box": {"mAP": 0.3, "AP50": 0.5}}}}
+    assert "student: box mAP@.5 50.0" in model_card(student, results, "mit")
 
 
 def test_pushing_uploads_the_three_files_and_nothing_else_of_the_folder(tmp_path, monkeypatch):

@@ -344,6 +344,14 @@ def test_figures_of_unknown_weights_are_shown_with_a_word(tmp_path: Path) -> Non
     assert "does not say which weights were measured" in page.text and "40.0" in page.text
 
 
+def test_a_mean_over_thresholds_is_not_called_that_at_one(tmp_path: Path) -> None:
+    box = {"mAP": 0.3, "AP50": 0.5, "per_class": {}, "CorLoc": 0.0, "CorLoc_per_class": {}}
+    results = {"split": "val", "protocol": "coco", "val": {"4": {"box": box}}}
+    text = write_report(make_run(tmp_path / "run", 4, results=results)).read_text("utf-8")
+    assert re.search(r"<dt>box mAP .5 of module 4, %</dt><dd>50.0</dd>", text)
+    assert "mean over IoU 0.5 to 0.95 and classes" in text and "precision of boxes at IoU 0.5," not in text
+
+
 def test_damaged_parts_are_named_and_cost_only_themselves(tmp_path: Path, network: Network) -> None:
     data = photographs(tmp_path / "train", 4)
     run = make_run(tmp_path / "run", 1, data)

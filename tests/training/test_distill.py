@@ -179,6 +179,19 @@ def test_labels_of_classes_that_the_tags_do_not_name_are_learnt_and_announced(tm
     assert notes == (f"{path}: 1 photographs have labels of classes that their tags do not name; they are learnt, too",)
 
 
+def test_a_tag_without_a_label_is_announced(tmp_path):
+    annotated = open_annotated(small_student()[1], "train")
+    tagged, one = annotated.tagged, annotated.tagged.images[0]
+    found = annotated.read(one.id).instances
+    paths = [
+        write_predictions(tmp_path / f"{count}.json", {one.id: found[:count]}, [one], tagged.classes)
+        for count in (0, len(found))
+    ]
+    said = "1 photographs have no label of one of their tags: it is learnt as background"
+    assert read_labels(tmp_path, paths[:1], tagged)[1] == (said,)
+    assert read_labels(tmp_path, paths, tagged)[1] == ()
+
+
 def test_from_a_file_of_labels_to_predictions_on_the_command_line(tmp_path, capsys):
     folder, year = small_student()
     teacher, out = tmp_path / "run", tmp_path / "student"
