@@ -549,7 +549,7 @@ def best() -> Recipe:
         ),
         forward_backward=ForwardBackward(
             train_stem=False, labels="validated", share=0.4, drift=1.6,
-            schedule=replace(schedule, steps=800, lr=2e-5, warmup=20),
+            schedule=replace(schedule, steps=800, lr=1e-4, warmup=20),
         ),
     )  # fmt: skip
 
