@@ -44,7 +44,8 @@ def evaluate(
         - ``mask``: ``mAP@0.25, mAP@0.5, mAP@0.75`` (means of ``per_class@0.25``, ``per_class`` and ``per_class@0.75``;
           by area, for ``coco`` by pycocotools), ``ABO`` (mean of ``ABO_per_class``); for ``coco`` also ``AP`` (mean of
           ``AP_per_class``, over 0.5 .. 0.95) and ``AP_small, AP_medium, AP_large``.
-        - ``semantic``: ``mIoU`` (mean of ``per_class``, which has ``background`` too).
+        - ``semantic``: ``mIoU`` (mean of ``per_class``, which has ``background`` too, as ``no class`` where
+          a class is called so).
 
     Raises:
         InputError: predictions and truths have no image in common; a prediction of another size than its image; a class
@@ -68,7 +69,8 @@ def evaluate(
     if not boxes_only and any(item.truth_masks for item in records):
         result["mask"] = _masks(records, classes, protocol)
     if not boxes_only and counts.any():
-        per_class = _by_name(class_ious(counts), ["background", *classes])
+        none = "no class" if "background" in classes else "background"
+        per_class = _by_name(class_ious(counts), [none, *classes])
         result["semantic"] = {"mIoU": _mean(per_class), "per_class": per_class}
     return result
 

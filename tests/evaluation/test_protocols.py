@@ -220,6 +220,14 @@ def test_parts_without_ground_truth_are_absent():
     assert evaluate({}, {}, ["cat"]) == {}
 
 
+def test_a_class_called_background_is_not_the_background():
+    predictions, truths = random_set(1)
+    usual, other = (evaluate(predictions, truths, [first, *CLASSES[1:]])["semantic"] for first in ("cat", "background"))
+    assert list(usual["per_class"])[:2] == ["background", "cat"]
+    assert list(other["per_class"])[:2] == ["no class", "background"]
+    assert list(usual["per_class"].values()) == list(other["per_class"].values()) and usual["mIoU"] == other["mIoU"]
+
+
 def test_semantic_painting_order_and_ignored_pixels():
     semantic = np.zeros(SIZE, dtype=np.uint8)
     semantic[:, :8], semantic[:, 8:] = 1, 255
