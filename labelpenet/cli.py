@@ -482,17 +482,23 @@ def _run(arguments: list[str]) -> None:
         print(overview())
         return
     command = _at_home(_parsed(arguments))
-    given = [one.partition("=")[0].replace("_", "-") for one in arguments]
-    for name, value in vars(command).items():
-        if isinstance(value, tuple) and given.count(_spelt(name)) > 1:  # tyro takes what stands behind the last alone
-            raise InputError(f"{_spelt(name)} is given twice; give it once, with all values behind it")
-    choices = [one.partition("=")[0] for one in getattr(command, "set", ())]
-    if twice := [one for one in choices if choices.count(one) > 1]:
-        raise InputError(f"--set sets {twice[0]} twice; leave one of them out")
+    _check_repeats(command, arguments)
     for part in (command, getattr(command, "training", None)):
         if part is not None:
             check_ranges(part, _spelt)
     RUN[type(command)](command)
+
+
+def _check_repeats(command: Any, arguments: Sequence[str]) -> None:
+    """`InputError` where an option of several values is given twice, of which tyro keeps what stands behind the last
+    one alone, or ``--set`` sets a choice twice."""
+    given = [one.partition("=")[0].replace("_", "-") for one in arguments]
+    for name, value in vars(command).items():
+        if isinstance(value, tuple) and given.count(_spelt(name)) > 1:
+            raise InputError(f"{_spelt(name)} is given twice; give it once, with all values behind it")
+    choices = [one.partition("=")[0] for one in getattr(command, "set", ())]
+    if twice := [one for one in choices if choices.count(one) > 1]:
+        raise InputError(f"--set sets {twice[0]} twice; leave one of them out")
 
 
 def _at_home(value: Any) -> Any:

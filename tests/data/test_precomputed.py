@@ -27,6 +27,7 @@ BOXES = {
     "2008_000002": np.array([[0, 0, 80, 60], [5, 6, 25, 36]], np.float32),
     "000005": np.array([[10, 20, 30, 40], [1, 2, 3, 4], [70, 50, 80, 60]], np.float32),
 }
+EXPECTED = [(name, np.dtype(np.float32), boxes.tolist()) for name, boxes in BOXES.items()]
 
 
 @pytest.fixture
@@ -38,12 +39,11 @@ def images(tmp_path: Path) -> list[TaggedImage]:
     return [TaggedImage(name, folder / f"{name}.jpg", (0,), number) for number, name in enumerate(BOXES, 71)]
 
 
-def check(path: Path, images: list[TaggedImage]) -> None:
+def read(path: Path, images: list[TaggedImage]) -> list[tuple[str, np.dtype, list[list[float]]]]:
+    """The proposals of each image as they are read, without a note."""
     found = read_proposals(path, images)
-    assert list(found) == list(BOXES) and found.notes == ()
-    for name, boxes in BOXES.items():
-        assert found[name].dtype == np.float32
-        assert np.array_equal(found[name], boxes)
+    assert found.notes == ()
+    return [(name, boxes.dtype, boxes.tolist()) for name, boxes in found.items()]
 
 
 def write(path: Path, content: object) -> Path:
@@ -64,12 +64,13 @@ def coco(boxes: np.ndarray) -> list[list[float]]:
 
 def test_npz(tmp_path: Path, images: list[TaggedImage]) -> None:
     np.savez(tmp_path / "boxes.npz", **BOXES)
-    check(tmp_path / "boxes.npz", images)
+    assert read(tmp_path / "boxes.npz", images) == EXPECTED
 
 
 @pytest.mark.parametrize("suffix", [".json", ".pkl"])
 def test_boxes_by_name(tmp_path: Path, images: list[TaggedImage], suffix: str) -> None:
-    check(write(tmp_path / f"boxes{suffix}", {name: boxes.tolist() for name, boxes in BOXES.items()}), images)
+    path = write(tmp_path / f"boxes{suffix}", {name: boxes.tolist() for name, boxes in BOXES.items()})
+    assert read(path, images) == EXPECTED
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -78,7 +79,7 @@ def test_mat_of_fast_rcnn(tmp_path: Path, images: list[TaggedImage], order: str,
     boxes = [inclusive(value)[:, [1, 0, 3, 2]] + 1 for value in BOXES.values()]
     content = matlab(order, compressed, other=["text"], boxes=boxes, images=list(BOXES))
     (tmp_path / "boxes.mat").write_bytes(content)
-    check(tmp_path / "boxes.mat", images)
+    assert read(tmp_path / "boxes.mat", images) == EXPECTED
     for stop in (0, 100, 130, 200, len(content) // 2, len(content) - 30):
         (tmp_path / "boxes.mat").write_bytes(content[:stop])
         with pytest.raises(InputError, match=r"boxes.mat"):
@@ -92,7 +93,7 @@ def test_mat_as_scipy_writes_it(tmp_path: Path, images: list[TaggedImage]) -> No
         boxes.ravel()[:] = [inclusive(value)[:, [1, 0, 3, 2]] + 1 for value in BOXES.values()]
         names.ravel()[:] = list(BOXES)
         savemat(tmp_path / "boxes.mat", {"boxes": boxes, "images": names}, do_compression=compressed)
-        check(tmp_path / "boxes.mat", images)
+        assert read(tmp_path / "boxes.mat", images) == EXPECTED
 
 
 @pytest.mark.parametrize("key", ["indexes", "ids", "images"])
@@ -111,7 +112,7 @@ def test_table_of_detectron_in_every_protocol(
     }
     path = tmp_path / "boxes.pkl"
     path.write_bytes(pickle.dumps(table, protocol=protocol))
-    check(path, images)
+    assert read(path, images) == EXPECTED
 
 
 def test_coco_rows_by_score_and_by_file_name(tmp_path: Path, images: list[TaggedImage]) -> None:
@@ -120,10 +121,10 @@ def test_coco_rows_by_score_and_by_file_name(tmp_path: Path, images: list[Tagged
         for image in images
         for i, box in enumerate(coco(BOXES[image.id]))
     ]
-    check(write(tmp_path / "rows.json", rows[::-1]), images)
+    assert read(write(tmp_path / "rows.json", rows[::-1]), images) == EXPECTED
     named = [{"id": 900 + image.number, "file_name": f"train/{image.path.name}"} for image in images]
     moved = [{**row, "image_id": 900 + row["image_id"]} for row in rows]
-    check(write(tmp_path / "file.json", {"images": named, "annotations": moved}), images)
+    assert read(write(tmp_path / "file.json", {"images": named, "annotations": moved}), images) == EXPECTED
 
 
 def masks(boxes: np.ndarray) -> torch.Tensor:
@@ -139,12 +140,12 @@ def test_masks_as_run_lengths(tmp_path: Path, images: list[TaggedImage]) -> None
         for image in images
         for row in CompactMasks.of(SIZE, masks(BOXES[image.id]).numpy()).encode()
     ]
-    check(write(tmp_path / "masks.json", rows), images)
+    assert read(write(tmp_path / "masks.json", rows), images) == EXPECTED
     folder = tmp_path / "each"
     folder.mkdir()
     for image in images:
         write(folder / f"{image.id}.json", [row for row in rows if row["image_id"] == image.number])
-    check(folder, images)
+    assert read(folder, images) == EXPECTED
 
 
 @pytest.mark.parametrize("mode", ["grey", "palette", "16 bits", "colours", "folders"])
