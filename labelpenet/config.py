@@ -28,7 +28,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "nms": _SHARE, "per_class": _COUNT, "min_score": _SHARE, "threshold": (1e-6, 1 - 1e-6), "sxy_gaussian": _WIDTH,
     "compat_gaussian": (0, 1e4), "sxy_bilateral": _WIDTH, "srgb": _WIDTH, "compat_bilateral": (0, 1e4),
     "sfeatures": _WIDTH, "compat_features": (0, 1e4),
-    "iterations": (0, 1000), "min_component": _SHARE, "mask_nms": _SHARE, "max_attention": _COUNT, "max_masks": _COUNT,
+    "iterations": (0, 1000), "min_component": _SHARE, "mask_nms": _SHARE, "rescore": (0, 1000),
+    "max_attention": _COUNT, "max_masks": _COUNT,
     "steps": (1, 1e9), "lr": (0, 100), "momentum": _SHARE, "weight_decay": (0, 100), "decay": (0, 100),
     "warmup": (0, 1e9), "clip": (1e-9, 1e9), "batch_size": (1, 100_000), "anchor_sides": (1, 20_000), "rois": _COUNT,
     "rpn_pre_nms_top_n_train": _COUNT, "rpn_pre_nms_top_n_test": _COUNT, "rpn_post_nms_top_n_train": _COUNT,
@@ -135,6 +136,9 @@ class Calibration(_Ranged):
         vote: whether modules 1 and 2, as far as they came before, have a say in the weights (`LabelPEnet.vote`); what
             follows goes by these weights then.
         mask_nms: IoU above which masks of a class suppress one another; None keeps all.
+        rescore: an instance's weight is multiplied by the square of its mask's mean probability, and decays so fast
+            where the mask lies on a better one of its class (``decay`` of `calibration.nms.score_masks`); one whose
+            mask has no pixel above one half is dropped. None leaves the weights as they are.
         keep: an instance is dropped if its weight is below this fraction of the best one's of its class in its image.
         nested: an instance of whose box this fraction lies inside a better one of its class is dropped; None keeps all.
     """
@@ -155,6 +159,7 @@ class Calibration(_Ranged):
     min_component: float | None = None
     vote: bool = False
     mask_nms: float | None = None
+    rescore: float | None = None
     keep: float = 0.0
     nested: float | None = None
 
@@ -293,12 +298,15 @@ class Segmentation(Detector):
         mask_depth: convolutions of the mask head before its deconvolution.
         mask_margin: a RoI is enlarged by this fraction of its side before its mask is predicted; with 0 no mask can
             leave the detected box, and boxes tight around masks shrink from module to module.
+        start: whose weights training begins with: the ``backbone``'s, and new layers random; or, of every layer that
+            the two share, those of the module ``before``, if it was trained (`training.pretrain.start_from_before`).
     """
 
     name: str = field(default="segmentation", metadata=_FIXED)
     mask_width: int = 256
     mask_depth: int = 4
     mask_margin: float = 0.0
+    start: typing.Literal["backbone", "before"] = "backbone"
     label: MaskCalibration = MaskCalibration()
     predict: MaskCalibration = MaskCalibration(min_score=0.05, box="proposal", compete="background")
 
@@ -521,13 +529,16 @@ def best() -> Recipe:
     sure: dict[str, Any] = {"keep": 0.5, "nested": 0.85, "compete": "classes"}
     detect = AttentionCalibration(combine="mean", max_attention=80, **several, **crf)
     masks = MaskCalibration(nms=0.4, mask_nms=0.5, max_masks=100, vote=True, **several, **crf | {"threshold": 0.38})
+    # Answers teach nothing, so a mask that lies on a better one may stay, if its score says so.
+    answer = replace(masks, mask_nms=0.8, rescore=4.0)
     segmenter: dict[str, Any] = {
-        **detector, "mask_width": 128, "mask_depth": 2, "mask_margin": 0.15, "schedule": replace(schedule, steps=800),
+        **detector, "mask_width": 128, "mask_depth": 2, "mask_margin": 0.15, "start": "before",
+        "schedule": replace(schedule, steps=800),
         # lower than module 3's: legs come back, and with them the boxes around the masks
-        "label": replace(masks, **sure | {"threshold": 0.25}), "predict": replace(masks, threshold=0.25),
+        "label": replace(masks, **sure | {"threshold": 0.25}), "predict": replace(answer, threshold=0.25),
     }  # fmt: skip
     # What attention maps enlarged is cut back once, where it is first passed on as a mask.
-    refiner = segmenter | {"label": replace(masks, **sure | {"threshold": 0.42}), "predict": masks}
+    refiner = segmenter | {"label": replace(masks, **sure | {"threshold": 0.42}), "predict": answer}
     return Recipe(
         name="best",
         images=Images(sides=(480,), longest=800, flip=True, test_side=480),

@@ -65,7 +65,9 @@ def vote_in_calibrations(modules: Sequence[Mapping[str, Any]]) -> list[dict[str,
     """The modules as they are written now, of a time when a module had one choice of a vote, for its predictions."""
     found = []
     for module in modules:
-        own = {**module, "label": _competing(module["label"]), "predict": _competing(module["predict"])}
+        own = {**module, **{name: {"rescore": None, **_competing(module[name])} for name in ("label", "predict")}}
+        if "mask_width" in own:
+            own = {"start": "backbone", **own}
         if "vote" in own:
             margin = _NO_MARGIN if "mask_width" in own else {}
             before = {**_LATER, "vote": False}

@@ -62,8 +62,8 @@ def test_every_choice_of_the_paper_recipe():
     chain = {
         "nms": 0.3, "per_class": 20, "min_score": 0.5, "threshold": None, "compete": "instances", "side": None,
         "sxy_gaussian": 3.0, "compat_gaussian": 3.0, "sxy_bilateral": 80.0, "srgb": 13.0, "compat_bilateral": 10.0,
-        "iterations": 10, "box": "mask", "min_component": None, "vote": False, "mask_nms": None, "keep": 0.0,
-        "nested": None,
+        "iterations": 10, "box": "mask", "min_component": None, "vote": False, "mask_nms": None, "rescore": None,
+        "keep": 0.0, "nested": None,
     }  # fmt: skip
     attention = chain | {"combine": "product", "members": "suppressed", "max_attention": 1000}
     masks = chain | {"max_masks": 1000}
@@ -77,6 +77,7 @@ def test_every_choice_of_the_paper_recipe():
         "mask_width": 256,
         "mask_depth": 4,
         "mask_margin": 0.0,
+        "start": "backbone",
         "label": masks,
         "predict": masks | answer,
     }
@@ -288,6 +289,21 @@ def test_a_recipe_from_before_labels_had_a_vote_says_what_it_said_then():
     learning = one.forward_backward
     assert (learning.labels, learning.drift) == ("inferred", None)
     assert learning.share == pytest.approx(0.99 ** (2 * learning.schedule.steps), abs=1e-6)
+
+
+def test_a_run_of_before_keeps_its_scores_and_where_its_training_began():
+    values = json.loads(json.dumps(to_dict(recipe("best"))))
+    for module in values["modules"]:
+        module.pop("start", None)
+        for part in ("label", "predict"):
+            del module[part]["rescore"]
+    answers = [module.predict.rescore for module in from_dict(values).modules]
+    assert answers == [None] * 4
+    assert [module.predict.rescore for module in recipe("best").modules] == [None, None, 4.0, 4.0]
+    assert {module.label.rescore for module in recipe("best").modules} == {None}
+    assert [module.predict.rescore for module in from_dict(OLD).modules] == [None] * 4
+    assert [module.start for module in from_dict(values).modules[2:]] == ["backbone"] * 2
+    assert [module.start for module in recipe("best").modules[2:]] == ["before"] * 2
 
 
 def test_recipes_are_values():

@@ -28,7 +28,7 @@ from labelpenet.calibration.maps import (
     normalise,
     project_maps,
 )
-from labelpenet.calibration.nms import confident, mask_nms, nms_groups, rank_within_class
+from labelpenet.calibration.nms import confident, mask_nms, nms_groups, rank_within_class, score_masks
 from labelpenet.config import AttentionCalibration, Calibration, MaskCalibration
 from labelpenet.instances import CompactMasks, Instances
 
@@ -205,12 +205,26 @@ def calibrate(
 
 def select_instances(found: Instances, trace: Trace, settings: Calibration) -> tuple[Instances, Trace]:
     """The instances, on the CPU, that neither double a better one nor are too doubtful beside it, and their maps."""
+    seen = torch.ones(len(found), dtype=torch.bool)
+    if settings.rescore is not None and len(found):
+        doubtful, found = found.weights == 0, _rescored(found, trace.marginals, settings.rescore)
+        seen = doubtful | (found.weights > 0)
     alive = mask_nms(found, settings.mask_nms)
+    alive = alive[seen[alive]]
     alive = alive[confident(found[alive], settings.keep, settings.nested)]
     if len(alive) == len(found):
         return found, trace
     index = alive.to(trace.confidence.device)
     return found[alive], Trace(*(one[index] for one in vars(trace).values()))
+
+
+def _rescored(found: Instances, marginals: Tensor, decay: float) -> Instances:
+    """K instances on the CPU, weighted anew by their probabilities (K, h, w); see `score_masks`."""
+    device = marginals.device
+    with full_precision(device):
+        scores, order = score_masks(found.weights.to(device), found.labels.to(device), marginals.float(), decay)
+        weights = torch.empty_like(scores).index_copy_(0, order, scores)
+    return found.weighted(weights.cpu())
 
 
 def _check(image: np.ndarray, found: Candidates, chosen: Chosen, maps: Tensor) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from labelpenet.calibration.calibrate import SURE
 from labelpenet.calibration.maps import interpolation
+from labelpenet.calibration.nms import score_masks
 from labelpenet.config import Sharpening
 
 FINE = 4
@@ -31,7 +32,7 @@ ALIKE = 20.0
 """Standard deviation, in grey levels of 0..255, of the colours of cells that a finer pixel follows."""
 
 DECAY = 2.0
-"""How fast the scores of masks on better ones decay: of two with an IoU of .7 the worse one's to .38."""
+"""Of `score_masks`: of two masks with an IoU of .7 the worse one's score decays to .38 of it."""
 
 NOTHING = -60.0
 """Logarithm of a weight that counts for nothing; smaller ones would be denormal, with which processors are slow."""
@@ -81,49 +82,11 @@ def sharpen(
 
 
 def rescore(scores: Tensor, labels: Tensor, masks: Tensor, settings: Sharpening) -> tuple[Tensor, Tensor]:
-    """Scores of class and mask for those of the class alone.
-
-    A class score does not know how well the mask fits, and where the CRF leaves many pixels in doubt the mask is often
-    wrong: it is multiplied by the square of the mean probability of the mask's pixels, those above one half (as the
-    mask's own score of SOLO; Wang et al., 2020). Boxes that NMS has kept apart may have grown to the same mask, so
-    scores decay by `matrix_nms`. Without iterations of the CRF the scores are those of the classes alone.
-
-    Args:
-        scores: (N,) in [0, 1].
-        labels: (N,) class indices.
-        masks: (N, h, w) in [0, 1] as `sharpen` gives them; a score of an empty one becomes 0.
-
-    Returns:
-        Scores (N,) in [0, 1], best first, and the index (N,) of the instance that each belongs to.
-    """
+    """`nms.score_masks` of the masks (N, h, w) that `sharpen` gives; without iterations of the CRF the scores are those
+    of the classes alone, best first, and the index of the instance that each belongs to."""
     if not settings.iterations:
         return scores.sort(descending=True)
-    masks = masks.flatten(1)
-    inside = (masks > 0.5).float()
-    mean = (masks * inside).sum(1) / inside.sum(1).clamp(min=1)
-    scores, order = (scores * mean**2).sort(descending=True)
-    scores, again = (scores * matrix_nms(inside[order], labels[order])).sort(descending=True)
-    return scores, order[again]
-
-
-def matrix_nms(masks: Tensor, labels: Tensor) -> Tensor:
-    """Matrix NMS (SOLOv2; Wang et al., 2020), Gaussian: no mask goes, but what lies on a better one decays.
-
-    The factor of mask j is ``min_i exp(-DECAY (IoU_ij^2 - IoU_i^2))`` over the better masks i of its class, at most 1,
-    where ``IoU_i`` is the largest IoU of i with one that is better still.
-
-    Args:
-        masks: (N, P) float, 0 or 1 for each of P pixels, best first.
-        labels: (N,) class indices.
-
-    Returns:
-        (N,) factors of the scores, in (0, 1].
-    """
-    both, area = masks @ masks.T, masks.sum(1)
-    overlap = both / (area[:, None] + area - both).clamp(min=1) * (labels[:, None] == labels)
-    overlap = torch.cat([0 * area[None], overlap.triu(1)])  # by none, and by those before it
-    own = torch.cat([area.new_zeros(1), overlap.amax(0)])  # one that decays itself makes others decay less
-    return (-DECAY * (overlap**2 - own[:, None] ** 2).amax(0)).exp()
+    return score_masks(scores, labels, masks, DECAY)
 
 
 def _beyond(masks: Tensor, boxes: Tensor, settings: Sharpening) -> tuple[Tensor, Tensor]:

@@ -131,6 +131,7 @@ def train_module(
     if load_trained(training, name):
         _log.info("module %d (%s): trained before, loaded", number, name)
     else:
+        start_from_before(network, number)
         one = stage(training, number, targets)
         training.train(one if observer is None else observer.watch(one, [number]))
         if observer is not None:  # before the part is saved, so that an interruption does not skip it
@@ -139,6 +140,18 @@ def train_module(
             save_part(network, training.run, name)
     training.fabric.barrier()
     label_images(training, number)
+
+
+def start_from_before(network: LabelPEnet, number: int) -> None:
+    """Copies the weights of the trained module before into the layers of modules 3 and 4 that it has, too, where the
+    recipe says so (``start``): what it has learnt need not be learnt again from as many photographs. Not in the paper.
+    """
+    settings = network.module(number).settings
+    if getattr(settings, "start", "backbone") == "backbone" or MODULES[number - 2] in network.untrained:
+        return
+    own, before = network.module(number).state_dict(), network.module(number - 1).state_dict()
+    shared = {key: value for key, value in before.items() if key in own and own[key].shape == value.shape}
+    network.module(number).load_state_dict(shared, strict=False)
 
 
 def load_trained(training: Training, part: str) -> bool:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from labelpenet.calibration.calibrate import (
+    Trace,
     box_mask,
     drop_components,
     instance_heat,
@@ -20,6 +21,7 @@ from labelpenet.calibration.calibrate import (
     resize_masks,
     rivals,
     segment,
+    select_instances,
     to_instances,
     unaries,
     working_canvas,
@@ -233,6 +235,39 @@ def test_duplicates_of_a_class_are_one():
     )
     assert mask_nms(found, 0.5).tolist() == [1, 2, 3]  # the better of two alike; another class may lie there too
     assert mask_nms(found, 0.9).tolist() == mask_nms(found, None).tolist() == [0, 1, 2, 3]
+
+
+def rescored(weights: list[float], decay: float | None) -> tuple[Instances, Trace]:
+    """Five instances of probabilities whose scores are easy to say; the last one's mask has no pixel."""
+    p = torch.zeros(5, 300, 400)
+    p[0, :200], p[1, :200], p[2, 200:], p[3, :200] = 0.8, 0.9, 1.0, 1.0  # the fourth is of another class
+    p[1, :100] = 0.4
+    p[4] = 0.49
+    masks = p > 0.5
+    masks[4, :10] = True  # its proposal stands in
+    labels = torch.tensor([0, 0, 0, 1, 0])
+    found = Instances(masks_to_boxes(masks), labels, torch.tensor(weights), (300, 400), masks)
+    choice = AttentionCalibration(rescore=decay, mask_nms=None)
+    return select_instances(found, Trace(p, p, p, p), choice)
+
+
+def test_a_weight_knows_the_mask_and_what_lies_on_a_better_one_decays():
+    for context in (torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode()):
+        with context:  # an area of 40,000 pixels is no number in 16 bits
+            found, trace = rescored([0.9, 0.6, 0.5, 0.4, 0.7], 4.0)
+        assert found.labels.tolist() == [0, 0, 0, 1] and len(trace.marginals) == 4
+        expected = [0.9 * 0.64, 0.6 * 0.81 * np.exp(-4 * 0.5**2), 0.5, 0.4]
+        np.testing.assert_allclose(found.weights, expected, rtol=1e-5)
+    assert rescored([0.9, 0.6, 0.5, 0.4, 0.7], None)[0].weights.tolist() == pytest.approx([0.9, 0.6, 0.5, 0.4, 0.7])
+
+
+def test_what_is_doubtful_stays_so_when_weights_are_made_anew():
+    found, _ = rescored([0.9, 0.0, 0.5, 0.4, 0.0], 4.0)
+    np.testing.assert_allclose(found.weights, [0.9 * 0.64, 0, 0.5, 0.4, 0], rtol=1e-5)
+    none, _ = select_instances(
+        Instances.empty(SIZE, with_masks=True), Trace(*[torch.zeros(0, *SIZE)] * 4), AttentionCalibration(rescore=4.0)
+    )
+    assert len(none) == 0
 
 
 def test_small_parts_of_a_mask_are_dropped():

@@ -10,12 +10,12 @@ import torch
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import box_iou
 
+from labelpenet.calibration.nms import matrix_nms
 from labelpenet.calibration.sharpen import (
     FINE,
     draw,
     grid_size,
     joint_bilateral_upsampling,
-    matrix_nms,
     mean_field,
     rescore,
     resized,
@@ -211,9 +211,11 @@ def test_matrix_nms_is_that_of_its_paper():
     for j in range(12):
         decays = [np.exp(-2 * overlap[i, j] ** 2) / np.exp(-2 * overlap[:i, i].max(initial=0) ** 2) for i in range(j)]
         expected.append(min([1.0, *decays]))
-    found = matrix_nms(masks, labels)
+    found = matrix_nms(masks, labels, 2.0)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert float(found[0]) == 1 and float(found[5]) < 1
+    torch.testing.assert_close(matrix_nms(masks, labels, 5.0), found**2.5)  # a faster decay is a power of it
+    assert matrix_nms(masks, labels, 0.0).tolist() == [1] * 12
 
 
 def test_the_worse_of_two_that_share_their_pixels_decays():

@@ -23,7 +23,7 @@ from labelpenet.errors import InputError
 from labelpenet.formats import open_tagged
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.training.inferred import read_inferred
-from labelpenet.training.pretrain import Training, cached_loss, pretrain, run_facts
+from labelpenet.training.pretrain import Training, cached_loss, pretrain, run_facts, start_from_before
 from labelpenet.training.run import open_training, train_run
 from tests.models.tiny import lively_mobilenet
 
@@ -130,6 +130,38 @@ def test_training_moves_each_module_and_never_the_stem(straight, scenes):
         names = moved(part)
         assert any(name.startswith("head.") for name in names) and "classifier.weight" in names
     assert any(name.startswith("mask_head.") for name in moved("segmentation"))
+
+
+def equal_layers(network: LabelPEnet, one: str, other: str) -> tuple[set[str], set[str]]:
+    """The names of the tensors that two modules share, and of those that are equal."""
+    left, right = getattr(network, one).state_dict(), getattr(network, other).state_dict()
+    shared = set(left) & set(right)
+    return shared, {name for name in shared if torch.equal(left[name], right[name])}
+
+
+def test_modules_three_and_four_begin_with_what_the_one_before_has_learnt(scenes, tmp_path):
+    still = "modules.*.schedule.lr=0"  # so that what a module ends with is what it began with
+    begun = train(scenes, tmp_path / "before", still)
+    shared, equal = equal_layers(begun, "detection", "refinement")
+    assert equal == shared and {"rpn.head.objectness.weight", "classifier.weight", "regressor.bias"} <= shared
+    shared, equal = equal_layers(begun, "refinement", "segmentation")
+    assert equal == shared == set(begun.segmentation.state_dict())
+    alone = train(scenes, tmp_path / "backbone", still, "modules.4.start=backbone")
+    shared, equal = equal_layers(alone, "refinement", "segmentation")
+    assert "classifier.weight" not in equal and "mask_head.logits.weight" not in equal
+
+
+def test_a_module_whose_predecessor_was_not_trained_begins_with_the_backbone(scenes):
+    images = open_tagged(scenes, "train")
+    network = LabelPEnet(lively_mobilenet(7), images.classes, tiny_recipe())
+    before = {name: value.clone() for name, value in network.segmentation.state_dict().items()}
+    network.untrained = MODULES[:3]
+    start_from_before(network, 4)
+    assert all(torch.equal(before[name], value) for name, value in network.segmentation.state_dict().items())
+    network.untrained = ()
+    start_from_before(network, 4)
+    shared, equal = equal_layers(network, "refinement", "segmentation")
+    assert equal == shared
 
 
 class Interrupter:
