@@ -44,8 +44,10 @@ RUNGS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ("gradient instead of excitation backprop", "attention max_attention"),
         ("heat-maps of all proposals, mean instead of product, all maps of a class", "heat combine members"),
         ("a margin around the box where its mask is predicted", "mask_margin"),
+        ("modules 3 and 4 begin with the weights of the one before", "start"),
         ("vote", "vote"),
-        ("labels and answers: number, mask NMS, box of the mask, doubtful ones dropped", "label predict"),
+        ("labels and answers: number, mask NMS, scores that know the mask, box of the mask, doubtful ones dropped",
+         "label predict"),
     )
 )  # fmt: skip
 """Each rung's name, and the fields, wherever they stand in a recipe, that it takes from `best`."""

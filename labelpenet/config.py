@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from labelpenet.errors import InputError
-from labelpenet.old_recipe import inferred_second_stage, modernise, vote_in_calibrations
+from labelpenet.old_recipe import completed_modules, inferred_second_stage, modernise
 
 Pool = typing.Literal["max", "align", "centred"]
 Attention = typing.Literal["excitation", "gradient"]
@@ -586,6 +586,7 @@ def demo() -> Recipe:
     answer: dict[str, Any] = {"per_class": 20, "min_score": 0.05, "box": "proposal", "compete": "background"}
     segmenter: dict[str, Any] = {
         **detector, "mask_width": 48, "mask_depth": 1, "label": masks, "predict": replace(masks, **answer),
+        "start": "before", "schedule": replace(schedule, steps=100),
     }  # fmt: skip
     return Recipe(
         name="demo",
@@ -726,9 +727,7 @@ def from_dict(values: dict[str, Any]) -> Recipe:
             known = [(set(vars(module)), set(vars(module.label))) for module in base.modules]
             values = modernise(values, known)
         learning = inferred_second_stage(values.get("forward_backward", {}))
-        return _build(
-            base, {**values, "modules": vote_in_calibrations(values["modules"]), "forward_backward": learning}
-        )
+        return _build(base, {**values, "modules": completed_modules(values["modules"]), "forward_backward": learning})
     except (TypeError, KeyError, AttributeError, ValueError, InputError) as error:
         raise InputError(f"the run's recipe cannot be read ({error}); it was made by another version") from error
 

@@ -11,6 +11,8 @@ _GONE = {
 # Choices that did not exist yet, and what was done then.
 _LATER = {"keep": 0.0, "nested": None}
 _NO_MARGIN = {"mask_margin": 0.0}
+_AS_SCORED = {"rescore": None}
+_FROM_THE_BACKBONE = {"start": "backbone"}
 _RENAMED = {"background": "threshold", "part": "min_component", "duplicate": "mask_nms"}
 
 
@@ -61,15 +63,16 @@ def _competing(calibration: Mapping[str, Any]) -> dict[str, Any]:
     return {"compete": "instances" if own.pop("joint") else "background", **own} if "joint" in own else own
 
 
-def vote_in_calibrations(modules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The modules as they are written now, of a time when a module had one choice of a vote, for its predictions."""
+def completed_modules(modules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The modules as they are written now, of a time when a module had one choice of a vote, for its predictions, and
+    none of scores that know the mask or of where its training begins."""
     found = []
     for module in modules:
-        own = {**module, **{name: {"rescore": None, **_competing(module[name])} for name in ("label", "predict")}}
-        if "mask_width" in own:
-            own = {"start": "backbone", **own}
+        segments = "mask_width" in module
+        own = {**_FROM_THE_BACKBONE, **module} if segments else dict(module)
+        own |= {name: {**_AS_SCORED, **_competing(module[name])} for name in ("label", "predict")}
         if "vote" in own:
-            margin = _NO_MARGIN if "mask_width" in own else {}
+            margin = _NO_MARGIN if segments else {}
             before = {**_LATER, "vote": False}
             own["label"] = before | own["label"]
             own["predict"] = before | {"vote": own.pop("vote")} | own["predict"]
