@@ -132,13 +132,15 @@ class Calibration(_Ranged):
             widths in pixels of the canvas. Zero iterations leave the CRF out.
         box: where the box comes from: tight around the ``mask``, that of the kept ``proposal``, or the smallest box
             that encloses ``both``.
+        empty: what becomes of an instance whose mask has no pixel: its ``proposal`` stands in for the mask; or it is
+            ``doubtful`` besides, of weight 0: neither object nor background to learn.
         min_component: components of a mask smaller than this fraction of its largest one are dropped; None keeps all.
         vote: whether modules 1 and 2, as far as they came before, have a say in the weights (`LabelPEnet.vote`); what
             follows goes by these weights then.
         mask_nms: IoU above which masks of a class suppress one another; None keeps all.
         rescore: an instance's weight is multiplied by the square of its mask's mean probability, and decays so fast
             where the mask lies on a better one of its class (``decay`` of `calibration.nms.score_masks`); one whose
-            mask has no pixel above one half is dropped. None leaves the weights as they are.
+            mask has no pixel is dropped. None leaves the weights as they are.
         keep: an instance is dropped if its weight is below this fraction of the best one's of its class in its image.
         nested: an instance of whose box this fraction lies inside a better one of its class is dropped; None keeps all.
     """
@@ -156,6 +158,7 @@ class Calibration(_Ranged):
     compat_bilateral: float = 10.0
     iterations: int = 10
     box: typing.Literal["mask", "proposal", "both"] = "mask"
+    empty: typing.Literal["proposal", "doubtful"] = "proposal"
     min_component: float | None = None
     vote: bool = False
     mask_nms: float | None = None
@@ -525,8 +528,8 @@ def best() -> Recipe:
     label = AttentionCalibration(combine="mean", members="class", per_class=1, max_attention=120, **crf)
     # Not all instances against one another: parts and doubles would take the object's pixels from it.
     several: dict[str, Any] = {"per_class": 20, "min_score": 0.05, "compete": "background"}
-    # of what is passed on; a rider's mask does not take the horse
-    sure: dict[str, Any] = {"keep": 0.5, "nested": 0.85, "compete": "classes"}
+    # of what is passed on; a rider's mask does not take the horse, and a box without a mask does not teach one
+    sure: dict[str, Any] = {"keep": 0.5, "nested": 0.85, "compete": "classes", "empty": "doubtful"}
     detect = AttentionCalibration(combine="mean", max_attention=80, **several, **crf)
     masks = MaskCalibration(nms=0.4, mask_nms=0.5, max_masks=100, vote=True, **several, **crf | {"threshold": 0.38})
     # Answers teach nothing, so a mask that lies on a better one may stay, if its score says so.

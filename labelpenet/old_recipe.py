@@ -11,7 +11,7 @@ _GONE = {
 # Choices that did not exist yet, and what was done then.
 _LATER = {"keep": 0.0, "nested": None}
 _NO_MARGIN = {"mask_margin": 0.0}
-_AS_SCORED = {"rescore": None}
+_AS_SCORED = {"rescore": None, "empty": "proposal"}
 _FROM_THE_BACKBONE = {"start": "backbone"}
 _RENAMED = {"background": "threshold", "part": "min_component", "duplicate": "mask_nms"}
 

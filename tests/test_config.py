@@ -62,7 +62,8 @@ def test_every_choice_of_the_paper_recipe():
     chain = {
         "nms": 0.3, "per_class": 20, "min_score": 0.5, "threshold": None, "compete": "instances", "side": None,
         "sxy_gaussian": 3.0, "compat_gaussian": 3.0, "sxy_bilateral": 80.0, "srgb": 13.0, "compat_bilateral": 10.0,
-        "iterations": 10, "box": "mask", "min_component": None, "vote": False, "mask_nms": None, "rescore": None,
+        "iterations": 10, "box": "mask", "empty": "proposal", "min_component": None, "vote": False, "mask_nms": None,
+        "rescore": None,
         "keep": 0.0, "nested": None,
     }  # fmt: skip
     attention = chain | {"combine": "product", "members": "suppressed", "max_attention": 1000}
@@ -296,11 +297,13 @@ def test_a_run_of_before_keeps_its_scores_and_where_its_training_began():
     for module in values["modules"]:
         module.pop("start", None)
         for part in ("label", "predict"):
-            del module[part]["rescore"]
+            del module[part]["rescore"], module[part]["empty"]
     answers = [module.predict.rescore for module in from_dict(values).modules]
     assert answers == [None] * 4
     assert [module.predict.rescore for module in recipe("best").modules] == [None, None, 4.0, 4.0]
     assert {module.label.rescore for module in recipe("best").modules} == {None}
+    assert {module.label.empty for module in from_dict(values).modules} == {"proposal"}
+    assert [module.label.empty for module in recipe("best").modules] == ["proposal"] + ["doubtful"] * 3
     assert [module.predict.rescore for module in from_dict(OLD).modules] == [None] * 4
     assert [module.start for module in from_dict(values).modules[2:]] == ["backbone"] * 2
     assert [module.start for module in recipe("best").modules[2:]] == ["before"] * 2

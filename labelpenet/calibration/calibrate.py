@@ -436,8 +436,11 @@ def to_instances(
     masks = resize_to_crops(marginals, size)
     parts = [drop_components(torch.from_numpy(crop), settings.min_component).numpy() for crop in masks.crops]
     corners = list(masks.corners)
-    for index in [place for place, part in enumerate(parts) if not part.size]:
+    empty = [place for place, part in enumerate(parts) if not part.size]
+    for index in empty:
         parts[index], corners[index] = box_mask(proposals[index], size).numpy(), (0, 0)  # its proposal stands in
+    if settings.empty == "doubtful":
+        weights = weights.index_fill(0, torch.tensor(empty, dtype=torch.long), 0.0)
     masks = CompactMasks.of(size, parts, corners)
     boxes = masks.boxes()
     if settings.box != "mask":

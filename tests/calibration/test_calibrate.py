@@ -261,6 +261,18 @@ def test_a_weight_knows_the_mask_and_what_lies_on_a_better_one_decays():
     assert rescored([0.9, 0.6, 0.5, 0.4, 0.7], None)[0].weights.tolist() == pytest.approx([0.9, 0.6, 0.5, 0.4, 0.7])
 
 
+def test_an_instance_without_a_pixel_teaches_nothing_where_it_is_doubtful():
+    p, boxes = torch.full((2, *SIZE), 0.4), torch.tensor([[4.0, 5, 20, 30], [8, 8, 24, 24]])
+    p[1, 10:20, 10:20] = 0.9
+    for empty, expected in (("proposal", [0.8, 0.7]), ("doubtful", [0.0, 0.7])):
+        found = to_instances(
+            p, boxes, torch.tensor([0, 1]), torch.tensor([0.8, 0.7]), SIZE, AttentionCalibration(empty=empty)
+        )
+        assert found.weights.tolist() == pytest.approx(expected)
+        assert found.boxes[0].tolist() == boxes[0].tolist() and found.masks is not None
+        assert int(found.masks[0].sum()) == 16 * 25 and int(found.masks[1].sum()) == 100
+
+
 def test_what_is_doubtful_stays_so_when_weights_are_made_anew():
     found, _ = rescored([0.9, 0.0, 0.5, 0.4, 0.0], 4.0)
     np.testing.assert_allclose(found.weights, [0.9 * 0.64, 0, 0.5, 0.4, 0], rtol=1e-5)
