@@ -82,8 +82,16 @@ def sharpen(
 
 
 def rescore(scores: Tensor, labels: Tensor, masks: Tensor, settings: Sharpening) -> tuple[Tensor, Tensor]:
-    """`nms.score_masks` of the masks (N, h, w) that `sharpen` gives; without iterations of the CRF the scores are those
-    of the classes alone, best first, and the index of the instance that each belongs to."""
+    """Scores of class and mask (`nms.score_masks`, `DECAY`); without iterations of the CRF those of the class alone.
+
+    Args:
+        scores: (N,) in [0, 1].
+        labels: (N,) class indices.
+        masks: (N, h, w) in [0, 1] as `sharpen` gives them; a score of an empty one becomes 0.
+
+    Returns:
+        Scores (N,) in [0, 1], best first, and the index (N,) of the instance that each belongs to.
+    """
     if not settings.iterations:
         return scores.sort(descending=True)
     return score_masks(scores, labels, masks, DECAY)
