@@ -540,7 +540,8 @@ def best() -> Recipe:
         # lower than module 3's: legs come back, and with them the boxes around the masks
         "label": replace(masks, **sure | {"threshold": 0.25}), "predict": replace(answer, threshold=0.25),
     }  # fmt: skip
-    refiner = segmenter | {"label": replace(masks, **sure | {"threshold": 0.35}), "predict": answer}
+    # What attention maps enlarged is cut back once, where it is first passed on as a mask.
+    refiner = segmenter | {"label": replace(masks, **sure | {"threshold": 0.42}), "predict": answer}
     return Recipe(
         name="best",
         images=Images(sides=(480,), longest=800, flip=True, test_side=480),
