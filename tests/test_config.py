@@ -63,8 +63,7 @@ def test_every_choice_of_the_paper_recipe():
         "nms": 0.3, "per_class": 20, "min_score": 0.5, "threshold": None, "compete": "instances", "side": None,
         "sxy_gaussian": 3.0, "compat_gaussian": 3.0, "sxy_bilateral": 80.0, "srgb": 13.0, "compat_bilateral": 10.0,
         "iterations": 10, "box": "mask", "empty": "proposal", "min_component": None, "vote": False, "mask_nms": None,
-        "rescore": None,
-        "keep": 0.0, "nested": None,
+        "rescore": None, "keep": 0.0, "nested": None,
     }  # fmt: skip
     attention = chain | {"combine": "product", "members": "suppressed", "max_attention": 1000}
     masks = chain | {"max_masks": 1000}

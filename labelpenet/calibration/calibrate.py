@@ -204,7 +204,11 @@ def calibrate(
 
 
 def select_instances(found: Instances, trace: Trace, settings: Calibration) -> tuple[Instances, Trace]:
-    """The instances, on the CPU, that neither double a better one nor are too doubtful beside it, and their maps."""
+    """Those of K instances, on the CPU, that neither double a better one nor are too doubtful beside it; their maps.
+
+    With ``settings.rescore`` their weights, in [0, 1], are those of `score_masks`, and none is left whose mask has no
+    pixel, but those that were doubtful (of weight 0) before.
+    """
     seen = torch.ones(len(found), dtype=torch.bool)
     if settings.rescore is not None and len(found):
         doubtful, found = found.weights == 0, _rescored(found, trace.marginals, settings.rescore)

@@ -145,6 +145,10 @@ def train_module(
 def start_from_before(network: LabelPEnet, number: int) -> None:
     """Copies the weights of the trained module before into the layers of modules 3 and 4 that it has, too, where the
     recipe says so (``start``): what it has learnt need not be learnt again from as many photographs. Not in the paper.
+
+    Args:
+        network: whose ``untrained`` modules pass nothing on; changed in place.
+        number: of the module that is to be trained, 1 to 4.
     """
     settings = network.module(number).settings
     if getattr(settings, "start", "backbone") == "backbone" or MODULES[number - 2] in network.untrained:
