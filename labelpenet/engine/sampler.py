@@ -37,17 +37,24 @@ class MicroBatch:
 
 @contextmanager
 def micro_batches(stage: Stage, seed: int, rank: int, world: int, start: int) -> Iterator[Iterator[list[MicroBatch]]]:
-    """A process's micro-batches of each step from ``start`` on, loaded ahead in threads."""
+    """A process's micro-batches of each step from ``start`` on, loaded ahead in threads; the steps that repeat a batch
+    are given the same content.
+    """
     pool = ThreadPoolExecutor(LOADERS, thread_name_prefix="load")
 
+    begun: list[MicroBatch] = []
+
     def begin(step: int) -> list[MicroBatch]:
-        found, indices = [], draw(stage, seed, step, rank, world)
+        if begun and step % stage.repeat:  # the batch of the step before, which need not be loaded again
+            return list(begun)
+        begun.clear()
+        indices = draw(stage, seed, step, rank, world)
         for first in range(0, len(indices), stage.micro_batch):
             position, share = rank * len(indices) + first, indices[first : first + stage.micro_batch]
             own = stream_seed(seed, stage.name, step // stage.repeat, position, "load")
             loaded = pool.submit(stage.load, share, torch.Generator().manual_seed(own))
-            found.append(MicroBatch(position, share, loaded.result))
-        return found
+            begun.append(MicroBatch(position, share, loaded.result))
+        return list(begun)
 
     def ahead(steps: range) -> Iterator[list[MicroBatch]]:
         waiting = deque(map(begin, steps[:STEPS_AHEAD]))

@@ -298,8 +298,8 @@ class Phase:
     """
 
     def __init__(self, network: LabelPEnet, samples: Sequence[Sample], labels: Labels = None):
-        self.network, self.batch, self.labels = network, to_batch(network, samples), labels
-        self.features: list[Tensor] | None = None
+        self.network, self.samples, self.labels = network, samples, labels
+        self.batch = to_batch(network, samples)
 
     def infer(self, number: int) -> list[Instances]:
         """What module ``number`` passes on, in pixels of each photograph; without gradients, without dropout."""
@@ -307,7 +307,7 @@ class Phase:
             return [one[number - 1] for one in self.labels]
         self.network.eval()
         try:
-            batch = replace(self.batch, stem=self.batch.stem.detach(), features=self.features)
+            batch = replace(self.batch, stem=self.batch.stem.detach())
             return [found for found, _ in self.network.infer(number, batch)]
         finally:
             self.network.train()
@@ -316,13 +316,17 @@ class Phase:
     def classify(self) -> list[tuple[Tensor, Tensor]]:
         """Module 1's ``x^c`` (R, C + 1) and ``x^p`` (R, C) of each photograph, for its losses."""
         module = self.network.classification
-        learns = any(parameter.requires_grad for parameter in module.head.parameters())
+        learns = _learns(module.head)
         # Behind a frozen RoI head the features of hundreds of RoIs would send the stem a gradient at great cost. They
         # are also those of inference, for a head that does not learn needs no dropout.
         module.head.train(learns)
         with torch.set_grad_enabled(learns):
             features = module.features(self.batch)
-        self.features = None if learns else features
+        if not learns:
+            self.batch = replace(self.batch, features=features)
+            if not _learns(self.network.stem, module.tail):  # then they are those of the other phase, too
+                for sample, own in zip(self.samples, features, strict=True):
+                    sample.features = own
         return [module(one) for one in features]
 
     def multi_label(self, scores: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -335,6 +339,10 @@ class Phase:
         wanted = targets if module.needs_masks else [replace(target, masks=None) for target in targets]
         seen = [view.instances(target) for view, target in zip(self.batch.views, wanted, strict=True)]
         return torch.stack([value.float() for value in module.losses(self.batch, seen).values()]).sum()
+
+
+def _learns(*modules: torch.nn.Module) -> bool:
+    return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
 
 def forward(network: LabelPEnet, samples: Sequence[Sample], labels: Labels = None) -> dict[str, Tensor]:

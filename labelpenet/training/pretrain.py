@@ -223,6 +223,7 @@ class Sample:
         tags: its classes.
         proposals: (R, 4) in its pixels; empty where no module needs them.
         target: the instances to learn, in pixels of the view.
+        features: (R, D) module 1's RoI features of the view, where they are known.
     """
 
     image: np.ndarray
@@ -230,6 +231,7 @@ class Sample:
     tags: tuple[int, ...]
     proposals: Tensor
     target: Instances | None = None
+    features: Tensor | None = None
 
 
 def load_samples(
@@ -255,10 +257,12 @@ def load_samples(
 
 
 def to_batch(network: LabelPEnet, samples: Sequence[Sample]) -> Batch:
-    """The samples as the modules see them, with the stem's map of all."""
+    """The samples as the modules see them, with the stem's map of all, and RoI features if those of all are known."""
     views = [sample.view for sample in samples]
     images, tags, proposals = zip(*((one.image, one.tags, one.proposals) for one in samples), strict=True)
-    return Batch(views, network.stem_map(*views), images, tags, proposals)
+    features = [sample.features for sample in samples if sample.features is not None]
+    known = features if len(features) == len(samples) else None
+    return Batch(views, network.stem_map(*views), images, tags, proposals, known)
 
 
 def module_loss(training: Training, number: int) -> Callable[[Any, int], dict[str, Tensor]]:

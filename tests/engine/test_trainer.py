@@ -222,10 +222,11 @@ def test_loaded_images_and_their_draws_are_those_of_the_step(tmp_path, workers, 
     assert len(draws) == 18
 
 
-def test_repeated_steps_see_the_same_batch_and_draws(tmp_path):
-    seen = []
+def test_repeated_steps_see_the_same_batch_and_draws_loaded_once(tmp_path):
+    seen, loaded = [], []
 
     def load(indices: list[int], generator: torch.Generator) -> tuple[tuple[int, ...], float]:
+        loaded.append(tuple(indices))
         return tuple(indices), float(torch.rand((), generator=generator))
 
     net = Net()
@@ -238,7 +239,8 @@ def test_repeated_steps_see_the_same_batch_and_draws(tmp_path):
     assert [step for step, _ in seen] == list(range(6))
     batches_seen = [batch for _, batch in seen]
     assert batches_seen[0::2] == batches_seen[1::2] and len(set(batches_seen)) == 3
-    assert [indices for indices, _ in batches_seen[::2]] == [tuple(batches(N, 4, 0, "module1", k)) for k in range(3)]
+    expected = [tuple(batches(N, 4, 0, "module1", k)) for k in range(3)]
+    assert [indices for indices, _ in batches_seen[::2]] == expected == sorted(loaded, key=expected.index)
 
 
 def test_an_image_that_cannot_be_read_is_skipped_and_named(tmp_path):

@@ -261,6 +261,22 @@ def test_inference_in_a_phase_is_without_dropout_and_gradients(start, images):
     assert same(*found) and not found[0].boxes.requires_grad and network.training
 
 
+@pytest.mark.parametrize("learns", [False, True])
+def test_both_phases_share_features_that_do_not_change(start, images, learns, monkeypatch):
+    network = trainable(start)
+    network.stem.requires_grad_(learns)
+    labels = [tuple(anchors[one.id] for anchors in read_anchors(start, images)) for one in images.images[:1]]
+    shown, passes = sample(network, images), []
+    network.classification.tail.register_forward_hook(lambda *_: passes.append(1))
+    forward(network, [shown], labels)
+    losses = []
+    for one in (shown, sample(network, images)):
+        torch.manual_seed(1)
+        losses.append({name: value.item() for name, value in backward(network, [one], labels).items()})
+    assert losses[0] == losses[1]
+    assert len(passes) == 2 + learns, "a stem that learns gives the second phase other features"
+
+
 def test_modules_that_voted_learn_in_half_precision_too(start, images):
     # shown by torch 2.9, whose autocast hands the losses the weights that it has cast for the vote, without gradients
     network = trainable(start)
