@@ -27,7 +27,7 @@ from labelpenet import config
 from labelpenet.config import MODULES, CascadeOptions, Recipe
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
-from labelpenet.data.files import digest
+from labelpenet.data.files import digest, read_json
 from labelpenet.data.images import read_image
 from labelpenet.data.transforms import mirror, random_view
 from labelpenet.engine.distributed import build_fabric, gather, images_together, precision_of
@@ -45,6 +45,7 @@ from labelpenet.training.pretrain import (
     Sample,
     Training,
     label_images,
+    labelled,
     load_trained,
     run_facts,
     save_part,
@@ -112,6 +113,7 @@ def forward_backward(
     for number in range(1, len(MODULES) + 1):
         network.require(number)
     anchors = read_anchors(start, images) if labels is None else (Given(labels),) * len(MODULES)
+    images = labelled(images, anchors, fabric)
     weights = digest(value.numpy().tobytes() for value in network.state_dict().values())
     own = {**run_facts(network, images, options.seed, precision_of(fabric)), "start": weights, **own}
     with open_training(network, images, run, fabric, options, own, source) as training:
@@ -152,10 +154,11 @@ def with_labels(images: TaggedImages, labels: Mapping[str, Instances], first: bo
 
 
 def read_anchors(start: Path, images: TaggedImages) -> Anchors:
-    """The labels of the run ``start``; `InputError` where they are damaged, or a photograph has none or is another."""
+    """The labels of the run ``start``; `InputError` where they are damaged, or a photograph is none of its own."""
     run_folder.check_own(start, {image.id: image.path for image in images.images})
     anchors = tuple(read_inferred(start, f"module{number + 1}", len(images.classes)) for number in range(len(MODULES)))
-    known = set.intersection(*(set(one) for one in anchors))
+    listed = run_folder.photographs(start)
+    known = set.intersection(*map(set, anchors)).union(read_json(listed) if listed.is_file() else ())
     missing = [image.id for image in images.images if image.id not in known]
     if missing:
         raise InputError(
