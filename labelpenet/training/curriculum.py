@@ -241,11 +241,14 @@ def guard(training: Training, asked: LabelPEnet, anchors: Anchors) -> Callable[[
         rows: dict[int, list[validated.Comparison]] = {2: [], 3: [], 4: []}
         for image in chosen[fabric.global_rank :: fabric.world_size]:
             try:
-                batch = asked.batch([read_image(image.path)], [image.tags])
+                pixels = read_image(image.path)
             except InputError:  # whoever loads it for training says so
                 continue
+            with fabric.autocast():  # as the anchors were inferred
+                batch = asked.batch([pixels], [image.tags])
+                inferred = {number: asked.infer(number, batch)[0][0] for number in rows}
             for number, own in rows.items():
-                ((found, _),) = asked.infer(number, batch)
+                found = inferred[number]
                 anchor = anchors[number - 1][image.id]
                 own.append(validated.compare(found[found.weights > 0], anchor[anchor.weights > 0]))
         shares = gather(fabric.world_size, rows)

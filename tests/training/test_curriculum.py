@@ -231,6 +231,21 @@ def test_labels_that_drift_are_told_without_annotation(start, images):
     assert figures["drift/module3_area"] == pytest.approx(2, rel=0.1) and "module 3 (refinement)" in str(problem)
 
 
+def test_drift_is_looked_for_in_the_precision_that_the_labels_have(start, images, monkeypatch):
+    training, anchors = training_on(start, images), read_anchors(start, images)
+    training.fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    infer, seen = training.network.infer, []
+
+    def watched(*given):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return infer(*given)
+
+    monkeypatch.setattr(training.network, "infer", watched)
+    figures, _ = curriculum.guard(training, training.network, anchors)()
+    assert all(seen) and len(seen) == 3 * len(images.images) and not torch.is_autocast_enabled("cpu")
+    assert len(figures) == 9
+
+
 def test_doubtful_instances_are_no_drift(start, images, monkeypatch):
     training, anchors = training_on(start, images, "forward_backward.drift=1.6"), read_anchors(start, images)
     infer = training.network.infer
