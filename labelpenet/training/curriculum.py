@@ -39,7 +39,7 @@ from labelpenet.models.cascade import LabelPEnet, read_cascade
 from labelpenet.models.detection import covered
 from labelpenet.training import validated
 from labelpenet.training.inferred import read_inferred
-from labelpenet.training.labels import Given, fingerprint, read_all
+from labelpenet.training.labels import Given, check_size, fingerprint, read_all
 from labelpenet.training.observe import check_held_out
 from labelpenet.training.pretrain import (
     Sample,
@@ -280,8 +280,7 @@ def load(training: Training, anchors: Anchors) -> Callable[[list[int], torch.Gen
                 boxes = mirror(boxes, pixels.shape[1])
             return Shown(pixels, training.network.view(pixels, side), image.tags, boxes, id=image.id)
         labels = tuple(module[image.id] for module in anchors)
-        if any(label.image_size != pixels.shape[:2] for label in labels):
-            raise InputError(f"{image.path}: has another size than its labels; label it anew")
+        check_size(image, pixels, *labels)
         zoom = learning.zoom ** (2 * float(torch.rand((), generator=generator)) - 1)
         seen = validated.recolour(pixels, learning.colours, generator)
         view = training.network.view(seen, round(side * zoom), flip)
