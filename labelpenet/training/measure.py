@@ -85,7 +85,8 @@ def measure_run(
     for number in modules:
         if training:
             labels = read_inferred(run, f"module{number}", len(classes))
-            results["train"][str(number)] = evaluate(labels, train_truths, classes, "voc12")
+            own = {name: truth for name, truth in train_truths.items() if name in labels}
+            results["train"][str(number)] = evaluate(labels, own, classes, "voc12")
         path = run_folder.predictions(run, split, number)
         if not is_kept(path, key):
             pairs = ((image.id, found) for image, found in predictor.run(photographs, number, [], boxes))
@@ -94,6 +95,9 @@ def measure_run(
         write_json(run_folder.origin(path), made)
         found = read_predictions(path, photographs, classes)
         name = "student" if student else str(number)
+        if absent := sum(image not in found for image in truths):
+            what = "the student" if student else f"module {number}"
+            _log.warning("note: %s has no answer for %d photographs; their objects are missed", what, absent)
         results["val"][name] = evaluate(found, truths, classes, protocol)  # type: ignore[arg-type]
     if not student and 1 in modules:
         readable = [image for image in photographs if image.id in boxes]
