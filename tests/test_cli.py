@@ -140,6 +140,23 @@ def test_measure_says_which_photographs_it_cannot_judge_the_training_by(
         assert words in said and "photographs that it is measured on" not in said
 
 
+def test_annotation_that_is_left_out_of_figures_is_said(
+    run: Path, kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, other, cache = tmp_path / "run", tmp_path / "VOC2012", ["--cache", str(run.parent / "cache")]
+    shutil.copytree(run, copy)
+    shutil.copytree(kit, other)
+    for split in ("train", "val"):
+        name = (other / f"ImageSets/Main/{split}.txt").read_text().split()[0]
+        annotation = other / f"Annotations/{name}.xml"
+        annotation.write_text(annotation.read_text().replace("<width>96<", "<width>95<"))
+    main(["measure", str(copy), str(other), "--modules", "4", "--device", "cpu", *cache])
+    said = capsys.readouterr().err
+    assert "note: training photographs: 1 images are left out" in said and "note: 1 images are left out" in said
+    main(["proposals", str(other), "--split", "val", "--recall", *cache])
+    assert "note: 1 images are left out because their annotation is damaged" in capsys.readouterr().err
+
+
 def test_measure_says_what_has_no_answer_and_judges_a_module_by_what_it_labelled(
     run: Path, kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -77,9 +77,9 @@ def measure_run(
     truths, notes = held_out.readable_truths()
     if both := len(trained_on(run, labelled, photographs)):
         notes += (f"the run was trained on {both} of the {len(photographs)} photographs that it is measured on",)
-    for note in (*held_out.tagged.notes, *notes):
+    train_truths, said = training.readable_truths() if training else ({}, ())
+    for note in (*held_out.tagged.notes, *notes, *(f"training photographs: {note}" for note in said)):
         _log.warning("note: %s", note)
-    train_truths = training.readable_truths()[0] if training else {}
     results: dict[str, Any] = {"split": split, "protocol": protocol, "trained_on": both, "train": {}, "val": {}}
     results |= {"state": state, "made_from": hash_truths(key, (truths, train_truths))}
     for number in modules:
