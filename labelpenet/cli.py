@@ -849,7 +849,9 @@ def proposals(args: Proposals) -> None:
     mean = sum(map(len, boxes.values())) / len(boxes)
     print(f"{len(boxes)} images, {mean:.0f} proposals each on average, cached in {cache}")
     if annotated is not None:
-        print(recall_table(recall(boxes, annotated.readable_truths()[0], annotated.tagged.classes)))
+        truths, notes = annotated.readable_truths()
+        _say(*notes)
+        print(recall_table(recall(boxes, truths, annotated.tagged.classes)))
 
 
 def export(args: Export) -> None:

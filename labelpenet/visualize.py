@@ -50,6 +50,8 @@ def draw_instances(
 ) -> np.ndarray:
     """The instances on their photograph: translucent masks with a contour, boxes, class and score; the best one on top.
 
+    Of one of weight 0, which is doubtful, the box alone is drawn: its mask may be nothing but that box.
+
     Args:
         instances: of an image of this size, else a `ValueError`.
         classes: names by label, or None to leave the labels out.
@@ -66,7 +68,7 @@ def draw_instances(
     boxes = [_pixels(box, picture.shape) for box in shown.boxes.tolist()]
     masks = shown.compact_masks
     for index in reversed(range(len(shown))):  # the best one last, and so on top
-        if masks is not None and masks.crops[index].size:
+        if masks is not None and masks.crops[index].size and shown.weights[index] > 0:
             crop, (x, y) = masks.crops[index], masks.corners[index]
             _fill(picture[y : y + crop.shape[0], x : x + crop.shape[1]], crop, colours[index], width)
         _frame(picture, boxes[index], colours[index], width)

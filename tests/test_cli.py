@@ -140,6 +140,46 @@ def test_measure_says_which_photographs_it_cannot_judge_the_training_by(
         assert words in said and "photographs that it is measured on" not in said
 
 
+def test_annotation_that_is_left_out_of_figures_is_said(
+    run: Path, kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, other, cache = tmp_path / "run", tmp_path / "VOC2012", ["--cache", str(run.parent / "cache")]
+    shutil.copytree(run, copy)
+    shutil.copytree(kit, other)
+    for split in ("train", "val"):
+        name = (other / f"ImageSets/Main/{split}.txt").read_text().split()[0]
+        annotation = other / f"Annotations/{name}.xml"
+        annotation.write_text(annotation.read_text().replace("<width>96<", "<width>95<"))
+    main(["measure", str(copy), str(other), "--modules", "4", "--device", "cpu", *cache])
+    said = capsys.readouterr().err
+    assert "note: training photographs: 1 images are left out" in said and "note: 1 images are left out" in said
+    main(["proposals", str(other), "--split", "val", "--recall", *cache])
+    assert "note: 1 images are left out because their annotation is damaged" in capsys.readouterr().err
+
+
+def test_measure_says_what_has_no_answer_and_judges_a_module_by_what_it_labelled(
+    run: Path, kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, other = tmp_path / "run", tmp_path / "VOC2012"
+    shutil.copytree(run, copy)
+    shutil.copytree(kit, other)
+    photograph = other / "JPEGImages" / f"{(other / 'ImageSets/Main/val.txt').read_text().split()[0]}.jpg"
+    photograph.write_bytes(photograph.read_bytes()[:900])
+    labels = copy / "instances/module4.json"
+    content = json.loads(labels.read_text())
+    lost = content["images"].pop(0)
+    content["annotations"] = [row for row in content["annotations"] if row["image_id"] != lost["id"]]
+    del content["checksum"]
+    labels.write_text(json.dumps(content))
+    options = ["--device", "cpu", "--cache", str(run.parent / "cache"), "--modules", "4"]
+    main(["measure", str(copy), str(other), *options])
+    assert "module 4 has no answer for 1 photographs; their objects are missed" in capsys.readouterr().err
+    train = json.loads((copy / "results.json").read_text())["train"]["4"]
+    (other / "ImageSets/Main/train.txt").write_text("\n".join(image["image"] for image in content["images"]) + "\n")
+    main(["measure", str(copy), str(other), *options])
+    assert json.loads((copy / "results.json").read_text())["train"]["4"] == train
+
+
 def test_the_report_calls_no_photograph_held_out_that_was_trained_on(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

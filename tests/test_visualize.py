@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,14 @@ def frame(box: list[float], shape: tuple[int, ...]) -> np.ndarray:
     x1, y1, x2, y2 = (round(value) for value in box)
     inside[y1:y2, x1:x2] = True
     return inside
+
+
+def test_a_doubtful_instance_is_a_box_alone() -> None:
+    image, size = photograph(60, 80), (60, 80)
+    found = blobs(*size, [0, 1], [0.0, 0.5])
+    boxes = replace(found, masks=None)
+    assert np.array_equal(draw_instances(image, found[:1]), draw_instances(image, boxes[:1]))
+    assert not np.array_equal(draw_instances(image, found[1:]), draw_instances(image, boxes[1:]))
 
 
 @pytest.mark.parametrize("size", [(120, 160), (161, 97), (33, 200), (1, 1), (2, 7), (700, 501)])

@@ -145,6 +145,7 @@ class AnnotatedImages:
         """As `readable_truths`, one after the other: they need not fit into memory. Adds the notes in the end."""
         problems: list[str] = []
         remarks: list[str] = []
+        masked, boxed = False, 0
         for image in self.tagged.images:
             try:
                 truth = self.read(image.id)
@@ -152,11 +153,15 @@ class AnnotatedImages:
                 problems.append(str(error))
                 continue
             remarks += truth.notes
+            boxed += truth.instances.masks is None
+            masked |= truth.instances.masks is not None and len(truth.instances) > 0
             yield image.id, truth
         if len(problems) == len(self.tagged.images):
             raise InputError(problems[0] if problems else "the data set holds no image")
         notes += brief(problems, "images are left out because their annotation is damaged")
         notes += brief(remarks, "objects or masks are cut or left out")
+        if masked and boxed:
+            notes.append(f"{boxed} images have no true masks: what needs masks is measured on the others")
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,12 @@ def state(run: Path) -> dict[str, str]:
     return {"facts": found} | {path.stem: hash_file(path) for path in files}
 
 
+def box_map_50(result: Mapping[str, Any]) -> Any:
+    """Box mAP at IoU 0.5 of a module's entry in ``results.json``, None where there is none."""
+    box = result.get("box") or {}
+    return box.get("AP50", box.get("mAP"))  # by COCO's protocol mAP is the mean over IoU 0.5 to 0.95
+
+
 def is_outdated(known: Any, now: Mapping[str, str], name: str) -> bool:
     """Whether a module (its number) or the student was another in the state ``known``; not where nothing is known."""
     parts = ("stem", *MODULES[: int(name)]) if name.isdigit() else (name,)

@@ -1,6 +1,7 @@
 """All measures of a set of predictions in one dictionary, ready for JSON."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -37,7 +38,8 @@ def evaluate(
     Returns:
         Fractions in [0, 1], by part. A part whose ground truth is missing is absent, a class without ground truth is
         absent from ``per_class`` and left out of the mean. ``mask`` and ``semantic`` are measured over the images that
-        have that annotation, and are absent too if predictions hold boxes only.
+        have that annotation, and are absent too if predictions hold boxes only; where those of some images do, the
+        objects of these count as missed, and the boxes are no false masks.
 
         - ``box``: ``mAP`` (mean of ``per_class``; at IoU 0.5, for ``coco`` averaged over 0.5 .. 0.95), ``CorLoc``
           (mean of ``CorLoc_per_class``); for ``coco`` also ``AP50, AP75, AP_small, AP_medium, AP_large``.
@@ -100,7 +102,7 @@ def _masks(records: Sequence[Record], classes: Sequence[str], protocol: Protocol
         result["AP"] = _mean(result["AP_per_class"])
         result |= _by_area(precisions, classes)
     else:
-        matches = match_masks(records)
+        matches = match_masks(item if item.masks is not None else _nothing_found(item) for item in records)
         by_threshold = [class_average_precisions(matches, len(classes), threshold) for threshold in MASK_THRESHOLDS]
     for threshold, values in zip(MASK_THRESHOLDS, by_threshold, strict=True):
         per_class = _by_name(values, classes)
@@ -109,6 +111,11 @@ def _masks(records: Sequence[Record], classes: Sequence[str], protocol: Protocol
     result["ABO_per_class"] = _by_name(average_best_overlap(records, len(classes)), classes)
     result["ABO"] = _mean(result["ABO_per_class"])
     return result
+
+
+def _nothing_found(item: Record) -> Record:
+    """Boxes that were found without masks are no false masks, by pycocotools neither."""
+    return replace(item, boxes=item.boxes[:0], labels=item.labels[:0], scores=item.scores[:0])
 
 
 def _by_area(precisions: np.ndarray, classes: Sequence[str]) -> dict[str, float]:

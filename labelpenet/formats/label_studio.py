@@ -352,8 +352,8 @@ def export_label_studio(
 ) -> Exported:
     """Writes ``out/tasks.json`` (import it) and ``out/labels.xml`` (the project's labelling interface).
 
-    An instance with a mask becomes a polygon, one without a rectangle; each has its score. What a polygon cannot hold:
-    several outlines (parts and holes are joined by bridges of no width).
+    An instance with a mask becomes a polygon, one without or of score 0 a rectangle; each has its score. What a polygon
+    cannot hold: several outlines (parts and holes are joined by bridges of no width).
 
     Arguments and errors as `export`, and ``url``: what comes before an image's name (percent-encoded) in its task; by
     default Label Studio's local storage.

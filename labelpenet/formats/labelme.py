@@ -1,8 +1,9 @@
 """Labelme's and X-AnyLabeling's JSON, one file a photograph: to be corrected by hand, and read back.
 
-An instance is a polygon, or several of one ``group_id``; without masks a rectangle. The photograph's tags are its
-``flags``, and one more flag, ``checked``, is for the person: once it is set, or the file is changed in another way, the
-file is truth. Files that other hands made are truth as they are, and their flags are none of our business.
+An instance is a polygon, or several of one ``group_id``; without masks, or of score 0, a rectangle. The photograph's
+tags are its ``flags``, and one more flag, ``checked``, is for the person: once it is set, or the file is changed in
+another way, the file is truth. Files that other hands made are truth as they are, and their flags are none of our
+business.
 """
 
 import base64

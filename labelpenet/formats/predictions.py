@@ -191,6 +191,9 @@ def read_predictions(
         if size is not None:
             by_name[image.id] = read_rows(path, kept[image.id], labels, image.id, size)
     notes += brief(unreadable, "photographs cannot be read; what was found in them is left out")
+    segmentations = [segmentation for one in by_name.values() for segmentation in one.segmentations]
+    if 0 < (bare := segmentations.count(None)) < len(segmentations):
+        notes.append(f"{path}: {bare} of {len(segmentations)} instances have a box only, no mask")
     limits = [(one.boxes, [one.size[1] + 1, one.size[0] + 1]) for one in by_name.values()]
     if outside := sum(int(((boxes[:, :2] < -1) | (boxes[:, 2:] > limit)).any(1).sum()) for boxes, limit in limits):
         notes.append(f"{path}: {outside} boxes leave their photograph; is their bbox x, y, width, height?")

@@ -172,8 +172,7 @@ your own before you rely on it.
 def _figures(results: Mapping[str, Any]) -> str:
     rows = []
     for name, one in results.get("val", {}).items():
-        box = one.get("box", {})
-        parts = {"box mAP@.5": box.get("AP50", box.get("mAP"))}  # COCO's mean is over IoU .5 to .95
+        parts = {"box mAP@.5": run_folder.box_map_50(one)}
         parts |= {f"mask mAP@{iou}": one.get("mask", {}).get(f"mAP@{iou}") for iou in ("0.5", "0.75")}
         figures = [f"{key} {100 * value:.1f}" for key, value in parts.items() if value is not None]
         rows.append(f"- {'module ' if name.isdigit() else ''}{name}: {', '.join(figures)}")

@@ -385,9 +385,9 @@ def _key_figures(facts: Facts) -> list[tuple[str, str]]:
     ]
     measured = {number: result for number, result in _by_module(results.get("val")).items() if result}
     last = max(measured, default="")
-    box = "AP50" if results.get("protocol") == "coco" else "mAP"
-    for title, part, name in (("mask mAP .5", "mask", "mAP@0.5"), ("box mAP .5", "box", box)):
-        value = (measured[last].get(part) or {}).get(name) if last else None
+    best = measured.get(last, {})
+    masks = (best.get("mask") or {}).get("mAP@0.5")
+    for title, value in (("mask mAP .5", masks), ("box mAP .5", run_folder.box_map_50(best))):
         if isinstance(value, (int, float)):
             whose = "the student" if last == STUDENT else f"module {last}"
             figures.insert(0, (f"{title} of {whose}, %", f"{100 * value:.1f}"))

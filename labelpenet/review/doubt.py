@@ -20,11 +20,11 @@ def rank(images: Sequence[TaggedImage], found: Mapping[int, Inferred]) -> list[t
     """
     last = max(found)
     others = [found[number] for number in sorted(found) if number != last]
-    known = [image for image in images if image.id in found[last]]
-    judged = [
-        (image, doubt(image.tags, found[last].rows(image.id), [other.rows(image.id) for other in others]))
-        for image in known
-    ]
+    judged = []
+    for image in images:
+        if image.id in found[last]:
+            opinions = [other.rows(image.id) for other in others if image.id in other]
+            judged.append((image, doubt(image.tags, found[last].rows(image.id), opinions)))
     return sorted(judged, key=lambda pair: -pair[1])
 
 

@@ -103,7 +103,7 @@ function outline(object, index) {
   path.setAttribute("d", object.path);
   path.setAttribute("fill", colour(labelOf(index)));
   path.setAttribute("stroke", colour(labelOf(index)));
-  path.setAttribute("class", (index === chosen ? "chosen " : "") + (index in kept ? "" : "rejected"));
+  path.setAttribute("class", (index === chosen ? "chosen " : "") + (object.box ? "box " : "") + (index in kept ? "" : "rejected"));
   path.addEventListener("click", () => choose(index));
   return path;
 }

@@ -118,7 +118,7 @@ class Review:
             kept = {str(row["instance"]): row["category_id"] - 1 for row in said.rows if "instance" in row}
         height, width = found.image_size
         objects = [
-            {"label": label, "score": round(score, 3), "path": _path(found, one)}
+            {"label": label, "score": round(score, 3), "path": _path(found, one), "box": _is_box(found, one)}
             for one, (label, score) in enumerate(zip(found.labels.tolist(), found.weights.tolist(), strict=True))
         ]
         about = {"width": width, "height": height, "tags": image.tags, "status": self.status(image)}
@@ -143,7 +143,7 @@ class Review:
         image = self.ranked[index][0]
         rows = self.found.rows(image.id)
         chosen = [
-            {**rows[one], "category_id": label + 1, "instance": one}
+            {**_judged(rows[one]), "category_id": label + 1, "instance": one}
             for one, label in sorted(kept.items())
             if status in ("accepted", "open")
         ]
@@ -166,12 +166,24 @@ def _is_foreign(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
     number = row.get("instance")
     if number is None:
         return False
-    return not 0 <= number < len(rows) or any(row.get(key) != rows[number].get(key) for key in ("bbox", "segmentation"))
+    if not 0 <= number < len(rows):
+        return True
+    own = [(one.get("bbox"), one.get("segmentation")) for one in (rows[number], _judged(rows[number]))]
+    return (row.get("bbox"), row.get("segmentation")) not in own
+
+
+def _judged(row: dict[str, Any]) -> dict[str, Any]:
+    """The row of an instance as the page shows it: a doubtful one, of score 0, is a box without a mask."""
+    return {key: value for key, value in row.items() if key != "segmentation" or row["score"] > 0}
+
+
+def _is_box(found: Instances, index: int) -> bool:
+    return found.masks is None or float(found.weights[index]) == 0
 
 
 def _path(found: Instances, index: int) -> str:
     """The outline of an instance as an SVG path: its mask's borders, or its box."""
-    if found.masks is None:
+    if found.masks is None or _is_box(found, index):
         x1, y1, x2, y2 = (round(value, 1) for value in found.boxes[index].tolist())
         return f"M{x1} {y1}H{x2}V{y2}H{x1}Z"
     corners = (" ".join(f"{x:g} {y:g}" for x, y in ring) for ring in rings(found.masks[index].numpy()))

@@ -27,7 +27,7 @@ from labelpenet import config
 from labelpenet.config import MODULES, CascadeOptions, Recipe
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
-from labelpenet.data.files import digest
+from labelpenet.data.files import digest, read_json
 from labelpenet.data.images import read_image
 from labelpenet.data.transforms import mirror, random_view
 from labelpenet.engine.distributed import build_fabric, gather, images_together, precision_of
@@ -39,12 +39,13 @@ from labelpenet.models.cascade import LabelPEnet, read_cascade
 from labelpenet.models.detection import covered
 from labelpenet.training import validated
 from labelpenet.training.inferred import read_inferred
-from labelpenet.training.labels import Given, fingerprint, read_all
+from labelpenet.training.labels import Given, check_size, fingerprint, read_all
 from labelpenet.training.observe import check_held_out
 from labelpenet.training.pretrain import (
     Sample,
     Training,
     label_images,
+    labelled,
     load_trained,
     run_facts,
     save_part,
@@ -112,6 +113,7 @@ def forward_backward(
     for number in range(1, len(MODULES) + 1):
         network.require(number)
     anchors = read_anchors(start, images) if labels is None else (Given(labels),) * len(MODULES)
+    images = labelled(images, anchors, fabric)
     weights = digest(value.numpy().tobytes() for value in network.state_dict().values())
     own = {**run_facts(network, images, options.seed, precision_of(fabric)), "start": weights, **own}
     with open_training(network, images, run, fabric, options, own, source) as training:
@@ -152,10 +154,11 @@ def with_labels(images: TaggedImages, labels: Mapping[str, Instances], first: bo
 
 
 def read_anchors(start: Path, images: TaggedImages) -> Anchors:
-    """The labels of the run ``start``; `InputError` where they are damaged, or a photograph has none or is another."""
+    """The labels of the run ``start``; `InputError` where they are damaged, or a photograph is none of its own."""
     run_folder.check_own(start, {image.id: image.path for image in images.images})
     anchors = tuple(read_inferred(start, f"module{number + 1}", len(images.classes)) for number in range(len(MODULES)))
-    known = set.intersection(*(set(one) for one in anchors))
+    listed = run_folder.photographs(start)
+    known = set.intersection(*map(set, anchors)).union(read_json(listed) if listed.is_file() else ())
     missing = [image.id for image in images.images if image.id not in known]
     if missing:
         raise InputError(
@@ -238,11 +241,14 @@ def guard(training: Training, asked: LabelPEnet, anchors: Anchors) -> Callable[[
         rows: dict[int, list[validated.Comparison]] = {2: [], 3: [], 4: []}
         for image in chosen[fabric.global_rank :: fabric.world_size]:
             try:
-                batch = asked.batch([read_image(image.path)], [image.tags])
+                pixels = read_image(image.path)
             except InputError:  # whoever loads it for training says so
                 continue
+            with fabric.autocast():  # as the anchors were inferred
+                batch = asked.batch([pixels], [image.tags])
+                inferred = {number: asked.infer(number, batch)[0][0] for number in rows}
             for number, own in rows.items():
-                ((found, _),) = asked.infer(number, batch)
+                found = inferred[number]
                 anchor = anchors[number - 1][image.id]
                 own.append(validated.compare(found[found.weights > 0], anchor[anchor.weights > 0]))
         shares = gather(fabric.world_size, rows)
@@ -274,8 +280,7 @@ def load(training: Training, anchors: Anchors) -> Callable[[list[int], torch.Gen
                 boxes = mirror(boxes, pixels.shape[1])
             return Shown(pixels, training.network.view(pixels, side), image.tags, boxes, id=image.id)
         labels = tuple(module[image.id] for module in anchors)
-        if any(label.image_size != pixels.shape[:2] for label in labels):
-            raise InputError(f"{image.path}: has another size than its labels; label it anew")
+        check_size(image, pixels, *labels)
         zoom = learning.zoom ** (2 * float(torch.rand((), generator=generator)) - 1)
         seen = validated.recolour(pixels, learning.colours, generator)
         view = training.network.view(seen, round(side * zoom), flip)

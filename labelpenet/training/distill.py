@@ -33,7 +33,7 @@ from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.models.student import KIND, Lesson, Student
-from labelpenet.training.labels import fingerprint, read_all, sort_out
+from labelpenet.training.labels import check_size, fingerprint, read_all, sort_out
 from labelpenet.training.run import open_run
 
 
@@ -101,8 +101,7 @@ def stage(student: Student, images: TaggedImages, labels: Mapping[str, Instances
 
     def one(image: TaggedImage, generator: torch.Generator) -> Lesson:
         pixels, own = read_image(image.path), labels[image.id]
-        if len(own) and own.image_size != pixels.shape[:2]:
-            raise InputError(f"{image.path}: has another size than its labels; label it anew")
+        check_size(image, pixels, own)
         return lesson(pixels, own, recipe.images, noise, generator)
 
     def load(indices: list[int], generator: torch.Generator) -> list[Lesson]:

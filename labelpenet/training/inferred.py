@@ -16,7 +16,6 @@ import torch
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.files import is_whole, read_json, sealed, write_text, writing
-from labelpenet.data.images import image_size
 from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
 from labelpenet.formats.predictions import coco_text
@@ -30,7 +29,10 @@ Rows = list[dict[str, Any]]
 
 
 class Inferred(Mapping[str, Instances]):
-    """The instances of each image by id, decoded when asked for (masks stay run-length encoded in memory)."""
+    """The instances of each image by id, decoded when asked for (masks stay run-length encoded in memory).
+
+    An image that could not be read when it was to be labelled is not there.
+    """
 
     def __init__(self, rows: dict[str, Rows], sizes: dict[str, tuple[int, int]], num_classes: int):
         self._rows, self._sizes, self._categories = rows, sizes, list(range(1, num_classes + 1))
@@ -48,6 +50,9 @@ class Inferred(Mapping[str, Instances]):
     def size(self, image_id: str) -> tuple[int, int]:
         """(H, W) of an image."""
         return self._sizes[image_id]
+
+    def __contains__(self, image_id: object) -> bool:
+        return image_id in self._sizes  # without decoding its masks
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sizes)
@@ -94,9 +99,12 @@ def infer_all(
     """Labels every training image once, where an earlier run has not, and writes ``RUN/instances/NAME.json``.
 
     Args:
-        infer: from an image to its instances; an `InputError` skips the image (it then has no instances).
+        infer: from an image to its instances; an `InputError` leaves the image out, as what it shows is not known.
         device: where it infers: several images at a time on a CPU (`map_images`).
         rank, world, barrier: this process among those that share the work.
+
+    Raises:
+        InputError: not one image could be labelled.
     """
     target = run_folder.instances(run, name)
     if target.is_file():
@@ -113,14 +121,11 @@ def infer_all(
     before = len(share) - len(mine)
     part = target.with_suffix(f".part{rank}.jsonl")
 
-    def attempt(image: TaggedImage) -> tuple[dict[str, Any], str]:
+    def attempt(image: TaggedImage) -> tuple[dict[str, Any] | None, str]:
         try:
             found = infer(image)
-        except InputError as error:
-            size = [1, 1]
-            with contextlib.suppress(InputError):  # of a truncated file the size is known
-                size = list(image_size(image.path))
-            return {"id": image.id, "size": size, "rows": []}, f"skipped: {error}"
+        except InputError as error:  # without a line, so that a resumed run tries it again
+            return None, f"skipped: {error}"
         rows = found.to("cpu").to_coco(image.id)
         return {"id": image.id, "size": list(found.image_size), "rows": rows}, ""
 
@@ -131,14 +136,17 @@ def infer_all(
         contextlib.closing(map_images(attempt, mine, device)) as lines,
     ):
         for line, note in progress.tracked(lines, before):
+            if line is None:
+                progress.say(note)
+                continue
             file.write("\n" + sealed(json.dumps(line)))
             file.flush()
-            if note:
-                progress.say(note)
     barrier()
     if rank == 0:
         by_id = {line["id"]: line for line in _read_parts(target)}
-        ordered = (by_id[image.id] for image in images.images)
+        if not by_id:
+            raise InputError(f"{name} could label none of the images; see the notes above, then use --resume")
+        ordered = (by_id[image.id] for image in images.images if image.id in by_id)
         found = ((line["id"], tuple(line["size"]), line["rows"]) for line in ordered)
         text = coco_text(found, images.images, images.classes, with_ids=True)
         write_text(target, sealed(text) + "\n", "free some space and use --resume")

@@ -107,6 +107,12 @@ class Given(Mapping[str, Instances]):
         return labels.weighted(labels.weights * _sure(labels, Noise()))
 
 
+def check_size(image: TaggedImage, pixels: np.ndarray, *labels: Instances) -> None:
+    """`InputError` where the photograph (H, W, 3) has another size than any of its labels, which then lie elsewhere."""
+    if any(len(one) and one.image_size != pixels.shape[:2] for one in labels):
+        raise InputError(f"{image.path}: has another size than its labels; label it anew")
+
+
 def sort_out(labels: Instances, noise: Noise) -> tuple[Instances, Tensor]:
     """The instances that are taught, and the boxes (M, 4) of the doubtful ones (see `config.Noise`)."""
     sure = _sure(labels, noise)

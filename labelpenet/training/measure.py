@@ -77,15 +77,16 @@ def measure_run(
     truths, notes = held_out.readable_truths()
     if both := len(trained_on(run, labelled, photographs)):
         notes += (f"the run was trained on {both} of the {len(photographs)} photographs that it is measured on",)
-    for note in (*held_out.tagged.notes, *notes):
+    train_truths, said = training.readable_truths() if training else ({}, ())
+    for note in (*held_out.tagged.notes, *notes, *(f"training photographs: {note}" for note in said)):
         _log.warning("note: %s", note)
-    train_truths = training.readable_truths()[0] if training else {}
     results: dict[str, Any] = {"split": split, "protocol": protocol, "trained_on": both, "train": {}, "val": {}}
     results |= {"state": state, "made_from": hash_truths(key, (truths, train_truths))}
     for number in modules:
         if training:
             labels = read_inferred(run, f"module{number}", len(classes))
-            results["train"][str(number)] = evaluate(labels, train_truths, classes, "voc12")
+            own = {name: truth for name, truth in train_truths.items() if name in labels}
+            results["train"][str(number)] = evaluate(labels, own, classes, "voc12")
         path = run_folder.predictions(run, split, number)
         if not is_kept(path, key):
             pairs = ((image.id, found) for image, found in predictor.run(photographs, number, [], boxes))
@@ -94,6 +95,9 @@ def measure_run(
         write_json(run_folder.origin(path), made)
         found = read_predictions(path, photographs, classes)
         name = "student" if student else str(number)
+        if absent := sum(image not in found for image in truths):
+            what = "the student" if student else f"module {number}"
+            _log.warning("note: %s has no answer for %d photographs; their objects are missed", what, absent)
         results["val"][name] = evaluate(found, truths, classes, protocol)  # type: ignore[arg-type]
     if not student and 1 in modules:
         readable = [image for image in photographs if image.id in boxes]

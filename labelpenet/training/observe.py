@@ -150,7 +150,10 @@ class Observer:
     def _measure(self, name: str, lines: Sequence[_Line], indices: Sequence[int]) -> dict[str, float]:
         """Figures of the held-out images ``indices``, of which ``lines`` hold the predictions."""
         assert self.held_out is not None
-        classes, measured = self.training.images.classes, {self.held_out.tagged.images[index].id for index in indices}
+        classes, part = self.training.images.classes, {self.held_out.tagged.images[index].id for index in indices}
+        measured = part.intersection(line[0] for line in lines)
+        if not measured:
+            return {f"{name}/images": 0}
         truths, _ = self.held_out.where(lambda image: image.id in measured).readable_truths()
         found = Inferred({line[0]: line[2] for line in lines}, {line[0]: line[1] for line in lines}, len(classes))
         result = evaluate(found, truths, classes, "voc12")

@@ -18,7 +18,7 @@ from labelpenet import config
 from labelpenet.config import MODULES, Recipe, RunOptions
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
-from labelpenet.data.files import digest, write_tensors
+from labelpenet.data.files import digest, listing, write_tensors
 from labelpenet.data.images import read_image
 from labelpenet.data.transforms import Batch, View, random_view
 from labelpenet.engine.distributed import gather, images_together
@@ -195,17 +195,30 @@ def label_images(training: Training, number: int) -> None:
     infer_all(training.run, f"module{number}", training.images, infer, fabric.device, *place)
 
 
+def labelled(images: TaggedImages, labels: Sequence[Mapping[str, Instances]], fabric: Fabric) -> TaggedImages:
+    """The photographs that have labels in all of ``labels``, with a note on the others, which could not be read when
+    they were to be labelled: to learn them without would be to learn that they show nothing.
+    """
+    known = set.intersection(*map(set, labels))
+    left = [image.id for image in images.images if image.id not in known]
+    if left and fabric.global_rank == 0:
+        _log.warning("note: %d photographs have no labels (%s): not learnt", len(left), listing(left, 3))
+    return images.where(lambda image: image.id in known)
+
+
 def stage(training: Training, number: int, targets: Mapping[str, Instances] | None = None) -> Stage:
     """The training stage of one module; ``targets`` as in `train_module`."""
     module, schedule = training.network.module(number), training.recipe.modules[number - 1].schedule
+    if targets is None and number > 1:
+        targets = read_inferred(training.run, f"module{number - 1}", len(training.images.classes))
+    if targets is not None:
+        training = replace(training, images=labelled(training.images, [targets], training.fabric))
     names = [image.id for image in training.images.images]
     micro_batch = images_together(schedule.batch_size, training.fabric)
     build = partial(Stage, MODULES[number - 1], module, schedule, names, micro_batch=micro_batch)
     if getattr(module.settings, "freeze_head", False):
         training.features.compute_all(training.images.images)
         return build(loss=cached_loss(training))
-    if targets is None and number > 1:
-        targets = read_inferred(training.run, f"module{number - 1}", len(training.images.classes))
     load = load_samples(training, targets, module.needs_proposals, module.needs_masks)
     return build(loss=module_loss(training, number), load=load)
 

@@ -43,8 +43,8 @@ class Supervision:
     Attributes:
         kind: ``full``: module 4 alone, on true objects; ``mixed``: the cascade, in which true objects stand in for
             inferred ones where they are known.
-        truths: the true objects by image id, weights 1; ``masks`` is None for an image with boxes only. An image that
-            is not there has tags only.
+        truths: the true objects by image id, weights 1 (crowds 0); ``masks`` is None for an image with boxes only. An
+            image that is not there has tags only.
         digest: fingerprint of the truths: a resumed run must have the same.
         notes: what was found, a line each.
         tags: of the photographs that a person has corrected, by image id: the classes of what was left in them.
@@ -148,8 +148,8 @@ def read_corrections(
         raise InputError("nothing was accepted in the corrected files: mixed supervision needs at least one photograph")
     used = replace(images, images=tuple(image for image in images.images if image.id not in dropped))
     one = _read("mixed", used, kept, [*corrected.notes, *notes])
-    labels = {name: one.truths[name].labels.tolist() for name in corrected.truths if name in one.truths}
-    tags = {name: tuple(sorted(set(found))) for name, found in labels.items()}
+    known = {name: one.truths[name] for name in corrected.truths if name in one.truths}
+    tags = {name: tuple(own.labels[own.weights > 0].unique().tolist()) for name, own in known.items()}
     changed = sum(tags.get(image.id, image.tags) != image.tags for image in images.images)
     said = [f"{len(tags)} corrected images, of {changed} of which the tags change"]
     return replace(one, notes=(*one.notes, *said), tags=tags, dropped=dropped)
@@ -209,16 +209,16 @@ def _read(kind: Kind, images: TaggedImages, readers: Mapping[str, Read], notes: 
 
 
 def true_objects(truth: Truth) -> Instances:
-    """The objects of an annotation as training targets, weights 1.
+    """The objects of an annotation as training targets, weights 1, and crowd regions, weights 0.
 
-    Difficult objects are kept: left out, they would be taught as background. Crowd regions are left out, as no single
-    object can be told in them. If the mask of any object is empty, the image counts as one with boxes only.
+    Difficult objects are kept: left out, they would be taught as background. So would crowd regions, in which no single
+    object can be told: they are doubtful. If the mask of any object is empty, the image counts as one with boxes only.
     """
-    one = truth.instances
-    sides = one.boxes[:, 2:] - one.boxes[:, :2]
-    one = one[~truth.crowd & (sides > 0).all(1)]
-    whole = one.masks is not None and bool(one.masks.flatten(1).any(1).all())
-    return Instances(one.boxes, one.labels, torch.ones(len(one)), one.image_size, one.masks if whole else None)
+    sides = truth.instances.boxes[:, 2:] - truth.instances.boxes[:, :2]
+    kept = (sides > 0).all(1)
+    one, single = truth.instances[kept], ~truth.crowd[kept]
+    whole = one.masks is not None and bool(one.masks[single].flatten(1).any(1).all())
+    return Instances(one.boxes, one.labels, single.float(), one.image_size, one.masks if whole else None)
 
 
 def presentations(one: Recipe) -> int:
@@ -238,6 +238,7 @@ def with_masks(truth: Instances, found: Instances, image: np.ndarray, settings: 
 
     A box that one of the M inferred instances of its class matches (IoU at least 0.5; the best one) takes that
     instance's mask, cut to the box. For the others the dense CRF decides which pixels of the box are the object's.
+    Crowds, of weight 0, come last and fill their boxes.
 
     Returns:
         The N true objects with masks (N, H, W), none of them empty, on the device of ``found``.
@@ -248,6 +249,9 @@ def with_masks(truth: Instances, found: Instances, image: np.ndarray, settings: 
     if not len(truth):
         return Instances.empty(size, with_masks=True)
     whole = torch.stack([box_mask(box, size) for box in truth.boxes])
+    if not bool((single := truth.weights > 0).all()):  # crowds compete with no object for pixels
+        crowds = Instances(truth.boxes, truth.labels, truth.weights, size, whole)[~single]
+        return Instances.cat([with_masks(truth[single], found, image, settings), crowds])
     index, matched = match(truth, found)
     masks = masks_in_boxes(whole, image, settings) if not bool(matched.all()) else whole.clone()
     if found.masks is not None and bool(matched.any()):

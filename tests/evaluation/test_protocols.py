@@ -220,6 +220,23 @@ def test_parts_without_ground_truth_are_absent():
     assert evaluate({}, {}, ["cat"]) == {}
 
 
+@pytest.mark.parametrize("protocol", ["voc07", "voc12", "coco"])
+def test_boxes_without_masks_are_no_false_masks(protocol):
+    masks = torch.zeros(1, *SIZE, dtype=torch.bool)
+    masks[:, :4, :4] = True
+    true = truth([BOX], [0], masks=masks)
+    right, boxes = true.instances.weighted(torch.tensor([0.5])), found([BOX], [0], [0.9])
+    negative = Truth(Instances.empty(SIZE, with_masks=True), torch.zeros(0).bool(), torch.zeros(0).bool())
+    alone = evaluate({"a": right}, {"a": true}, ["cat"], protocol)["mask"]
+    assert alone["mAP@0.5"] == pytest.approx(1)
+    with_negative = evaluate({"a": right, "b": boxes}, {"a": true, "b": negative}, ["cat"], protocol)["mask"]
+    assert with_negative["mAP@0.5"] == pytest.approx(1), "nobody said where its pixels are"
+    missed = evaluate({"a": right, "b": boxes}, {"a": true, "b": true}, ["cat"], protocol)["mask"]
+    assert missed["mAP@0.5"] == pytest.approx(0.5, abs=0.01), "the object's mask is missed"
+    unknown = evaluate({"a": right, "b": right}, {"a": true, "b": truth([BOX], [0])}, ["cat"], protocol)["mask"]
+    assert unknown == alone, "an image without true masks does not count"
+
+
 def test_a_class_called_background_is_not_the_background():
     predictions, truths = random_set(1)
     usual, other = (evaluate(predictions, truths, [first, *CLASSES[1:]])["semantic"] for first in ("cat", "background"))

@@ -331,6 +331,21 @@ def test_a_doubtful_instance_is_no_object_where_a_format_holds_no_scores(tmp_pat
     assert not any("score 0" in note for note in done["coco"].notes)
 
 
+def test_annotation_tools_show_a_doubtful_instance_as_a_box(tmp_path):
+    images = photographs(tmp_path, NAMES)
+    found = predictions(images)
+    name, one = next((name, one) for name, one in found.items() if len(one) > 1)
+    found = {name: one.weighted(torch.tensor([0.0] + [0.5] * (len(one) - 1)))}
+    tasks = json.loads(export(found, images, CLASSES, tmp_path / "studio", "label-studio").paths[0].read_text())
+    kinds = [shape["type"] for shape in tasks[0]["predictions"][0]["result"]]
+    assert kinds == ["rectanglelabels"] + ["polygonlabels"] * (len(one) - 1)
+    (path,) = (
+        path for path in export(found, images, CLASSES, tmp_path / "me", "labelme").paths if path.suffix == ".json"
+    )
+    shapes = json.loads(path.read_text())["shapes"]
+    assert [shape["shape_type"] == "rectangle" for shape in shapes] == [True] + [False] * (len(shapes) - 1)
+
+
 def test_photographs_without_a_prediction_are_counted(tmp_path):
     images = photographs(tmp_path / "in", ("a.jpg", "b.jpg", "c.jpg"))
     found = predictions(images)

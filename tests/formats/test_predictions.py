@@ -149,6 +149,15 @@ def test_masks_without_boxes_polygons_and_uncompressed_runs(tmp_path):
         assert read.boxes.tolist() == [[3, 2, 9, 5]]
 
 
+def test_how_many_have_a_box_only_beside_masks_is_said(tmp_path):
+    images = photographs(tmp_path, NAMES)
+    box = {"image_id": NAMES[0], "category_id": 17, "score": 0.5, "bbox": [3, 2, 6, 3]}
+    mask = {**box, "segmentation": [[3, 2, 9, 2, 9, 5, 3, 5]]}
+    for rows, said in (([box, mask, box], True), ([box, box], False), ([mask], False)):
+        notes = read_predictions(saved(tmp_path / "r.json", rows), images, CLASSES, IDS).notes
+        assert any("2 of 3 instances have a box only, no mask" in note for note in notes) == said
+
+
 def test_images_and_categories_that_are_not_asked_for_are_left_out_and_named(tmp_path):
     images = photographs(tmp_path, NAMES)
     found = predictions(images)

@@ -204,6 +204,16 @@ def test_one_damaged_annotation_among_many_costs_one_image(tmp_path: Path) -> No
         open_tagged(year, "train")
 
 
+def test_how_many_images_count_for_boxes_alone_is_said(tmp_path: Path) -> None:
+    annotated = open_annotated(voc_kit(tmp_path), "train")
+    truths, notes = annotated.readable_truths()
+    boxes_only = sum(truth.instances.masks is None for truth in truths.values())
+    assert 0 < boxes_only < len(truths)
+    assert f"{boxes_only} images have no true masks: what needs masks is measured on the others" in notes
+    _, notes = annotated.where(lambda image: truths[image.id].instances.masks is None).readable_truths()
+    assert not any("true masks" in note for note in notes)
+
+
 def test_a_damaged_box_costs_itself_not_its_image(tmp_path: Path) -> None:
     year = voc_kit(tmp_path)
     boxes = [(3, 4, 99, 18), (5, 5, 4, 9), (40, 1, 50, 9), (2, 2, 9, 9)]
@@ -214,7 +224,7 @@ def test_a_damaged_box_costs_itself_not_its_image(tmp_path: Path) -> None:
     assert [word in note for word, note in zip(("is cut there", "no area", "four numbers"), notes, strict=False)] == [
         True
     ] * 3
-    assert notes[-1] == "3 objects or masks are cut or left out"
+    assert notes[3] == "3 objects or masks are cut or left out"
 
 
 @pytest.mark.parametrize(

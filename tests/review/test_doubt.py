@@ -55,6 +55,13 @@ def test_overlaps_are_those_of_masks_and_of_boxes_where_a_mask_is_missing() -> N
     assert best_overlaps(one, []).tolist() == [0] and best_overlaps([], other).shape == (0,)
 
 
+def test_what_a_module_could_not_label_is_no_disagreement() -> None:
+    image, one = TaggedImage("a", Path("a"), (0,)), rows((0, 0, 0, 1.0))
+    sure, other = Inferred({"a": one}, {"a": SIZE}, 3), Inferred({}, {"b": SIZE}, 3)
+    assert rank([image], {1: other, 2: sure, 4: sure})[0][1] == pytest.approx(0)
+    assert rank([image], {1: Inferred({}, {"a": SIZE}, 3), 4: sure})[0][1] == 1, "it found nothing"
+
+
 def test_the_command_exports_the_most_doubtful_first_of_photographs_that_lie_elsewhere(tmp_path, capsys):
     rows = [{"id": n, "file_name": f"{n}.png", "height": 40, "width": 40} for n in (1, 2, 3)]
     found = [{"id": n, "image_id": n, "category_id": 1, "bbox": [0, 0, 9, 9], "iscrowd": 0} for n in (1, 2, 3)]

@@ -242,6 +242,30 @@ def test_a_review_is_not_gone_on_with_where_masks_are_others_in_the_same_boxes(
         Review.open(folder, images, path)
 
 
+def test_a_doubtful_label_is_shown_and_accepted_as_a_box_without_a_mask(
+    run: tuple[Path, TaggedImages], tmp_path: Path
+) -> None:
+    folder, images = run
+    path, last = tmp_path / "review.json", run_folder.instances(folder, "module4")
+    content = json.loads(last.read_text())
+    content.pop("checksum", None)
+    sure = Review.open(folder, images, path).photograph(0)["objects"][0]
+    for row in content["annotations"]:
+        row["score"] = 0.0
+    last.write_text(json.dumps(content))
+    review = Review.open(folder, images, path)
+    image = review.ranked[0][0]
+    shown, found = review.photograph(0)["objects"][0], review.found[image.id]
+    x1, y1, x2, y2 = found.boxes[0].tolist()
+    assert not sure["box"] and shown["box"] and shown["path"] == f"M{x1} {y1}H{x2}V{y2}H{x1}Z"
+    review.judge(0, "accepted", {0: found.labels.tolist()[0]})
+    (true,) = (
+        one.instances(len(images.classes)) for one in read_review(path, images.images, images.classes)[0].values()
+    )
+    assert true.masks is None and true.boxes.tolist() == found.boxes[:1].tolist() and true.weights.tolist() == [1]
+    assert Review.open(folder, images, path).status(image) == "accepted", "it can be gone on with"
+
+
 def test_a_file_of_another_data_set_or_kind_is_not_taken_over(run: tuple[Path, TaggedImages], tmp_path: Path) -> None:
     folder, images = run
     path = tmp_path / "review.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from labelpenet import cli
 from labelpenet.config import CascadeOptions
+from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImages
 from labelpenet.data.images import read_image
 from labelpenet.data.run_folder import start_run
@@ -229,6 +231,21 @@ def test_labels_that_drift_are_told_without_annotation(start, images):
     assert figures["drift/module3_area"] == pytest.approx(2, rel=0.1) and "module 3 (refinement)" in str(problem)
 
 
+def test_drift_is_looked_for_in_the_precision_that_the_labels_have(start, images, monkeypatch):
+    training, anchors = training_on(start, images), read_anchors(start, images)
+    training.fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    infer, seen = training.network.infer, []
+
+    def watched(*given):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return infer(*given)
+
+    monkeypatch.setattr(training.network, "infer", watched)
+    figures, _ = curriculum.guard(training, training.network, anchors)()
+    assert all(seen) and len(seen) == 3 * len(images.images) and not torch.is_autocast_enabled("cpu")
+    assert len(figures) == 9
+
+
 def test_doubtful_instances_are_no_drift(start, images, monkeypatch):
     training, anchors = training_on(start, images, "forward_backward.drift=1.6"), read_anchors(start, images)
     infer = training.network.infer
@@ -382,6 +399,22 @@ def test_interrupted_and_resumed_it_ends_the_same(improved, start, images, tmp_p
     monkeypatch.undo()
     improve(images, start, tmp_path / "run", resume=True)
     assert results(tmp_path / "run") == results(improved)
+
+
+def test_a_photograph_that_the_cascade_could_not_label_is_left_out(start, images, tmp_path, caplog):
+    run, lost = tmp_path / "start", images.images[0]
+    shutil.copytree(start, run)
+    run_folder.check_photographs(run, dict.fromkeys(image.id for image in images.images))
+    for number in range(1, 5):
+        path = run_folder.instances(run, f"module{number}")
+        content = json.loads(path.read_text())
+        del content["checksum"], content["images"][0]
+        left = {image["id"] for image in content["images"]}
+        content["annotations"] = [row for row in content["annotations"] if row["image_id"] in left]
+        path.write_text(json.dumps(content))
+    improve(images, run, tmp_path / "run")
+    assert f"note: 1 photographs have no labels ({lost.id}): not learnt" in caplog.messages
+    assert run_folder.read_facts(tmp_path / "run")["images"] == len(images.images) - 1
 
 
 @pytest.mark.parametrize(("phases", "still"), [("backward", {"segmentation"}), ("forward", set())])

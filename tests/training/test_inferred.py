@@ -160,16 +160,43 @@ def test_any_number_of_processes_writes_the_same_file(tmp_path, world):
     assert not list(tmp_path.rglob("*.jsonl"))
 
 
-def test_an_unreadable_image_is_skipped_and_told(tmp_path, caplog):
+def damaged(*names: str):
+    """`guess`, which cannot read the photographs of these names."""
+
     def infer(image: TaggedImage) -> Instances:
-        if image.id == "photo-4":
-            raise InputError("4.jpg: damaged; replace the file")
+        if image.id in names:
+            raise InputError(f"{image.path}: damaged; replace the file")
         return guess(image)
 
-    infer_all(tmp_path, "module1", IMAGES, infer, CPU)
+    return infer
+
+
+def test_an_unreadable_image_is_told_and_left_out(tmp_path, caplog):
+    infer_all(tmp_path, "module1", IMAGES, damaged("photo-4"), CPU)
     assert caplog.messages == ["skipped: 4.jpg: damaged; replace the file"]
     found = read_inferred(tmp_path, "module1", C)
-    assert len(found["photo-4"]) == 0 and len(found["photo-5"]) == 2
+    assert "photo-4" not in found and len(found) == N - 1 and len(found["photo-5"]) == 2
+    assert "photo-3" in found, "where nothing was found, that is known"
+
+
+def test_a_resumed_run_tries_an_unreadable_image_again(tmp_path):
+    expected = whole(tmp_path / "straight")
+
+    def infer(image: TaggedImage) -> Instances:
+        if image.id == "photo-7":
+            raise KeyboardInterrupt
+        return damaged("photo-4")(image)
+
+    with pytest.raises(KeyboardInterrupt):
+        infer_all(tmp_path / "resumed", "module1", IMAGES, infer, CPU)
+    assert whole(tmp_path / "resumed") == expected
+
+
+def test_labels_of_no_image_are_no_labels(tmp_path):
+    with pytest.raises(InputError, match="label none of the images"):
+        infer_all(tmp_path, "module1", IMAGES, damaged(*(image.id for image in IMAGES.images)), CPU)
+    assert not run_folder.instances(tmp_path, "module1").exists()
+    whole(tmp_path)
 
 
 def test_another_error_is_not_swallowed(tmp_path):

@@ -163,6 +163,22 @@ def test_unreadable_images_cost_only_themselves(tmp_path):
     assert row["val_part/images"] == 4 and math.isfinite(row["val_part/box_mAP@0.5"])
 
 
+def test_held_out_photographs_that_cannot_be_read_are_no_misses(tmp_path):
+    year = write_scenes(tmp_path / "scenes", train=6, val=4, size=(96, 96), seed=3)
+    training, one = a_training(year, tmp_path / "run"), held_out(year)
+    watcher, images = Observer(training, 0.0, *one), one[0].tagged.images
+    truths = one[0].truths()
+    lines = [(i.id, truths[i.id].instances.image_size, truths[i.id].instances.to_coco(i.id)) for i in images]
+    perfect = watcher._measure("val", lines, range(4))
+    for image in images[1:]:
+        content = image.path.read_bytes()
+        image.path.write_bytes(content[: len(content) // 2])  # its size can be read still, and so its truth
+    assert [line[0] for line in watcher._predict(2, range(4))] == [images[0].id]
+    alone = watcher._measure("val", lines[:1], range(4))
+    assert alone == {**perfect, "val/images": 1} and perfect["val/box_mAP@0.5"] == pytest.approx(1)
+    assert watcher._measure("val", [], range(4)) == {"val/images": 0}
+
+
 def test_without_a_held_out_split_there_are_pictures_alone(scenes, tmp_path):
     training = a_training(scenes, tmp_path / "run")
     log = MetricsLog(tmp_path / "run", "refinement", [])

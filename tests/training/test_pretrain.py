@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,12 +16,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from labelpenet.config import CascadeOptions, Recipe, RunOptions, override, recipe
-from labelpenet.data.dataset import TaggedImages
+from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.images import read_image
 from labelpenet.data.run_folder import claimed, start_run
 from labelpenet.data.scenes import write_scenes
+from labelpenet.engine.stage import Stage
+from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
 from labelpenet.formats import open_tagged
+from labelpenet.instances import Instances
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.training.inferred import read_inferred
 from labelpenet.training.pretrain import Training, cached_loss, pretrain, run_facts, start_from_before
@@ -261,6 +265,30 @@ def test_a_damaged_image_costs_only_itself(tmp_path):
         found = read_inferred(tmp_path / "run", name, len(images.classes))
         assert len(found) >= N - 1 and (damaged.id not in found or len(found[damaged.id]) == 0)
         assert sum(len(found[image.id]) for image in images.images if image != damaged) > 0
+
+
+def test_a_photograph_that_a_module_could_not_label_is_no_negative_of_the_next(scenes, tmp_path, monkeypatch, caplog):
+    images = open_tagged(scenes, "train")
+    lost, infer, taught = images.images[2], Training.infer, []
+
+    def failing(self: Training, number: int, image: TaggedImage, pixels: np.ndarray) -> Instances:
+        if (number, image.id) == (1, lost.id):
+            raise InputError(f"{image.path}: gone for a moment")
+        return infer(self, number, image, pixels)
+
+    def watched(stage: Stage, *args: Any, **options: Any) -> None:
+        taught.append(set(stage.images))
+        train_stage(stage, *args, **options)
+
+    monkeypatch.setattr(Training, "infer", failing)
+    monkeypatch.setattr("labelpenet.training.pretrain.train_stage", watched)
+    train(scenes, tmp_path / "run", until=1)
+    train(scenes, tmp_path / "run", until=3, resume=True)
+    everything = {image.id for image in images.images}
+    assert taught == [everything, everything - {lost.id}, everything]
+    assert f"note: 1 photographs have no labels ({lost.id}): not learnt" in caplog.messages
+    found = [read_inferred(tmp_path / "run", f"module{number}", len(images.classes)) for number in (1, 2)]
+    assert lost.id not in found[0] and found[1][lost.id].labels.tolist(), "what can be read again comes back"
 
 
 def test_nothing_is_learnt_from_an_image_that_could_not_be_read(tmp_path):

@@ -17,11 +17,12 @@ from PIL import Image
 from labelpenet import config
 from labelpenet.cli import main
 from labelpenet.config import Calibration, CascadeOptions, override, recipe
-from labelpenet.data import AnnotatedImages, Truth, write_scenes
+from labelpenet.data import AnnotatedImages, TaggedImage, TaggedImages, Truth, write_scenes
 from labelpenet.errors import InputError
 from labelpenet.evaluation import evaluate
 from labelpenet.formats import open_annotated, open_tagged
 from labelpenet.formats.coco import export_coco
+from labelpenet.formats.corrected import Corrected
 from labelpenet.formats.review import Reviewed, write_review
 from labelpenet.instances import Instances, masks_to_boxes
 from labelpenet.models.cascade import LabelPEnet
@@ -35,6 +36,7 @@ from labelpenet.training.supervised import (
     match,
     open_supervision,
     presentations,
+    read_corrections,
     read_supervision,
     true_objects,
     with_masks,
@@ -166,17 +168,33 @@ def test_objects_without_a_box_leave_an_image_with_its_tags(kit, tmp_path):
     assert [image.id for image in all_of_it.images(images).images] == list(some.truths)
 
 
-def test_difficult_objects_are_learnt_and_crowds_and_empty_boxes_are_not():
+def test_difficult_objects_are_learnt_and_crowds_are_neither_object_nor_background():
     masks = torch.zeros(4, 10, 10, dtype=torch.bool)
     masks[:, 2:5, 2:6] = True
     boxes = torch.tensor([[2.0, 2, 6, 5], [2, 2, 6, 5], [2, 2, 6, 5], [9, 9, 9, 10]])
     found = Instances(boxes, torch.tensor([0, 1, 2, 3]), torch.full((4,), 0.5), (10, 10), masks)
     difficult, crowd = torch.tensor([True, False, False, False]), torch.tensor([False, True, False, False])
     kept = true_objects(Truth(found, difficult, crowd))
-    assert kept.labels.tolist() == [0, 2] and kept.weights.tolist() == [1, 1]
-    assert torch.equal(kept.masks, masks[[0, 2]])
+    assert kept.labels.tolist() == [0, 1, 2] and kept.weights.tolist() == [1, 0, 1], "a box without area is none"
+    assert torch.equal(kept.masks, masks[:3])
+    masks[1] = False
+    assert true_objects(Truth(found, difficult, crowd)).masks is not None
     masks[2] = False  # an object that the masks do not show
     assert true_objects(Truth(found, difficult, crowd)).masks is None
+
+
+def test_a_crowd_competes_for_no_pixel_and_gives_no_tag():
+    size, image = (48, 64), np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    boxes = torch.tensor([[4.0, 4, 28, 28], [0, 0, 64, 48]])
+    truth = Instances(boxes, torch.tensor([0, 1]), torch.tensor([1.0, 0]), size)
+    nothing, settings = Instances.empty(size, with_masks=True), Calibration(threshold=0.5)
+    alone, both = (with_masks(one, nothing, image, settings) for one in (truth[:1], truth))
+    assert torch.equal(both.masks[0], alone.masks[0]) and bool(both.masks[1].all())
+    assert both.weights.tolist() == [1, 0]
+    found = TaggedImages(("cat", "dog"), (TaggedImage("a", Path("a.jpg"), (0, 1)),))
+    none = torch.zeros(2, dtype=torch.bool)
+    read = Corrected({"a": lambda: Truth(truth, none, truth.weights == 0)}, frozenset(), ())
+    assert read_corrections(found, read).tags == {"a": (0,)}
 
 
 def test_full_supervision_has_as_many_presentations_as_the_weak_detectors_together():
