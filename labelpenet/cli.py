@@ -993,21 +993,15 @@ def report(args: Report) -> None:
     except InputError as error:
         _say(f"no pictures of the training photographs ({error})")
     if training is not None and args.split != source.get("split"):
-        own = {image.path for image in _tagged(training).images}
+        own = {image.path for image in training.tagged.images}
         try:
             held_out = opened(args.split).where(lambda image: image.path not in own)
-            if not _tagged(held_out).images:
+            if not held_out.tagged.images:
                 raise InputError(f"{data}: has no photographs but those that the run was trained on")
         except InputError as error:
             _say(f"no held-out strips ({error})")
             held_out = None
     print(write_report(args.run, args.out, training, held_out, images=args.images))
-
-
-def _tagged(images: AnnotatedImages | TaggedImages) -> TaggedImages:
-    from labelpenet.data import TaggedImages
-
-    return images if isinstance(images, TaggedImages) else images.tagged
 
 
 def demo(args: Demo) -> None:

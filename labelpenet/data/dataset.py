@@ -60,6 +60,11 @@ class TaggedImages:
     images: tuple[TaggedImage, ...]
     notes: tuple[str, ...] = ()
 
+    @property
+    def tagged(self) -> TaggedImages:
+        """Itself: what `AnnotatedImages` has as ``tagged``, for who takes either."""
+        return self
+
     def where(self, keep: Callable[[TaggedImage], bool]) -> TaggedImages:
         """The photographs that ``keep`` says yes to, with the same classes and notes."""
         return replace(self, images=tuple(filter(keep, self.images)))

@@ -9,6 +9,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -31,7 +32,7 @@ from labelpenet.data.files import (
     write_text,
 )
 from labelpenet.data.images import SUFFIXES, palette_png, read_index_map, voc_palette
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, collected
 from labelpenet.evaluation.semantic import IGNORE, paint
 from labelpenet.formats.folder import disk_form, image_files, known_beside, nfc, restrict
 from labelpenet.formats.selection import (
@@ -111,18 +112,16 @@ def open_annotated(year: Path, split: str | None = None, classes: Sequence[str] 
     and errors as `open.open_tagged`.
     """
     for_test = split is not None and split.rpartition("/")[2] == "test"
-    found, problems, bare = [], [], 0
+    found, problems, bare = [], list[str](), 0
     ids = split_ids(year, split)
     for name in ids:
-        try:
+        with collected(problems):
             image, names = _image(year, name), []
             if for_test and not is_file(year / "Annotations" / f"{name}.xml"):
                 bare += 1
             else:
                 names = object_names(_annotation(year, name))
             found.append(NamedImage(name, image, frozenset(names)))
-        except InputError as error:
-            problems.append(str(error))
     occurring = {name for one in found for name in one.names}
     if bare or (classes is not None and not set(classes) <= occurring):
         # A class may be missing from a small split and yet be known; a folder of test images alone knows none.
@@ -158,14 +157,12 @@ def open_beside(data: Path, split: str | None = None, classes: Sequence[str] | N
     problems: list[str] = []
     for path in sorted(data.glob("*.xml")):
         own = photographs.pop(nfc(path.stem), [])
-        try:
+        with collected(problems):
             if len(own) != 1:
                 raise InputError(f"{path}: must have one photograph of its name beside, not {listing(own) or 'none'}")
             if read_xml(path).tag != "annotation":
                 raise InputError(f"{path}: no annotation as VOC writes it; take it out of the folder")
             found[own[0]] = NamedImage(own[0], inside(data, own[0]), frozenset(object_names(path)))
-        except InputError as error:
-            problems.append(str(error))
     chosen, notes = restrict(found, data, data, split) if found else ([], [])
     if photographs:
         notes.append(f"{sum(map(len, photographs.values()))} photographs have no XML beside them; they are not used")
@@ -315,10 +312,8 @@ def _all_names(year: Path) -> set[str]:
     """Every class name that an annotation of the year uses; unreadable annotations are skipped."""
     names: set[str] = set()
     for path in (year / "Annotations").glob("*.xml"):
-        try:
+        with suppress(InputError):
             names.update(object_names(path))
-        except InputError:
-            continue
     return names
 
 

@@ -17,7 +17,7 @@ from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.files import hash_file, read_json, read_text, write_text
 from labelpenet.engine.log import Row, read_metrics
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, collected
 from labelpenet.evaluation import Table, cascade_table, summary_table
 from labelpenet.formats import read_predictions
 from labelpenet.instances import MIN_SCORE, Instances
@@ -245,10 +245,8 @@ def _made(make: Callable[[T], S], items: Iterable[T], problems: list[str]) -> li
     """What ``make`` makes of each item; where it cannot, ``problems`` says why."""
     found = []
     for item in items:
-        try:
+        with collected(problems):
             found.append(make(item))
-        except InputError as error:
-            problems.append(str(error))
     return found
 
 
