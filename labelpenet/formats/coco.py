@@ -351,10 +351,9 @@ def export_coco(
                 )
             entries.append({"id": number, "file_name": name, "width": width, "height": height})
             for row, mask in zip(found.to_coco(number, category_ids), mask_arrays(found), strict=True):
+                row.setdefault("segmentation", [])
                 whole = {"id": len(annotations) + 1, **coco_annotation(row)}
-                if mask is None:
-                    whole["segmentation"] = []
-                elif polygons:
+                if polygons and mask is not None:
                     whole["segmentation"] = coco_polygons(mask, tolerance)
                 annotations.append(whole)
         content = {

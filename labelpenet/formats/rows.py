@@ -27,7 +27,7 @@ _COORDINATE_LIMIT = 1e6  # pixels; beyond, float32 loses whole pixels
 def coco_annotation(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of a COCO results list with what readers of annotations ask for, too: ``area`` and ``iscrowd``."""
     mask = row.get("segmentation")
-    area = row["bbox"][2] * row["bbox"][3] if mask is None else int(rle.area(mask))
+    area = int(rle.area(mask)) if mask else row["bbox"][2] * row["bbox"][3]
     return {**row, "area": area, "iscrowd": 0}
 
 
