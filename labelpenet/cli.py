@@ -322,9 +322,7 @@ class Export:
     """The data set, or the folder of photographs, that the predictions belong to; none for onnx."""
     out: Path = Path("labels")
     """Folder to write; for onnx the file."""
-    to: Literal[
-        "coco", "coco-polygons", "coco-results", "voc", "yolo", "labelme", "label-studio", "voc-submission", "onnx"
-    ] = "coco"
+    to: Literal[config.Format, "onnx"] = "coco"
     """Format; coco-polygons is also for CVAT, labelme for X-AnyLabeling, onnx for programs without torch."""
     size: Annotated[str | None, _optional("HxW")] = None
     """onnx: HxW in pixels of the photographs that the file takes, multiples of 32. Default: the student's, 4:3."""

@@ -345,10 +345,8 @@ def export_coco(
             height, width = found.image_size
             number, name = numbers[image.id], names[image.id]
             if copy_images:
-                place = folder / "images" / plain[image.id]
-                name = (
-                    place.parent.relative_to(folder / "images").joinpath(copy_photograph(image, place, done)).as_posix()
-                )
+                copy = copy_photograph(image, folder / "images" / plain[image.id], done)
+                name = copy.relative_to(folder / "images").as_posix()
             entries.append({"id": number, "file_name": name, "width": width, "height": height})
             for row, mask in zip(found.to_coco(number, category_ids), mask_arrays(found), strict=True):
                 row.setdefault("segmentation", [])

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
+from labelpenet.config import Format
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.errors import InputError
 from labelpenet.formats.coco import export_coco, export_coco_results
@@ -15,7 +15,6 @@ from labelpenet.formats.voc import export_voc, export_voc_submission
 from labelpenet.formats.yolo import export_yolo
 from labelpenet.instances import Instances
 
-Format = Literal["coco", "coco-polygons", "coco-results", "voc", "yolo", "labelme", "label-studio", "voc-submission"]
 _FEW = {"min_score", "overwrite"}
 _WRITERS: dict[str, tuple[Callable[..., Exported], set[str]]] = {  # what writes each format, and its options
     "coco": (export_coco, _FEW | {"category_ids", "copy_images"}),

@@ -70,7 +70,7 @@ def export_labelme(
             path = folder / names[image.id]
             photograph = image.path.name
             if copy_images:
-                photograph = copy_photograph(image, path, done)
+                photograph = copy_photograph(image, path, done).name
             flags = {CHECKED: False} | {name: label in image.tags for label, name in enumerate(classes)}
             content = {
                 "version": "5.5.0",

@@ -80,7 +80,7 @@ def open_photographs(
 def training_split(data: Path | str) -> str | None:
     """``train`` for a VOC data set that has such a list, so that nothing is trained on what is held out; else None."""
     with _readable(data):
-        year = voc.year_folder(Path(data)) if Path(data).is_dir() else None
+        year = voc.year_folder(Path(data))
         return "train" if year is not None and "train" in voc.splits(year) else None
 
 

@@ -62,8 +62,6 @@ def year_folder(data: Path) -> Path | None:
     """
     if (data / "Annotations").is_dir() and ((data / "JPEGImages").is_dir() or (data / "ImageSets").is_dir()):
         return data
-    if not data.is_dir():
-        return None
     years = sorted(path.parent for path in data.glob("*/Annotations") if (path.parent / "JPEGImages").is_dir())
     if len(years) > 1:
         raise InputError(f"{data}: holds {listing(year.name for year in years)}; give the folder of one year")
@@ -421,7 +419,7 @@ def export_voc(
             rounded += int((found.boxes != found.boxes.round()).any(1).sum())
             file = f"{name}{image.path.suffix}"
             if copy_images:
-                file = copy_photograph(image, year / "JPEGImages" / name, done, jpeg=True)
+                file = copy_photograph(image, year / "JPEGImages" / name, done, jpeg=True).name
             xml = annotation_xml(home, file, found, boxes, classes)
             done.paths.append(write_bytes(year / "Annotations" / f"{name}.xml", xml))
             if found.masks is not None:

@@ -164,10 +164,7 @@ def open_annotated(
             tags = frozenset(names[index] for index in indices)
             found.append(NamedImage(photograph.relative_to(root).as_posix(), photograph, tags))
     if found and len(bare) == len(found):
-        raise InputError(
-            f"{path}: none of {len(found)} images has a label file "
-            f"({_labels(path, found[0].path, images, own)}); add them"
-        )
+        raise InputError(f"{path}: none of {len(found)} images has a label file ({files[found[0].path]}); add them")
     occurring = {name for one in found for name in one.names}
     if problems and not occurring:
         raise InputError(problems[0])
@@ -180,7 +177,7 @@ def open_annotated(
     number = {name: index for index, name in reversed(list(enumerate(names, 1)))}
 
     def truth(image: TaggedImage) -> Truth:
-        labels = _labels(path, image.path, images, own)
+        labels = files[image.path]
         size = checked_size(image.path, (None, None), labels)
         shapes = [_shape(line, row, size, names) for line, row in _rows(labels, len(names), pose).items()]
         return read_truth(shapes, size, tagged.classes, labels)

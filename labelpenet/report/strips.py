@@ -98,10 +98,13 @@ def choose_images(images: TaggedImages, count: int) -> list[TaggedImage]:
 
 
 def mean_best_overlap(found: Instances, truth: Truth) -> float | None:
-    """Mean over the true objects of their best IoU with what was found of their class; None if there is no object.
+    """Mean over the true objects of their best IoU with what was found of their class; None if there is no object, or
+    one of the two is of an image of another size.
 
     IoU of masks where the image has true masks, else of boxes; crowd regions are left out.
     """
+    if tuple(found.image_size) != tuple(truth.instances.image_size):
+        return None
     item = record(found.to("cpu"), truth, every_mask=False)
     objects = np.flatnonzero(~item.crowd)
     if not len(objects):
@@ -249,7 +252,7 @@ def _module_panels(
     panels = []
     for number, found in sorted(results.items()):
         caption = _count(found, source.training)
-        overlap = None if truth is None else _overlap(found, truth)
+        overlap = None if truth is None else mean_best_overlap(found, truth)
         if overlap is not None:
             caption += f"; mean best IoU {overlap:.2f}"
         least = 0.0 if source.training else MIN_SCORE
@@ -277,8 +280,3 @@ def _truth(source: Source, image: TaggedImage) -> Truth | None:
         return source.truth(image.id)
     except InputError:  # a damaged annotation costs one panel
         return None
-
-
-def _overlap(found: Instances, truth: Truth) -> float | None:
-    same = tuple(found.image_size) == tuple(truth.instances.image_size)
-    return mean_best_overlap(found, truth) if same else None
