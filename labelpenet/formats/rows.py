@@ -31,6 +31,16 @@ def coco_annotation(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "area": area, "iscrowd": 0}
 
 
+def best_overlaps(rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """(N,) each row's best IoU with one of its category among ``others``: of masks if all have them, else of boxes."""
+    if not rows or not others:
+        return np.zeros(len(rows))
+    kind = "segmentation" if all(row.get("segmentation") for row in (*rows, *others)) else "bbox"
+    overlap = rle.iou([row[kind] for row in rows], [row[kind] for row in others], [False] * len(others))
+    same = np.array([[row["category_id"] == other["category_id"] for other in others] for row in rows])
+    return np.where(same, overlap, 0.0).max(1)
+
+
 def coco_file(lists: Mapping[str, Iterable[str]]) -> Iterator[str]:
     """The text of a predictions file, piece by piece, from the lines of each of its lists."""
     before = "{\n"

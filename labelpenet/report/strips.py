@@ -18,7 +18,7 @@ from labelpenet.data.dataset import TaggedImage, TaggedImages, Truth
 from labelpenet.data.images import read_image
 from labelpenet.data.transforms import View
 from labelpenet.errors import InputError
-from labelpenet.evaluation import box_iou, mask_iou, record
+from labelpenet.formats.rows import best_overlaps
 from labelpenet.instances import MIN_SCORE, Instances
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.models.student import Student
@@ -105,18 +105,8 @@ def mean_best_overlap(found: Instances, truth: Truth) -> float | None:
     """
     if tuple(found.image_size) != tuple(truth.instances.image_size):
         return None
-    item = record(found.to("cpu"), truth, every_mask=False)
-    objects = np.flatnonzero(~item.crowd)
-    if not len(objects):
-        return None
-    if not len(item.labels):
-        return 0.0
-    if item.truth_masks is not None and item.masks is not None:
-        iou = mask_iou(item.masks, [item.truth_masks[index] for index in objects])
-    else:
-        iou = box_iou(item.boxes, item.truth_boxes[objects])
-    same = item.labels[:, None] == item.truth_labels[objects][None]
-    return float(np.where(same, iou, 0.0).max(0).mean())
+    objects = truth.instances[~truth.crowd].to_coco(0)
+    return float(best_overlaps(objects, found.to_coco(0)).mean()) if objects else None
 
 
 def worst_images(
