@@ -967,10 +967,9 @@ def report(args: Report) -> None:
 
     facts = read_run(args.run)
     source = facts.get("source") or {}
-    data = args.data or (Path(source["data"]) if source.get("data") else None)
-    own_data = (
-        data is not None and source.get("data") is not None and real_path(data) == real_path(Path(source["data"]))
-    )
+    learnt = Path(source["data"]) if source.get("data") else None
+    data = args.data or learnt
+    own_data = data is not None and learnt is not None and real_path(data) == real_path(learnt)
     images = source.get("images") if own_data else None  # of other data, the photographs lie elsewhere
     if data is not None and data != args.data and not data.exists():
         _say(f"no pictures: {data}, which the run was trained on, is not there (seen from this folder); give --data")

@@ -26,15 +26,7 @@ from labelpenet.models.student import KIND as STUDENT
 from labelpenet.models.student import load
 from labelpenet.progress import Progress
 from labelpenet.report.plots import Curves, curves, loss_plot, number_of
-from labelpenet.report.strips import (
-    Panel,
-    Source,
-    Strip,
-    choose_images,
-    make_short_strip,
-    make_strip,
-    worst_images,
-)
+from labelpenet.report.strips import Panel, Source, Strip, choose_images, make_short_strip, make_strip, worst_images
 from labelpenet.training.inferred import read_inferred
 from labelpenet.visualize import encode_picture
 
