@@ -60,11 +60,6 @@ class TaggedImages:
     images: tuple[TaggedImage, ...]
     notes: tuple[str, ...] = ()
 
-    @property
-    def tagged(self) -> TaggedImages:
-        """Itself: what `AnnotatedImages` has as ``tagged``, for who takes either."""
-        return self
-
     def where(self, keep: Callable[[TaggedImage], bool]) -> TaggedImages:
         """The photographs that ``keep`` says yes to, with the same classes and notes."""
         return replace(self, images=tuple(filter(keep, self.images)))
@@ -162,6 +157,11 @@ class AnnotatedImages:
             raise InputError(problems[0] if problems else "the data set holds no image")
         notes += brief(problems, "images are left out because their annotation is damaged")
         notes += brief(remarks, "objects or masks are cut or left out")
+
+
+def only_tagged(images: AnnotatedImages | TaggedImages) -> TaggedImages:
+    """The images without their truth, if they have any."""
+    return images.tagged if isinstance(images, AnnotatedImages) else images
 
 
 @dataclass(frozen=True)

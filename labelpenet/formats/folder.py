@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImages, tag_images
+from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImages, only_tagged, tag_images
 from labelpenet.data.files import brief, excerpt, inside, is_file, listing, read_json, read_text
 from labelpenet.data.images import SUFFIXES
 from labelpenet.errors import InputError, collected
@@ -162,7 +162,7 @@ def known_beside(
         parts = (part for part in data.resolve().parent.iterdir() if part.name.lower() in SPLIT_NAMES)
         for part in filter(Path.is_dir, parts):
             with suppress(InputError):  # what is wrong with another part is no matter here
-                names.update(opened(part).tagged.classes)
+                names.update(only_tagged(opened(part)).classes)
     return names
 
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
+from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, only_tagged
 from labelpenet.data.files import listing, read_json, read_text
 from labelpenet.data.images import find_images, unread
 from labelpenet.errors import InputError
@@ -40,7 +40,7 @@ def open_tagged(
         InputError: the data set is not recognised or damaged, the split or a class is unknown (the known ones are
             listed), or no image can be used; ``images`` for a data set that is itself the folder of its photographs.
     """
-    return _open(data, split, classes, images).tagged
+    return only_tagged(open_data(data, split, classes, images))
 
 
 def open_annotated(
@@ -51,12 +51,23 @@ def open_annotated(
     Raises:
         InputError: as there; also for a data set that holds tags only.
     """
-    found = _open(data, split, classes, images)
+    found = open_data(data, split, classes, images)
     if isinstance(found, TaggedImages):
         raise InputError(
             f"{data}: holds tags but no boxes or masks; those need a VOC, COCO, YOLO, Labelme or Label Studio data set"
         )
     return found
+
+
+def open_data(
+    data: Path | str, split: str | None = None, classes: Sequence[str] | None = None, images: Path | str | None = None
+) -> AnnotatedImages | TaggedImages:
+    """The same images with their truth where the data set holds any. Arguments and errors as `open_tagged`."""
+    if images is not None and not Path(images).is_dir():
+        raise InputError(f"{images}: no such image folder; check the path")
+    with _readable(data):
+        found = _recognise(Path(data), split, classes, None if images is None else Path(images))
+        return _noted(found, *unread(Path(data if images is None else images)))
 
 
 def open_photographs(
@@ -93,14 +104,6 @@ def _readable(data: Path | str) -> Iterator[None]:
         raise InputError(
             f"{error.filename or data}: cannot be read ({error.strerror}); check its permissions"
         ) from error
-
-
-def _open(data: Path | str, split: str | None, classes: Sequence[str] | None, images: Path | str | None) -> _Opened:
-    if images is not None and not Path(images).is_dir():
-        raise InputError(f"{images}: no such image folder; check the path")
-    with _readable(data):
-        found = _recognise(Path(data), split, classes, None if images is None else Path(images))
-        return _noted(found, *unread(Path(data if images is None else images)))
 
 
 def _recognise(data: Path, split: str | None, classes: Sequence[str] | None, images: Path | None) -> _Opened:
