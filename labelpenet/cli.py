@@ -322,9 +322,7 @@ class Export:
     """The data set, or the folder of photographs, that the predictions belong to; none for onnx."""
     out: Path = Path("labels")
     """Folder to write; for onnx the file."""
-    to: Literal[
-        "coco", "coco-polygons", "coco-results", "voc", "yolo", "labelme", "label-studio", "voc-submission", "onnx"
-    ] = "coco"
+    to: Literal[config.Format, "onnx"] = "coco"
     """Format; coco-polygons is also for CVAT, labelme for X-AnyLabeling, onnx for programs without torch."""
     size: Annotated[str | None, _optional("HxW")] = None
     """onnx: HxW in pixels of the photographs that the file takes, multiples of 32. Default: the student's, 4:3."""
@@ -856,9 +854,10 @@ def proposals(args: Proposals) -> None:
 
 def export(args: Export) -> None:
     """``labelpenet export``; bad input is an `InputError`."""
+    from labelpenet.data.dataset import AnnotatedImages, only_tagged
     from labelpenet.data.files import check_new_folder, check_outputs
     from labelpenet.formats import export as write
-    from labelpenet.formats import open_annotated, read_predictions
+    from labelpenet.formats import read_predictions
 
     if args.to == "onnx":
         from labelpenet.models.onnx import export_onnx, parse_size
@@ -877,10 +876,10 @@ def export(args: Export) -> None:
     if args.data is None:
         raise InputError(f"{args.predictions}: name the data set that the predictions belong to, too")
     check_new_folder(args.out, [args.data, args.predictions])
-    ids: tuple[int, ...] = ()  # a bare results list without names says nothing of a data set without ids
-    images = _exported(args)
-    with contextlib.suppress(InputError):
-        ids = open_annotated(args.data, args.split, images.classes, args.images).categories
+    found = _exported(args)
+    images = only_tagged(found)
+    # a bare results list without names says nothing of a data set without ids
+    ids = found.categories if isinstance(found, AnnotatedImages) else ()
     _say(*images.notes)
     if args.top is not None:
         images = _doubtful(args, images)
@@ -902,13 +901,12 @@ def export(args: Export) -> None:
     print(f"{args.out}: {len(written.paths)} files")
 
 
-def _exported(args: Export) -> TaggedImages:
+def _exported(args: Export) -> AnnotatedImages | TaggedImages:
     """The photographs of an export, with the classes asked for, else those of the predictions, where the data set knows
     them: a class that a split happens not to show is no reason to drop it, or to number the others anew. A folder whose
     sub-folders are no such classes holds photographs without tags."""
-    from labelpenet.formats import open_tagged
     from labelpenet.formats.folder import class_folders
-    from labelpenet.formats.open import NotRecognised, open_photographs
+    from labelpenet.formats.open import NotRecognised, open_data, open_photographs
     from labelpenet.formats.predictions import class_names
 
     assert args.data is not None
@@ -917,13 +915,13 @@ def _exported(args: Export) -> TaggedImages:
         with contextlib.suppress(InputError):  # a bare list names none
             known = class_names(args.predictions)
     try:
-        return open_tagged(args.data, args.split, known, args.images)
+        return open_data(args.data, args.split, known, args.images)
     except NotRecognised:
         pass
     except InputError:
         sorted_otherwise = args.split is None and args.data.is_dir() and class_folders(args.data)
         if asked is not None or known is None or not sorted_otherwise:
-            return open_tagged(args.data, args.split, asked, args.images)
+            return open_data(args.data, args.split, asked, args.images)
     return open_photographs(args.data, known or class_names(args.predictions), args.split, args.images)
 
 
@@ -964,17 +962,17 @@ def review(args: Review) -> None:
 
 def report(args: Report) -> None:
     """``labelpenet report``; bad input is an `InputError`."""
+    from labelpenet.data.dataset import only_tagged
     from labelpenet.data.files import check_outputs, real_path
-    from labelpenet.formats import open_annotated, open_tagged
+    from labelpenet.formats.open import open_data
     from labelpenet.models.cascade import read_run
     from labelpenet.report import write_report
 
     facts = read_run(args.run)
     source = facts.get("source") or {}
-    data = args.data or (Path(source["data"]) if source.get("data") else None)
-    own_data = (
-        data is not None and source.get("data") is not None and real_path(data) == real_path(Path(source["data"]))
-    )
+    learnt = Path(source["data"]) if source.get("data") else None
+    data = args.data or learnt
+    own_data = data is not None and learnt is not None and real_path(data) == real_path(learnt)
     images = source.get("images") if own_data else None  # of other data, the photographs lie elsewhere
     if data is not None and data != args.data and not data.exists():
         _say(f"no pictures: {data}, which the run was trained on, is not there (seen from this folder); give --data")
@@ -982,34 +980,22 @@ def report(args: Report) -> None:
     if args.out and real_path(args.out) != real_path(args.run / "report.html"):
         check_outputs([args.out], [args.run, *([data] if data else [])], args.overwrite)
 
-    def opened(split: str | None) -> AnnotatedImages | TaggedImages:
-        assert data is not None
-        try:
-            return open_annotated(data, split, facts["classes"], images)
-        except InputError:
-            return open_tagged(data, split, facts["classes"], images)
-
     training = held_out = None
     try:
-        training = None if data is None else opened(source.get("split"))
+        training = None if data is None else open_data(data, source.get("split"), facts["classes"], images)
     except InputError as error:
         _say(f"no pictures of the training photographs ({error})")
-    if training is not None and args.split != source.get("split"):
-        own = {image.path for image in _tagged(training).images}
+    if data is not None and training is not None and args.split != source.get("split"):
+        own = {image.path for image in only_tagged(training).images}
         try:
-            held_out = opened(args.split).where(lambda image: image.path not in own)
-            if not _tagged(held_out).images:
+            found = open_data(data, args.split, facts["classes"], images)
+            held_out = found.where(lambda image: image.path not in own)
+            if not only_tagged(held_out).images:
                 raise InputError(f"{data}: has no photographs but those that the run was trained on")
         except InputError as error:
             _say(f"no held-out strips ({error})")
             held_out = None
     print(write_report(args.run, args.out, training, held_out, images=args.images))
-
-
-def _tagged(images: AnnotatedImages | TaggedImages) -> TaggedImages:
-    from labelpenet.data import TaggedImages
-
-    return images if isinstance(images, TaggedImages) else images.tagged
 
 
 def demo(args: Demo) -> None:

@@ -18,6 +18,9 @@ Pool = typing.Literal["max", "align", "centred"]
 Attention = typing.Literal["excitation", "gradient"]
 Method = typing.Literal["selective-search-fast", "selective-search-quality", "edge-boxes"]
 Device = typing.Literal["auto", "cpu", "cuda"]
+Format = typing.Literal[  # of an export
+    "coco", "coco-polygons", "coco-results", "voc", "yolo", "labelme", "label-studio", "voc-submission"
+]
 Precision = typing.Literal["auto", "32-true", "bf16-mixed", "16-mixed"]
 _FIXED = {"fixed": True}  # of what says who a thing is and cannot be set
 

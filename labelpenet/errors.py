@@ -1,5 +1,8 @@
 """The one exception that a user is meant to read."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class InputError(ValueError):
     """What the user gave cannot be used: one line that names the file and the remedy.
@@ -13,6 +16,15 @@ class InputError(ValueError):
 
 class DamagedError(InputError):
     """A file that this package wrote is not as it was written; who can, makes it again."""
+
+
+@contextmanager
+def collected(problems: list[str]) -> Iterator[None]:
+    """One of many that cannot be used costs itself alone: the block's `InputError` becomes one of the problems."""
+    try:
+        yield
+    except InputError as error:
+        problems.append(str(error))
 
 
 def reason(error: BaseException) -> str:

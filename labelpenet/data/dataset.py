@@ -164,6 +164,11 @@ class AnnotatedImages:
             notes.append(f"{boxed} images have no true masks: what needs masks is measured on the others")
 
 
+def only_tagged(images: AnnotatedImages | TaggedImages) -> TaggedImages:
+    """The images without their truth, if they have any."""
+    return images.tagged if isinstance(images, AnnotatedImages) else images
+
+
 @dataclass(frozen=True)
 class NamedImage:
     """What a reader finds of one image before classes are chosen: with the names of what is in it, in any order."""

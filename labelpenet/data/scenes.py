@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from xml.sax.saxutils import escape
 
 import numpy as np
 from PIL import Image
@@ -330,7 +329,7 @@ def _write_scene(year: Path, name: str, scene: Scene) -> None:
 def _annotation(name: str, scene: Scene) -> str:
     height, width = scene.instances.shape
     lines = [
-        f"<annotation><folder>VOC2012</folder><filename>{escape(name)}.jpg</filename>",
+        f"<annotation><folder>VOC2012</folder><filename>{name}.jpg</filename>",
         f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size><segmented>1</segmented>",
     ]
     for number, label in enumerate(scene.labels, 1):

@@ -22,11 +22,11 @@ from labelpenet.data.dataset import (
     with_truth,
 )
 from labelpenet.data.files import brief, excerpt, inside, is_file, listing, read_json, read_names, write_text
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, collected
 from labelpenet.formats.folder import exists, list_file, nfc
 from labelpenet.formats.polygons import coco_polygons
 from labelpenet.formats.review import accepted
-from labelpenet.formats.rows import file_names, image_numbers, name_numbers
+from labelpenet.formats.rows import coco_annotation, file_names, image_numbers, name_numbers
 from labelpenet.formats.selection import Exported, copy_photograph, mask_arrays, new_export, selected, stems
 from labelpenet.formats.shapes import PROBE, Shape, checked_size, image_folder, read_truth
 from labelpenet.instances import Instances
@@ -142,7 +142,8 @@ def _read(path: Path, content: Any) -> CocoFile:
     problems: list[str] = []
     names: dict[int, str] = {}
     taken: set[str] = set()
-    used = {row["category_id"] for row in content["annotations"] if _is_annotation(row)}
+    rows = (row for row in content["annotations"] if isinstance(row, dict))
+    used = {row["category_id"] for row in rows if _is_id(row.get("category_id"))}
     doubles = Counter(str(row.get("name")) for row in content["categories"] if isinstance(row, dict))
     for row in content["categories"]:
         name = row.get("name") if isinstance(row, dict) else None
@@ -202,19 +203,17 @@ def _tagged(content: CocoFile, split: str | None, classes: Sequence[str] | None,
     chosen, notes = _chosen(content, split)
     folder, said = _image_folder(content, images)
     notes += said
-    found, problems, only_crowd = [], [], 0
+    found, problems, only_crowd = [], list[str](), 0
     for key in chosen:
         rows = content.annotations.get(key, [])
         single = frozenset(content.names[row["category_id"]] for row in rows if not _is_crowd(row))
         only_crowd += any(content.names[row["category_id"]] not in single for row in rows)
-        try:
+        with collected(problems):
             path = inside(folder, _image_id(content.images[key]))
             if not is_file(path):
                 raise InputError(f"{path}: no such image; add it or remove it from {content.path.name}")
             number = key if isinstance(key, int) else None
             found.append(NamedImage(_image_id(content.images[key]), path, single, number))
-        except InputError as error:
-            problems.append(str(error))
     notes += [*brief(content.problems, "rows are skipped"), *content.notes]
     out = sum(_leads_out(content.images[key]["file_name"]) for key in chosen)
     if out:
@@ -301,10 +300,6 @@ def _is_crowd(row: dict[str, Any]) -> bool:
     return row.get("iscrowd") in (1, "1")
 
 
-def _is_annotation(row: Any) -> bool:
-    return isinstance(row, dict) and _is_id(row.get("category_id"))
-
-
 def _is_image(row: Any) -> bool:
     return isinstance(row, dict) and _is_key(row.get("id")) and isinstance(row.get("file_name"), str)
 
@@ -342,7 +337,7 @@ def export_coco(
     `InputError`, too.
     """
     numbers, names, plain = image_numbers(images), file_names(images), stems(images, folders=True)
-    ids = list(range(1, len(classes) + 1) if category_ids is None else category_ids)
+    ids = range(1, len(classes) + 1) if category_ids is None else category_ids
     entries: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     with new_export(out, images, overwrite, {"format": "coco"}) as (folder, done):
@@ -350,18 +345,15 @@ def export_coco(
             height, width = found.image_size
             number, name = numbers[image.id], names[image.id]
             if copy_images:
-                place = folder / "images" / plain[image.id]
-                name = (
-                    place.parent.relative_to(folder / "images").joinpath(copy_photograph(image, place, done)).as_posix()
-                )
+                copy = copy_photograph(image, folder / "images" / plain[image.id], done)
+                name = copy.relative_to(folder / "images").as_posix()
             entries.append({"id": number, "file_name": name, "width": width, "height": height})
-            for row, mask in zip(found.to_coco(number, ids), mask_arrays(found), strict=True):
-                area = row["bbox"][2] * row["bbox"][3] if mask is None else int(mask.sum())
+            for row, mask in zip(found.to_coco(number, category_ids), mask_arrays(found), strict=True):
+                row.setdefault("segmentation", [])
+                whole = {"id": len(annotations) + 1, **coco_annotation(row)}
                 if polygons and mask is not None:
-                    row["segmentation"] = coco_polygons(mask, tolerance)
-                elif mask is None:
-                    row["segmentation"] = []
-                annotations.append({"id": len(annotations) + 1, **row, "area": area, "iscrowd": 0})
+                    whole["segmentation"] = coco_polygons(mask, tolerance)
+                annotations.append(whole)
         content = {
             "info": {"description": "pseudo-labels by Label-PEnet"},
             "licenses": [],
@@ -390,12 +382,11 @@ def export_coco_results(
     own = all(image.number is not None for image in images)
     digits = {} if own else name_numbers(images)  # by which such a list is read, too
     numbers = digits or image_numbers(images)
-    ids = list(range(1, len(classes) + 1) if category_ids is None else category_ids)
     with new_export(out, images, overwrite, {"format": "coco-results"}) as (folder, done):
         rows = [
             row
             for image, found in selected(predictions, images, min_score, done.notes, as_labels=False)
-            for row in found.to_coco(numbers[image.id], ids)
+            for row in found.to_coco(numbers[image.id], category_ids)
         ]
         done.paths.append(write_text(folder / "results.json", _finite_json(rows, out)))
     if category_ids is None or not own:

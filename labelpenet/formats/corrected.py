@@ -71,11 +71,8 @@ def _read_review(path: Path, images: TaggedImages) -> tuple[dict[str, Read], set
     def reader(name: str) -> Read:
         def read() -> Truth:
             one = reviewed[name]
-            try:
-                none = torch.zeros(len(one.rows), dtype=torch.bool)
-                return Truth(_checked(one.instances(len(images.classes)), by_id[name]), none, none)
-            except (KeyError, TypeError) as error:
-                raise InputError(f"damaged ({type(error).__name__} {error})") from error
+            none = torch.zeros(len(one.rows), dtype=torch.bool)
+            return Truth(_checked(one.instances(len(images.classes)), by_id[name]), none, none)
 
         return lambda: _named(read, path, name)
 

@@ -3,20 +3,18 @@
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
+from labelpenet.config import Format
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.errors import InputError
 from labelpenet.formats.coco import export_coco, export_coco_results
 from labelpenet.formats.label_studio import export_label_studio
 from labelpenet.formats.labelme import export_labelme
 from labelpenet.formats.selection import Exported
-from labelpenet.formats.voc import export_voc
-from labelpenet.formats.voc_submission import export_voc_submission
+from labelpenet.formats.voc import export_voc, export_voc_submission
 from labelpenet.formats.yolo import export_yolo
 from labelpenet.instances import Instances
 
-Format = Literal["coco", "coco-polygons", "coco-results", "voc", "yolo", "labelme", "label-studio", "voc-submission"]
 _FEW = {"min_score", "overwrite"}
 _WRITERS: dict[str, tuple[Callable[..., Exported], set[str]]] = {  # what writes each format, and its options
     "coco": (export_coco, _FEW | {"category_ids", "copy_images"}),

@@ -21,13 +21,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImages, tag_images
+from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImages, only_tagged, tag_images
 from labelpenet.data.files import brief, excerpt, inside, is_file, listing, read_json, read_text
 from labelpenet.data.images import SUFFIXES
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, collected
 from labelpenet.formats.shapes import PROBE, image_folder
 
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "trainval")
+_SPLIT_OF = {"training": "train", "valid": "val", "validation": "val"}
 # Folders that other layouts use: never classes, or a data set that lacks a file would be read as something else.
 _NO_CLASSES = (
     *("images", "annotations", "labels", "jpegimages", "imagesets", "segmentationclass", "segmentationobject", "masks"),
@@ -161,8 +162,7 @@ def known_beside(
         parts = (part for part in data.resolve().parent.iterdir() if part.name.lower() in SPLIT_NAMES)
         for part in filter(Path.is_dir, parts):
             with suppress(InputError):  # what is wrong with another part is no matter here
-                found = opened(part)
-                names.update((found.tagged if isinstance(found, AnnotatedImages) else found).classes)
+                names.update(only_tagged(opened(part)).classes)
     return names
 
 
@@ -207,17 +207,15 @@ def tag_names(
     ``more`` are names of classes that are known besides.
     """
     chosen, split_notes = restrict(tags, home, source, split)
-    found, problems = [], []
+    found, problems = [], list[str]()
     for name in chosen:
-        try:
+        with collected(problems):
             path = inside(home, name)
             if not is_file(path):
                 raise InputError(
                     f"{path}: no such image; add it, remove it from {source.name}, or give its folder (--images)"
                 )
             found.append(NamedImage(name, path, tags[name]))
-        except InputError as error:
-            problems.append(str(error))
     known = {tag for names in tags.values() for tag in names}
     notes = [*notes, *split_notes, *_doubts(known, classes or (), source)]
     return tag_images(found, classes, known.union(more), problems, source, notes)
@@ -266,6 +264,11 @@ def restrict(names: Iterable[str], home: Path, source: Path, split: str | None) 
     if lists:
         raise InputError(f"{source}: no split {split!r}; available are {listing(lists)}, or give a text file")
     return names, [f"{source} has no splits: all its images are used as {split!r}"]
+
+
+def plain_split(name: str) -> str:
+    """The name of a split in its shortest form: ``valid`` and ``validation`` are ``val``."""
+    return _SPLIT_OF.get(name, name)
 
 
 def list_file(split: str, folders: Iterable[Path], source: Path) -> Path | None:

@@ -32,7 +32,7 @@ from labelpenet.data.dataset import (
 )
 from labelpenet.data.files import MANIFEST, changed, inside, is_file, listing, read_json, write_text
 from labelpenet.data.images import SUFFIXES
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, collected
 from labelpenet.formats.folder import image_files, known_beside, restrict
 from labelpenet.formats.polygons import drawn, joined, outline, signed_area, straight
 from labelpenet.formats.rows import file_names
@@ -71,7 +71,7 @@ def export_labelme(
             path = folder / names[image.id]
             photograph = image.path.name
             if copy_images:
-                photograph = copy_photograph(image, path, done)
+                photograph = copy_photograph(image, path, done).name
             flags = {CHECKED: False} | {name: label in image.tags for label, name in enumerate(classes)}
             content = {
                 "version": "5.5.0",
@@ -168,7 +168,7 @@ def open_data(
     waiting = drawn_on = ambiguous = 0
     edited = changed(data)
     for path in json_files(data):
-        try:
+        with collected(problems):
             content = _content(path)
             if _OURS in content and not _flags(content).get(CHECKED) and path not in edited:
                 waiting += 1
@@ -186,8 +186,6 @@ def open_data(
                 flagged[name] = flags
             files[name] = path
             found.append(NamedImage(name, photograph, frozenset(tags)))
-        except InputError as error:
-            problems.append(str(error))
     if waiting and not found and not problems:
         raise InputError(
             f"{data}: none of its {waiting} files is checked, or known to be changed; correct some where they were "

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
+from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, only_tagged
 from labelpenet.data.files import listing, read_json, read_text
 from labelpenet.data.images import find_images, unread
 from labelpenet.errors import InputError
@@ -18,7 +18,6 @@ KINDS = (
 )
 _Opened = AnnotatedImages | TaggedImages  # the latter where only tags are known
 _TAGS = ("tags.csv", "tags.json", "metadata.csv", "metadata.jsonl")
-_SAME = ({"val", "valid", "validation"}, {"train", "training"})
 
 
 class NotRecognised(InputError):
@@ -41,8 +40,7 @@ def open_tagged(
         InputError: the data set is not recognised or damaged, the split or a class is unknown (the known ones are
             listed), or no image can be used; ``images`` for a data set that is itself the folder of its photographs.
     """
-    found = _open(data, split, classes, images, truth=False)
-    return found.tagged if isinstance(found, AnnotatedImages) else found
+    return only_tagged(open_data(data, split, classes, images))
 
 
 def open_annotated(
@@ -53,9 +51,23 @@ def open_annotated(
     Raises:
         InputError: as there; also for a data set that holds tags only.
     """
-    found = _open(data, split, classes, images, truth=True)
-    assert isinstance(found, AnnotatedImages)
+    found = open_data(data, split, classes, images)
+    if isinstance(found, TaggedImages):
+        raise InputError(
+            f"{data}: holds tags but no boxes or masks; those need a VOC, COCO, YOLO, Labelme or Label Studio data set"
+        )
     return found
+
+
+def open_data(
+    data: Path | str, split: str | None = None, classes: Sequence[str] | None = None, images: Path | str | None = None
+) -> AnnotatedImages | TaggedImages:
+    """The same images with their truth where the data set holds any. Arguments and errors as `open_tagged`."""
+    if images is not None and not Path(images).is_dir():
+        raise InputError(f"{images}: no such image folder; check the path")
+    with _readable(data):
+        found = _recognise(Path(data), split, classes, None if images is None else Path(images))
+        return _noted(found, *unread(Path(data if images is None else images)))
 
 
 def open_photographs(
@@ -79,7 +91,7 @@ def open_photographs(
 def training_split(data: Path | str) -> str | None:
     """``train`` for a VOC data set that has such a list, so that nothing is trained on what is held out; else None."""
     with _readable(data):
-        year = voc.year_folder(Path(data)) if Path(data).is_dir() else None
+        year = voc.year_folder(Path(data))
         return "train" if year is not None and "train" in voc.splits(year) else None
 
 
@@ -94,21 +106,9 @@ def _readable(data: Path | str) -> Iterator[None]:
         ) from error
 
 
-def _open(
-    data: Path | str, split: str | None, classes: Sequence[str] | None, images: Path | str | None, truth: bool
-) -> _Opened:
-    if images is not None and not Path(images).is_dir():
-        raise InputError(f"{images}: no such image folder; check the path")
-    with _readable(data):
-        found = _recognise(Path(data), split, classes, None if images is None else Path(images), truth)
-        return _noted(found, *unread(Path(data if images is None else images)))
-
-
-def _recognise(
-    data: Path, split: str | None, classes: Sequence[str] | None, images: Path | None, truth: bool
-) -> _Opened:
+def _recognise(data: Path, split: str | None, classes: Sequence[str] | None, images: Path | None) -> _Opened:
     if data.is_file():
-        return _recognise_file(data, split, classes, images, truth)
+        return _recognise_file(data, split, classes, images)
     if not data.is_dir():
         raise InputError(f"{data}: no such file or folder; give {KINDS}")
     year = voc.year_folder(data)
@@ -128,7 +128,7 @@ def _recognise(
     if described:
         if described[0].parent == data and folder.class_folders(data):
             _check_not_predicted(described[0])
-        found = _recognise_file(described[0], split, classes, images, truth)
+        found = _recognise_file(described[0], split, classes, images)
         for kind in (voc, labelme) if tags_files else ():  # somebody may be correcting there, so it is not refused
             if kind.lies_beside(data):
                 name = "XML" if kind is voc else "Labelme's"
@@ -139,16 +139,14 @@ def _recognise(
         return voc.open_beside(data, split, classes)
     below = sorted(path.name for path in data.iterdir() if path.is_dir() and path.name.lower() in folder.SPLIT_NAMES)
     if labelme.json_files(data) and not (below and labelme.lies_in(data, below)):
-        found = labelme.open_data(data, split, classes, images)
-        _check_truth(data, not truth or isinstance(found, AnnotatedImages))
-        return found
+        return labelme.open_data(data, split, classes, images)
     if below:
-        same = next((names for names in _SAME if split in names), {split})
-        fitting = [split] if split in below else [name for name in below if name in same]
+        same = [name for name in below if split is not None and folder.plain_split(name) == folder.plain_split(split)]
+        fitting = [split] if split in below else same
         if len(fitting) != 1:
             wrong = "has sub-folders for splits; name one" if split is None else f"no split {split!r}"
             raise InputError(f"{data}: {wrong}; available are {', '.join(below)}")
-        return _recognise(data / str(fitting[0]), None, classes, images, truth)
+        return _recognise(data / str(fitting[0]), None, classes, images)
     lone = [
         path for path in sorted(data.iterdir()) if path.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv", ".yaml")
     ]
@@ -159,7 +157,7 @@ def _recognise(
     held = folder.class_folders(data)
     if lone and lone[0].is_file():
         _check_not_predicted(lone[0])
-        found = _recognise_file(lone[0], split, classes, images, truth)
+        found = _recognise_file(lone[0], split, classes, images)
         said = f"{lone[0].name} says what the photographs show; the names of their folders are not taken for classes"
         return _noted(found, said) if held else found
     lone_class = next(iter(held)) if len(held) == 1 and classes is None else ""
@@ -170,7 +168,6 @@ def _recognise(
         )
     if held:
         _check_own(data, images)
-        _check_truth(data, not truth)
         return folder.open_class_folders(data, split, classes)
     loose = folder.image_files(data)
     if loose:
@@ -181,9 +178,7 @@ def _recognise(
     raise NotRecognised("; ".join([f"{data}: no data set recognised", *unread(data), f"looked for {KINDS}"]))
 
 
-def _recognise_file(
-    path: Path, split: str | None, classes: Sequence[str] | None, images: Path | None, truth: bool
-) -> _Opened:
+def _recognise_file(path: Path, split: str | None, classes: Sequence[str] | None, images: Path | None) -> _Opened:
     suffix = path.suffix.lower()
     if suffix in (".yaml", ".yml") or path.name in ("obj.data", "obj.names", "classes.txt"):
         return yolo.open_annotated(path, split, classes, images)
@@ -191,12 +186,9 @@ def _recognise_file(
     if coco.is_coco(content):
         return coco.open_annotated(path, split, classes, images, content)
     if label_studio.is_label_studio(content) or (suffix in (".csv", ".tsv") and label_studio.is_csv(read_text(path))):
-        found = label_studio.open_data(path, split, classes, images)
-        _check_truth(path, not truth or isinstance(found, AnnotatedImages))
-        return found
+        return label_studio.open_data(path, split, classes, images)
     tags = isinstance(content, dict) and bool(content) and all(isinstance(one, list) for one in content.values())
     if suffix in (".csv", ".tsv", ".jsonl") or path.name == "tags.json" or tags:
-        _check_truth(path, not truth)
         return folder.open_tags_file(path, split, classes, images)
     raise NotRecognised(f"{path}: no data set recognised; give {KINDS}")
 
@@ -218,10 +210,3 @@ def _noted(found: _Opened, *notes: str) -> _Opened:
 def _check_own(data: Path, images: Path | None) -> None:
     if images is not None:
         raise InputError(f"{data}: its photographs are its own; leave the image folder {images} out")
-
-
-def _check_truth(data: Path, fine: bool) -> None:
-    if not fine:
-        raise InputError(
-            f"{data}: holds tags but no boxes or masks; those need a VOC, COCO, YOLO, Labelme or Label Studio data set"
-        )

@@ -226,12 +226,7 @@ class _Lines(Mapping[str, Rows]):
 
     def __getitem__(self, name: str) -> Rows:
         image, part, place = self._places[name]
-        try:
-            with part.open("rb") as file:
-                file.seek(place)
-                row = _row(file.readline())
-        except OSError as error:
-            raise InputError(f"{part}: cannot be read ({error.strerror or error}); check the path") from error
+        row = _row_at(part, place)
         if row is None or row.get("file_name") is None:
             raise InputError(f"{part}: has changed while it was read; start again")
         size = check_size(row["height"], row["width"], str(part))
@@ -267,11 +262,7 @@ def _header(path: Path) -> dict[str, Any]:
     """The first line of a part, checked."""
     if not is_file(path):
         raise InputError(f"{path}: no such file; give files that predict --shard wrote")
-    try:
-        with path.open("rb") as stream:
-            header = _row(stream.readline(2**27)) or {}
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+    header = _row_at(path, 0) or {}
     shard, classes, total = header.get("shard", 0), header.get("classes", 0), header.get("images", -1)
     whole = isinstance(shard, list) and [type(one) for one in (*shard, total)] == [int, int, int]
     named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
@@ -373,6 +364,18 @@ def _write_parquet(parts: Sequence[Path], header: dict[str, Any], out: Path, cou
             writer.write_table(pa.Table.from_pylist(group, schema))
 
     write_bytes(out, write)
+
+
+def _row_at(part: Path, place: int) -> dict[str, Any] | None:
+    """What `_row` makes of the line that begins at a place of a part; of what is no part it reads no more than 2^27
+    bytes.
+    """
+    try:
+        with part.open("rb") as file:
+            file.seek(place)
+            return _row(file.readline(2**27))
+    except OSError as error:
+        raise InputError(f"{part}: cannot be read ({error.strerror or error}); check the path") from error
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

@@ -43,24 +43,18 @@ def rings(mask: np.ndarray) -> list[np.ndarray]:
 
 def _follow(start: tuple[int, int], leaving: dict[tuple[int, int], list[tuple[int, int]]]) -> np.ndarray:
     """Takes the arrows of one ring out of ``leaving``."""
-    corners, corner = [], start
-    step = leaving[start].pop(0)
-    first = step
-    corners.append(start)
+    corners, corner, step = [start], start, leaving[start].pop(0)
     while True:
         corner = (corner[0] + step[0], corner[1] + step[1])
         choices = leaving[corner]
-        if corner == start and (not choices or (-step[1], step[0]) not in choices):
-            break
         # Where two parts touch at a corner, turning right keeps to the part that we walk around.
         right = (-step[1], step[0])
+        if corner == start and right not in choices:  # a ring turns at its topmost, then leftmost corner
+            return np.array(corners, dtype=np.float64)
         turned = choices.pop(choices.index(right)) if right in choices else choices.pop()
         if turned != step:
             corners.append(corner)
         step = turned
-    if first == step and len(corners) > 1:
-        corners.pop(0)
-    return np.array(corners, dtype=np.float64)
 
 
 def joined(parts: list[np.ndarray]) -> np.ndarray:

@@ -27,8 +27,18 @@ _COORDINATE_LIMIT = 1e6  # pixels; beyond, float32 loses whole pixels
 def coco_annotation(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row of a COCO results list with what readers of annotations ask for, too: ``area`` and ``iscrowd``."""
     mask = row.get("segmentation")
-    area = row["bbox"][2] * row["bbox"][3] if mask is None else int(rle.area(mask))
+    area = int(rle.area(mask)) if mask else row["bbox"][2] * row["bbox"][3]
     return {**row, "area": area, "iscrowd": 0}
+
+
+def best_overlaps(rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """(N,) each row's best IoU with one of its category among ``others``: of masks if all have them, else of boxes."""
+    if not rows or not others:
+        return np.zeros(len(rows))
+    kind = "segmentation" if all(row.get("segmentation") for row in (*rows, *others)) else "bbox"
+    overlap = rle.iou([row[kind] for row in rows], [row[kind] for row in others], [False] * len(others))
+    same = np.array([[row["category_id"] == other["category_id"] for other in others] for row in rows])
+    return np.where(same, overlap, 0.0).max(1)
 
 
 def coco_file(lists: Mapping[str, Iterable[str]]) -> Iterator[str]:

@@ -145,8 +145,8 @@ def objects(instances: Instances) -> Iterator[tuple[int, float, np.ndarray, np.n
     return zip(labels, scores, clipped_boxes(instances).numpy(), masks, strict=True)
 
 
-def copy_photograph(image: TaggedImage, place: Path, done: Exported, jpeg: bool = False) -> str:
-    """Copies a photograph to ``place`` with the suffix that belongs to it, and returns its new name.
+def copy_photograph(image: TaggedImage, place: Path, done: Exported, jpeg: bool = False) -> Path:
+    """Copies a photograph to ``place`` with the suffix that belongs to it, and returns the copy's path.
 
     One that its camera stored turned is stored again, upright, as its labels are: half of the tools that read them
     ignore what the file says about it. ``jpeg`` makes a JPEG file of any. `InputError` where it cannot be read or
@@ -155,5 +155,6 @@ def copy_photograph(image: TaggedImage, place: Path, done: Exported, jpeg: bool 
     content, suffix, again = upright_file(image.path, jpeg)
     if again:
         done.notes.append(f"{image.path.name} is stored again, upright, as {suffix.removeprefix('.').upper()}")
-    done.paths.append(write_bytes(place.with_name(place.name + suffix), content))
-    return place.name + suffix
+    copy = write_bytes(place.with_name(place.name + suffix), content)
+    done.paths.append(copy)
+    return copy

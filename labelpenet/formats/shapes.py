@@ -10,7 +10,7 @@ import torch
 
 from labelpenet.data.dataset import Truth
 from labelpenet.data.files import excerpt, listing
-from labelpenet.data.images import PIXEL_LIMIT, image_size
+from labelpenet.data.images import image_size
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances, decode_mask, masks_to_boxes
 
@@ -153,8 +153,6 @@ def checked_size(path: Path, said: tuple[Any, Any], source: object) -> tuple[int
             f"{source}: annotated at {said[1]} x {said[0]} pixels, but {path.name} has {size[1]} x {size[0]} "
             "(upright); use the image that was annotated"
         )
-    if size[0] * size[1] > PIXEL_LIMIT:
-        raise InputError(f"{source}: {path.name} has more than {PIXEL_LIMIT} pixels; make it smaller")
     return size
 
 

@@ -1,14 +1,19 @@
-"""PASCAL VOC's development kit: ``VOCdevkit/VOC2007``, ``VOC2012`` and data sets laid out like them.
+"""PASCAL VOC: its development kit, ``VOCdevkit/VOC2007``, ``VOC2012`` and data sets laid out like them, and the files
+that its test server takes.
 
 Tags come from the names of an image's objects alone (difficult ones included). Boxes, flags and maps are read by
 `open_annotated` only, when the truth of an image is asked for.
 """
 
+import gzip
+import io
 import itertools
 import math
 import os
 import re
+import tarfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,6 +25,7 @@ import torch
 from labelpenet.data.dataset import VOC_CLASSES, AnnotatedImages, NamedImage, TaggedImage, Truth, tag_images, with_truth
 from labelpenet.data.files import (
     bare_name,
+    brief,
     inside,
     is_file,
     listing,
@@ -31,7 +37,7 @@ from labelpenet.data.files import (
     write_text,
 )
 from labelpenet.data.images import SUFFIXES, palette_png, read_index_map, voc_palette
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, collected
 from labelpenet.evaluation.semantic import IGNORE, paint
 from labelpenet.formats.folder import disk_form, image_files, known_beside, nfc, restrict
 from labelpenet.formats.selection import (
@@ -56,8 +62,6 @@ def year_folder(data: Path) -> Path | None:
     """
     if (data / "Annotations").is_dir() and ((data / "JPEGImages").is_dir() or (data / "ImageSets").is_dir()):
         return data
-    if not data.is_dir():
-        return None
     years = sorted(path.parent for path in data.glob("*/Annotations") if (path.parent / "JPEGImages").is_dir())
     if len(years) > 1:
         raise InputError(f"{data}: holds {listing(year.name for year in years)}; give the folder of one year")
@@ -111,18 +115,16 @@ def open_annotated(year: Path, split: str | None = None, classes: Sequence[str] 
     and errors as `open.open_tagged`.
     """
     for_test = split is not None and split.rpartition("/")[2] == "test"
-    found, problems, bare = [], [], 0
+    found, problems, bare = [], list[str](), 0
     ids = split_ids(year, split)
     for name in ids:
-        try:
+        with collected(problems):
             image, names = _image(year, name), []
             if for_test and not is_file(year / "Annotations" / f"{name}.xml"):
                 bare += 1
             else:
                 names = object_names(_annotation(year, name))
             found.append(NamedImage(name, image, frozenset(names)))
-        except InputError as error:
-            problems.append(str(error))
     occurring = {name for one in found for name in one.names}
     if bare or (classes is not None and not set(classes) <= occurring):
         # A class may be missing from a small split and yet be known; a folder of test images alone knows none.
@@ -158,14 +160,12 @@ def open_beside(data: Path, split: str | None = None, classes: Sequence[str] | N
     problems: list[str] = []
     for path in sorted(data.glob("*.xml")):
         own = photographs.pop(nfc(path.stem), [])
-        try:
+        with collected(problems):
             if len(own) != 1:
                 raise InputError(f"{path}: must have one photograph of its name beside, not {listing(own) or 'none'}")
             if read_xml(path).tag != "annotation":
                 raise InputError(f"{path}: no annotation as VOC writes it; take it out of the folder")
             found[own[0]] = NamedImage(own[0], inside(data, own[0]), frozenset(object_names(path)))
-        except InputError as error:
-            problems.append(str(error))
     chosen, notes = restrict(found, data, data, split) if found else ([], [])
     if photographs:
         notes.append(f"{sum(map(len, photographs.values()))} photographs have no XML beside them; they are not used")
@@ -315,10 +315,8 @@ def _all_names(year: Path) -> set[str]:
     """Every class name that an annotation of the year uses; unreadable annotations are skipped."""
     names: set[str] = set()
     for path in (year / "Annotations").glob("*.xml"):
-        try:
+        with suppress(InputError):
             names.update(object_names(path))
-        except InputError:
-            continue
     return names
 
 
@@ -421,7 +419,7 @@ def export_voc(
             rounded += int((found.boxes != found.boxes.round()).any(1).sum())
             file = f"{name}{image.path.suffix}"
             if copy_images:
-                file = copy_photograph(image, year / "JPEGImages" / name, done, jpeg=True)
+                file = copy_photograph(image, year / "JPEGImages" / name, done, jpeg=True).name
             xml = annotation_xml(home, file, found, boxes, classes)
             done.paths.append(write_bytes(year / "Annotations" / f"{name}.xml", xml))
             if found.masks is not None:
@@ -509,3 +507,77 @@ def label_map(classes: Sequence[str]) -> str:
     for name, colour in zip(["background", *classes], colours, strict=False):
         lines.append(f"{name.replace(':', ' ')}:{','.join(map(str, colour))}::")
     return "\n".join(lines) + "\n"
+
+
+def export_voc_submission(
+    predictions: Mapping[str, Instances],
+    images: Sequence[TaggedImage],
+    classes: Sequence[str],
+    out: Path | str,
+    *,
+    outside_data: bool = False,
+    overwrite: bool = False,
+) -> Exported:
+    """Writes ``out/results.tar.gz`` for the VOC 2012 test server, and the same files unpacked under ``out/results``.
+
+    ``results/VOC2012/Main/comp3_det_test_<class>.txt`` holds a line a detection, ``image score xmin ymin xmax ymax``
+    (pixels from 1, inclusive); ``results/VOC2012/Segmentation/comp5_test_cls/<image>.png`` the class map of each image,
+    if the predictions have masks. The archive is the same byte for byte for the same predictions.
+
+    Arguments and errors as `export`; the images' ids must be VOC's, and every image of the test set have a prediction.
+    ``outside_data`` enters the competitions for methods that learned from more than VOC's own images: comp4 and comp6
+    instead of comp3 and comp5.
+    """
+    detection, segmentation = ("comp4", "comp6") if outside_data else ("comp3", "comp5")
+    for name, other in itertools.combinations(classes, 2):
+        if safe_name(name) == safe_name(other):
+            raise InputError(f"the classes {name!r} and {other!r} would share the file {safe_name(name)}; rename one")
+    names = stems(images)
+    lines: dict[int, list[str]] = {label: [] for label in range(len(classes))}
+    files: dict[str, bytes] = {}
+    # VOC's class maps count the twenty classes in their own order, whatever order the labels have.
+    values = np.array([0] + [VOC_CLASSES.index(name) + 1 if name in VOC_CLASSES else 0 for name in classes])
+    class_maps: dict[str, bytes] = {}
+    missing_images: list[str] = []
+    with_masks = False
+    for image in images:
+        found = predictions.get(image.id)
+        if found is None:
+            missing_images.append(f"{image.id}: no prediction")
+            continue
+        boxes = found.boxes.double().cpu().numpy() + np.array([1, 1, 0, 0])
+        for label, score, box in zip(found.labels.tolist(), found.weights.tolist(), boxes.tolist(), strict=True):
+            lines[label].append(f"{names[image.id]} {score:.10f} " + " ".join(f"{value:.4f}" for value in box))
+        path = f"Segmentation/{segmentation}_test_cls/{names[image.id]}.png"
+        class_maps[path] = palette_png(values[paint(found)])
+        with_masks |= found.masks is not None
+    for label, name in enumerate(classes):
+        text = "".join(f"{line}\n" for line in lines[label])
+        files[f"Main/{detection}_det_test_{safe_name(name)}.txt"] = text.encode()
+    if with_masks:
+        files |= class_maps
+    files = {f"results/VOC2012/{path}": content for path, content in sorted(files.items())}
+    with new_export(out, images, overwrite, {"format": "voc-submission"}) as (folder, done):
+        done.paths += [write_bytes(folder / path, content) for path, content in files.items()]
+        done.paths.append(write_bytes(folder / "results.tar.gz", _tar_gz(files)))
+    done.notes += brief(missing_images, "images without a prediction")
+    strangers = [name for name in classes if name not in VOC_CLASSES]
+    if strangers:
+        done.notes.append(f"the server knows no class {', '.join(strangers)}")
+    missing = [name for name in VOC_CLASSES if name not in classes]
+    if missing:
+        done.notes.append(f"the server expects {', '.join(missing)} too")
+    return done
+
+
+def _tar_gz(files: Mapping[str, bytes]) -> bytes:
+    content = io.BytesIO()
+    with (
+        gzip.GzipFile(fileobj=content, mode="wb", mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w") as archive,
+    ):
+        for path, data in files.items():
+            entry = tarfile.TarInfo(path)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return content.getvalue()

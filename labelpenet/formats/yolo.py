@@ -15,8 +15,8 @@ import yaml
 from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImage, Truth, tag_images, with_truth
 from labelpenet.data.files import inside, is_file, listing, read_text, safe_name, write_text
 from labelpenet.data.images import find_images
-from labelpenet.errors import InputError
-from labelpenet.formats.folder import disk_form, image_files
+from labelpenet.errors import InputError, collected
+from labelpenet.formats.folder import disk_form, image_files, plain_split
 from labelpenet.formats.polygons import contours, joined, outline, straight
 from labelpenet.formats.selection import (
     Exported,
@@ -139,8 +139,7 @@ def open_annotated(
     root = images or path.parent
     listed = {name: one for name, one in places.items() if name != "test" or split == "test"}
     if split is not None:
-        aliases = {"valid": "val", "validation": "val"}
-        listed = {name: one for name, one in places.items() if aliases.get(name, name) == aliases.get(split, split)}
+        listed = {name: one for name, one in places.items() if plain_split(name) == plain_split(split)}
         if not listed:
             raise InputError(f"{path}: no split {split!r}; available are {listing(places)}")
     found: list[NamedImage] = []
@@ -151,7 +150,7 @@ def open_annotated(
     files = {photograph: _labels(path, photograph, images, own) for photograph in photographs}
     shared = {labels for labels, count in Counter(files.values()).items() if count > 1}
     for photograph, labels in files.items():
-        try:
+        with collected(problems):
             inside(root, photograph.relative_to(root).as_posix())
             if labels in shared and is_file(labels):
                 raise InputError(f"{labels}: may be of {photograph.name} or another of that name; rename one of them")
@@ -164,13 +163,8 @@ def open_annotated(
             indices = {index for index, _ in _rows(labels, len(names), pose).values()}
             tags = frozenset(names[index] for index in indices)
             found.append(NamedImage(photograph.relative_to(root).as_posix(), photograph, tags))
-        except InputError as error:
-            problems.append(str(error))
     if found and len(bare) == len(found):
-        raise InputError(
-            f"{path}: none of {len(found)} images has a label file "
-            f"({_labels(path, found[0].path, images, own)}); add them"
-        )
+        raise InputError(f"{path}: none of {len(found)} images has a label file ({files[found[0].path]}); add them")
     occurring = {name for one in found for name in one.names}
     if problems and not occurring:
         raise InputError(problems[0])
@@ -183,7 +177,7 @@ def open_annotated(
     number = {name: index for index, name in reversed(list(enumerate(names, 1)))}
 
     def truth(image: TaggedImage) -> Truth:
-        labels = _labels(path, image.path, images, own)
+        labels = files[image.path]
         size = checked_size(image.path, (None, None), labels)
         shapes = [_shape(line, row, size, names) for line, row in _rows(labels, len(names), pose).items()]
         return read_truth(shapes, size, tagged.classes, labels)
@@ -215,7 +209,7 @@ def _settings_of(path: Path, images: Path | None) -> tuple[list[str], dict[str, 
         beside = content.get("names", "obj.names").removeprefix("data/")
         names = _class_lines(inside(path.parent, beside))
         places = {key: [content[key].removeprefix("data/")] for key in ("train", "valid", "test") if content.get(key)}
-        return names, {"val" if key == "valid" else key: value for key, value in places.items()}, False
+        return names, {plain_split(key): value for key, value in places.items()}, False
     root = images or path.parent
     return _class_lines(path), {"all": ["images" if (root / "images").is_dir() else "."]}, False
 
@@ -242,9 +236,7 @@ def _yaml(path: Path, images: Path | None) -> tuple[list[str], dict[str, list[st
         value = content.get(split)
         values = value if isinstance(value, list) else [value]
         if value and all(isinstance(one, str) for one in values):
-            places["val" if split == "valid" else split] = [
-                _place(path, content.get("path"), one, images) for one in values
-            ]
+            places[plain_split(split)] = [_place(path, content.get("path"), one, images) for one in values]
         elif value:
             raise InputError(f"{path}: {split} must name a folder or list of images, but is a {type(value).__name__}")
     if not places:
@@ -334,24 +326,17 @@ def _rows(path: Path, classes: int, pose: bool) -> dict[int, tuple[int, np.ndarr
             index = -1
         if not 0 <= index < classes or str(index) != words[0].removesuffix(".0"):
             raise InputError(f"{path}: line {number}: {words[0][:20]!r} is none of the {classes} classes; mend it")
-        try:
-            values = np.array(words[1:5] if pose else words[1:], np.float64)
-        except ValueError as error:
-            odd = next(filter(_is_no_number, words[1:]))[:20]
-            remedy = "decimals need a point, not a comma" if "," in odd else "mend it"
-            raise InputError(f"{path}: line {number}: {odd!r} is no number; {remedy}") from error
+        values: list[float] = []
+        for word in words[1:5] if pose else words[1:]:
+            try:
+                values.append(float(word))
+            except ValueError as error:
+                remedy = "decimals need a point, not a comma" if "," in word[:20] else "mend it"
+                raise InputError(f"{path}: line {number}: {word[:20]!r} is no number; {remedy}") from error
         if len(values) not in (4, *range(6, len(values) + 1, 2)) or not (np.abs(values) < 10).all():
             raise InputError(
                 f"{path}: line {number}: {len(values)} numbers; expected x y width height, or x y of three corners and "
                 "more, as fractions of the image"
             )
-        found[number] = index, values.reshape(-1, 2)
+        found[number] = index, np.reshape(values, (-1, 2))
     return found
-
-
-def _is_no_number(word: str) -> bool:
-    try:
-        np.array([word], np.float64)
-    except ValueError:
-        return True
-    return False

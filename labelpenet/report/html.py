@@ -17,7 +17,7 @@ from labelpenet.data import run_folder
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.files import hash_file, read_json, read_text, write_text
 from labelpenet.engine.log import Row, read_metrics
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, collected
 from labelpenet.evaluation import Table, cascade_table, summary_table
 from labelpenet.formats import read_predictions
 from labelpenet.instances import MIN_SCORE, Instances
@@ -26,15 +26,7 @@ from labelpenet.models.student import KIND as STUDENT
 from labelpenet.models.student import load
 from labelpenet.progress import Progress
 from labelpenet.report.plots import Curves, curves, loss_plot, number_of
-from labelpenet.report.strips import (
-    Panel,
-    Source,
-    Strip,
-    choose_images,
-    make_short_strip,
-    make_strip,
-    worst_images,
-)
+from labelpenet.report.strips import Panel, Source, Strip, choose_images, make_short_strip, make_strip, worst_images
 from labelpenet.training.inferred import read_inferred
 from labelpenet.visualize import encode_picture
 
@@ -245,10 +237,8 @@ def _made(make: Callable[[T], S], items: Iterable[T], problems: list[str]) -> li
     """What ``make`` makes of each item; where it cannot, ``problems`` says why."""
     found = []
     for item in items:
-        try:
+        with collected(problems):
             found.append(make(item))
-        except InputError as error:
-            problems.append(str(error))
     return found
 
 

@@ -18,7 +18,7 @@ from labelpenet.data.dataset import TaggedImage, TaggedImages, Truth
 from labelpenet.data.images import read_image
 from labelpenet.data.transforms import View
 from labelpenet.errors import InputError
-from labelpenet.evaluation import box_iou, mask_iou, record
+from labelpenet.formats.rows import best_overlaps
 from labelpenet.instances import MIN_SCORE, Instances
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.models.student import Student
@@ -98,22 +98,15 @@ def choose_images(images: TaggedImages, count: int) -> list[TaggedImage]:
 
 
 def mean_best_overlap(found: Instances, truth: Truth) -> float | None:
-    """Mean over the true objects of their best IoU with what was found of their class; None if there is no object.
+    """Mean over the true objects of their best IoU with what was found of their class; None if there is no object, or
+    one of the two is of an image of another size.
 
     IoU of masks where the image has true masks, else of boxes; crowd regions are left out.
     """
-    item = record(found.to("cpu"), truth, every_mask=False)
-    objects = np.flatnonzero(~item.crowd)
-    if not len(objects):
+    if tuple(found.image_size) != tuple(truth.instances.image_size):
         return None
-    if not len(item.labels):
-        return 0.0
-    if item.truth_masks is not None and item.masks is not None:
-        iou = mask_iou(item.masks, [item.truth_masks[index] for index in objects])
-    else:
-        iou = box_iou(item.boxes, item.truth_boxes[objects])
-    same = item.labels[:, None] == item.truth_labels[objects][None]
-    return float(np.where(same, iou, 0.0).max(0).mean())
+    objects = truth.instances[~truth.crowd].to_coco(0)
+    return float(best_overlaps(objects, found.to_coco(0)).mean()) if objects else None
 
 
 def worst_images(
@@ -249,7 +242,7 @@ def _module_panels(
     panels = []
     for number, found in sorted(results.items()):
         caption = _count(found, source.training)
-        overlap = None if truth is None else _overlap(found, truth)
+        overlap = None if truth is None else mean_best_overlap(found, truth)
         if overlap is not None:
             caption += f"; mean best IoU {overlap:.2f}"
         least = 0.0 if source.training else MIN_SCORE
@@ -277,8 +270,3 @@ def _truth(source: Source, image: TaggedImage) -> Truth | None:
         return source.truth(image.id)
     except InputError:  # a damaged annotation costs one panel
         return None
-
-
-def _overlap(found: Instances, truth: Truth) -> float | None:
-    same = tuple(found.image_size) == tuple(truth.instances.image_size)
-    return mean_best_overlap(found, truth) if same else None

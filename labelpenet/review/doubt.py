@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from pycocotools import mask as rle
 
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.errors import InputError
+from labelpenet.formats.rows import best_overlaps
 from labelpenet.training.inferred import Inferred, Rows, read_inferred
 
 
@@ -56,13 +56,3 @@ def doubt(tags: Sequence[int], rows: Rows, others: Sequence[Rows]) -> float:
     trust = np.sqrt(np.array([row["score"] for row in rows]) * agreement)
     labels = np.array([row["category_id"] - 1 for row in rows])
     return 1 - float(np.mean([trust[labels == tag].mean() if (labels == tag).any() else 0.0 for tag in tags]))
-
-
-def best_overlaps(rows: Rows, others: Rows) -> np.ndarray:
-    """(N,) each instance's best IoU with one of its class among ``others``: of masks, else of boxes."""
-    if not rows or not others:
-        return np.zeros(len(rows))
-    kind = "segmentation" if all(row.get("segmentation") for row in (*rows, *others)) else "bbox"
-    overlap = rle.iou([row[kind] for row in rows], [row[kind] for row in others], [False] * len(others))
-    same = np.array([[row["category_id"] == other["category_id"] for other in others] for row in rows])
-    return np.where(same, overlap, 0.0).max(1)
