@@ -9,7 +9,8 @@ from labelpenet.formats.predictions import read_predictions, write_predictions
 from labelpenet.formats.rows import Predictions
 from labelpenet.formats.selection import Exported
 from labelpenet.formats.supervision import from_supervision, to_supervision
-from labelpenet.formats.voc import export_voc, export_voc_submission
+from labelpenet.formats.voc import export_voc
+from labelpenet.formats.voc_submission import export_voc_submission
 from labelpenet.formats.yolo import export_yolo
 
 __all__ = [

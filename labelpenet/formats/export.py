@@ -11,7 +11,8 @@ from labelpenet.formats.coco import export_coco, export_coco_results
 from labelpenet.formats.label_studio import export_label_studio
 from labelpenet.formats.labelme import export_labelme
 from labelpenet.formats.selection import Exported
-from labelpenet.formats.voc import export_voc, export_voc_submission
+from labelpenet.formats.voc import export_voc
+from labelpenet.formats.voc_submission import export_voc_submission
 from labelpenet.formats.yolo import export_yolo
 from labelpenet.instances import Instances
 
