@@ -27,7 +27,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from PIL import Image
+from onnx_predict import OnnxStudent  # beside this script
 from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
 
 from labelpenet import models
@@ -36,7 +36,6 @@ from labelpenet.config import MODULES
 from labelpenet.data import read_image
 from labelpenet.data.images import find_images
 from labelpenet.models.cascade import LabelPEnet
-from labelpenet.models.onnx import export_onnx
 from labelpenet.models.student import Student
 
 Answer = Callable[[np.ndarray], Any]
@@ -154,23 +153,9 @@ def mask_rcnn(name: str, network: Any, answer: Answer) -> Contender:
 
 def in_onnxruntime(student: Student, folder: Path, threads: int) -> Contender:
     """The student's ONNX file, photographs scaled and padded to its size as `docs/onnx.md` shows."""
-    import onnxruntime  # type: ignore[import-not-found, unused-ignore]
-
-    export_onnx(student, folder / "student.onnx")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(folder / "student.onnx", options, providers=["CPUExecutionProvider"])
-    _, height, width = session.get_inputs()[0].shape
-
-    def answer(pixels: np.ndarray) -> Any:
-        photo = Image.fromarray(pixels)
-        scale = min(width / photo.width, height / photo.height)
-        canvas = Image.new("RGB", (width, height), (124, 124, 124))
-        size = round(photo.width * scale), round(photo.height * scale)
-        canvas.paste(photo.resize(size, Image.Resampling.BILINEAR))
-        return session.run(None, {"image": np.asarray(canvas, np.float32).transpose(2, 0, 1) / 255})
-
-    return Contender(f"student in ONNX Runtime ({height} x {width})", answer)
+    exported = OnnxStudent(student, folder / "student.onnx", threads=threads)
+    height, width = exported.size
+    return Contender(f"student in ONNX Runtime ({height} x {width})", exported.run)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,12 +11,18 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
+from torchvision.ops import box_iou
 
+import labelpenet
 from labelpenet.config import Calibration, recipe, shorten
+from labelpenet.data import read_image
 from labelpenet.evaluation import Record
+from labelpenet.formats import open_annotated, read_predictions
+from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet
-from tests.students import random_run
+from tests.students import random_run, small_student
 
 
 def script(name: str) -> ModuleType:
@@ -26,7 +32,11 @@ def script(name: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(path.parent))  # of a script that is run
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     return module
 
 
@@ -307,3 +317,38 @@ def test_a_client_is_compared_object_by_object_and_what_is_missing_or_foreign_is
     assert clients.compare(tmp_path, "voc", [(f"{n}_x", list(zip("aab", in_front, strict=True))) for n in "pq"])[0] == (
         [1.0] * 6
     )
+
+
+def test_predictions_of_onnx_files_are_those_of_torch_in_pixels_of_the_photograph(tmp_path):
+    pytest.importorskip("onnxruntime")
+    folder, year = small_student()
+    student, script_of = labelpenet.load(folder), script("onnx_predict")
+    out = tmp_path / "onnx.json"
+    script_of.main([str(folder), str(year), "--split", "train", "--out", str(out)])
+    images = open_annotated(year, "train").tagged
+    assert {image.id for image in images.images} == set(read_predictions(out, images, student.classes))
+    exported = script_of.OnnxStudent(student, tmp_path / "one.onnx", (96, 96))
+    whole = read_image(images.images[0].path)
+    padded = np.full_like(whole, 124)
+    padded[:60] = whole[:60]
+    on_canvas = student.predict(padded)
+    inside = on_canvas[on_canvas.boxes[:, 1] < 60]
+    large = whole.repeat(2, 0).repeat(2, 1)
+    smaller = np.asarray(Image.fromarray(large).resize((96, 96), Image.Resampling.BILINEAR))
+    for pixels, expected, scale in (
+        (whole, student.predict(whole), 1),
+        (whole[:60], Instances(*on_pixels(inside, 60)), 1),
+        (large, student.predict(smaller), 2),
+    ):
+        best, known = exported.predict(np.ascontiguousarray(pixels))[:1], expected[:1]
+        assert best.image_size == pixels.shape[:2] and torch.equal(best.labels, known.labels)
+        assert box_iou(best.boxes, known.boxes * scale).item() > 0.99
+        drawn = known.masks.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        assert (best.masks & drawn).sum() > 0.95 * (best.masks | drawn).sum()
+
+
+def on_pixels(found: Instances, height: int) -> tuple:
+    """What is left of instances in the upper rows of their image."""
+    boxes = found.boxes.clone()
+    boxes[:, 3].clamp_(max=height)
+    return boxes, found.labels, found.weights, (height, found.image_size[1]), found.masks[:, :height]
