@@ -319,7 +319,11 @@ class Phase:
             torch.clear_autocast_cache()  # torch 2.9 would give the losses the weights cast here, without gradients
 
     def classify(self) -> list[tuple[Tensor, Tensor]]:
-        """Module 1's ``x^c`` (R, C + 1) and ``x^p`` (R, C) of each photograph, for its losses."""
+        """Module 1's ``x^c`` (R, C + 1) and ``x^p`` (R, C) of each photograph, for its losses.
+
+        Where stem, tail and RoI head do not learn, the samples keep their RoI features, which are then those of the
+        other phase, too.
+        """
         module = self.network.classification
         learns = _learns(module.head)
         # Behind a frozen RoI head the features of hundreds of RoIs would send the stem a gradient at great cost. They
@@ -329,7 +333,7 @@ class Phase:
             features = module.features(self.batch)
         if not learns:
             self.batch = replace(self.batch, features=features)
-            if not _learns(self.network.stem, module.tail):  # then they are those of the other phase, too
+            if not _learns(self.network.stem, module.tail):
                 for sample, own in zip(self.samples, features, strict=True):
                     sample.features = own
         return [module(one) for one in features]

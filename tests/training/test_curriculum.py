@@ -279,7 +279,7 @@ def test_inference_in_a_phase_is_without_dropout_and_gradients(start, images):
 
 
 @pytest.mark.parametrize("learns", [False, True])
-def test_both_phases_share_features_that_do_not_change(start, images, learns, monkeypatch):
+def test_both_phases_share_features_that_do_not_change(start, images, learns):
     network = trainable(start)
     network.stem.requires_grad_(learns)
     labels = [tuple(anchors[one.id] for anchors in read_anchors(start, images)) for one in images.images[:1]]
