@@ -10,8 +10,10 @@ and padded as `docs/onnx.md` shows. Needs pip install 'labelpenet[onnx]'.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from labelpenet.data import read_image
+from labelpenet.data.files import check_outputs
+from labelpenet.errors import InputError
 from labelpenet.formats import open_annotated, write_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.onnx import export_onnx
@@ -69,27 +73,44 @@ class OnnxStudent:
         return Instances(found[inside], labels, scores, (height, width), whole)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def predict(run: Path, data: Path, split: str | None, out: Path, threads: int) -> None:
+    """Writes what a student's ONNX files find in the photographs of a data set.
+
+    Raises:
+        InputError: no student, no annotated data set, or ``out`` cannot be written.
+    """
+    student = Student.from_run(run)
+    images = open_annotated(data, split, student.classes).tagged
+    with tempfile.TemporaryDirectory() as folder:
+        wide = OnnxStudent(student, Path(folder) / "wide.onnx", threads=threads)
+        high = OnnxStudent(student, Path(folder) / "high.onnx", wide.size[::-1], threads)
+        with Progress("ONNX files answer", len(images.images), log=partial(print, file=sys.stderr)) as progress:
+
+            def answers() -> Iterator[tuple[str, Instances]]:
+                for image in progress.tracked(images.images):
+                    pixels = read_image(image.path)
+                    yield image.id, (wide if pixels.shape[1] >= pixels.shape[0] else high).predict(pixels)
+
+            write_predictions(out, answers(), images, student.classes)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("student", type=Path, help="a folder of `labelpenet distill`")
     parser.add_argument("data", type=Path, help="the annotated data set")
     parser.add_argument("--split", default=None)
     parser.add_argument("--out", type=Path, required=True, help="the predictions to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there already")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
-    student = Student.from_run(args.student)
-    images = open_annotated(args.data, args.split, student.classes).tagged
-    with tempfile.TemporaryDirectory() as folder, Progress("ONNX files answer", len(images.images)) as progress:
-        wide = OnnxStudent(student, Path(folder) / "wide.onnx", threads=args.threads)
-        high = OnnxStudent(student, Path(folder) / "high.onnx", wide.size[::-1], args.threads)
-
-        def answers() -> Iterator[tuple[str, Instances]]:
-            for image in progress.tracked(images.images):
-                pixels = read_image(image.path)
-                yield image.id, (wide if pixels.shape[1] >= pixels.shape[0] else high).predict(pixels)
-
-        write_predictions(args.out, answers(), images, student.classes)
+    try:
+        check_outputs([args.out], [args.student, args.data], args.overwrite)
+        predict(args.student, args.data, args.split, args.out, args.threads)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -319,14 +319,16 @@ def test_a_client_is_compared_object_by_object_and_what_is_missing_or_foreign_is
     )
 
 
-def test_predictions_of_onnx_files_are_those_of_torch_in_pixels_of_the_photograph(tmp_path):
+def test_predictions_of_onnx_files_are_those_of_torch_in_pixels_of_the_photograph(tmp_path, capsys):
     pytest.importorskip("onnxruntime")
     folder, year = small_student()
     student, script_of = labelpenet.load(folder), script("onnx_predict")
     out = tmp_path / "onnx.json"
-    script_of.main([str(folder), str(year), "--split", "train", "--out", str(out)])
+    words = [str(folder), str(year), "--split", "train", "--out", str(out)]
+    assert script_of.main(words) == 0
     images = open_annotated(year, "train").tagged
     assert {image.id for image in images.images} == set(read_predictions(out, images, student.classes))
+    assert script_of.main(words) == 2 and "is there already" in capsys.readouterr().err
     exported = script_of.OnnxStudent(student, tmp_path / "one.onnx", (96, 96))
     whole = read_image(images.images[0].path)
     padded = np.full_like(whole, 124)

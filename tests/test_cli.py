@@ -121,9 +121,7 @@ def test_measure_and_report(run: Path, kit: Path) -> None:
 def test_measure_says_which_photographs_it_cannot_judge_the_training_by(
     run: Path, kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy, other = tmp_path / "run", tmp_path / "VOC2012"
-    shutil.copytree(run, copy)
-    shutil.copytree(kit, other)
+    copy, other = shutil.copytree(run, tmp_path / "run"), shutil.copytree(kit, tmp_path / "VOC2012")
     options = ["--modules", "4", "--device", "cpu", "--cache", str(run.parent / "cache")]
     main(["measure", str(copy), str(kit), "--split", "train", *options])
     assert "trained on 8 of the 8 photographs that it is measured on" in capsys.readouterr().err
@@ -143,9 +141,8 @@ def test_measure_says_which_photographs_it_cannot_judge_the_training_by(
 def test_annotation_that_is_left_out_of_figures_is_said(
     run: Path, kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy, other, cache = tmp_path / "run", tmp_path / "VOC2012", ["--cache", str(run.parent / "cache")]
-    shutil.copytree(run, copy)
-    shutil.copytree(kit, other)
+    copy, other = shutil.copytree(run, tmp_path / "run"), shutil.copytree(kit, tmp_path / "VOC2012")
+    cache = ["--cache", str(run.parent / "cache")]
     for split in ("train", "val"):
         name = (other / f"ImageSets/Main/{split}.txt").read_text().split()[0]
         annotation = other / f"Annotations/{name}.xml"
@@ -160,9 +157,7 @@ def test_annotation_that_is_left_out_of_figures_is_said(
 def test_measure_says_what_has_no_answer_and_judges_a_module_by_what_it_labelled(
     run: Path, kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy, other = tmp_path / "run", tmp_path / "VOC2012"
-    shutil.copytree(run, copy)
-    shutil.copytree(kit, other)
+    copy, other = shutil.copytree(run, tmp_path / "run"), shutil.copytree(kit, tmp_path / "VOC2012")
     photograph = other / "JPEGImages" / f"{(other / 'ImageSets/Main/val.txt').read_text().split()[0]}.jpg"
     photograph.write_bytes(photograph.read_bytes()[:900])
     labels = copy / "instances/module4.json"
