@@ -41,7 +41,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "enter": _SHARE, "doubt": _SHARE, "zoom": (1, 4), "colours": _SHARE, "drift": (1, 1e6), "width": (1, 8192),
     "proposals": _COUNT, "detections": _COUNT, "keep": _SHARE, "nested": _SHARE, "Noise.limit": (0, 1e6),
     "limit_from": _SHARE, "Sharpening.cells": (1, 16_384), "StudentNetwork.pool": (2, 28), "freeze": (0, 1024),
-    "StudentNetwork.mask_depth": (1, 64),
+    "StudentNetwork.mask_depth": (1, 64), "objectness": _SHARE,
     "margin": (0, 1), "beyond": _SHARE,
     "shorten": (1e-6, 100), "seed": (0, 2**63 - 1), "devices": (1, 1024), "nodes": (1, 4096), "workers": (1, 256),
     "checkpoint_minutes": (0, 1e5), "observe_minutes": (0, 1e5), "tolerance": (0, 1e4), "port": (0, 65535),
@@ -394,7 +394,9 @@ class StudentNetwork(_Ranged):
             so does the whole of a backbone that has none (``tiny``).
         width: channels of the feature pyramid and of the mask head, where the RoI head is ``layers``; else those of the
             backbone's map of stride 16. mask_depth: the mask head's convolutions.
-        rois: sampled from each image in training; proposals: boxes that the RPN passes on in prediction.
+        rois: sampled from each image in training.
+        proposals, objectness: in prediction the RPN passes on so many boxes at most, those that are an object with this
+            probability at least; every one of them costs time.
         detections: instances of an image at most.
     """
 
@@ -405,6 +407,7 @@ class StudentNetwork(_Ranged):
     mask_depth: int = 4
     rois: int = 64
     proposals: int = 150
+    objectness: float = 0.2
     detections: int = 50
 
 
@@ -741,7 +744,8 @@ def from_dict(values: dict[str, Any]) -> Recipe:
 def student_from_dict(values: dict[str, Any]) -> StudentRecipe:
     """As `from_dict`, for the recipe of a student."""
     try:
-        return _build(replace(StudentRecipe(), network=StudentNetwork(head="layers")), values)  # as all once had
+        once = StudentNetwork(head="layers", objectness=0.0)  # as all had before these were choices
+        return _build(replace(StudentRecipe(), network=once), values)
     except (TypeError, AttributeError) as error:
         raise InputError(f"the student's recipe cannot be read ({error}); it was made by another version") from error
 

@@ -67,7 +67,20 @@ class StrideAnchors(AnchorGenerator):
 
 
 class DoubtingRPN(RegionProposalNetwork):
-    """torchvision's RPN whose targets may hold ``doubtful`` boxes (M, 4): negative anchors on them are ignored."""
+    """torchvision's RPN whose targets may hold ``doubtful`` boxes (M, 4): negative anchors on them are ignored.
+
+    Its ``score_thresh`` holds for answers alone: while it learns, it passes on what it does not believe, too, for at
+    first it believes nothing.
+    """
+
+    @property
+    def score_thresh(self) -> float:
+        """Objectness in [0, 1] from which on a box is passed on."""
+        return 0.0 if self.training else self.__dict__["score_thresh"]
+
+    @score_thresh.setter
+    def score_thresh(self, value: float) -> None:
+        self.__dict__["score_thresh"] = value
 
     @classmethod
     def like(cls, other: RegionProposalNetwork) -> DoubtingRPN:

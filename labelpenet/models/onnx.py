@@ -2,8 +2,8 @@
 
 torchvision's detectors do not export as they are (pytorch/vision issue 9462): their resizing, NMS and pasting of masks
 have shapes that depend on the data at every turn. `Fixed` computes the same for photographs of one size, in shapes that
-do not, up to its last step: scores of what is suppressed or too small become -1, the best so many are taken, and those
-above the threshold are chosen at the end.
+do so only where much work is saved: scores of what is suppressed or too small become -1, the best so many are taken,
+and those above a threshold are chosen of them, first of the RPN's boxes, then of the detections.
 
 Shape letters: ``H, W`` the input, ``R`` RoIs, ``C`` foreground classes, ``K`` anchors or candidates, ``N`` detections.
 """
@@ -62,10 +62,10 @@ class Fixed(nn.Module):
         transform, heads = self.network.transform, self.network.roi_heads
         mean, std = torch.tensor(transform.image_mean), torch.tensor(transform.image_std)
         maps = self.network.backbone(((image - mean[:, None, None]) / std[:, None, None])[None])
-        rois, valid = self._propose(maps)
+        rois = self._propose(maps)
         pooled = heads.box_roi_pool(maps, [rois], [self.size])
         logits, deltas = heads.box_predictor(heads.box_head(pooled))
-        boxes, labels, scores = self._detect(logits, deltas, rois, valid)
+        boxes, labels, scores = self._detect(logits, deltas, rois)
         features = heads.mask_head(heads.mask_roi_pool(maps, [boxes], [self.size]))
         every = heads.mask_predictor(features).sigmoid()
         index = (labels + 1)[:, None, None, None].expand(-1, 1, every.shape[2], every.shape[3])
@@ -75,8 +75,8 @@ class Fixed(nn.Module):
         masks = resized(drawn[order], self.size) > 0.5
         return enclosing_boxes(boxes[order], tight_boxes(masks)), labels[order], scores, masks
 
-    def _propose(self, maps: OrderedDict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The RPN's boxes (R, 4), best first, and whether each is one (R,): R is fixed."""
+    def _propose(self, maps: OrderedDict[str, Tensor]) -> Tensor:
+        """The RPN's boxes (R, 4), best first."""
         rpn = self.network.rpn
         objectness, deltas = rpn.head(list(maps.values()))
         objectness, deltas = concat_box_prediction_layers(objectness, deltas)
@@ -92,17 +92,17 @@ class Fixed(nn.Module):
         boxes = clip_boxes_to_image(boxes[torch.cat(chosen)], self.size)
         score = survivors(boxes, torch.cat(scores), torch.cat(levels), rpn.nms_thresh, rpn.min_size, max(self.size))
         best, index = score.topk(min(rpn.post_nms_top_n(), len(score)))
-        return boxes[index], best >= 0
+        return boxes[index[torch.where(best >= rpn.score_thresh)[0]]]
 
-    def _detect(self, logits: Tensor, deltas: Tensor, rois: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _detect(self, logits: Tensor, deltas: Tensor, rois: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Boxes (N, 4), labels (N,) from 0 and scores (N,)."""
         heads = self.network.roi_heads
-        boxes = heads.box_coder.decode(deltas, [rois])[:, 1:]
+        # decode() asks how many RoIs there are, which no graph can answer
+        boxes = heads.box_coder.decode_single(deltas, rois).unflatten(1, (-1, 4))[:, 1:]
         boxes = clip_boxes_to_image(boxes.reshape(-1, 4), self.size)
         own = logits.softmax(1)[:, 1:]
         labels = torch.arange(own.shape[1]).expand(own.shape).reshape(-1)
-        scores = torch.where(valid[:, None], own, -1.0).reshape(-1)
-        scores = survivors(boxes, scores, labels, heads.nms_thresh, 1e-2, max(self.size))
+        scores = survivors(boxes, own.reshape(-1), labels, heads.nms_thresh, 1e-2, max(self.size))
         best, index = scores.topk(min(heads.detections_per_img, len(scores)))
         index = index[torch.where(best > heads.score_thresh)[0]]
         return boxes[index], labels[index], scores[index]

@@ -186,6 +186,7 @@ class Student(nn.Module):
                 "rpn_post_nms_top_n_train": 500,
                 "rpn_pre_nms_top_n_test": 500,
                 "rpn_post_nms_top_n_test": network.proposals,
+                "rpn_score_thresh": network.objectness,
                 "box_batch_size_per_image": network.rois,
                 "box_detections_per_img": network.detections,
             },

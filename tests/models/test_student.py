@@ -29,14 +29,14 @@ SMALL = config.override(config.StudentRecipe(), ["network.mask_depth=1", "images
 NARROW = config.override(SMALL, ["network.width=8"])  # where the RoI head is layers of its own
 
 
-def untaught(backbone: str = "tiny") -> Student:
+def untaught(backbone: str = "tiny", *choices: str) -> Student:
     torch.manual_seed(0)
     body, normalisation = build_body(backbone, pretrained=False)
     for norm in (module for module in body.modules() if isinstance(module, nn.BatchNorm2d)):
         nn.init.uniform_(norm.running_var, 0.5, 2.0)
         nn.init.uniform_(norm.running_mean, -0.5, 0.5)
     recipe = NARROW if backbone in ("tiny", "timm/resnet26t") else SMALL
-    return Student(body, ("a", "b"), recipe, backbone, normalisation)
+    return Student(body, ("a", "b"), config.override(recipe, list(choices)), backbone, normalisation)
 
 
 def lesson(boxes, doubtful=(), weights=None) -> Lesson:
@@ -88,8 +88,8 @@ def test_a_backbone_too_wide_for_its_stages_has_layers_of_its_own_as_older_stude
     wide = untaught("timm/resnet26t")  # 1024 channels
     assert wide.description()["head"] is None and wide.description()["width"] == 8
     older = config.to_dict(config.override(NARROW, ["network.head=layers"]))
-    del older["network"]["head"], older["network"]["pool"], older["masks"]
-    assert config.student_from_dict(older) == config.override(NARROW, ["network.head=layers"])
+    del older["network"]["head"], older["network"]["pool"], older["network"]["objectness"], older["masks"]
+    assert config.student_from_dict(older) == config.override(NARROW, ["network.head=layers", "network.objectness=0"])
     student = untaught("mobilenet_v2")
     again = Student.from_facts({
         "backbone": "mobilenet_v2", "classes": ["a", "b"], "normalisation": student.normalisation,
@@ -259,6 +259,23 @@ def test_a_student_takes_photographs_in_every_form_that_a_cascade_takes(tmp_path
     for wrong in (pixels / 255, pixels.transpose(2, 0, 1), None, torch.zeros(3, 40, 64)):
         with pytest.raises(InputError, match="an image must be"):
             student.predict(wrong)
+
+
+def test_boxes_that_the_rpn_does_not_believe_are_passed_on_while_it_learns_but_not_in_answers():
+    student = untaught("mobilenet_v2", "network.objectness=.5")
+    rpn = student.network.rpn
+    seen = []
+    student.network.roi_heads.box_head.register_forward_hook(lambda _, given, out: seen.append(len(out)))
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    for bias in (5.0, torch.tensor([-5.0, -5.0, 5.0]), -5.0):  # of an anchor's three shapes
+        with torch.no_grad():
+            rpn.head.cls_logits.bias[:] = bias
+        student.predict(pixels)
+    assert seen[0] > seen[1] > seen[2] == 0
+    student.train()
+    student.predict(pixels)
+    student.losses([lesson([[8, 8, 40, 40]])])
+    assert seen[3] == 0 and seen[4] > 1, "the true box, and proposals that nothing believes yet"
 
 
 @pytest.mark.parametrize("size", [(1200, 1), (2, 3000), (1, 1), (9, 500)])
