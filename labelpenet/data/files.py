@@ -159,6 +159,11 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_hidden(name: str) -> bool:
+    """Whether no data set holds a file or folder of this name: hidden, or where a Synology keeps its thumbnails."""
+    return name.startswith((".", "@eaDir"))
+
+
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
