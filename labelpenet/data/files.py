@@ -86,6 +86,22 @@ def read_json(path: Path, limit: int = 4 * 2**30) -> Any:
     return content
 
 
+def json_line(line: str | bytes) -> dict[str, Any] | None:
+    """The object on a line of JSON lines; None where it is torn, no object, or its checksum is there and wrong."""
+    try:
+        text = line.decode() if isinstance(line, bytes) else line
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and is_whole(text) else None
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that grows by a line at a time: what a crash has left half written is skipped."""
+    rows = map(json_line, path.read_text(encoding="utf-8", errors="replace").splitlines())
+    return [row for row in rows if row is not None]
+
+
 def read_xml(path: Path) -> Any:
     """The root element of an XML file; document types and entities are refused, so that none can be expanded.
 
