@@ -82,7 +82,7 @@ def propose(image: np.ndarray, settings: Settings, model: Path | None = None) ->
     boxes = boxes[(boxes[:, 2:] - boxes[:, :2]).min(1) >= shortest]
     if not len(boxes):
         return np.array([[0, 0, width, height]], np.float32)
-    return _unique(boxes)[:MOST]
+    return unique(boxes)[:MOST]
 
 
 def _working_image(image: np.ndarray, side: int | None) -> np.ndarray:
@@ -185,7 +185,7 @@ def _corners(rectangles: Any) -> np.ndarray:
     return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
 
 
-def _unique(boxes: np.ndarray) -> np.ndarray:
+def unique(boxes: np.ndarray) -> np.ndarray:
     """(R, 4) boxes without repetitions, in order of first occurrence."""
     _, first = np.unique(boxes, axis=0, return_index=True)
     return boxes[np.sort(first)]

@@ -462,11 +462,11 @@ def _name(text: str) -> str:
     return text.strip().replace("\\", "/").removeprefix("./")
 
 
-def exists(home: Path, name: str) -> bool:
-    """Whether a name, as the data set writes it, is a file in the folder."""
+def exists(home: Path, name: str, kind: Callable[[Path], bool] = is_file) -> bool:
+    """Whether a name, as the data set writes it, is a file (or another ``kind`` of entry) in the folder."""
     try:
-        return is_file(inside(home, name))
-    except InputError:
+        return kind(inside(home, name))
+    except (InputError, OSError):
         return False
 
 

@@ -16,7 +16,7 @@ from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImage, Tr
 from labelpenet.data.files import inside, is_file, listing, read_text, safe_name, write_text
 from labelpenet.data.images import find_images
 from labelpenet.errors import InputError, collected
-from labelpenet.formats.folder import beside, disk_form, image_files, plain_split
+from labelpenet.formats.folder import beside, disk_form, exists, image_files, plain_split
 from labelpenet.formats.polygons import contours, joined, outline, straight
 from labelpenet.formats.selection import (
     Exported,
@@ -248,19 +248,12 @@ def _place(path: Path, base: Any, place: str, images: Path | None) -> str:
     bases = [base] if isinstance(base, str) and base not in (".", "./") else []
     # Roboflow writes ../train/images for what lies beside the file.
     plain = re.sub(r"^(\.\.?/)+", "", place.replace("\\", "/"))
-    return next((one for one in (*(f"{one}/{plain}" for one in bases), plain) if _exists(root, one)), plain)
-
-
-def _exists(root: Path, place: str) -> bool:
-    try:
-        return inside(root, place).exists()
-    except (InputError, OSError):
-        return False
+    return next((one for one in (*(f"{one}/{plain}" for one in bases), plain) if exists(root, one, Path.exists)), plain)
 
 
 def _photographs(root: Path, place: str, source: Path) -> list[Path]:
     """The images of a folder, or those that a list names, a path a line."""
-    if place != "." and not _exists(root, place):
+    if place != "." and not exists(root, place, Path.exists):
         raise InputError(
             f"{source}: {place[:80]!r} is not in {root}; put the images there, mend the file, or give their folder "
             "(images)"

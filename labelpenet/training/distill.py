@@ -62,7 +62,7 @@ def distill(
     Raises:
         InputError: something the user gave cannot be used; KeyboardInterrupt: the state is saved.
     """
-    taught = TaggedImages(images.classes, tuple(image for image in images.images if image.id in labels), images.notes)
+    taught = images.where(lambda image: image.id in labels)
     if not any((labels[image.id].weights > 0).any() for image in taught.images):
         raise InputError("no photograph has a label surer than 0; check the labels, the split and the classes")
     if all(not len(one) or one.masks is None for one in (labels[image.id] for image in taught.images)):

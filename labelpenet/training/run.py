@@ -68,8 +68,7 @@ def train_run(
         )
     if not any(image.tags for image in images.images):
         raise InputError("no image has a tag of the chosen classes; check the tags and --classes")
-    if held_out is not None:
-        check_held_out(images, held_out)
+    check_held_out(images, held_out)
     fabric = build_fabric(options.device, options.devices, options.nodes, options.precision)
     if supervision is not None:
         images = supervision.images(images)
@@ -148,10 +147,8 @@ def open_run(run: Path, facts: Mapping[str, Any], resume: bool, images: TaggedIm
             claim.enter_context(run_folder.claimed(run))
             run_folder.start_run(run, facts, resume)
             hashes = hash_files([image.path for image in images.images])
-            contents = {image.id: hashes[image.path] for image in images.images}
-            note = run_folder.check_photographs(
-                run, {name: one if isinstance(one, str) else None for name, one in contents.items()}
-            )
+            contents = {path: one if isinstance(one, str) else None for path, one in hashes.items()}
+            note = run_folder.check_photographs(run, {image.id: contents[image.path] for image in images.images})
             if note:
                 _log.warning("note: %s", note)
 
@@ -190,7 +187,7 @@ def read_proposals(
         boxes = computed = compute_proposals(images.images, settings, cache, progress=first)
         for note in computed.notes if first else ():
             _log.warning("note: %s", note)
-    readable = tuple(image for image in images.images if image.id in boxes)
-    if not readable:
+    readable = images.where(lambda image: image.id in boxes)
+    if not readable.images:
         raise InputError("no image can be read; see the notes above")
-    return TaggedImages(images.classes, readable, images.notes), boxes
+    return readable, boxes
