@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,8 +34,7 @@ from labelpenet.formats.rows import (
     read_rows,
 )  # fmt: skip
 from labelpenet.instances import Instances
-
-_log = logging.getLogger(__name__)
+from labelpenet.progress import log_notes
 
 ROWS_A_GROUP = 10_000  # of a Parquet file: about 10 MB in memory
 
@@ -99,7 +97,7 @@ class Part:
             self.finished = there == self.path and not self.left() and there.stat().st_size == length
             if not self.finished:
                 if there == self.path:
-                    _log.warning("note: %s is damaged; what is missing is made again", self.path)
+                    log_notes(f"{self.path} is damaged; what is missing is made again")
                     self.path.replace(self.partial)
                 self._file: BinaryIO = opened.enter_context(self.partial.open("ab"))
                 self._file.truncate(length)
@@ -185,7 +183,7 @@ def merge_parts(paths: Sequence[Path], out: Path) -> tuple[int, int]:
     else:
         write_bytes(out, lambda file: _write_coco(parts, header, file, counts))
     if skipped := header["images"] - counts[0]:
-        _log.warning("note: %d photographs could not be read when they were predicted and are left out", skipped)
+        log_notes(f"{skipped} photographs could not be read when they were predicted and are left out")
     return counts[0], counts[1]
 
 

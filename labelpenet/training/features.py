@@ -7,7 +7,6 @@ weights. So no photograph gets the features of another, nor those of other weigh
 import contextlib
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,9 +24,7 @@ from labelpenet.engine.distributed import map_images, precision_of
 from labelpenet.errors import InputError
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.models.layers import evaluating
-from labelpenet.progress import Progress
-
-_log = logging.getLogger(__name__)
+from labelpenet.progress import Progress, log_notes
 
 
 class RoIFeatures:
@@ -121,5 +118,5 @@ class RoIFeatures:
         path = self.path(image)
         found = read_array(path)
         if found is None and path.is_file():
-            _log.warning("note: %s is damaged; the RoI features of %s are computed again", path, image.id)
+            log_notes(f"{path} is damaged; the RoI features of {image.id} are computed again")
         return found

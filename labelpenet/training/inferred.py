@@ -6,7 +6,6 @@ is still inferring, ``RUN/instances/MODULE.part0.jsonl`` grows by a line an imag
 
 import contextlib
 import json
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,7 @@ from labelpenet.errors import InputError
 from labelpenet.formats.predictions import coco_text
 from labelpenet.formats.rows import check_size, read_rows
 from labelpenet.instances import Instances
-from labelpenet.progress import Progress
-
-_log = logging.getLogger(__name__)
+from labelpenet.progress import Progress, log_notes
 
 Rows = list[dict[str, Any]]
 
@@ -103,7 +100,7 @@ def infer_all(
             read_inferred(run, name, len(images.classes))
             return
         except InputError:
-            _log.warning("note: %s is damaged; it is made again", target)
+            log_notes(f"{target} is damaged; it is made again")
     target.parent.mkdir(parents=True, exist_ok=True)
     done = {line["id"] for line in _read_parts(target)}
     barrier()

@@ -27,6 +27,7 @@ from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import DamagedError
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet
+from labelpenet.progress import log_notes
 from labelpenet.training.features import RoIFeatures
 from labelpenet.training.inferred import infer_all, read_inferred
 from labelpenet.training.supervised import with_masks
@@ -167,7 +168,7 @@ def load_trained(training: Training, part: str) -> bool:
     try:
         found = training.network.load_part(training.run, part)
     except DamagedError:
-        _log.warning("note: %s is damaged; it is made again", path)
+        log_notes(f"{path} is damaged; it is made again")
     return all(gather(training.fabric.world_size, found))
 
 
@@ -202,7 +203,7 @@ def labelled(images: TaggedImages, labels: Sequence[Mapping[str, Instances]], fa
     known = set.intersection(*map(set, labels))
     left = [image.id for image in images.images if image.id not in known]
     if left and fabric.global_rank == 0:
-        _log.warning("note: %d photographs have no labels (%s): not learnt", len(left), listing(left, 3))
+        log_notes(f"{len(left)} photographs have no labels ({listing(left, 3)}): not learnt")
     return images.where(lambda image: image.id in known)
 
 

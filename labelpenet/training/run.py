@@ -19,6 +19,7 @@ from labelpenet.engine.sampler import seed_step
 from labelpenet.errors import InputError
 from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import LabelPEnet
+from labelpenet.progress import log_notes
 from labelpenet.training.observe import Observer, check_held_out
 from labelpenet.training.pretrain import Boxes, Training, freeze_stem, pretrain, run_facts, train_module
 from labelpenet.training.supervised import Supervision, fully_supervised
@@ -120,15 +121,14 @@ def open_training(
     facts = dict(facts)
     if given is not None:
         facts["proposals"] = digest(name.encode() + given[name].tobytes() for name in given)
-        for note in given.notes:
-            _log.warning("note: %s", note)
+        log_notes(*given.notes)
     with open_run(run, {**facts, "source": dict(source or {})}, options.resume, images, fabric):
         network.to(fabric.device)
         readable, boxes = read_proposals(images, network.recipe, options.cache, fabric, given)
         shown, left = ({tag for one in part.images for tag in one.tags} for part in (images, readable))
         lost = [images.classes[tag] for tag in sorted(shown - left)]
         if lost and fabric.global_rank == 0:
-            _log.warning("note: no photograph that can be read shows %s, so nothing is learnt of it", listing(lost))
+            log_notes(f"no photograph that can be read shows {listing(lost)}, so nothing is learnt of it")
         yield Training(network, readable, boxes, run, fabric, options, facts)
 
 
@@ -150,7 +150,7 @@ def open_run(run: Path, facts: Mapping[str, Any], resume: bool, images: TaggedIm
             contents = {path: one if isinstance(one, str) else None for path, one in hashes.items()}
             note = run_folder.check_photographs(run, {image.id: contents[image.path] for image in images.images})
             if note:
-                _log.warning("note: %s", note)
+                log_notes(note)
 
         try:
             with peers(fabric.world_size):
@@ -185,8 +185,7 @@ def read_proposals(
             compute_proposals(share, settings, cache, torch.get_num_threads(), progress=first)
             fabric.barrier()
         boxes = computed = compute_proposals(images.images, settings, cache, progress=first)
-        for note in computed.notes if first else ():
-            _log.warning("note: %s", note)
+        log_notes(*(computed.notes if first else ()))
     readable = images.where(lambda image: image.id in boxes)
     if not readable.images:
         raise InputError("no image can be read; see the notes above")
