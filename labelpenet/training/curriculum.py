@@ -32,7 +32,7 @@ from labelpenet.data.images import read_image
 from labelpenet.data.transforms import mirror, random_view
 from labelpenet.engine.distributed import build_fabric, gather, images_together, precision_of
 from labelpenet.engine.sampler import stream_seed
-from labelpenet.engine.stage import Stage
+from labelpenet.engine.stage import Stage, load_each
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet, read_cascade
@@ -285,10 +285,7 @@ def load(training: Training, anchors: Anchors) -> Callable[[list[int], torch.Gen
         view = training.network.view(seen, round(side * zoom), flip)
         return Shown(pixels, view, image.tags, boxes, id=image.id, anchors=labels)
 
-    def batch(indices: list[int], generator: torch.Generator) -> list[Shown]:
-        return [one(training.images.images[index], generator) for index in indices]
-
-    return batch
+    return load_each(training.images.images, one)
 
 
 Labels = Sequence[Sequence[Instances]] | None

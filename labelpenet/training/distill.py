@@ -28,7 +28,7 @@ from labelpenet.data.images import read_image
 from labelpenet.data.transforms import View, random_view, scaled_size, shrink
 from labelpenet.engine.distributed import build_fabric, images_together, precision_of
 from labelpenet.engine.sampler import seed_step
-from labelpenet.engine.stage import Stage
+from labelpenet.engine.stage import Stage, load_each
 from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
@@ -104,9 +104,6 @@ def stage(student: Student, images: TaggedImages, labels: Mapping[str, Instances
         check_size(image, pixels, own)
         return lesson(pixels, own, recipe.images, noise, generator)
 
-    def load(indices: list[int], generator: torch.Generator) -> list[Lesson]:
-        return [one(images.images[index], generator) for index in indices]
-
     def loss(lessons: list[Lesson], step: int) -> dict[str, Tensor]:
         late = step >= noise.limit_from * schedule.steps
         return student.losses(lessons, noise.limit if late else None)
@@ -117,7 +114,7 @@ def stage(student: Student, images: TaggedImages, labels: Mapping[str, Instances
         schedule=schedule,
         images=[image.id for image in images.images],
         loss=loss,
-        load=load,
+        load=load_each(images.images, one),
         micro_batch=micro_batch,
         ema=average_decay(noise.ema, schedule.steps),
         ema_from_start=False,

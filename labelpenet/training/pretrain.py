@@ -22,7 +22,7 @@ from labelpenet.data.files import digest, listing, write_tensors
 from labelpenet.data.images import read_image
 from labelpenet.data.transforms import Batch, View, random_view
 from labelpenet.engine.distributed import gather, images_together
-from labelpenet.engine.stage import Stage
+from labelpenet.engine.stage import Stage, load_each
 from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import DamagedError
 from labelpenet.instances import Instances
@@ -264,10 +264,7 @@ def load_samples(
         boxes = training.boxes(image, pixels.shape) if proposals else torch.zeros(0, 4)
         return Sample(pixels, view, image.tags, boxes, target)
 
-    def load(indices: list[int], generator: torch.Generator) -> list[Sample]:
-        return [sample(training.images.images[index], generator) for index in indices]
-
-    return load
+    return load_each(training.images.images, sample)
 
 
 def to_batch(network: LabelPEnet, samples: Sequence[Sample]) -> Batch:
