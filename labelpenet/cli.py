@@ -41,7 +41,8 @@ def _optional(metavar: str, help: str | None = None) -> Any:
 
 OptionalPath = Annotated[Path | None, _optional("PATH")]
 Data = Positional[Annotated[Path, arg(metavar="DATA")]]
-RunFolder = Positional[Annotated[Path, arg(metavar="RUN")]]
+RunFolder = Positional[Annotated[Path, arg(metavar="RUN", help="Run folder of `labelpenet train`.")]]
+CascadeFolder = Positional[Annotated[Path, arg(metavar="RUN", help="Run folder of the cascade.")]]
 Classes = Annotated[str | None, _optional("A,B,...", "Only these classes, in this order. Default: all.")]
 Split = Annotated[
     str | None, _optional("NAME", "train, val, test, ... or a file of image names. Default: all but VOC's test.")
@@ -145,8 +146,7 @@ class ForwardBackward:
       labelpenet forward-backward runs/mine photos/ --out runs/mine-fb --labels student.json module4.json
     """
 
-    run: RunFolder
-    """Run folder of the cascade."""
+    run: CascadeFolder
     data: Data
     """The photographs with tags that it was trained on; with --labels, any that these name."""
     out: Path
@@ -177,8 +177,7 @@ class Distill:
       labelpenet distill runs/voc VOCdevkit/VOC2012 --out runs/yardstick --supervision full
     """
 
-    run: RunFolder
-    """Run folder of the cascade."""
+    run: CascadeFolder
     data: Data
     """The photographs that it was trained on."""
     out: Path
@@ -211,7 +210,6 @@ class Predict:
     """
 
     run: RunFolder
-    """Run folder of `labelpenet train`."""
     images: Positional[Annotated[tuple[Path, ...], _optional("[PHOTOS ...]")]] = ()
     """Photographs, or folders of photographs."""
     out: Path = Path("predictions.json")
@@ -353,7 +351,6 @@ class Measure:
     """
 
     run: RunFolder
-    """Run folder of `labelpenet train`."""
     data: Data
     """The annotated data set."""
     split: str = "val"
@@ -380,7 +377,6 @@ class Review:
     """
 
     run: RunFolder
-    """Run folder of `labelpenet train`."""
     data: Data
     """The photographs that it was trained on."""
     out: OptionalPath = None
@@ -400,7 +396,6 @@ class Report:
     """
 
     run: RunFolder
-    """Run folder of `labelpenet train`."""
     data: OptionalPath = None
     """The data set. Default: the one that the run was trained on."""
     split: str = "val"
