@@ -464,10 +464,9 @@ def _name(text: str) -> str:
 
 def exists(home: Path, name: str, kind: Callable[[Path], bool] = is_file) -> bool:
     """Whether a name, as the data set writes it, is a file (or another ``kind`` of entry) in the folder."""
-    try:
+    with suppress(InputError, OSError):
         return kind(inside(home, name))
-    except (InputError, OSError):
-        return False
+    return False
 
 
 def _stems(folder: Path) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ import itertools
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -138,11 +139,9 @@ def lies_in(data: Path, parts: Sequence[str]) -> bool:
 
 
 def _is_labelme(path: Path) -> bool:
-    try:
-        content = read_json(path, 2**26)
-    except InputError:
-        return False
-    return is_labelme(content)
+    with suppress(InputError):
+        return is_labelme(read_json(path, 2**26))
+    return False
 
 
 def is_labelme(content: Any) -> bool:

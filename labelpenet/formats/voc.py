@@ -284,10 +284,9 @@ def _annotation(year: Path, name: str) -> Path:
 
 
 def _is_photograph(year: Path, name: str) -> bool:
-    try:
+    with suppress(InputError):
         return bool(_image(year, name))
-    except InputError:
-        return False
+    return False
 
 
 def _image(year: Path, name: str) -> Path:

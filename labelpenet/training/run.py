@@ -43,16 +43,12 @@ def train_run(
 ) -> LabelPEnet:
     """Trains the cascade on photographs and tags, and nothing else: `TaggedImages` hold no box and no mask.
 
-    With full ``supervision``, the yardstick: module 4 alone, on true objects, with as many image presentations as
-    modules 2 to 4 have together. With mixed supervision the cascade, in which true objects stand in for inferred ones
-    where they are known.
-
     Args:
         images: the photographs; run: the run folder; recipe: every choice.
         backbone, weights: as `build_backbone` takes them.
         until: last module to train.
         source: where the images came from, kept in ``run.json`` for reports.
-        supervision: what is known beyond tags; None for nothing.
+        supervision: what is known beyond tags, and what is then trained; None for tags alone.
         held_out: images that are not trained on, to measure the modules on while they are trained; None for none.
         options: how it runs.
 

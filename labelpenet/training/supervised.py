@@ -40,8 +40,8 @@ class Supervision:
     """What a run may know beyond tags.
 
     Attributes:
-        kind: ``full``: module 4 alone, on true objects; ``mixed``: the cascade, in which true objects stand in for
-            inferred ones where they are known.
+        kind: ``full``, the yardstick: module 4 alone, on true objects, presented as many images as modules 2 to 4 of
+            the cascade; ``mixed``: the cascade, in which true objects stand in for inferred ones where they are known.
         truths: the true objects by image id, weights 1 (crowds 0); ``masks`` is None for an image with boxes only. An
             image that is not there has tags only.
         digest: fingerprint of the truths: a resumed run must have the same.
