@@ -42,6 +42,7 @@ NOTES_OF_A_KIND = 20
 MANIFEST = ".labelpenet"
 
 ROOM = "make room or choose another place"
+RESUME = "free some space and use --resume"  # what a training cannot write it makes again
 _SEAL = re.compile(r', "checksum": "([0-9a-f]{8})"}\s*$')
 _MARK = b"\nlabelpenet crc32:"  # with four more bytes of an odd length, so that no array could end in it
 

@@ -23,7 +23,7 @@ from labelpenet import config
 from labelpenet.config import Images, Noise, RunOptions, StudentRecipe
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
-from labelpenet.data.files import digest, write_tensors
+from labelpenet.data.files import RESUME, digest, write_tensors
 from labelpenet.data.images import read_image
 from labelpenet.data.transforms import View, random_view, scaled_size, shrink
 from labelpenet.engine.distributed import build_fabric, images_together, precision_of
@@ -89,7 +89,7 @@ def distill(
             lessons = stage(student, taught, labels, images_together(recipe.schedule.batch_size, fabric))
             train_stage(lessons, out, options, config=facts, fabric=fabric)
             if fabric.global_rank == 0:
-                write_tensors(weights_file, student.plain_state(), "free some space and use --resume")
+                write_tensors(weights_file, student.plain_state(), RESUME)
             fabric.barrier()
     return Student.from_run(out, fabric.device)
 

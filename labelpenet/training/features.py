@@ -18,7 +18,7 @@ from torch import Tensor
 
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage
-from labelpenet.data.files import hash_file, read_array, write_array
+from labelpenet.data.files import RESUME, hash_file, read_array, write_array
 from labelpenet.data.images import read_image
 from labelpenet.engine.distributed import map_images, precision_of
 from labelpenet.errors import InputError
@@ -73,7 +73,7 @@ class RoIFeatures:
             found = features.to(torch.float16).cpu().numpy()
         except InputError as error:
             found, note = np.zeros((0, module.classifier.in_features), np.float16), f"skipped: {error}"
-        write_array(self.path(image), found, "free some space and use --resume")
+        write_array(self.path(image), found, RESUME)
         return found, note
 
     def compute_all(self, images: Sequence[TaggedImage]) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import ByImage, TaggedImage, TaggedImages
-from labelpenet.data.files import json_lines, read_json, sealed, write_text, writing
+from labelpenet.data.files import RESUME, json_lines, read_json, sealed, write_text, writing
 from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
 from labelpenet.formats.predictions import coco_text
@@ -119,7 +119,7 @@ def infer_all(
 
     with (
         Progress(f"{name} labels the images", len(share), before) as progress,
-        writing(part, "free some space and use --resume"),
+        writing(part, RESUME),
         part.open("a", encoding="utf-8") as file,
         contextlib.closing(map_images(attempt, mine, device)) as lines,
     ):
@@ -137,7 +137,7 @@ def infer_all(
         ordered = (by_id[image.id] for image in images.images if image.id in by_id)
         found = ((line["id"], tuple(line["size"]), line["rows"]) for line in ordered)
         text = coco_text(found, images.images, images.classes, with_ids=True)
-        write_text(target, sealed(text) + "\n", "free some space and use --resume")
+        write_text(target, sealed(text) + "\n", RESUME)
         for old in target.parent.glob(f"{target.stem}.part*.jsonl"):
             old.unlink()
     barrier()

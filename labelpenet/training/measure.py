@@ -57,8 +57,8 @@ def measure_run(
     student = isinstance(predictor.network, Student)
     if student and set(modules) not in ({4}, {1, 2, 3, 4}):
         raise InputError(f"{run}: holds a student, which has no modules; leave --modules out")
-    labelling = [number for number in modules if run_folder.instances(run, f"module{number}").is_file()]
-    modules = (4,) if student else labelling
+    labelling = run_folder.labelled(run)
+    modules = (4,) if student else [number for number in modules if number in labelling]
     if not modules:
         raise InputError(f"{run}: none of the modules has labelled the training photographs yet; train it first")
     held_out = open_annotated(data, split, classes, images)
@@ -154,9 +154,8 @@ def with_earlier(results: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def labelled_images(run: Path, num_classes: int) -> set[str]:
     """The ids of the photographs that the run was trained on, as its first module labelled them; of a student all."""
-    for name in map("module{}".format, range(1, 5)):
-        if run_folder.instances(run, name).is_file():
-            return set(read_inferred(run, name, num_classes))
+    if labelling := run_folder.labelled(run):
+        return set(read_inferred(run, f"module{labelling[0]}", num_classes))
     path = run_folder.photographs(run)
     return set(read_json(path)) if path.is_file() else set()
 

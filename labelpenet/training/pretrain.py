@@ -18,7 +18,7 @@ from labelpenet import config
 from labelpenet.config import MODULES, Recipe, RunOptions
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
-from labelpenet.data.files import digest, listing, write_tensors
+from labelpenet.data.files import RESUME, digest, listing, write_tensors
 from labelpenet.data.images import read_image
 from labelpenet.data.transforms import Batch, View, random_view
 from labelpenet.engine.distributed import gather, images_together
@@ -175,7 +175,7 @@ def load_trained(training: Training, part: str) -> bool:
 def save_part(network: LabelPEnet, run: Path, part: str) -> None:
     """Writes ``RUN/weights/PART.safetensors``, whole or not at all."""
     path = run_folder.weights(run, part)
-    write_tensors(path, getattr(network, part).state_dict(), "free some space and use --resume")
+    write_tensors(path, getattr(network, part).state_dict(), RESUME)
 
 
 def label_images(training: Training, number: int) -> None:
