@@ -1,6 +1,6 @@
 """The command line: parses, calls, prints. Everything else lives in the rooms below.
 
-A command is a class, its options, and a function below, which raises `InputError` for what cannot be used.
+A command is a class, its options, and a function below (`COMMANDS`), which raises `InputError` for what cannot be used.
 Exit status: 0 done; 2 the input cannot be used (one line on standard error says why and what to do); 130 interrupted.
 """
 
@@ -41,7 +41,8 @@ def _optional(metavar: str, help: str | None = None) -> Any:
 
 OptionalPath = Annotated[Path | None, _optional("PATH")]
 Data = Positional[Annotated[Path, arg(metavar="DATA")]]
-RunFolder = Positional[Annotated[Path, arg(metavar="RUN")]]
+RunFolder = Positional[Annotated[Path, arg(metavar="RUN", help="Run folder of `labelpenet train`.")]]
+CascadeFolder = Positional[Annotated[Path, arg(metavar="RUN", help="Run folder of the cascade.")]]
 Classes = Annotated[str | None, _optional("A,B,...", "Only these classes, in this order. Default: all.")]
 Split = Annotated[
     str | None, _optional("NAME", "train, val, test, ... or a file of image names. Default: all but VOC's test.")
@@ -145,8 +146,7 @@ class ForwardBackward:
       labelpenet forward-backward runs/mine photos/ --out runs/mine-fb --labels student.json module4.json
     """
 
-    run: RunFolder
-    """Run folder of the cascade."""
+    run: CascadeFolder
     data: Data
     """The photographs with tags that it was trained on; with --labels, any that these name."""
     out: Path
@@ -177,8 +177,7 @@ class Distill:
       labelpenet distill runs/voc VOCdevkit/VOC2012 --out runs/yardstick --supervision full
     """
 
-    run: RunFolder
-    """Run folder of the cascade."""
+    run: CascadeFolder
     data: Data
     """The photographs that it was trained on."""
     out: Path
@@ -211,7 +210,6 @@ class Predict:
     """
 
     run: RunFolder
-    """Run folder of `labelpenet train`."""
     images: Positional[Annotated[tuple[Path, ...], _optional("[PHOTOS ...]")]] = ()
     """Photographs, or folders of photographs."""
     out: Path = Path("predictions.json")
@@ -353,7 +351,6 @@ class Measure:
     """
 
     run: RunFolder
-    """Run folder of `labelpenet train`."""
     data: Data
     """The annotated data set."""
     split: str = "val"
@@ -380,7 +377,6 @@ class Review:
     """
 
     run: RunFolder
-    """Run folder of `labelpenet train`."""
     data: Data
     """The photographs that it was trained on."""
     out: OptionalPath = None
@@ -400,7 +396,6 @@ class Report:
     """
 
     run: RunFolder
-    """Run folder of `labelpenet train`."""
     data: OptionalPath = None
     """The data set. Default: the one that the run was trained on."""
     split: str = "val"
@@ -604,7 +599,6 @@ def _open_held_out(args: Train | ForwardBackward, images: TaggedImages) -> Annot
 
 
 def train(args: Train) -> None:
-    """``labelpenet train``; bad input is an `InputError`."""
     _check_out(args)
     recipe = _changed(config.recipe(args.recipe), args)
     images, source = _open_training(args, _names(args.classes))
@@ -631,7 +625,6 @@ def train(args: Train) -> None:
 
 
 def forward_backward(args: ForwardBackward) -> None:
-    """``labelpenet forward-backward``; bad input is an `InputError`."""
     from labelpenet.models.cascade import read_cascade
     from labelpenet.training import curriculum
     from labelpenet.training.labels import read_labels
@@ -666,7 +659,6 @@ def forward_backward(args: ForwardBackward) -> None:
 
 
 def distill(args: Distill) -> None:
-    """``labelpenet distill``; bad input is an `InputError`."""
     from labelpenet.formats import open_annotated
     from labelpenet.models.cascade import read_run
     from labelpenet.training import distill as training
@@ -705,7 +697,6 @@ def distill(args: Distill) -> None:
 
 
 def predict(args: Predict) -> None:
-    """``labelpenet predict``; bad input is an `InputError`."""
     from labelpenet.data import TaggedImage, read_image
     from labelpenet.data.files import check_outputs, real_path
     from labelpenet.data.images import find_images, unread
@@ -780,7 +771,6 @@ def predict(args: Predict) -> None:
 
 
 def merge(args: Merge) -> None:
-    """``labelpenet merge``; bad input is an `InputError`."""
     from labelpenet.data.files import check_outputs
     from labelpenet.formats.parts import merge_parts
 
@@ -792,7 +782,6 @@ def merge(args: Merge) -> None:
 
 
 def evaluate(args: Evaluate) -> None:
-    """``labelpenet evaluate``; bad input is an `InputError`."""
     from labelpenet.data.files import check_outputs, write_bytes
     from labelpenet.evaluation import evaluate as measure
     from labelpenet.evaluation import paper_tables, summary_table
@@ -827,7 +816,6 @@ def evaluate(args: Evaluate) -> None:
 
 
 def proposals(args: Proposals) -> None:
-    """``labelpenet proposals``; bad input is an `InputError`."""
     from labelpenet.data.proposals import compute_proposals, default_cache
     from labelpenet.evaluation.recall import recall, recall_table
     from labelpenet.formats import open_annotated, open_tagged
@@ -853,7 +841,6 @@ def proposals(args: Proposals) -> None:
 
 
 def export(args: Export) -> None:
-    """``labelpenet export``; bad input is an `InputError`."""
     from labelpenet.data.dataset import AnnotatedImages, only_tagged
     from labelpenet.data.files import check_new_folder, check_outputs
     from labelpenet.formats import export as write
@@ -942,7 +929,6 @@ def _doubtful(args: Export, images: TaggedImages) -> TaggedImages:
 
 
 def measure(args: Measure) -> None:
-    """``labelpenet measure``; bad input is an `InputError`."""
     from labelpenet.training.measure import measure_run
 
     if not args.modules:
@@ -951,7 +937,6 @@ def measure(args: Measure) -> None:
 
 
 def review(args: Review) -> None:
-    """``labelpenet review``; bad input is an `InputError`."""
     from labelpenet.data import run_folder
     from labelpenet.models.cascade import read_run
     from labelpenet.review import serve
@@ -961,7 +946,6 @@ def review(args: Review) -> None:
 
 
 def report(args: Report) -> None:
-    """``labelpenet report``; bad input is an `InputError`."""
     from labelpenet.data.dataset import only_tagged
     from labelpenet.data.files import check_outputs, real_path
     from labelpenet.formats.open import open_data
@@ -999,7 +983,6 @@ def report(args: Report) -> None:
 
 
 def demo(args: Demo) -> None:
-    """``labelpenet demo``; bad input is an `InputError`."""
     # before torch is loaded: between the tiny layers, threads would spin longer than they compute
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from labelpenet.demo import run_demo

@@ -66,6 +66,12 @@ class Progress:
             self._log(f"{self._stage} {step}/{self._steps}: {line}")
 
 
+def log_notes(*notes: str) -> None:
+    """Logs what a user should know of, each as a line of its own."""
+    for note in notes:
+        _log.warning("note: %s", note)
+
+
 def silent(message: str) -> None:
     """Takes what the processes other than the first would say."""
 

@@ -159,7 +159,7 @@ def _(layer: nn.Conv2d, norm: nn.Module | None = None) -> Callable[[Tensor], Ten
 @excitatory.register(nn.BatchNorm2d)
 @excitatory.register(FrozenBatchNorm2d)
 def _(layer: nn.Module, norm: nn.Module | None = None) -> Callable[[Tensor], Tensor]:
-    return lambda a: a * _along_channels(_scale(layer, a.dtype).clamp(min=0), a.ndim)
+    return lambda a: a * _scale(layer, a.dtype).clamp(min=0).reshape(1, -1, *[1] * (a.ndim - 2))
 
 
 @excitatory.register(nn.AvgPool2d)
@@ -181,10 +181,6 @@ def _scale(norm: Any, dtype: torch.dtype) -> Tensor:
     """The factor (channels,) by which a batch norm multiplies at test time."""
     scale = (norm.running_var.detach().to(dtype) + norm.eps).rsqrt()
     return scale if norm.weight is None else scale * norm.weight.detach().to(dtype)
-
-
-def _along_channels(values: Tensor, ndim: int) -> Tensor:
-    return values.reshape(1, -1, *[1] * (ndim - 2))
 
 
 def _steps(layers: Layers) -> list[Step]:

@@ -7,10 +7,10 @@ image by image, through `AnnotatedImages`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -22,11 +22,28 @@ if TYPE_CHECKING:  # torch would make every process that computes proposals star
 
     from labelpenet.instances import Instances
 
+T = TypeVar("T")
+
 # Index i + 1 in VOC's class maps.
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
 )
+
+
+class ByImage(Mapping[str, T]):
+    """Something of each image by its id, made anew each time that it is asked for (`__getitem__`)."""
+
+    _known: Mapping[str, Any]  # what it is made from
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __contains__(self, image_id: object) -> bool:
+        return image_id in self._known  # without making it
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ NOTES_OF_A_KIND = 20
 MANIFEST = ".labelpenet"
 
 ROOM = "make room or choose another place"
+RESUME = "free some space and use --resume"  # what a training cannot write it makes again
 _SEAL = re.compile(r', "checksum": "([0-9a-f]{8})"}\s*$')
 _MARK = b"\nlabelpenet crc32:"  # with four more bytes of an odd length, so that no array could end in it
 
@@ -84,6 +85,22 @@ def read_json(path: Path, limit: int = 4 * 2**30) -> Any:
     if isinstance(content, dict):
         content.pop("checksum", None)
     return content
+
+
+def json_line(line: str | bytes) -> dict[str, Any] | None:
+    """The object on a line of JSON lines; None where it is torn, no object, or its checksum is there and wrong."""
+    try:
+        text = line.decode() if isinstance(line, bytes) else line
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and is_whole(text) else None
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file that grows by a line at a time: what a crash has left half written is skipped."""
+    rows = map(json_line, path.read_text(encoding="utf-8", errors="replace").splitlines())
+    return [row for row in rows if row is not None]
 
 
 def read_xml(path: Path) -> Any:
@@ -157,6 +174,11 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):
         return False
+
+
+def is_hidden(name: str) -> bool:
+    """Whether no data set holds a file or folder of this name: hidden, or where a Synology keeps its thumbnails."""
+    return name.startswith((".", "@eaDir"))
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------

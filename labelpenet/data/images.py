@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, TiffImagePlugin, WebPImagePlugin
 
-from labelpenet.data.files import real_path
+from labelpenet.data.files import is_hidden, real_path
 from labelpenet.errors import InputError, reason
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
@@ -256,7 +256,7 @@ def read_index_map(path: Path | str) -> np.ndarray:
 
 def find_images(paths: Iterable[Path]) -> list[tuple[str, Path]]:
     """The image files among ``paths`` and, in order of name, in the folders among them, each once, however its path
-    is spelt; hidden files and folders are left out, and ``@eaDir``, where a Synology keeps its thumbnails.
+    is spelt; files and folders that are `is_hidden` are left out.
 
     Returns:
         (id, file) pairs; the id is the path below the folder given, or the file's name; of another image of the same id
@@ -278,7 +278,7 @@ def find_images(paths: Iterable[Path]) -> list[tuple[str, Path]]:
             raise InputError(f"{path}: no such image or folder; check the path")
         for name, file in pairs:
             place = home(file.parent) / file.name
-            if place not in taken and not any(part.startswith((".", "@eaDir")) for part in Path(name).parts):
+            if place not in taken and not any(map(is_hidden, Path(name).parts)):
                 taken.add(place)
                 names = (name, str(file), str(file.absolute()))  # the second may be another one's first
                 found[next(one for one in names if one not in found)] = file
@@ -294,8 +294,8 @@ def unread(folder: Path) -> list[str]:
     """
     counts: Counter[str] = Counter()
     for _, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith((".", "@eaDir"))]
-        odd = [Path(name) for name in files if name.lower().endswith(UNREAD) and not name.startswith(".")]
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        odd = [Path(name) for name in files if name.lower().endswith(UNREAD) and not is_hidden(name)]
         fine = {Path(name).stem for name in files if name.lower().endswith(SUFFIXES)} if odd else set()
         counts.update(file.suffix.lower() for file in odd if file.stem not in fine)
     if not counts:

@@ -35,7 +35,7 @@ from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import brief, excerpt, listing, read_json
 from labelpenet.data.images import PIXEL_LIMIT, SUFFIXES, image_size
 from labelpenet.data.matlab import read_cells
-from labelpenet.data.proposals import Proposals
+from labelpenet.data.proposals import Proposals, unique
 from labelpenet.errors import InputError, reason
 from labelpenet.instances import decode_mask, masks_to_boxes
 
@@ -354,8 +354,7 @@ def _checked(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     clipped = clipped[(clipped[:, 2:] > clipped[:, :2]).all(1)]
     if not len(clipped):
         return np.array([[0, 0, width, height]], np.float32)
-    _, first = np.unique(clipped, axis=0, return_index=True)
-    return clipped[np.sort(first)]
+    return unique(clipped)
 
 
 # --- Pickles ---

@@ -16,7 +16,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -28,6 +28,7 @@ import cv2
 import numpy as np
 
 from labelpenet.config import Proposals as Settings
+from labelpenet.data.dataset import ByImage
 from labelpenet.data.files import brief, hash_file, hash_files, read_array, write_array, write_text
 from labelpenet.data.images import read_image
 from labelpenet.errors import InputError, reason
@@ -81,7 +82,7 @@ def propose(image: np.ndarray, settings: Settings, model: Path | None = None) ->
     boxes = boxes[(boxes[:, 2:] - boxes[:, :2]).min(1) >= shortest]
     if not len(boxes):
         return np.array([[0, 0, width, height]], np.float32)
-    return _unique(boxes)[:MOST]
+    return unique(boxes)[:MOST]
 
 
 def _working_image(image: np.ndarray, side: int | None) -> np.ndarray:
@@ -184,13 +185,13 @@ def _corners(rectangles: Any) -> np.ndarray:
     return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
 
 
-def _unique(boxes: np.ndarray) -> np.ndarray:
+def unique(boxes: np.ndarray) -> np.ndarray:
     """(R, 4) boxes without repetitions, in order of first occurrence."""
     _, first = np.unique(boxes, axis=0, return_index=True)
     return boxes[np.sort(first)]
 
 
-class Proposals(Mapping[str, np.ndarray]):
+class Proposals(ByImage[np.ndarray]):
     """The proposals of a data set by image id: ``proposals[id]`` is (R, 4) float32 ``x1, y1, x2, y2`` in pixels.
 
     Boxes that lie in cache files are read when asked for, so any number of images fits in memory.
@@ -200,11 +201,11 @@ class Proposals(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, boxes: Mapping[str, np.ndarray | Path], notes: Sequence[str] = ()) -> None:
-        self._boxes = dict(boxes)
+        self._known = dict(boxes)
         self.notes = tuple(notes)
 
     def __getitem__(self, image_id: str) -> np.ndarray:
-        boxes = self._boxes[image_id]
+        boxes = self._known[image_id]
         if isinstance(boxes, np.ndarray):
             return boxes
         stored = _load(boxes)
@@ -213,15 +214,6 @@ class Proposals(Mapping[str, np.ndarray]):
                 f"{boxes}: the cached proposals of image {image_id} are damaged or gone; compute them again"
             )
         return stored
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._boxes)
-
-    def __len__(self) -> int:
-        return len(self._boxes)
-
-    def __contains__(self, image_id: object) -> bool:
-        return image_id in self._boxes
 
 
 def compute_proposals(

@@ -37,6 +37,11 @@ def instances(run: Path, module: str) -> Path:
     return run / "instances" / f"{module}.json"
 
 
+def labelled(run: Path) -> list[int]:
+    """The numbers of the modules that have labelled the training photographs."""
+    return [number for number in range(1, len(MODULES) + 1) if instances(run, f"module{number}").is_file()]
+
+
 def review(run: Path) -> Path:
     """What a person said of the labels on the review page."""
     return run / "review.json"

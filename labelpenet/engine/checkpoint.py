@@ -21,7 +21,7 @@ from labelpenet.data.files import write_bytes
 from labelpenet.errors import InputError, reason
 
 KEPT = 2
-_NAME = re.compile(r"step-(\d+)\.pt")
+_NAME = re.compile(r"step-\d+\.pt")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -138,8 +138,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _step(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    return int(match.group(1)) if match else -1
+    return int(path.stem.removeprefix("step-"))
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

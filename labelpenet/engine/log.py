@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from labelpenet.data import run_folder
-from labelpenet.data.files import write_json, write_text, writing
+from labelpenet.data.files import json_lines, write_json, write_text, writing
 from labelpenet.engine.checkpoint import git_revision, versions
 
 Row = dict[str, Any]
@@ -81,17 +81,7 @@ class MetricsLog:
 def read_metrics(run_dir: Path) -> list[Row]:
     """The rows of ``RUN/metrics.jsonl`` in order; a line that a crash left half written is skipped."""
     path = run_folder.metrics(run_dir)
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
+    return json_lines(path) if path.exists() else []
 
 
 def write_environment(run_dir: Path, device: torch.device, world: int) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,15 @@ from torch import Tensor, nn
 from labelpenet.config import Schedule
 from labelpenet.engine.log import MetricsLog
 from labelpenet.errors import InputError
+
+T = TypeVar("T")
+
+
+def load_each(
+    images: Sequence[T], load: Callable[[T, torch.Generator], Any]
+) -> Callable[[list[int], torch.Generator], list[Any]]:
+    """What `Stage.load` is where images are loaded one after the other."""
+    return lambda indices, generator: [load(images[index], generator) for index in indices]
 
 
 def learning_rate(schedule: Schedule, step: int) -> float:

@@ -191,7 +191,11 @@ class _Trainer:
     def train(self, checkpoint_minutes: float, progress: Progress) -> None:
         """Trains from the current step to the last one."""
         stage = self.stage
-        metrics = self._open_metrics()
+        metrics: MetricsLog | None = None
+        if self.machine.rank == 0:
+            write_environment(self.run_dir, self.machine.device, self.machine.world)
+            metrics = MetricsLog(self.run_dir, stage.name, self.rows, self.step)
+            self.rows = metrics.rows
         checkpoint, observation = _Timer(checkpoint_minutes), _Timer(stage.observe_minutes)
         in_a_row = 0
         outcome = _Outcome([], stop=False, save=False)
@@ -262,7 +266,9 @@ class _Trainer:
         else:
             norm = self._update([p for p, count in zip(self.parameters, counts[3:], strict=True) if count])
             if math.isfinite(norm):
-                self._tally(terms, norm)
+                _add(self.window, {f"loss/{name}": value for name, value in terms.items()})
+                if self.machine.rank == 0:
+                    _add(self.window, {"steps": 1.0, "gradient_norm": norm})
             elif self.machine.scaler.is_enabled():
                 overflow = True  # the usual way in which the scaler finds its scale: not worth a report
             else:
@@ -356,20 +362,6 @@ class _Trainer:
 
     def _names(self, indices: Sequence[int]) -> str:
         return ", ".join(self.stage.images[index] for index in indices)
-
-    def _open_metrics(self) -> MetricsLog | None:
-        if self.machine.rank:
-            return None
-        write_environment(self.run_dir, self.machine.device, self.machine.world)
-        metrics = MetricsLog(self.run_dir, self.stage.name, self.rows, self.step)
-        self.rows = metrics.rows
-        return metrics
-
-    def _tally(self, terms: Mapping[str, float], norm: float) -> None:
-        sums = {f"loss/{name}": value for name, value in terms.items()}
-        if self.machine.rank == 0:
-            sums |= {"steps": 1.0, "gradient_norm": norm}
-        _add(self.window, sums)
 
     def _gather_window(self) -> None:
         """Brings what all processes have summed up to the first one."""

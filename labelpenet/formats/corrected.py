@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -68,15 +69,16 @@ def _read_review(path: Path, images: TaggedImages) -> tuple[dict[str, Read], set
     reviewed, notes = read_review(path, images.images, images.classes)
     by_id = {image.id: image for image in images.images}
 
-    def reader(name: str) -> Read:
-        def read() -> Truth:
-            one = reviewed[name]
-            none = torch.zeros(len(one.rows), dtype=torch.bool)
-            return Truth(_checked(one.instances(len(images.classes)), by_id[name]), none, none)
+    def read(name: str) -> Truth:
+        one = reviewed[name]
+        none = torch.zeros(len(one.rows), dtype=torch.bool)
+        return Truth(_checked(one.instances(len(images.classes)), by_id[name]), none, none)
 
-        return lambda: _named(read, path, name)
-
-    accepted = {name: reader(name) for name, one in reviewed.items() if one.status == "accepted"}
+    accepted: dict[str, Read] = {
+        name: partial(_named, partial(read, name), path, name)
+        for name, one in reviewed.items()
+        if one.status == "accepted"
+    }
     return accepted, {name for name, one in reviewed.items() if one.status == "dropped"}, notes
 
 
@@ -106,10 +108,11 @@ def _read_annotated(path: Path, images: TaggedImages) -> tuple[dict[str, Read], 
     if absent:
         notes.append(f"{path}: {absent} of its {len(tagged.images)} photographs are not trained on, or several fit")
 
-    def reader(theirs: TaggedImage, ours: TaggedImage) -> Read:
-        return lambda: _named(lambda: _renamed(annotated, theirs, ours, labels), path, ours.id)
-
-    return {ours.id: reader(theirs, ours) for theirs, ours in pairs}, set(), [*tagged.notes, *notes]
+    readers: dict[str, Read] = {
+        ours.id: partial(_named, partial(_renamed, annotated, theirs, ours, labels), path, ours.id)
+        for theirs, ours in pairs
+    }
+    return readers, set(), [*tagged.notes, *notes]
 
 
 def _matched(theirs: Sequence[TaggedImage], ours: Sequence[TaggedImage]) -> list[tuple[TaggedImage, TaggedImage]]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImages, only_tagged, tag_images
-from labelpenet.data.files import brief, excerpt, inside, is_file, listing, read_json, read_text
+from labelpenet.data.files import brief, excerpt, inside, is_file, is_hidden, listing, read_json, read_text
 from labelpenet.data.images import SUFFIXES
 from labelpenet.errors import InputError, collected
 from labelpenet.formats.shapes import PROBE, image_folder
@@ -133,10 +133,9 @@ def open_class_folders(data: Path, split: str | None = None, classes: Sequence[s
             f"{copied} images are copies of one of the same name in another class's folder: it has all the tags"
         )
     empty = {path.name for path in data.iterdir() if path.is_dir()} - {parts[0] for parts in files} - set(_UNLABELLED)
-    empty = {name for name in empty if not name.startswith((".", "__", "@eaDir"))}
-    if empty:
+    if empty := {name for name in empty if not _is_passed_over(name)}:
         notes.append(f"no photograph lies in {listing(sorted(empty))}: no class of that name")
-    if unread := sum((data / name).with_suffix(".xml").is_file() for name in tags):
+    if unread := sum(is_file(beside(data / name, ".xml")) for name in tags):
         notes.append(
             f"{unread} images have an XML file beside them, which is not read: the sub-folders are taken as classes; "
             "for what the XML says give a folder whose photographs lie in no sub-folder"
@@ -454,16 +453,20 @@ def disk_form(path: Path) -> Path:
     return path
 
 
+def beside(path: Path, suffix: str) -> Path:
+    """The file of the same name with another suffix, in the form in which it lies there (`disk_form`)."""
+    return disk_form(path.with_suffix(suffix))
+
+
 def _name(text: str) -> str:
     return text.strip().replace("\\", "/").removeprefix("./")
 
 
-def exists(home: Path, name: str) -> bool:
-    """Whether a name, as the data set writes it, is a file in the folder."""
-    try:
-        return is_file(inside(home, name))
-    except InputError:
-        return False
+def exists(home: Path, name: str, kind: Callable[[Path], bool] = is_file) -> bool:
+    """Whether a name, as the data set writes it, is a file (or another ``kind`` of entry) in the folder."""
+    with suppress(InputError, OSError):
+        return kind(inside(home, name))
+    return False
 
 
 def _stems(folder: Path) -> dict[str, list[str]]:
@@ -477,7 +480,7 @@ def _stems(folder: Path) -> dict[str, list[str]]:
 def _all_images(folder: Path) -> Iterator[str]:
     """The paths of the images below a folder, in order; hidden files and folders are left out, links not followed."""
     for home, folders, _ in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__", "@eaDir")))
+        folders[:] = sorted(name for name in folders if not _is_passed_over(name))
         below = Path(home).relative_to(folder)
         yield from ((below / name).as_posix() for name in image_files(Path(home)))
 
@@ -486,4 +489,9 @@ def image_files(folder: Path) -> list[str]:
     """Names of the image files that lie directly in a folder, in order; hidden ones are left out."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if Path(entry.name).suffix.lower() in SUFFIXES and entry.is_file()]
-    return sorted(name for name in names if not name.startswith("."))
+    return sorted(name for name in names if not is_hidden(name))
+
+
+def _is_passed_over(folder: str) -> bool:
+    """Whether a folder of this name is no class: hidden, or as ``__MACOSX``."""
+    return is_hidden(folder) or folder.startswith("__")

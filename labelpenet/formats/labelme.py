@@ -12,6 +12,7 @@ import itertools
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,10 +31,10 @@ from labelpenet.data.dataset import (
     tag_images,
     with_truth,
 )
-from labelpenet.data.files import MANIFEST, changed, inside, is_file, listing, read_json, write_text
+from labelpenet.data.files import MANIFEST, changed, inside, is_file, is_hidden, listing, read_json, write_text
 from labelpenet.data.images import SUFFIXES
 from labelpenet.errors import InputError, collected
-from labelpenet.formats.folder import image_files, known_beside, restrict
+from labelpenet.formats.folder import beside, image_files, known_beside, restrict
 from labelpenet.formats.polygons import drawn, joined, outline, signed_area, straight
 from labelpenet.formats.rows import file_names
 from labelpenet.formats.selection import Exported, copy_photograph, new_export, objects, selected, stems
@@ -119,13 +120,13 @@ def _pieces(parts: list[np.ndarray]) -> list[np.ndarray]:
 
 def json_files(folder: Path) -> list[Path]:
     """The files of a folder, and of those below, that are laid out as Labelme's; at most the first is opened."""
-    files = sorted(path for path in folder.rglob("*.json") if not any(part.startswith(".") for part in path.parts))
+    files = sorted(path for path in folder.rglob("*.json") if not any(map(is_hidden, path.relative_to(folder).parts)))
     return files if files and _is_labelme(files[0]) else []
 
 
 def lies_beside(data: Path) -> bool:
     """Whether the file of the same name beside a photograph of the folder is laid out as Labelme's."""
-    files = (path for name in image_files(data) if is_file(path := (data / name).with_suffix(".json")))
+    files = (path for name in image_files(data) if is_file(path := beside(data / name, ".json")))
     return any(map(_is_labelme, itertools.islice(files, 1)))
 
 
@@ -138,11 +139,9 @@ def lies_in(data: Path, parts: Sequence[str]) -> bool:
 
 
 def _is_labelme(path: Path) -> bool:
-    try:
-        content = read_json(path, 2**26)
-    except InputError:
-        return False
-    return is_labelme(content)
+    with suppress(InputError):
+        return is_labelme(read_json(path, 2**26))
+    return False
 
 
 def is_labelme(content: Any) -> bool:
@@ -231,22 +230,22 @@ def _flags(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _photograph(content: Mapping[str, Any], path: Path, data: Path, images: Path | None) -> tuple[str, Path]:
     """The id and the file of the photograph that a file is about."""
-    beside = str(content["imagePath"]).replace("\\", "/")
+    named = str(content["imagePath"]).replace("\\", "/")
     own = content.get(_OURS)
     if images is None:
-        photograph = inside(data, (PurePosixPath(path.parent.relative_to(data).as_posix()) / beside).as_posix())
+        photograph = inside(data, (PurePosixPath(path.parent.relative_to(data).as_posix()) / named).as_posix())
         if not is_file(photograph):
             raise InputError(
                 f"{photograph}: not there, but {path.name} is about it; add it, or give the images' folder"
             )
-        other = next((one for suffix in SUFFIXES if is_file(one := path.with_suffix(suffix))), photograph)
+        other = next((one for suffix in SUFFIXES if is_file(one := beside(path, suffix))), photograph)
         if photograph.stem != path.stem and other != photograph:
             raise InputError(f"{path}: is about {photograph.name}, but lies beside {other.name}; rename one of them")
         return own if isinstance(own, str) else photograph.relative_to(data).as_posix(), photograph
-    for name in (own, beside, beside.rsplit("/", 1)[-1]):
+    for name in (own, named, named.rsplit("/", 1)[-1]):
         if isinstance(name, str) and ".." not in name and is_file(images / name):
             return name, inside(images, name)
-    raise InputError(f"{path}: its photograph {beside[:80]} is not in {images}; add it or give another folder")
+    raise InputError(f"{path}: its photograph {named[:80]} is not in {images}; add it or give another folder")
 
 
 def _truth(path: Path, photograph: Path, classes: Sequence[str]) -> Truth:

@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from labelpenet.data.dataset import TaggedImage
-from labelpenet.data.files import is_file, is_whole, locked, sealed, write_bytes, writing
+from labelpenet.data.dataset import ByImage, TaggedImage
+from labelpenet.data.files import is_file, json_line, locked, sealed, write_bytes, writing
 from labelpenet.data.images import image_size
 from labelpenet.errors import InputError
 from labelpenet.formats.rows import (
@@ -35,8 +34,7 @@ from labelpenet.formats.rows import (
     read_rows,
 )  # fmt: skip
 from labelpenet.instances import Instances
-
-_log = logging.getLogger(__name__)
+from labelpenet.progress import log_notes
 
 ROWS_A_GROUP = 10_000  # of a Parquet file: about 10 MB in memory
 
@@ -99,7 +97,7 @@ class Part:
             self.finished = there == self.path and not self.left() and there.stat().st_size == length
             if not self.finished:
                 if there == self.path:
-                    _log.warning("note: %s is damaged; what is missing is made again", self.path)
+                    log_notes(f"{self.path} is damaged; what is missing is made again")
                     self.path.replace(self.partial)
                 self._file: BinaryIO = opened.enter_context(self.partial.open("ab"))
                 self._file.truncate(length)
@@ -185,7 +183,7 @@ def merge_parts(paths: Sequence[Path], out: Path) -> tuple[int, int]:
     else:
         write_bytes(out, lambda file: _write_coco(parts, header, file, counts))
     if skipped := header["images"] - counts[0]:
-        _log.warning("note: %d photographs could not be read when they were predicted and are left out", skipped)
+        log_notes(f"{skipped} photographs could not be read when they were predicted and are left out")
     return counts[0], counts[1]
 
 
@@ -212,20 +210,14 @@ def read_parts(folder: Path, images: Sequence[TaggedImage], classes: Sequence[st
     return Predictions(tuple(classes), tuple(notes), _Lines(asked, labels))
 
 
-class _Lines(Mapping[str, Rows]):
+class _Lines(ByImage[Rows]):
     """The rows of each image by id, read when asked for, of the categories that have a label."""
 
     def __init__(self, places: dict[str, tuple[TaggedImage, Path, int]], labels: Mapping[Any, int | None]) -> None:
-        self._places, self._labels = places, labels
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        self._known, self._labels = places, labels
 
     def __getitem__(self, name: str) -> Rows:
-        image, part, place = self._places[name]
+        image, part, place = self._known[name]
         row = _row_at(part, place)
         if row is None or row.get("file_name") is None:
             raise InputError(f"{part}: has changed while it was read; start again")
@@ -380,11 +372,5 @@ def _row_at(part: Path, place: int) -> dict[str, Any] | None:
 
 def _row(line: bytes) -> dict[str, Any] | None:
     """A line as it was written, without its checksum; None if it is damaged."""
-    try:
-        text = line.decode()
-        row = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(row, dict) or row.pop("checksum", None) is None or not is_whole(text.rstrip("\n")):
-        return None
-    return row
+    row = json_line(line)
+    return None if row is None or row.pop("checksum", None) is None else row

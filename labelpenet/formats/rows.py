@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from pycocotools import mask as rle
 
-from labelpenet.data.dataset import TaggedImage
+from labelpenet.data.dataset import ByImage, TaggedImage
 from labelpenet.data.files import brief, listing, safe_name
 from labelpenet.data.images import PIXEL_LIMIT
 from labelpenet.errors import InputError
@@ -96,7 +96,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Predictions(Mapping[str, Instances]):
+class Predictions(ByImage[Instances]):
     """The content of a predictions file by image id: a read-only mapping that decodes an image's masks when asked.
 
     So thousands of images fit into memory; hold on to one image's `Instances` at a time.
@@ -108,23 +108,14 @@ class Predictions(Mapping[str, Instances]):
 
     classes: tuple[str, ...]
     notes: tuple[str, ...]
-    _rows: Mapping[str, Rows] = field(repr=False)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def __contains__(self, image: object) -> bool:
-        return image in self._rows
+    _known: Mapping[str, Rows] = field(repr=False)
 
     def labels(self, image: str) -> np.ndarray:
         """(N,) int64 class indices of an image's instances, without decoding their masks."""
-        return self._rows[image].labels
+        return self._known[image].labels
 
     def __getitem__(self, image: str) -> Instances:
-        rows = self._rows[image]
+        rows = self._known[image]
         masks = None
         if any(segmentation is not None for segmentation in rows.segmentations):
             empty = torch.zeros(rows.size, dtype=torch.bool)

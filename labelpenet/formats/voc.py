@@ -34,7 +34,7 @@ from labelpenet.data.files import (
 from labelpenet.data.images import SUFFIXES, palette_png, read_index_map, voc_palette
 from labelpenet.errors import InputError, collected
 from labelpenet.evaluation.semantic import IGNORE, paint
-from labelpenet.formats.folder import disk_form, image_files, known_beside, nfc, restrict
+from labelpenet.formats.folder import beside, image_files, known_beside, nfc, restrict
 from labelpenet.formats.selection import (
     Exported,
     check_new_split,
@@ -140,7 +140,7 @@ def open_annotated(year: Path, split: str | None = None, classes: Sequence[str] 
 
 def lies_beside(data: Path) -> bool:
     """Whether a folder holds photographs and, beside one of them, its XML."""
-    return any(is_file(disk_form((data / name).with_suffix(".xml"))) for name in image_files(data))
+    return any(is_file(beside(data / name, ".xml")) for name in image_files(data))
 
 
 def open_beside(data: Path, split: str | None = None, classes: Sequence[str] | None = None) -> AnnotatedImages:
@@ -168,7 +168,7 @@ def open_beside(data: Path, split: str | None = None, classes: Sequence[str] | N
     tagged = tag_images([found[name] for name in chosen], classes, known, problems, data, notes)
 
     def truth(image: TaggedImage) -> Truth:
-        path = disk_form(image.path.with_suffix(".xml"))
+        path = beside(image.path, ".xml")
         objects, said = read_objects(path)
         return read_shapes(objects, checked_size(image.path, said, path), tagged.classes, path, masked=False)
 
@@ -284,10 +284,9 @@ def _annotation(year: Path, name: str) -> Path:
 
 
 def _is_photograph(year: Path, name: str) -> bool:
-    try:
+    with suppress(InputError):
         return bool(_image(year, name))
-    except InputError:
-        return False
+    return False
 
 
 def _image(year: Path, name: str) -> Path:

@@ -16,7 +16,7 @@ from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImage, Tr
 from labelpenet.data.files import inside, is_file, listing, read_text, safe_name, write_text
 from labelpenet.data.images import find_images
 from labelpenet.errors import InputError, collected
-from labelpenet.formats.folder import disk_form, image_files, plain_split
+from labelpenet.formats.folder import beside, disk_form, exists, image_files, plain_split
 from labelpenet.formats.polygons import contours, joined, outline, straight
 from labelpenet.formats.selection import (
     Exported,
@@ -116,9 +116,9 @@ def settings_file(data: Path) -> Path | None:
     """What describes a folder of YOLO labels: data.yaml, darknet's obj.data, or a list of classes beside ``labels``
     or among photographs and their labels."""
     lists = [data / name for name in _LISTS]
-    own = (disk_form((data / one).with_suffix(".txt")) for one in image_files(data))
-    beside = (data / "labels").is_dir() or any(map(is_file, own))
-    names = [data / name for name in ("classes.txt", "obj.names") if beside]
+    own = (beside(data / one, ".txt") for one in image_files(data))
+    labelled = (data / "labels").is_dir() or any(map(is_file, own))
+    names = [data / name for name in ("classes.txt", "obj.names") if labelled]
     return next((path for path in [*lists, *names] if path.is_file()), None)
 
 
@@ -155,10 +155,8 @@ def open_annotated(
             if labels in shared and is_file(labels):
                 raise InputError(f"{labels}: may be of {photograph.name} or another of that name; rename one of them")
             if not is_file(labels):
-                if is_file(photograph.with_suffix(".xml")):
-                    raise InputError(
-                        f"{photograph.with_suffix('.xml')}: lies there, but no {labels.name}; keep one kind"
-                    )
+                if is_file(other := beside(photograph, ".xml")):
+                    raise InputError(f"{other}: lies there, but no {labels.name}; keep one kind")
                 bare.add(photograph.relative_to(root).as_posix())
             indices = {index for index, _ in _rows(labels, len(names), pose).values()}
             tags = frozenset(names[index] for index in indices)
@@ -206,8 +204,8 @@ def _settings_of(path: Path, images: Path | None) -> tuple[list[str], dict[str, 
     if path.name == "obj.data":
         lines = (line.partition("=") for line in read_text(path).splitlines())
         content = {key.strip(): value.strip() for key, _, value in lines}
-        beside = content.get("names", "obj.names").removeprefix("data/")
-        names = _class_lines(inside(path.parent, beside))
+        listed = content.get("names", "obj.names").removeprefix("data/")
+        names = _class_lines(inside(path.parent, listed))
         places = {key: [content[key].removeprefix("data/")] for key in ("train", "valid", "test") if content.get(key)}
         return names, {plain_split(key): value for key, value in places.items()}, False
     root = images or path.parent
@@ -250,19 +248,12 @@ def _place(path: Path, base: Any, place: str, images: Path | None) -> str:
     bases = [base] if isinstance(base, str) and base not in (".", "./") else []
     # Roboflow writes ../train/images for what lies beside the file.
     plain = re.sub(r"^(\.\.?/)+", "", place.replace("\\", "/"))
-    return next((one for one in (*(f"{one}/{plain}" for one in bases), plain) if _exists(root, one)), plain)
-
-
-def _exists(root: Path, place: str) -> bool:
-    try:
-        return inside(root, place).exists()
-    except (InputError, OSError):
-        return False
+    return next((one for one in (*(f"{one}/{plain}" for one in bases), plain) if exists(root, one, Path.exists)), plain)
 
 
 def _photographs(root: Path, place: str, source: Path) -> list[Path]:
     """The images of a folder, or those that a list names, a path a line."""
-    if place != "." and not _exists(root, place):
+    if place != "." and not exists(root, place, Path.exists):
         raise InputError(
             f"{source}: {place[:80]!r} is not in {root}; put the images there, mend the file, or give their folder "
             "(images)"

@@ -83,13 +83,14 @@ class LabelPEnet(nn.Module):
         return next(self.parameters()).device
 
     def module(self, number: int) -> Classification | Detection | Segmentation:
-        """Module 1 to 4."""
+        """Module 1 to 4; `InputError` for another number."""
+        if number not in range(1, len(MODULES) + 1):
+            raise InputError(f"no module {number}; choose 1, 2, 3 or 4")
         return getattr(self, MODULES[number - 1])
 
     def require(self, number: int) -> None:
         """Raises InputError unless module ``number`` exists and has been trained."""
-        if number not in range(1, len(MODULES) + 1):
-            raise InputError(f"no module {number}; choose 1, 2, 3 or 4")
+        self.module(number)
         if MODULES[number - 1] in self.untrained:
             raise InputError(f"module {number} is not trained in this run yet; train on with --resume or ask another")
 
@@ -166,8 +167,7 @@ class LabelPEnet(nn.Module):
         Raises:
             InputError: no such module, or targets of a class or of a photograph's size that is not there.
         """
-        if module not in range(1, len(MODULES) + 1):
-            raise InputError(f"no module {module}; choose 1, 2, 3 or 4")
+        learner = self.module(module)
         for image, target in zip(images, targets, strict=True):
             if tuple(target.image_size) != image.shape[:2]:
                 raise InputError(f"targets on {target.image_size} pixels (H, W) for a photograph of {image.shape[:2]}")
@@ -179,7 +179,7 @@ class LabelPEnet(nn.Module):
             images, [tuple(one.labels.unique().tolist()) for one in targets], self._proposed(images, module, proposals)
         )
         seen = [view.instances(target) for view, target in zip(batch.views, targets, strict=True)]
-        return self.module(module).losses(batch, seen)
+        return learner.losses(batch, seen)
 
     @torch.no_grad()
     def infer(self, number: int, batch: Batch) -> list[tuple[Instances, Trace]]:

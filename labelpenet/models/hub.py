@@ -5,7 +5,6 @@ need it (extra ``hub``).
 """
 
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ from labelpenet.data.files import read_json, read_tensors, read_text, write_json
 from labelpenet.errors import InputError, reason
 from labelpenet.models.cascade import MODULES, LabelPEnet, read_run
 from labelpenet.models.student import KIND, Student, load
-
-_log = logging.getLogger(__name__)
+from labelpenet.progress import log_notes
 
 _FILES = ("config.json", "model.safetensors")
 _NOTHING = "Not measured."
@@ -60,8 +58,7 @@ def save_pretrained(run: Path | str, folder: Path | str, licence: str = "other",
     }
     results = read_json(run_folder.results(run)) if run_folder.results(run).is_file() else {}
     results, notes = run_folder.up_to_date(run, results)
-    for note in notes:
-        _log.warning("note: %s", note)
+    log_notes(*notes)
     folder.mkdir(parents=True, exist_ok=True)
     # in this order: weights without a configuration would be taken for another's (`_check_own`)
     write_json(folder / "config.json", {key: facts[key] for key in _FACTS if key in facts}, indent=1)

@@ -151,7 +151,7 @@ def gather(run: Path) -> Facts:
             missing.append("the student is not trained yet; go on with labelpenet distill ... --resume")
     else:
         trained = tuple(k for k, name in enumerate(MODULES, 1) if run_folder.weights(run, name).is_file())
-        labelled = tuple(k for k in range(1, len(MODULES) + 1) if run_folder.instances(run, f"module{k}").is_file())
+        labelled = tuple(run_folder.labelled(run))
         last = len(MODULES)
         for number in (last,) if facts.get("supervision") == "full" else range(1, last + 1):
             name = MODULES[number - 1]

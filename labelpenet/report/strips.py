@@ -4,6 +4,7 @@ Nothing here trains or chooses anything: the truth, where the caller can read it
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import cv2
@@ -117,12 +118,10 @@ def worst_images(
     for image in images:
         if image.id not in found:
             continue
-        try:
+        with suppress(InputError):  # a damaged annotation costs its image only
             value = mean_best_overlap(found[image.id], read(image.id))
-        except InputError:  # a damaged annotation costs its image only
-            continue
-        if value is not None:
-            measured.append((image, value))
+            if value is not None:
+                measured.append((image, value))
     return sorted(measured, key=lambda pair: pair[1])[:count]
 
 
@@ -264,9 +263,6 @@ def _count(found: Instances, training: bool) -> str:
 
 
 def _truth(source: Source, image: TaggedImage) -> Truth | None:
-    if source.truth is None:
-        return None
-    try:
-        return source.truth(image.id)
-    except InputError:  # a damaged annotation costs one panel
-        return None
+    with suppress(InputError):  # a damaged annotation costs one panel
+        return None if source.truth is None else source.truth(image.id)
+    return None

@@ -32,7 +32,7 @@ def rank_run(run: Path, images: TaggedImages, last: int = 4) -> tuple[list[tuple
     """`rank` of what the modules of a run up to ``last`` inferred, and what the last of these did; `InputError` where
     none has labelled the photographs, or these are others of the same names.
     """
-    numbers = [number for number in range(1, last + 1) if run_folder.instances(run, f"module{number}").is_file()]
+    numbers = [number for number in run_folder.labelled(run) if number <= last]
     if not numbers:
         raise InputError(f"{run}: no module has labelled the training photographs yet; train it first")
     run_folder.check_own(run, {image.id: image.path for image in images.images})

@@ -32,7 +32,7 @@ from labelpenet.data.images import read_image
 from labelpenet.data.transforms import mirror, random_view
 from labelpenet.engine.distributed import build_fabric, gather, images_together, precision_of
 from labelpenet.engine.sampler import stream_seed
-from labelpenet.engine.stage import Stage
+from labelpenet.engine.stage import Stage, load_each
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet, read_cascade
@@ -96,8 +96,7 @@ def forward_backward(
         )
     if "proposals" in facts and options.proposals is None:
         raise InputError(f"{start}: was trained on another tool's proposals; give them again with --proposals")
-    if held_out is not None:
-        check_held_out(images, held_out)
+    check_held_out(images, held_out)
     recipe = recipe or config.from_dict(facts["recipe"])
     if labels is None and recipe.forward_backward.labels == "given":
         raise InputError("there are no given labels to learn; give them with --labels")
@@ -141,16 +140,16 @@ def with_labels(images: TaggedImages, labels: Mapping[str, Instances], first: bo
 
     ``first`` as for `read_all`.
     """
-    taught = [image for image in images.images if image.id in labels]
+    taught = images.where(lambda image: image.id in labels)
     prints, count = [], 0
-    for name, own in read_all(labels, taught, first):  # once: several files are put together as they are read
+    for name, own in read_all(labels, taught.images, first):  # once: several files are put together as they are read
         if len(own) and own.masks is None:
             raise InputError(f"{name}: its labels have no masks, which modules 3 and 4 learn; give some, or none")
         prints.append(fingerprint(name, own))
         count += int((own.weights > 0).sum())
     if not count:
         raise InputError("no photograph has a label surer than 0; check the labels, the split and the classes")
-    return TaggedImages(images.classes, tuple(taught), images.notes), digest(prints)
+    return taught, digest(prints)
 
 
 def read_anchors(start: Path, images: TaggedImages) -> Anchors:
@@ -286,10 +285,7 @@ def load(training: Training, anchors: Anchors) -> Callable[[list[int], torch.Gen
         view = training.network.view(seen, round(side * zoom), flip)
         return Shown(pixels, view, image.tags, boxes, id=image.id, anchors=labels)
 
-    def batch(indices: list[int], generator: torch.Generator) -> list[Shown]:
-        return [one(training.images.images[index], generator) for index in indices]
-
-    return batch
+    return load_each(training.images.images, one)
 
 
 Labels = Sequence[Sequence[Instances]] | None

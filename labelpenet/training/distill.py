@@ -23,12 +23,12 @@ from labelpenet import config
 from labelpenet.config import Images, Noise, RunOptions, StudentRecipe
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
-from labelpenet.data.files import digest, write_tensors
+from labelpenet.data.files import RESUME, digest, write_tensors
 from labelpenet.data.images import read_image
 from labelpenet.data.transforms import View, random_view, scaled_size, shrink
 from labelpenet.engine.distributed import build_fabric, images_together, precision_of
 from labelpenet.engine.sampler import seed_step
-from labelpenet.engine.stage import Stage
+from labelpenet.engine.stage import Stage, load_each
 from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
@@ -62,7 +62,7 @@ def distill(
     Raises:
         InputError: something the user gave cannot be used; KeyboardInterrupt: the state is saved.
     """
-    taught = TaggedImages(images.classes, tuple(image for image in images.images if image.id in labels), images.notes)
+    taught = images.where(lambda image: image.id in labels)
     if not any((labels[image.id].weights > 0).any() for image in taught.images):
         raise InputError("no photograph has a label surer than 0; check the labels, the split and the classes")
     if all(not len(one) or one.masks is None for one in (labels[image.id] for image in taught.images)):
@@ -89,7 +89,7 @@ def distill(
             lessons = stage(student, taught, labels, images_together(recipe.schedule.batch_size, fabric))
             train_stage(lessons, out, options, config=facts, fabric=fabric)
             if fabric.global_rank == 0:
-                write_tensors(weights_file, student.plain_state(), "free some space and use --resume")
+                write_tensors(weights_file, student.plain_state(), RESUME)
             fabric.barrier()
     return Student.from_run(out, fabric.device)
 
@@ -104,9 +104,6 @@ def stage(student: Student, images: TaggedImages, labels: Mapping[str, Instances
         check_size(image, pixels, own)
         return lesson(pixels, own, recipe.images, noise, generator)
 
-    def load(indices: list[int], generator: torch.Generator) -> list[Lesson]:
-        return [one(images.images[index], generator) for index in indices]
-
     def loss(lessons: list[Lesson], step: int) -> dict[str, Tensor]:
         late = step >= noise.limit_from * schedule.steps
         return student.losses(lessons, noise.limit if late else None)
@@ -117,7 +114,7 @@ def stage(student: Student, images: TaggedImages, labels: Mapping[str, Instances
         schedule=schedule,
         images=[image.id for image in images.images],
         loss=loss,
-        load=load,
+        load=load_each(images.images, one),
         micro_batch=micro_batch,
         ema=average_decay(noise.ema, schedule.steps),
         ema_from_start=False,

@@ -7,7 +7,6 @@ weights. So no photograph gets the features of another, nor those of other weigh
 import contextlib
 import hashlib
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,15 +18,13 @@ from torch import Tensor
 
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage
-from labelpenet.data.files import hash_file, read_array, write_array
+from labelpenet.data.files import RESUME, hash_file, read_array, write_array
 from labelpenet.data.images import read_image
 from labelpenet.engine.distributed import map_images, precision_of
 from labelpenet.errors import InputError
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.models.layers import evaluating
-from labelpenet.progress import Progress
-
-_log = logging.getLogger(__name__)
+from labelpenet.progress import Progress, log_notes
 
 
 class RoIFeatures:
@@ -76,7 +73,7 @@ class RoIFeatures:
             found = features.to(torch.float16).cpu().numpy()
         except InputError as error:
             found, note = np.zeros((0, module.classifier.in_features), np.float16), f"skipped: {error}"
-        write_array(self.path(image), found, "free some space and use --resume")
+        write_array(self.path(image), found, RESUME)
         return found, note
 
     def compute_all(self, images: Sequence[TaggedImage]) -> None:
@@ -121,5 +118,5 @@ class RoIFeatures:
         path = self.path(image)
         found = read_array(path)
         if found is None and path.is_file():
-            _log.warning("note: %s is damaged; the RoI features of %s are computed again", path, image.id)
+            log_notes(f"{path} is damaged; the RoI features of {image.id} are computed again")
         return found

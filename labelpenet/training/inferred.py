@@ -6,39 +6,36 @@ is still inferring, ``RUN/instances/MODULE.part0.jsonl`` grows by a line an imag
 
 import contextlib
 import json
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from labelpenet.data import run_folder
-from labelpenet.data.dataset import TaggedImage, TaggedImages
-from labelpenet.data.files import is_whole, read_json, sealed, write_text, writing
+from labelpenet.data.dataset import ByImage, TaggedImage, TaggedImages
+from labelpenet.data.files import RESUME, json_lines, read_json, sealed, write_text, writing
 from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
 from labelpenet.formats.predictions import coco_text
 from labelpenet.formats.rows import check_size, read_rows
 from labelpenet.instances import Instances
-from labelpenet.progress import Progress
-
-_log = logging.getLogger(__name__)
+from labelpenet.progress import Progress, log_notes
 
 Rows = list[dict[str, Any]]
 
 
-class Inferred(Mapping[str, Instances]):
+class Inferred(ByImage[Instances]):
     """The instances of each image by id, decoded when asked for (masks stay run-length encoded in memory).
 
     An image that could not be read when it was to be labelled is not there.
     """
 
     def __init__(self, rows: dict[str, Rows], sizes: dict[str, tuple[int, int]], num_classes: int):
-        self._rows, self._sizes, self._categories = rows, sizes, list(range(1, num_classes + 1))
+        self._rows, self._known, self._categories = rows, sizes, list(range(1, num_classes + 1))
 
     def __getitem__(self, image_id: str) -> Instances:
-        size = self._sizes[image_id]
+        size = self._known[image_id]
         rows = self._rows.get(image_id, [])
         found = Instances.from_coco(rows, size, self._categories)
         return found if rows else Instances.empty(size, with_masks=True)
@@ -49,16 +46,7 @@ class Inferred(Mapping[str, Instances]):
 
     def size(self, image_id: str) -> tuple[int, int]:
         """(H, W) of an image."""
-        return self._sizes[image_id]
-
-    def __contains__(self, image_id: object) -> bool:
-        return image_id in self._sizes  # without decoding its masks
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._sizes)
-
-    def __len__(self) -> int:
-        return len(self._sizes)
+        return self._known[image_id]
 
 
 def read_inferred(run: Path, name: str, num_classes: int) -> Inferred:
@@ -112,7 +100,7 @@ def infer_all(
             read_inferred(run, name, len(images.classes))
             return
         except InputError:
-            _log.warning("note: %s is damaged; it is made again", target)
+            log_notes(f"{target} is damaged; it is made again")
     target.parent.mkdir(parents=True, exist_ok=True)
     done = {line["id"] for line in _read_parts(target)}
     barrier()
@@ -131,7 +119,7 @@ def infer_all(
 
     with (
         Progress(f"{name} labels the images", len(share), before) as progress,
-        writing(part, "free some space and use --resume"),
+        writing(part, RESUME),
         part.open("a", encoding="utf-8") as file,
         contextlib.closing(map_images(attempt, mine, device)) as lines,
     ):
@@ -149,21 +137,13 @@ def infer_all(
         ordered = (by_id[image.id] for image in images.images if image.id in by_id)
         found = ((line["id"], tuple(line["size"]), line["rows"]) for line in ordered)
         text = coco_text(found, images.images, images.classes, with_ids=True)
-        write_text(target, sealed(text) + "\n", "free some space and use --resume")
+        write_text(target, sealed(text) + "\n", RESUME)
         for old in target.parent.glob(f"{target.stem}.part*.jsonl"):
             old.unlink()
     barrier()
 
 
 def _read_parts(target: Path) -> list[dict[str, Any]]:
-    """The whole lines of all part files; a line torn by an interruption is left out and its image done again."""
-    lines = []
-    for part in sorted(target.parent.glob(f"{target.stem}.part*.jsonl")):
-        for text in part.read_text(encoding="utf-8").splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict) and "rows" in line and is_whole(text):
-                lines.append(line)
-    return lines
+    """The whole lines of all part files; the image of one that an interruption has torn is done again."""
+    parts = sorted(target.parent.glob(f"{target.stem}.part*.jsonl"))
+    return [line for part in parts for line in json_lines(part) if "rows" in line]

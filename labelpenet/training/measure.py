@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,11 @@ from labelpenet.formats import open_annotated, read_predictions, write_predictio
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import read_run
 from labelpenet.models.student import Student
-from labelpenet.progress import Progress
+from labelpenet.progress import Progress, log_notes
 from labelpenet.training.features import RoIFeatures
 from labelpenet.training.inferred import read_inferred
 from labelpenet.training.predict import Predictor
 from labelpenet.training.pretrain import Boxes
-
-_log = logging.getLogger(__name__)
 
 
 def measure_run(
@@ -60,8 +57,8 @@ def measure_run(
     student = isinstance(predictor.network, Student)
     if student and set(modules) not in ({4}, {1, 2, 3, 4}):
         raise InputError(f"{run}: holds a student, which has no modules; leave --modules out")
-    labelling = [number for number in modules if run_folder.instances(run, f"module{number}").is_file()]
-    modules = (4,) if student else labelling
+    labelling = run_folder.labelled(run)
+    modules = (4,) if student else [number for number in modules if number in labelling]
     if not modules:
         raise InputError(f"{run}: none of the modules has labelled the training photographs yet; train it first")
     held_out = open_annotated(data, split, classes, images)
@@ -78,8 +75,7 @@ def measure_run(
     if both := len(trained_on(run, labelled, photographs)):
         notes += (f"the run was trained on {both} of the {len(photographs)} photographs that it is measured on",)
     train_truths, said = training.readable_truths() if training else ({}, ())
-    for note in (*held_out.tagged.notes, *notes, *(f"training photographs: {note}" for note in said)):
-        _log.warning("note: %s", note)
+    log_notes(*held_out.tagged.notes, *notes, *(f"training photographs: {note}" for note in said))
     results: dict[str, Any] = {"split": split, "protocol": protocol, "trained_on": both, "train": {}, "val": {}}
     results |= {"state": state, "made_from": hash_truths(key, (truths, train_truths))}
     for number in modules:
@@ -97,7 +93,7 @@ def measure_run(
         name = "student" if student else str(number)
         if absent := sum(image not in found for image in truths):
             what = "the student" if student else f"module {number}"
-            _log.warning("note: %s has no answer for %d photographs; their objects are missed", what, absent)
+            log_notes(f"{what} has no answer for {absent} photographs; their objects are missed")
         results["val"][name] = evaluate(found, truths, classes, protocol)  # type: ignore[arg-type]
     if not student and 1 in modules:
         readable = [image for image in photographs if image.id in boxes]
@@ -147,20 +143,19 @@ def with_earlier(results: dict[str, Any], path: Path) -> dict[str, Any]:
                 results[part] = dict(sorted({**before[part], **results[part]}.items()))
             return {**before, **results}
     except (InputError, AttributeError, TypeError, KeyError):
-        _log.warning("note: %s is damaged; its figures are dropped", path)
+        log_notes(f"{path} is damaged; its figures are dropped")
         return results
     if dropped := lost if same else list(before.get("val", {})):
         why = " (measured with other weights, photographs, annotation or version)" if same else ""
         names = listing(f"module {name}" if name.isdigit() else name for name in dropped)
-        _log.warning("note: %s no longer holds the figures of %s on %s%s", path, names, what, why)
+        log_notes(f"{path} no longer holds the figures of {names} on {what}{why}")
     return results
 
 
 def labelled_images(run: Path, num_classes: int) -> set[str]:
     """The ids of the photographs that the run was trained on, as its first module labelled them; of a student all."""
-    for name in map("module{}".format, range(1, 5)):
-        if run_folder.instances(run, name).is_file():
-            return set(read_inferred(run, name, num_classes))
+    if labelling := run_folder.labelled(run):
+        return set(read_inferred(run, f"module{labelling[0]}", num_classes))
     path = run_folder.photographs(run)
     return set(read_json(path)) if path.is_file() else set()
 
@@ -185,7 +180,7 @@ def training_images(
         why = f"the run was trained on none of the photographs of {data}, split {split}"
     except InputError as error:
         why = str(error)
-    _log.warning("note: no figures of the training photographs (%s)", why)
+    log_notes(f"no figures of the training photographs ({why})")
     return None
 
 

@@ -35,8 +35,10 @@ PART = 40  # images of the held-out split that are measured within a stage
 _Line = tuple[str, tuple[int, int], list[dict[str, Any]]]
 
 
-def check_held_out(images: TaggedImages, annotated: AnnotatedImages) -> None:
-    """Refuses to measure on images that are trained on, or of other classes."""
+def check_held_out(images: TaggedImages, annotated: AnnotatedImages | None) -> None:
+    """Refuses to measure on images that are trained on, or of other classes; None is to measure on none."""
+    if annotated is None:
+        return
     trained = {image.path.resolve() for image in images.images}
     shared = [image.id for image in annotated.tagged.images if image.path.resolve() in trained]
     if shared:

@@ -18,15 +18,16 @@ from labelpenet import config
 from labelpenet.config import MODULES, Recipe, RunOptions
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
-from labelpenet.data.files import digest, listing, write_tensors
+from labelpenet.data.files import RESUME, digest, listing, write_tensors
 from labelpenet.data.images import read_image
 from labelpenet.data.transforms import Batch, View, random_view
 from labelpenet.engine.distributed import gather, images_together
-from labelpenet.engine.stage import Stage
+from labelpenet.engine.stage import Stage, load_each
 from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import DamagedError
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet
+from labelpenet.progress import log_notes
 from labelpenet.training.features import RoIFeatures
 from labelpenet.training.inferred import infer_all, read_inferred
 from labelpenet.training.supervised import with_masks
@@ -167,14 +168,14 @@ def load_trained(training: Training, part: str) -> bool:
     try:
         found = training.network.load_part(training.run, part)
     except DamagedError:
-        _log.warning("note: %s is damaged; it is made again", path)
+        log_notes(f"{path} is damaged; it is made again")
     return all(gather(training.fabric.world_size, found))
 
 
 def save_part(network: LabelPEnet, run: Path, part: str) -> None:
     """Writes ``RUN/weights/PART.safetensors``, whole or not at all."""
     path = run_folder.weights(run, part)
-    write_tensors(path, getattr(network, part).state_dict(), "free some space and use --resume")
+    write_tensors(path, getattr(network, part).state_dict(), RESUME)
 
 
 def label_images(training: Training, number: int) -> None:
@@ -202,7 +203,7 @@ def labelled(images: TaggedImages, labels: Sequence[Mapping[str, Instances]], fa
     known = set.intersection(*map(set, labels))
     left = [image.id for image in images.images if image.id not in known]
     if left and fabric.global_rank == 0:
-        _log.warning("note: %d photographs have no labels (%s): not learnt", len(left), listing(left, 3))
+        log_notes(f"{len(left)} photographs have no labels ({listing(left, 3)}): not learnt")
     return images.where(lambda image: image.id in known)
 
 
@@ -263,10 +264,7 @@ def load_samples(
         boxes = training.boxes(image, pixels.shape) if proposals else torch.zeros(0, 4)
         return Sample(pixels, view, image.tags, boxes, target)
 
-    def load(indices: list[int], generator: torch.Generator) -> list[Sample]:
-        return [sample(training.images.images[index], generator) for index in indices]
-
-    return load
+    return load_each(training.images.images, sample)
 
 
 def to_batch(network: LabelPEnet, samples: Sequence[Sample]) -> Batch:

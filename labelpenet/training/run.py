@@ -19,6 +19,7 @@ from labelpenet.engine.sampler import seed_step
 from labelpenet.errors import InputError
 from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import LabelPEnet
+from labelpenet.progress import log_notes
 from labelpenet.training.observe import Observer, check_held_out
 from labelpenet.training.pretrain import Boxes, Training, freeze_stem, pretrain, run_facts, train_module
 from labelpenet.training.supervised import Supervision, fully_supervised
@@ -42,16 +43,12 @@ def train_run(
 ) -> LabelPEnet:
     """Trains the cascade on photographs and tags, and nothing else: `TaggedImages` hold no box and no mask.
 
-    With full ``supervision``, the yardstick: module 4 alone, on true objects, with as many image presentations as
-    modules 2 to 4 have together. With mixed supervision the cascade, in which true objects stand in for inferred ones
-    where they are known.
-
     Args:
         images: the photographs; run: the run folder; recipe: every choice.
         backbone, weights: as `build_backbone` takes them.
         until: last module to train.
         source: where the images came from, kept in ``run.json`` for reports.
-        supervision: what is known beyond tags; None for nothing.
+        supervision: what is known beyond tags, and what is then trained; None for tags alone.
         held_out: images that are not trained on, to measure the modules on while they are trained; None for none.
         options: how it runs.
 
@@ -68,8 +65,7 @@ def train_run(
         )
     if not any(image.tags for image in images.images):
         raise InputError("no image has a tag of the chosen classes; check the tags and --classes")
-    if held_out is not None:
-        check_held_out(images, held_out)
+    check_held_out(images, held_out)
     fabric = build_fabric(options.device, options.devices, options.nodes, options.precision)
     if supervision is not None:
         images = supervision.images(images)
@@ -121,15 +117,14 @@ def open_training(
     facts = dict(facts)
     if given is not None:
         facts["proposals"] = digest(name.encode() + given[name].tobytes() for name in given)
-        for note in given.notes:
-            _log.warning("note: %s", note)
+        log_notes(*given.notes)
     with open_run(run, {**facts, "source": dict(source or {})}, options.resume, images, fabric):
         network.to(fabric.device)
         readable, boxes = read_proposals(images, network.recipe, options.cache, fabric, given)
         shown, left = ({tag for one in part.images for tag in one.tags} for part in (images, readable))
         lost = [images.classes[tag] for tag in sorted(shown - left)]
         if lost and fabric.global_rank == 0:
-            _log.warning("note: no photograph that can be read shows %s, so nothing is learnt of it", listing(lost))
+            log_notes(f"no photograph that can be read shows {listing(lost)}, so nothing is learnt of it")
         yield Training(network, readable, boxes, run, fabric, options, facts)
 
 
@@ -148,12 +143,10 @@ def open_run(run: Path, facts: Mapping[str, Any], resume: bool, images: TaggedIm
             claim.enter_context(run_folder.claimed(run))
             run_folder.start_run(run, facts, resume)
             hashes = hash_files([image.path for image in images.images])
-            contents = {image.id: hashes[image.path] for image in images.images}
-            note = run_folder.check_photographs(
-                run, {name: one if isinstance(one, str) else None for name, one in contents.items()}
-            )
+            contents = {path: one if isinstance(one, str) else None for path, one in hashes.items()}
+            note = run_folder.check_photographs(run, {image.id: contents[image.path] for image in images.images})
             if note:
-                _log.warning("note: %s", note)
+                log_notes(note)
 
         try:
             with peers(fabric.world_size):
@@ -188,9 +181,8 @@ def read_proposals(
             compute_proposals(share, settings, cache, torch.get_num_threads(), progress=first)
             fabric.barrier()
         boxes = computed = compute_proposals(images.images, settings, cache, progress=first)
-        for note in computed.notes if first else ():
-            _log.warning("note: %s", note)
-    readable = tuple(image for image in images.images if image.id in boxes)
-    if not readable:
+        log_notes(*(computed.notes if first else ()))
+    readable = images.where(lambda image: image.id in boxes)
+    if not readable.images:
         raise InputError("no image can be read; see the notes above")
-    return TaggedImages(images.classes, readable, images.notes), boxes
+    return readable, boxes

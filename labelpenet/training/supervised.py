@@ -6,7 +6,6 @@ it holds nothing that leads to a box or a mask.
 Shape letters: ``N`` true objects, ``M`` inferred instances, ``H, W`` the photograph.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -24,8 +23,8 @@ from torchvision.ops import box_iou
 from labelpenet.calibration.calibrate import box_mask, resize_masks, segment, working_canvas
 from labelpenet.config import Calibration, Recipe, change
 from labelpenet.data.dataset import AnnotatedImages, TaggedImages, Truth
-from labelpenet.data.files import brief, listing, read_names
-from labelpenet.errors import InputError
+from labelpenet.data.files import brief, digest, listing, read_names
+from labelpenet.errors import InputError, collected
 from labelpenet.formats import open_annotated
 from labelpenet.formats.corrected import Corrected, Read, read_corrected
 from labelpenet.instances import Instances
@@ -41,8 +40,8 @@ class Supervision:
     """What a run may know beyond tags.
 
     Attributes:
-        kind: ``full``: module 4 alone, on true objects; ``mixed``: the cascade, in which true objects stand in for
-            inferred ones where they are known.
+        kind: ``full``, the yardstick: module 4 alone, on true objects, presented as many images as modules 2 to 4 of
+            the cascade; ``mixed``: the cascade, in which true objects stand in for inferred ones where they are known.
         truths: the true objects by image id, weights 1 (crowds 0); ``masks`` is None for an image with boxes only. An
             image that is not there has tags only.
         digest: fingerprint of the truths: a resumed run must have the same.
@@ -70,7 +69,7 @@ class Supervision:
             for image in images.images
             if image.id not in self.dropped and (self.kind == "mixed" or image.id in self.truths)
         )
-        return TaggedImages(images.classes, tuple(used), images.notes)
+        return replace(images, images=tuple(used))
 
 
 def open_supervision(
@@ -146,7 +145,7 @@ def read_corrections(
         notes.append(f"{len(dropped)} images are left out, as a person wants it")
     if not kept:
         raise InputError("nothing was accepted in the corrected files: mixed supervision needs at least one photograph")
-    used = replace(images, images=tuple(image for image in images.images if image.id not in dropped))
+    used = images.where(lambda image: image.id not in dropped)
     one = _read("mixed", used, kept, [*corrected.notes, *notes])
     known = {name: one.truths[name] for name in corrected.truths if name in one.truths}
     tags = {name: tuple(own.labels[own.weights > 0].unique().tolist()) for name, own in known.items()}
@@ -180,24 +179,15 @@ def _read(kind: Kind, images: TaggedImages, readers: Mapping[str, Read], notes: 
     """The supervision that ``readers`` give, in the order of the images."""
     rows: dict[str, Rows] = {}
     sizes: dict[str, tuple[int, int]] = {}
-    problems, boxes_only = [], 0
-    classes = len(images.classes)
-    found = hashlib.blake2b(digest_size=8)
-    for image in images.images:
-        if image.id not in readers:
-            continue
-        try:
+    problems, boxes_only = list[str](), 0
+    for image in images.where(lambda image: image.id in readers).images:
+        with collected(problems):
             truth = readers[image.id]()
             if not truth.complete:  # the object that is missing would be taught as background
                 raise InputError(next(note for note in truth.notes if "left out" in note))
             one = true_objects(truth)
-        except InputError as error:
-            problems.append(str(error))
-            continue
-        rows[image.id] = one.to_coco(image.id)
-        sizes[image.id] = one.image_size
-        boxes_only += one.masks is None
-        found.update(json.dumps([image.id, one.image_size, rows[image.id]]).encode() + b"\n")
+            rows[image.id], sizes[image.id] = one.to_coco(image.id), one.image_size
+            boxes_only += one.masks is None
     if not rows:
         raise InputError(problems[0])
     fate = "are left out" if kind == "full" else "count as tagged only"
@@ -205,7 +195,8 @@ def _read(kind: Kind, images: TaggedImages, readers: Mapping[str, Read], notes: 
     counts = f"{kind} supervision: {len(rows) - boxes_only} images with masks, {boxes_only} with boxes only"
     notes = [*notes, *brief(problems, f"images {fate} because their annotation cannot be used")]
     notes.append(counts if kind == "full" else f"{counts}, {tagged} with tags only")
-    return Supervision(kind, Inferred(rows, sizes, classes), found.hexdigest(), tuple(notes))
+    found = digest(json.dumps([name, sizes[name], own]).encode() for name, own in rows.items())
+    return Supervision(kind, Inferred(rows, sizes, len(images.classes)), found, tuple(notes))
 
 
 def true_objects(truth: Truth) -> Instances:

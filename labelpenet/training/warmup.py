@@ -3,9 +3,6 @@
 Not in the paper, whose networks start from ImageNet weights. The supervision is the same: tags, nothing else.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +11,7 @@ from labelpenet.engine.sampler import seed_step
 from labelpenet.engine.stage import Stage
 from labelpenet.models.backbones import Backbone
 from labelpenet.models.classification import present_classes
-from labelpenet.training.pretrain import Training, load_samples
+from labelpenet.training.pretrain import Sample, Training, load_samples
 
 NAME = "warmup"
 TOGETHER = 4  # images that go through the network at a time: twice as fast as one by one
@@ -46,29 +43,25 @@ def warm_up(training: Training, backbone: Backbone) -> Backbone:
     seed_step(training.options.seed, NAME, 0)
     module = ImageClassifier(backbone.untrained, len(training.images.classes))
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    stage = Stage(
-        name=NAME,
-        module=module,
-        schedule=training.recipe.warm_up,
-        images=[image.id for image in training.images.images],
-        loss=tag_loss(module, training.fabric.device),
-        load=load_samples(training),
-        micro_batch=TOGETHER,
-    )
-    training.train(stage)
-    return type(backbone)(module.network.cpu())  # type: ignore[call-arg]
 
-
-def tag_loss(module: ImageClassifier, device: torch.device) -> Callable[[Any, int], dict[str, Tensor]]:
-    """Binary cross-entropy of each class, a mean over classes and images."""
-
-    def loss(samples: list[Any], step: int) -> dict[str, Tensor]:
+    def loss(samples: list[Sample], step: int) -> dict[str, Tensor]:
+        """Binary cross-entropy of each class, a mean over classes and images."""
         views = [sample.view.pixels for sample in samples]
         if len({view.shape for view in views}) == 1:  # one call where they fit together
             views = [torch.cat(views)]
         channels_last = (view.contiguous(memory_format=torch.channels_last) for view in views)
         logits = torch.cat([module(view).float() for view in channels_last])
-        present = torch.stack([present_classes(sample.tags, logits.shape[1]) for sample in samples]).to(device)
-        return {"tags": F.binary_cross_entropy_with_logits(logits, present)}
+        present = torch.stack([present_classes(sample.tags, logits.shape[1]) for sample in samples])
+        return {"tags": F.binary_cross_entropy_with_logits(logits, present.to(training.fabric.device))}
 
-    return loss
+    stage = Stage(
+        name=NAME,
+        module=module,
+        schedule=training.recipe.warm_up,
+        images=[image.id for image in training.images.images],
+        loss=loss,
+        load=load_samples(training),
+        micro_batch=TOGETHER,
+    )
+    training.train(stage)
+    return type(backbone)(module.network.cpu())  # type: ignore[call-arg]

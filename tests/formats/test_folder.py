@@ -470,3 +470,20 @@ def test_annotation_beside_photographs_with_a_tags_file_is_not_passed_over_in_si
     assert not said(tmp_path, "XML files")
     write(tmp_path / "b.xml", "<annotation/>")
     assert said(tmp_path, "tags.csv is read, XML files beside the photographs are not")
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_annotation_in_the_other_form_of_unicode_is_not_passed_over_either(
+    tmp_path: Path, forms: tuple[str, str]
+) -> None:
+    photo, other = (unicodedata.normalize(form, "größe é") for form in forms)
+    labelme(shapes=True)(tmp_path / "beside")
+    for name in ("b.jpg", "b.json"):
+        (tmp_path / "beside" / name).unlink()
+    (tmp_path / "beside/a.jpg").rename(tmp_path / f"beside/{photo}.jpg")
+    (tmp_path / "beside/a.json").rename(tmp_path / f"beside/{other}.json")
+    write(tmp_path / "beside/tags.csv", f"file,tags\n{photo}.jpg,emu\n")
+    assert said(tmp_path / "beside", "tags.csv is read, Labelme's files beside the photographs are not")
+    class_folders(f"cat/{photo}.jpg", "dog/b.jpg")(tmp_path / "sorted")
+    write(tmp_path / f"sorted/cat/{other}.xml", "<annotation/>")
+    assert said(tmp_path / "sorted", "1 images have an XML file beside them, which is not read")

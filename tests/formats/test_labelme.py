@@ -267,6 +267,12 @@ def test_a_file_about_another_photograph_than_that_beside_it_is_left_out(tmp_pat
     assert any("c.json: is about b.jpg, but lies beside c.jpg; rename one" in note for note in images.notes)
 
 
+def test_hidden_files_are_left_out_and_the_data_may_lie_in_a_hidden_folder(tmp_path):
+    data = labelme(shapes=True)(tmp_path / ".kept/photos")
+    shutil.copy(data / "a.json", data / ".a.json")
+    assert [image.id for image in open_tagged(data).images] == ["a.jpg", "b.jpg"]
+
+
 def test_what_x_anylabeling_calls_difficult_is_so(tmp_path):
     content = json.loads((labelme(shapes=True)(tmp_path) / "a.json").read_text())
     content["shapes"][1]["difficult"] = True
