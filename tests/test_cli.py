@@ -488,3 +488,23 @@ def test_of_several_processes_the_first_one_of_a_machine_says_the_notes(monkeypa
         cli._say_trained(Path("runs/mine"))
         out, err = capsys.readouterr()
         assert err.count("three photographs") == out.count("trained: runs/mine") == said
+
+
+def test_evaluate_names_classes_without_an_object_and_refuses_to_measure_by_none(tmp_path, capsys):
+    Image.new("RGB", (20, 10)).save(tmp_path / "a.png")
+    image = {"id": 1, "file_name": "a.png", "width": 20, "height": 10}
+    row = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [2, 2, 8, 6], "score": 0.5}
+    categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    content = {"images": [image], "annotations": [row], "categories": categories}
+    predictions, truth, out = (tmp_path / name for name in ("predictions.json", "instances.json", "figures.json"))
+    predictions.write_text(json.dumps(content))
+    truth.write_text(json.dumps({**content, "annotations": [{**row, "iscrowd": 0}]}))
+    words = ["evaluate", str(predictions), str(truth), "--json", str(out), "--classes"]
+    main([*words, "cat,dog"])
+    assert "no object of dog counts here: no figure of it" in capsys.readouterr().err
+    assert json.loads(out.read_text())["box"]["per_class"] == {"cat": 1.0}
+    out.unlink()
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "dog"])
+    assert ended.value.code == 2 and "no object to measure by; check --split and --classes" in capsys.readouterr().err
+    assert not out.exists()

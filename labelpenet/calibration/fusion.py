@@ -7,6 +7,7 @@ Shape letters: ``N, M`` instances, ``P`` models.
 """
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def fuse(opinions: Sequence[Instances], tags: Collection[int]) -> Instances:
         tags: indices of the photograph's classes.
 
     Returns:
-        M instances, best first, weights in [0, 1]; with masks if every model has them that found any of the classes.
+        M instances, best first, weights in [0, 1]; with masks if any of these has an outline, empty for a box alone.
 
     Raises:
         ValueError: no opinion, or instances in photographs of different sizes.
@@ -49,6 +50,8 @@ def fuse(opinions: Sequence[Instances], tags: Collection[int]) -> Instances:
     seen = [(index, one) for index, one in seen if len(one)]
     if not seen:
         return Instances.empty(opinions[0].image_size, with_masks=True)
+    if any(one.compact_masks is not None for _, one in seen):  # one model's boxes must not cost the others' outlines
+        seen = [(index, _with_masks(one)) for index, one in seen]
     every = Instances.cat([one for _, one in seen])
     model = torch.cat([torch.full((len(one),), index) for index, one in seen])
     overlap = box_iou(every.boxes, every.boxes) * (every.labels[:, None] == every.labels)
@@ -60,7 +63,15 @@ def fuse(opinions: Sequence[Instances], tags: Collection[int]) -> Instances:
     drawn: dict[int, float] = {}  # whose outlines, and how sure: of two with the same the surer one
     for index in kept.tolist():
         drawn.setdefault(outline(index, overlap, model, known), float(weights[index]))
-    return every[torch.tensor(list(drawn))].weighted(torch.tensor(list(drawn.values())))
+    found = every[torch.tensor(list(drawn))].weighted(torch.tensor(list(drawn.values())))
+    return found if found.masks is None or bool(found.masks.any()) else replace(found, masks=None)
+
+
+def _with_masks(one: Instances) -> Instances:
+    """The instances of a model that found boxes alone with empty masks."""
+    if one.compact_masks is not None:
+        return one
+    return replace(one, masks=torch.zeros(len(one), *one.image_size, dtype=torch.bool))
 
 
 def supported(weights: Tensor, overlap: Tensor, model: Tensor, models: int) -> Tensor:

@@ -105,8 +105,8 @@ class Machine:
             raise InputError(f"precision {self.precision} is not supported; choose 32-true, bf16-mixed or 16-mixed")
         self.scaler = getattr(precision, "scaler", None) or torch.amp.GradScaler(self.device.type, enabled=False)
 
-    def count(self, flags: Sequence[bool]) -> list[int]:
-        """For each flag the number of processes that raise it."""
+    def count(self, flags: Sequence[int]) -> list[int]:
+        """For each flag the number of processes that raise it; of numbers the sum over the processes."""
         counts = [int(flag) for flag in flags]
         if self.world == 1:
             return counts

@@ -19,20 +19,32 @@ import numpy as np
 import torch
 
 from labelpenet.engine.stage import Stage
+from labelpenet.errors import InputError
 
 LOADERS = 2  # threads that load
 STEPS_AHEAD = 2  # how many steps' images are loaded while one is trained on
 
 
 @dataclass(frozen=True)
+class Loaded:
+    """What was loaded of a micro-batch: the content of the images ``indices`` (None where there are none), and for each
+    of the others, which cannot be read, a line.
+    """
+
+    indices: list[int]
+    content: Any
+    lost: list[str]
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Images of a batch that go through the loss together: the position of the first one in the batch of all processes,
-    their indices, and what waits for their content and gives it.
+    their indices, and what waits for what is loaded of them and gives it.
     """
 
     position: int
     indices: list[int]
-    batch: Callable[[], Any]
+    batch: Callable[[], Loaded]
 
 
 @contextmanager
@@ -52,7 +64,7 @@ def micro_batches(stage: Stage, seed: int, rank: int, world: int, start: int) ->
         for first in range(0, len(indices), stage.micro_batch):
             position, share = rank * len(indices) + first, indices[first : first + stage.micro_batch]
             own = stream_seed(seed, stage.name, step // stage.repeat, position, "load")
-            loaded = pool.submit(stage.load, share, torch.Generator().manual_seed(own))
+            loaded = pool.submit(_load, stage, share, own)
             begun.append(MicroBatch(position, share, loaded.result))
         return list(begun)
 
@@ -67,6 +79,25 @@ def micro_batches(stage: Stage, seed: int, rank: int, world: int, start: int) ->
         yield ahead(range(start, stage.steps))
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _load(stage: Stage, share: list[int], seed: int) -> Loaded:
+    """Loads a micro-batch, without the images that cannot be read."""
+    lost: dict[int, str] = {}
+    while rest := [index for index in share if index not in lost]:
+        try:
+            content = stage.load(rest, torch.Generator().manual_seed(seed))
+            return Loaded(rest, content, [lost[index] for index in share if index in lost])
+        except InputError as error:
+            before, last = len(lost), error
+        for index in rest if len(rest) > 1 else ():  # which of them was it?
+            try:
+                stage.load([index], torch.Generator().manual_seed(seed))
+            except InputError as error:
+                lost[index] = f"{stage.images[index]}: {error}"
+        if len(lost) == before:  # it is the only one, or comes and goes: not to be asked for ever
+            lost |= {index: f"{stage.images[index]}: {last}" for index in rest}
+    return Loaded([], None, [lost[index] for index in share])
 
 
 def draw(stage: Stage, seed: int, step: int, rank: int = 0, world: int = 1) -> list[int]:

@@ -56,8 +56,8 @@ class Stage:
             are seeded before every call.
         micro_batch: images that `loss` gets at a time.
         load: ``load(indices, generator)`` reads and augments the images of a micro-batch ahead of time, in a thread;
-            all its random numbers must come from ``generator``. An `InputError` skips the step. By default it returns
-            the indices.
+            all its random numbers must come from ``generator``. After an `InputError` it is asked for each image by
+            itself, and the step goes without those that cannot be read. By default it returns the indices.
         repeat: consecutive steps that see the same batch with the same augmentation (the phases of an iteration).
         ema: decay of a moving average of the trained parameters (0.999, say), moved after every `repeat` steps, which
             the module holds once the stage is done; None keeps the parameters themselves.

@@ -82,14 +82,15 @@ def train_stage(
 @dataclass(frozen=True)
 class _Outcome:
     """What became of a step: a line for each micro-batch that gave nothing to learn from (any skips the step), whether
-    the processes agreed to stop and to save, and whether the gradient left the range of half precision, which skips
-    it too.
+    the processes agreed to stop and to save, whether the gradient left the range of half precision, which skips
+    it too, and a line for each image that the step went without.
     """
 
     problems: list[str]
     stop: bool
     save: bool
     overflow: bool = False
+    lost: Sequence[str] = ()
 
 
 class _Trainer:
@@ -207,6 +208,8 @@ class _Trainer:
                     began = time.monotonic()
                     outcome = self.advance(share, interrupted.is_set, checkpoint.over)
                     self.clock["seconds"] += time.monotonic() - began
+                    for line in dict.fromkeys(outcome.lost):
+                        progress.say(f"{stage.name}: step {self.step} goes without {line}")
                     for problem in outcome.problems:
                         progress.say(f"{stage.name}: step {self.step} skipped, {problem}")
                     in_a_row = in_a_row + 1 if outcome.problems or outcome.overflow else 0
@@ -252,21 +255,28 @@ class _Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         terms: dict[str, float] = {}
         problem = None
+        unread: list[str] = []
         for micro_batch in share:
-            problem = self._accumulate(micro_batch, terms)
+            problem = self._accumulate(micro_batch, terms, unread)
             if problem is not None:
                 break
         # Whether to save is for the first process to say: the clocks of the others may differ.
-        flags = [problem is not None, stop(), save() and self.machine.rank == 0]
+        flags = [problem is not None, stop(), save() and self.machine.rank == 0, len(unread)]
         counts = self.machine.count([*flags, *(p.grad is not None for p in self.parameters)])
         failed, stopping, saving = (count > 0 for count in counts[:3])
+        missing = counts[3]
+        lost = [line for lines in gather(self.machine.world, unread) for line in lines] if missing else []
         problems, overflow = [], False
         if failed:
             problems = [line for line in gather(self.machine.world, problem) if line is not None]
+        elif missing == self.stage.batch_size:
+            problems, lost = [f"none of its images can be read: {line}" for line in lost[:1]], []
         else:
-            norm = self._update([p for p, count in zip(self.parameters, counts[3:], strict=True) if count])
+            used = [p for p, count in zip(self.parameters, counts[4:], strict=True) if count]
+            grown = self.stage.batch_size / (self.stage.batch_size - missing)  # the mean is over those that were read
+            norm = self._update(used, grown)
             if math.isfinite(norm):
-                _add(self.window, {f"loss/{name}": value for name, value in terms.items()})
+                _add(self.window, {f"loss/{name}": value * grown for name, value in terms.items()})
                 if self.machine.rank == 0:
                     _add(self.window, {"steps": 1.0, "gradient_norm": norm})
             elif self.machine.scaler.is_enabled():
@@ -277,36 +287,38 @@ class _Trainer:
         self.skipped += bool(problems)
         self.clock["steps"] += 1
         self.step += 1
-        return _Outcome(problems, stopping, saving, overflow)
+        return _Outcome(problems, stopping, saving, overflow, lost)
 
-    def _accumulate(self, micro_batch: MicroBatch, terms: dict[str, float]) -> str | None:
-        """Adds a micro-batch's gradient and loss terms, in proportion to its share of the batch; or says why not."""
+    def _accumulate(self, micro_batch: MicroBatch, terms: dict[str, float], unread: list[str]) -> str | None:
+        """Adds a micro-batch's gradient and loss terms, in proportion to its share of the batch; or says why not.
+
+        A line for each image that cannot be read goes to ``unread``.
+        """
         began = time.monotonic()
-        try:
-            content = micro_batch.batch()
-        except InputError as error:
-            return f"{self._names(micro_batch.indices)} cannot be read: {error}"
-        finally:
-            self.clock["waited"] += time.monotonic() - began
+        loaded = micro_batch.batch()
+        self.clock["waited"] += time.monotonic() - began
+        unread += loaded.lost
+        if not loaded.indices:
+            return None
         seed_step(self.seed, self.stage.name, self.step, micro_batch.position)
         with self.machine.autocast():
-            losses = {name: value.float() for name, value in self.stage.loss(content, self.step).items()}
+            losses = {name: value.float() for name, value in self.stage.loss(loaded.content, self.step).items()}
         if not losses:
             return None
         total = torch.stack(list(losses.values())).sum()
         values = torch.stack([total, *losses.values()]).tolist()
         if not all(math.isfinite(value) for value in values):
             bad = [name for name, value in zip(losses, values[1:], strict=True) if not math.isfinite(value)]
-            return f"the loss is not finite ({', '.join(bad) or 'total'}): {self._names(micro_batch.indices)}"
-        share = len(micro_batch.indices) / self.stage.batch_size
+            return f"the loss is not finite ({', '.join(bad) or 'total'}): {self._names(loaded.indices)}"
+        share = len(loaded.indices) / self.stage.batch_size
         if total.requires_grad:  # it does not where nothing in these images can be learnt from
             self.machine.scaler.scale(total * share).backward()
         for name, value in zip(["total", *losses], values, strict=True):
             terms[name] = terms.get(name, 0.0) + value * share
         return None
 
-    def _update(self, used: list[nn.Parameter]) -> float:
-        """Moves the parameters that any process has a gradient for; returns the gradient's norm.
+    def _update(self, used: list[nn.Parameter], grown: float) -> float:
+        """Moves the parameters that any process has a gradient for, ``grown`` times as large; returns the norm.
 
         Where the norm is not finite, nothing moves.
         """
@@ -317,6 +329,9 @@ class _Trainer:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         machine.sum_gradients(used)
+        for parameter in used if grown != 1 else ():
+            assert parameter.grad is not None
+            parameter.grad *= grown
         machine.scaler.unscale_(self.optimiser)
         total = torch.nn.utils.get_total_norm([p.grad for p in used if p.grad is not None])
         norm = float(total)

@@ -329,8 +329,9 @@ def export_coco(
 
     That is where CVAT and datumaro look for it, datumaro only beside ``images`` (``copy_images``). CVAT takes the file
     as "COCO 1.0" (with ``polygons``, as it reads RLE as crowd masks), and so does everything else that reads COCO's
-    instance annotation. Every annotation has ``score`` beside COCO's keys. Polygons run along pixel borders and are
-    rasterised to the same mask; a mask with holes becomes one polygon with bridges of no width.
+    instance annotation. Every annotation has ``score`` beside COCO's keys, which most readers pass over: what is
+    doubtful (of score 0) is left out. Polygons run along pixel borders and are rasterised to the same mask; a mask with
+    holes becomes one polygon with bridges of no width.
 
     Arguments and errors as `export`, and ``polygons``: segmentations as polygons instead of RLE. Copies of the
     photographs lie in ``out/images``, and the file calls them as these. A score or box that is not finite is an
@@ -341,7 +342,7 @@ def export_coco(
     entries: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     with new_export(out, images, overwrite, {"format": "coco"}) as (folder, done):
-        for image, found in selected(predictions, images, min_score, done.notes):
+        for image, found in selected(predictions, images, min_score, done.notes, doubt=False):
             height, width = found.image_size
             number, name = numbers[image.id], names[image.id]
             if copy_images:

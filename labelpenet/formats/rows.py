@@ -198,6 +198,7 @@ def match_images(
     by_copy = _unique(*((copy_name(image), image) for image in images))
     copies: dict[str, list[tuple[Any, str]]] = {}
     exact: dict[Any, TaggedImage] = {}
+    called: dict[Any, TaggedImage] = {}
     alike: dict[Any, TaggedImage] = {}
     for entry in entries:
         key, name = entry["id"], entry.get("file_name")
@@ -208,19 +209,23 @@ def match_images(
         stem = base if name is None else base.rsplit(".", 1)[0]
         if same := (by_number.get(key) if name is None else None) or by_id.get(whole) or by_file.get(whole):
             exact[key] = same
-        elif (like := by_name.get(base) or by_stem.get(stem)) and _may_be(whole, like):
+        elif (like := by_name.get(base)) and _may_be(whole, like):
+            called[key] = like
+        elif not like and (like := by_stem.get(stem)) and _may_be(whole, like):
             alike[key] = like
         elif (plain := plain_name(whole.rsplit(".", 1)[0])) in by_copy and name is not None:
             copies.setdefault(plain, []).append((key, name))
-    taken, said = {image.id for image in (*exact.values(), *alike.values())}, []
+    taken, said = {image.id for image in (*exact.values(), *called.values(), *alike.values())}, []
     for plain, ((key, name), *more) in copies.items():
         if not more and by_copy[plain].id not in taken:
             alike[key] = by_copy[plain]
             said.append(f"{path}: {name} is taken for {by_copy[plain].id}, whose copy an export calls so")
     notes += brief(said, "photographs are told by their copies' names")
-    # The whole path first: beside a/x.jpg, x.jpg is a photograph of its own.
-    named = {image.id for image in exact.values()}
-    found = exact | {key: image for key, image in alike.items() if image.id not in named}
+    # The whole path first: beside a/x.jpg, x.jpg is a photograph of its own; then the name: beside x.jpg, x.png is one.
+    found = exact
+    for less in (called, alike):
+        named = {image.id for image in found.values()}
+        found = found | {key: image for key, image in less.items() if image.id not in named}
     matched = {entry["id"]: found[entry["id"]].id if entry["id"] in found else None for entry in entries}
     for double in _doubles([name for name in matched.values() if name is not None]):
         raise InputError(f"{path}: two of its images are both {double}; list every image once")

@@ -86,14 +86,14 @@ def selected(
     min_score: float,
     notes: list[str],
     as_labels: bool = True,
-    scored: bool = True,
+    doubt: bool = True,
 ) -> Iterator[tuple[TaggedImage, Instances]]:
     """Each image that has a prediction (perhaps an empty one) and its instances to export, in the order of ``images``.
 
     Left out are instances with a score below ``min_score`` and, counted in notes once all are read, images without a
-    prediction, instances without area (no pixel, or a box of no size), which annotation formats refuse, and in a format
-    that is not ``scored`` those of score 0, which are doubtful: neither object nor background. Where they are to be
-    taken ``as_labels``, another note counts the weak ones.
+    prediction, instances without area (no pixel, or a box of no size), which annotation formats refuse, and where a
+    format's readers know no ``doubt`` (it holds no scores, or they pass over them) those of score 0: neither object nor
+    background. Where they are to be taken ``as_labels``, another note counts the weak ones.
     """
     dropped = doubtful = weak = total = absent = 0
     for image in images:
@@ -102,7 +102,7 @@ def selected(
             absent += 1
             continue
         found = found[found.weights >= min_score]
-        if not scored:
+        if not doubt:
             doubtful += int((found.weights == 0).sum())
             found = found[found.weights > 0]
         whole = (found.boxes[:, 2:] > found.boxes[:, :2]).all(1)
@@ -117,7 +117,7 @@ def selected(
     if dropped:
         notes.append(f"{dropped} instances without area, or without a mask where others have one, are left out")
     if doubtful:
-        notes.append(f"{doubtful} instances of score 0, which are doubtful, are left out: this format holds no scores")
+        notes.append(f"{doubtful} instances of score 0 are left out: doubtful, they would be read as objects")
     if weak and as_labels:
         notes.append(f"{weak} of {total} instances have a score below {MIN_SCORE}; --min-score leaves out weak ones")
 

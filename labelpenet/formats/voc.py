@@ -402,7 +402,7 @@ def export_voc(
         names = stems(images, (path.stem for path in (year / "Annotations").glob("*.xml")))
         home = Path(out).name if year == folder else year.name
         masked = any(one.masks is not None and len(one) for one in predictions.values())
-        for image, found in selected(predictions, images, min_score, done.notes, scored=False):
+        for image, found in selected(predictions, images, min_score, done.notes, doubt=False):
             name = names[image.id]
             if masked and not len(found):  # its maps say that it shows nothing
                 found = Instances.empty(found.image_size, with_masks=True)

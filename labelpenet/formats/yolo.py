@@ -60,7 +60,7 @@ def export_yolo(
         check_new_split([labels], out, split)
         labels.mkdir(parents=True)
         names = stems(images)
-        for image, found in selected(predictions, images, min_score, done.notes, scored=False):
+        for image, found in selected(predictions, images, min_score, done.notes, doubt=False):
             lines = []
             scale = np.array([found.image_size[1], found.image_size[0]], np.float64)
             for label, _, box, mask in objects(found):

@@ -61,6 +61,8 @@ def read_labels(
     for path in paths:
         if not path.exists():
             raise InputError(f"{path}: not there; {remedy}")
+        if sum(path.samefile(other) for other in paths if other.exists()) > 1:
+            raise InputError(f"{path}: given twice, which would count as two models' opinions; give each file once")
     opinions = tuple(read_predictions(path, images, images.classes) for path in paths)
     notes = (*dict.fromkeys(note for one in opinions for note in one.notes), *_not_found(opinions, images))
     if len(opinions) == 1:

@@ -106,3 +106,14 @@ def test_opinions_of_different_photographs_are_refused():
     other = Instances(torch.tensor([[0.0, 0, 2, 2]]), torch.tensor([0]), torch.tensor([0.5]), (4, 4))
     with pytest.raises(ValueError, match="one image"):
         fuse([opinion((LEFT, 0, 0.8)), other], (0,))
+
+
+def test_the_boxes_of_one_model_do_not_cost_the_outlines_of_another():
+    boxes, masks = opinion((LEFT, 0, 0.6), (BOTH, 1, 0.9), masks=False), opinion((LEFT, 0, 0.8), (RIGHT, 0, 0.5))
+    for opinions in ([boxes, masks], [masks, boxes]):
+        found = fuse(opinions, (0, 1))
+        assert found.masks is not None
+        outlines = {tuple(box): int(mask.sum()) for box, mask in zip(found.boxes.tolist(), found.masks, strict=True)}
+        # an object that a box alone knows gets the outline of the model that has drawn it, or none
+        assert outlines == {tuple(map(float, LEFT)): 20 * 28, tuple(map(float, RIGHT)): 20 * 28, tuple(BOTH): 0}
+    assert fuse([boxes, masks], (1,)).masks is None, "no outline of this class"

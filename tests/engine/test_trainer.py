@@ -243,19 +243,65 @@ def test_repeated_steps_see_the_same_batch_and_draws_loaded_once(tmp_path):
     assert [indices for indices, _ in batches_seen[::2]] == expected == sorted(loaded, key=expected.index)
 
 
-def test_an_image_that_cannot_be_read_is_skipped_and_named(tmp_path):
-    said = []
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_an_image_that_cannot_be_read_costs_itself_alone_and_is_named(tmp_path, micro_batch):
+    """The step's other images are learnt, as if the batch held them alone."""
+    said, taught = [], []
 
-    def load(indices, generator):
+    def build(load, net):
+        def loss(indices, step):
+            taught.append((step, tuple(indices)))
+            return {"body": net.body(torch.cat([pixels(i) for i in indices])).square().mean()}
+
+        return make_stage(steps=3, net=net, loss=loss, load=load, micro_batch=micro_batch)
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.body = nn.Linear(4, 3)
+
+    def broken(indices, generator):
         if 3 in indices:
             raise InputError("photo03.jpg is truncated; replace it")
         return indices
 
-    train_stage(make_stage(load=load), tmp_path, log=said.append)
-    skipped = [step for step in range(12) if 3 in batches(N, 4, 0, "module1", step)]
-    lines = [line for line in said if "photo03.jpg is truncated; replace it" in line]
-    assert len(lines) == len(skipped) == read_metrics(tmp_path)[-1]["skipped"] > 0
-    assert f"module1: {len(skipped)} of 12 steps were skipped" in said
+    net = Plain()
+    train_stage(build(broken, net), tmp_path / "broken", log=said.append, log_every=1)
+    step = next(step for step in range(3) if 3 in batches(N, 4, 0, "module1", step))
+    assert [line for line in said if "photo03" in line] == [
+        f"module1: step {step + 1} goes without photo03.jpg: photo03.jpg is truncated; replace it"
+    ]
+    rows = read_metrics(tmp_path / "broken")
+    assert rows[-1]["skipped"] == 0 and not any("skipped" in line for line in said)
+    assert sorted(i for _, indices in taught for i in indices) == [i for i in range(N) if i != 3]
+
+    other = Plain()
+    optimiser = torch.optim.SGD(other.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+    stage = build(broken, other)
+    for number in range(3):
+        read = [i for i in batches(N, 4, 0, "module1", number) if i != 3]
+        optimiser.zero_grad()
+        loss = torch.stack([other.body(pixels(i)).square().mean() for i in read]).mean()
+        loss.backward()
+        assert rows[number]["loss/body"] == pytest.approx(float(loss.detach()), rel=1e-5)
+        optimiser.param_groups[0]["lr"] = learning_rate(stage.schedule, number)
+        optimiser.step()
+    for name, value in other.state_dict().items():
+        torch.testing.assert_close(net.state_dict()[name], value, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_an_image_that_comes_and_goes_is_not_asked_for_without_end(tmp_path):
+    said = []
+
+    def load(indices, generator):
+        if len(indices) > 1:
+            raise InputError("too many open files")
+        return indices
+
+    with pytest.raises(InputError, match="20 steps in a row"):
+        train_stage(make_stage(load=load, micro_batch=4, steps=40), tmp_path, log=said.append)
+    assert sum("none of its images can be read: photo" in line for line in said) == 20
 
 
 # Steps that fail.
@@ -631,10 +677,20 @@ def prepare_to_fork() -> None:
 
 
 def two_process_stage() -> Stage:
-    """No batch norm, whose statistics are each process's own; a step that fails on the second process alone."""
+    """No batch norm, whose statistics are each process's own; a step that fails on the second process alone, one of
+    which the second process can read nothing, and one of which none can.
+    """
     net = Net()
     net.norm = nn.Identity()
     stage = make_stage(net=net, ema=0.9)
+    lost = {*batches(N, 4, 0, stage.name, 6)[2:], *batches(N, 4, 0, stage.name, 9)}
+
+    def load(indices, generator):
+        if lost.intersection(indices):
+            raise InputError("damaged")
+        return indices
+
+    stage.load = load
     return poisoned_for(stage, 4, position=3)
 
 
@@ -679,14 +735,14 @@ def one_and_two_processes(folder: str) -> dict:
 
 
 def test_two_processes_learn_what_one_does(tmp_path):
-    """Gloo on the CPU; with a failing image, an interruption and a resume on the way."""
+    """Gloo on the CPU; with failing images, an interruption and a resume on the way."""
     in_fresh_interpreter("one_and_two_processes", str(tmp_path))
     one, two, other = (torch.load(tmp_path / name) for name in ("1/rank0.pt", "2/rank0.pt", "2/rank1.pt"))
     assert same(two, other)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-7, msg=name)
     rows, others = timeless(tmp_path / "1"), timeless(tmp_path / "2")
-    assert len(rows) == len(others) == 3 and rows[-1]["skipped"] == 1
+    assert len(rows) == len(others) == 3 and rows[-1]["skipped"] == 2, "one not finite, one without any image"
     for row, other_row in zip(rows, others, strict=True):
         assert row.pop("stage") == other_row.pop("stage")
         assert row == pytest.approx(other_row, rel=1e-5)

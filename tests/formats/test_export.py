@@ -313,22 +313,29 @@ def test_minimum_score(tmp_path):
         assert len(ElementTree.parse(annotation).findall("object")) == len(one)
 
 
-def test_a_doubtful_instance_is_no_object_where_a_format_holds_no_scores(tmp_path):
+def test_a_doubtful_instance_is_no_object_where_readers_know_no_doubt(tmp_path):
     images = photographs(tmp_path, NAMES)
     found = predictions(images)
     doubtful = NAMES[0].removesuffix(".jpg")
     count = len(found[doubtful])
     assert count
     found[doubtful] = found[doubtful].weighted(torch.zeros(count))
-    done = {to: export(found, images, CLASSES, tmp_path / to, to) for to in ("coco", "voc", "yolo")}  # type: ignore[arg-type]
+    silent, scored = ("coco", "coco-polygons", "voc", "yolo"), ("coco-results", "voc-submission")
+    done = {to: export(found, images, CLASSES, tmp_path / to, to) for to in (*silent, *scored)}  # type: ignore[arg-type]
     assert (tmp_path / f"yolo/labels/train/{doubtful}.txt").read_text() == ""
     annotation = tmp_path / f"voc/VOCdevkit/VOC2012/Annotations/{doubtful}.xml"
     assert not ElementTree.parse(annotation).findall("object")
-    for to in ("voc", "yolo"):
-        assert any(note.startswith(f"{count} instances of score 0") for note in done[to].notes)
-    read = read_predictions(tmp_path / "coco/annotations/instances_default.json", images, CLASSES, (1, 2, 3))
+    for to in ("coco", "coco-polygons"):
+        # pycocotools and training tools pass over the score: its mask, the filled box, would be a true outline
+        content = json.loads((tmp_path / to / "annotations/instances_default.json").read_text())
+        assert len(content["images"]) == len(NAMES), "the photograph stays"
+        assert len(content["annotations"]) == sum(map(len, found.values())) - count
+        assert all(row["score"] > 0 for row in content["annotations"])
+    for to in silent:
+        assert sum(note.startswith(f"{count} instances of score 0") for note in done[to].notes) == 1
+    read = read_predictions(tmp_path / "coco-results/results.json", images, CLASSES)
     assert read[doubtful].weights.tolist() == [0.0] * count
-    assert not any("score 0" in note for note in done["coco"].notes)
+    assert not any("score 0" in note for to in scored for note in done[to].notes)
 
 
 def test_annotation_tools_show_a_doubtful_instance_as_a_box(tmp_path):

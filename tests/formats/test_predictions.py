@@ -64,6 +64,19 @@ def test_a_photograph_of_its_own_name_is_not_taken_for_one_of_that_name_in_a_fol
     assert_same(read["sub/a.jpg"], found["sub/a.jpg"])
 
 
+def test_a_photograph_of_its_own_name_is_not_taken_for_one_of_another_suffix_in_a_folder(tmp_path):
+    """Two photographs, told by their suffix, and a data set that calls the first by its folder."""
+    images = photographs(tmp_path, ("sub/a.jpg",))
+    every = [TaggedImage(name, images.images[0].path.with_name(name), ()) for name in ("a.png", "a.jpg", "a.webp")]
+    found = {image.id: instances((10, 14), k) for k, image in enumerate(every)}
+    path = write_predictions(tmp_path / "p.json", found, every, CLASSES)
+    read = read_predictions(path, images, CLASSES)
+    assert list(read) == ["sub/a.jpg"] and "2 of its 3 images are not asked for" in read.notes[0]
+    assert_same(read["sub/a.jpg"], found["a.jpg"])
+    path = write_predictions(tmp_path / "q.json", {"a.png": found["a.png"]}, every[:1], CLASSES)
+    assert list(read_predictions(path, images, CLASSES)) == ["sub/a.jpg"], "it may have been converted"
+
+
 @pytest.mark.parametrize(
     ("name", "fits"),
     [

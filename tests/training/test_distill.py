@@ -192,6 +192,21 @@ def test_a_tag_without_a_label_is_announced(tmp_path):
     assert read_labels(tmp_path, paths, tagged)[1] == ()
 
 
+def test_a_file_of_labels_counts_once(tmp_path):
+    """Given twice it would count as two models that agree."""
+    annotated = open_annotated(small_student()[1], "train")
+    one = annotated.tagged.images[0]
+    paths = [
+        write_predictions(tmp_path / name, {one.id: annotated.read(one.id).instances}, [one], annotated.tagged.classes)
+        for name in ("a.json", "b.json")
+    ]
+    assert set(read_labels(tmp_path, paths, annotated.tagged)[0]) == {one.id}
+    (tmp_path / "link.json").symlink_to(paths[0])
+    for again in (paths[0], tmp_path / "link.json"):
+        with pytest.raises(InputError, match=r"a\.json: given twice.*once"):
+            read_labels(tmp_path, [*paths, again], annotated.tagged)
+
+
 def test_from_a_file_of_labels_to_predictions_on_the_command_line(tmp_path, capsys):
     folder, year = small_student()
     teacher, out = tmp_path / "run", tmp_path / "student"
