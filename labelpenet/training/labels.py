@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from labelpenet.calibration.fusion import fuse
 from labelpenet.calibration.nms import confident
 from labelpenet.config import Noise
 from labelpenet.data import run_folder
-from labelpenet.data.dataset import TaggedImage, TaggedImages
+from labelpenet.data.dataset import ByImage, TaggedImage, TaggedImages
 from labelpenet.errors import InputError
 from labelpenet.formats import read_predictions
 from labelpenet.formats.rows import Predictions
@@ -26,22 +25,19 @@ from labelpenet.instances import Instances
 from labelpenet.progress import Progress, silent
 
 
-@dataclass(frozen=True)
-class Fused(Mapping[str, Instances]):
-    """The labels of several models, put together when they are asked for (`calibration.fusion`)."""
+class Fused(ByImage[Instances]):
+    """The labels of several models, put together when they are asked for (`calibration.fusion`).
 
-    opinions: tuple[Mapping[str, Instances], ...]
-    tags: dict[str, tuple[int, ...]]  # of the images that any of them names
+    Args:
+        opinions: of each model; tags: classes of the images that any of them names.
+    """
 
-    def __len__(self) -> int:
-        return len(self.tags)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tags)
+    def __init__(self, opinions: Sequence[Mapping[str, Instances]], tags: Mapping[str, tuple[int, ...]]):
+        self._opinions, self._known = opinions, tags
 
     def __getitem__(self, image: str) -> Instances:
-        tags = self.tags[image]  # a KeyError for one that no file names
-        return fuse([one[image] for one in self.opinions if image in one], tags)
+        tags = self._known[image]  # a KeyError for one that no file names
+        return fuse([one[image] for one in self._opinions if image in one], tags)
 
 
 def read_labels(
@@ -88,24 +84,18 @@ def _not_found(opinions: Sequence[Predictions], images: TaggedImages) -> list[st
     return [f"{count} photographs have no label of one of their tags: it is learnt as background"] * bool(count)
 
 
-class Given(Mapping[str, Instances]):
+class Given(ByImage[Instances]):
     """Labels as the modules of a cascade learn them: those that a student would ignore (`sort_out`) have weight 0."""
 
     def __init__(self, labels: Mapping[str, Instances]):
-        self._labels = labels
+        self._known = labels
         self._read = functools.lru_cache(maxsize=1)(self._doubted)  # four modules ask for the same photograph
 
     def __getitem__(self, image: str) -> Instances:
         return self._read(image)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._labels)
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
     def _doubted(self, image: str) -> Instances:
-        labels = self._labels[image]
+        labels = self._known[image]
         return labels.weighted(labels.weights * _sure(labels, Noise()))
 
 
