@@ -9,6 +9,7 @@ with its checksum. A part is called ``part-00001-of-00008.jsonl`` once it is who
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -65,7 +66,8 @@ class Part:
         before: how many an earlier process has written.
 
     Raises:
-        InputError: the part was begun with other facts, another process is writing it, or it cannot be written.
+        InputError: the part, or one beside it, was begun with other facts, another process is writing it, or it cannot
+            be written.
     """
 
     def __init__(
@@ -88,6 +90,8 @@ class Part:
 
     def __enter__(self) -> Part:
         with writing(self.path), contextlib.ExitStack() as opened:
+            if not self.path.exists() and not self.partial.exists():
+                self._check_beside()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if not opened.enter_context(locked(self.path.with_suffix(".lock"))):
                 raise InputError(f"{self.path}: another process is writing this part; give each its own --shard")
@@ -148,16 +152,30 @@ class Part:
                 row = _row(line) if line.endswith(b"\n") else None
                 if row is None or (number and (row.get("image") not in ids or row["image"] in self.done)):
                     break
-                if number == 0 and row != self._header:
-                    keys = sorted(self._header.keys() | row.keys())
-                    changed = ", ".join(key for key in keys if row.get(key) != self._header.get(key))
-                    raise InputError(f"{path}: belongs to another prediction ({changed} changed); give another --out")
+                if number == 0:
+                    self._compare(path, row)
                 if number:
                     self.done.add(row["image"])
                     if row.get("skipped"):
                         self.skipped.add(row["image"])
                 length += len(line)
         return length
+
+    def _check_beside(self) -> None:
+        """`InputError` where a part that lies there could not be merged with this one."""
+        for path in itertools.islice(self.path.parent.glob("part-*.jsonl*"), 1):
+            with path.open("rb") as file:
+                row = _row(file.readline())
+            own, count = self._header["shard"]
+            if row is not None and isinstance(shard := row.get("shard"), list) and len(shard) == 2:
+                self._compare(path, {**row, "shard": [own, count] if shard[1] == count else shard})
+
+    def _compare(self, path: Path, header: dict[str, Any]) -> None:
+        """`InputError` where the header of a part is not this one's."""
+        if header != self._header:
+            keys = sorted(self._header.keys() | header.keys())
+            changed = ", ".join(key for key in keys if header.get(key) != self._header.get(key))
+            raise InputError(f"{path}: belongs to another prediction ({changed} changed); give another --out")
 
 
 def merge_parts(paths: Sequence[Path], out: Path) -> tuple[int, int]:

@@ -350,6 +350,18 @@ def test_shards_of_other_photographs_or_another_recipe_do_not_go_together(
         with pytest.raises(SystemExit):
             main([*command(one, folder), "--out", str(out), "--shard", "1/2"])
         assert f"another prediction ({what} changed)" in capsys.readouterr().err
+    # a shard that begins beside it, of another prediction or of another number of shards, which merge would refuse
+    for one, folder, shard, what in (
+        (run, other, "2/2", "list"), (changed, photos, "2/2", "recipe"), (run, photos, "2/3", "shard"),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit):
+            main([*command(one, folder), "--out", str(out), "--shard", shard])
+        assert f"part-00001-of-00002.jsonl: belongs to another prediction ({what} changed)" in capsys.readouterr().err
+    main([*command(run, photos), "--out", str(out), "--shard", "2/2"])
+    assert sorted(path.name for path in out.glob("*.jsonl*")) == [
+        "part-00001-of-00002.jsonl",
+        "part-00002-of-00002.jsonl",
+    ]
 
 
 def test_a_shard_of_tagged_photographs_does_not_go_on_with_other_tags(run: Path, photos: Path, tmp_path: Path) -> None:
