@@ -452,7 +452,7 @@ class Sharpening(_Ranged):
     """
 
     iterations: int = 5
-    cells: int = 2048
+    cells: int = 1024
     threshold: float = 0.38
     margin: float = 0.25
     beyond: float = 0.3

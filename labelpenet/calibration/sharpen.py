@@ -1,7 +1,7 @@
 """Masks of RoIs drawn on the photograph and drawn to its edges: a dense CRF on a coarse grid, exact, in few products.
 
 A mask head gives a RoI 28 x 28 probabilities, whose border is as blurred as the labels that taught it were uncertain.
-The dense CRF of section 3.2 moves it to where the colours change. Here the photograph becomes a grid of some 2,000
+The dense CRF of section 3.2 moves it to where the colours change. Here the photograph becomes a grid of some 1,000
 cells, on which every pair can be compared outright: one matrix for all instances, without a lattice. So the same
 operations run on a CPU, on a GPU without waiting, and in an ONNX file, and a kernel may have any number of dimensions:
 besides their colours, cells are compared by the network's own features. Finer than the grid only what the CRF changed
@@ -22,8 +22,9 @@ from labelpenet.calibration.maps import interpolation
 from labelpenet.calibration.nms import score_masks
 from labelpenet.config import Sharpening
 
-FINE = 4
-"""Pixels of the canvas per cell of the grid, along each side."""
+CANVAS = 2**15
+"""Pixels of the canvas, about so many, and more where the grid's cells are so many that each would have less than 4 x 4
+of them."""
 
 RESOLVED = 16
 """Cells along the shorter side of a box from which on its object may grow beyond it as far as the settings say."""
@@ -61,11 +62,12 @@ def sharpen(
         stride: of that map, in pixels of the image.
 
     Returns:
-        (N, h, w) in [0, 1], some `settings.cells` x `FINE`^2 pixels.
+        (N, h, w) in [0, 1], some `CANVAS` pixels.
     """
     height, width = image.shape[-2:]
     rows, columns = grid_size(height, width, settings.cells)
-    canvas = (rows * FINE, columns * FINE)
+    steps = pixels_per_cell(settings.cells)
+    canvas = (rows * steps, columns * steps)
     scale = torch.tensor([canvas[1] / width, canvas[0] / height] * 2, device=boxes.device)
     drawn = draw(*_beyond(masks.float(), boxes * scale, settings), canvas)
     doubt = math.log(settings.threshold / (1 - settings.threshold))
@@ -73,10 +75,10 @@ def sharpen(
     if not settings.iterations:
         return odds.sigmoid()
     fine = _averages(image.float(), (height, width), canvas)
-    colours = F.avg_pool2d(fine, FINE)
+    colours = F.avg_pool2d(fine, steps)
     if features is not None:
         features = _averages(features.float(), (height / stride, width / stride), (rows, columns))
-    unary = torch.logit(F.avg_pool2d(drawn[:, None], FINE)[:, 0], SURE) - doubt
+    unary = torch.logit(F.avg_pool2d(drawn[:, None], steps)[:, 0], SURE) - doubt
     change = mean_field(colours, unary, settings, features) - unary
     return (odds + joint_bilateral_upsampling(change, colours, fine)).sigmoid()
 
@@ -105,10 +107,15 @@ def _beyond(masks: Tensor, boxes: Tensor, settings: Sharpening) -> tuple[Tensor,
     side = masks.shape[-1]
     margin = round(settings.margin * side) if settings.iterations else 0
     sides = boxes[:, 2:] - boxes[:, :2]
-    beyond = settings.beyond * (sides.amin(1) / (RESOLVED * FINE)).clamp(0, 1)[:, None, None]
+    beyond = settings.beyond * (sides.amin(1) / (RESOLVED * pixels_per_cell(settings.cells))).clamp(0, 1)[:, None, None]
     grown = sides * (margin / side)
     boxes = torch.cat([boxes[:, :2] - grown, boxes[:, 2:] + grown], 1)
     return F.pad(masks - beyond, (margin,) * 4) + beyond, boxes
+
+
+def pixels_per_cell(cells: int) -> int:
+    """Pixels of the canvas per cell of a grid of about so many, along each side."""
+    return max(4, round(math.sqrt(CANVAS / cells)))
 
 
 def grid_size(height: int, width: int, cells: int) -> tuple[int, int]:
@@ -126,30 +133,31 @@ def joint_bilateral_upsampling(maps: Tensor, colours: Tensor, fine: Tensor) -> T
     Args:
         maps: (N, h, w).
         colours: (3, h, w) RGB in [0, 1] of the cells.
-        fine: (3, FINE h, FINE w) of the canvas.
+        fine: (3, k h, k w) of the canvas, k pixels per cell along each side.
 
     Returns:
-        (N, FINE h, FINE w).
+        (N, k h, k w).
     """
     height, width = maps.shape[-2:]
+    k = fine.shape[-1] // width
     steps = torch.tensor([-1, 0, 1], device=maps.device)
     rows, columns = (
         (torch.arange(length, device=maps.device) + steps[:, None]).clamp(0, length - 1) for length in (height, width)
     )
     around = (rows[:, None, :, None] * width + columns[:, None]).view(9, -1)  # of each cell, from its upper left
-    place = (torch.arange(FINE, device=maps.device) + 0.5) / FINE - 0.5  # of a pixel in its cell, in cells
+    place = (torch.arange(k, device=maps.device) + 0.5) / k - 0.5  # of a pixel in its cell, in cells
     square = (place - steps[:, None]) ** 2
-    apart = (square[:, None, :, None] + square[:, None]).view(9, FINE**2)
-    pixels = fine.view(3, height, FINE, width, FINE).permute(0, 2, 4, 1, 3).reshape(3, 1, FINE**2, height * width)
+    apart = (square[:, None, :, None] + square[:, None]).view(9, k**2)
+    pixels = fine.view(3, height, k, width, k).permute(0, 2, 4, 1, 3).reshape(3, 1, k**2, height * width)
     there = colours.flatten(1)[:, around][:, :, None]
     unlike = ((pixels - there) ** 2).sum(0) * (255 / ALIKE) ** 2
     weights = (-0.5 * (apart[..., None] + unlike)).clamp(min=NOTHING).exp()
     weights = weights / weights.sum(0)
-    found = torch.zeros(len(maps), FINE**2, height * width, device=maps.device)
+    found = torch.zeros(len(maps), k**2, height * width, device=maps.device)
     for weight, own in zip(weights, maps.flatten(1)[:, around].unbind(1), strict=True):
         found = torch.addcmul(found, weight, own[:, None])
-    found = found.view(len(maps), FINE, FINE, height, width).permute(0, 3, 1, 4, 2)
-    return found.reshape(len(maps), FINE * height, FINE * width)
+    found = found.view(len(maps), k, k, height, width).permute(0, 3, 1, 4, 2)
+    return found.reshape(len(maps), k * height, k * width)
 
 
 def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:

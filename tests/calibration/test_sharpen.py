@@ -12,11 +12,11 @@ from torchvision.ops import box_iou
 
 from labelpenet.calibration.nms import matrix_nms
 from labelpenet.calibration.sharpen import (
-    FINE,
     draw,
     grid_size,
     joint_bilateral_upsampling,
     mean_field,
+    pixels_per_cell,
     rescore,
     resized,
     sharpen,
@@ -78,9 +78,9 @@ def test_a_blurred_mask_finds_the_edge_of_its_object():
     )
     blurred = torch.nn.functional.interpolate(blurred, size=(28, 28), mode="bilinear")[0]
     box = torch.tensor([[0.0, 0, 240, 240]])
-    truth = torch.nn.functional.interpolate(object_[None, None].float(), size=(180, 180), mode="area")[0, 0] > 0.5
     plain, found = (sharpen(image, blurred, box, one)[0] > 0.5 for one in (PLAIN, Sharpening()))
-    assert found.shape == truth.shape
+    assert found.shape == plain.shape == (192, 192)  # 1,024 cells of 6 x 6 pixels
+    truth = torch.nn.functional.interpolate(object_[None, None].float(), size=found.shape, mode="area")[0, 0] > 0.5
     assert iou(plain, truth) < 0.8 and iou(found, truth) > 0.9
 
 
@@ -92,37 +92,36 @@ def test_maps_are_resized_as_torch_resizes_them():
 
 
 def test_what_a_cell_is_goes_to_the_pixels_of_its_colour():
-    fine = torch.full((3, 5 * FINE, 7 * FINE), 0.2)
+    fine = torch.full((3, 20, 28), 0.2)
     fine[:, :, 13:] = 0.9  # an edge inside the fourth cell, of which a quarter is dark
-    colours = torch.nn.functional.avg_pool2d(fine, FINE)
+    colours = torch.nn.functional.avg_pool2d(fine, 4)
     maps = torch.tensor([-4.0, -4, -4, 4, 4, 4, 4]).expand(2, 5, 7) * torch.tensor([1.0, 3])[:, None, None]
     found = joint_bilateral_upsampling(maps, colours, fine)
-    assert found.shape == (2, 5 * FINE, 7 * FINE)
+    assert found.shape == (2, 20, 28)
     assert bool((found[:, :, :13] < 0).all()) and bool((found[:, :, 13:] > 0).all())
-    assert not torch.equal(resized(maps, (5 * FINE, 7 * FINE)) > 0, found > 0)  # which goes by place alone
+    assert not torch.equal(resized(maps, (20, 28)) > 0, found > 0)  # which goes by place alone
     torch.testing.assert_close(found[1], 3 * found[0])
     flat = torch.full((1, 5, 7), 0.7)
-    torch.testing.assert_close(
-        joint_bilateral_upsampling(flat, colours, fine), torch.full((1, 5 * FINE, 7 * FINE), 0.7)
-    )
-    assert joint_bilateral_upsampling(maps[:0], colours, fine).shape == (0, 5 * FINE, 7 * FINE)
+    torch.testing.assert_close(joint_bilateral_upsampling(flat, colours, fine), torch.full((1, 20, 28), 0.7))
+    assert joint_bilateral_upsampling(maps[:0], colours, fine).shape == (0, 20, 28)
     assert bool(
         torch.isfinite(joint_bilateral_upsampling(maps, torch.rand(3, 5, 7), 1 - fine)).all()
     )  # no cell is like the pixel
 
 
-def test_a_pixel_follows_the_nine_cells_around_it():
+@pytest.mark.parametrize("k", [4, 5])
+def test_a_pixel_follows_the_nine_cells_around_it(k):
     generator = torch.Generator().manual_seed(0)
     maps, colours = torch.rand(1, 4, 5, generator=generator), torch.rand(3, 4, 5, generator=generator) * 0.2
-    fine = torch.rand(3, 4 * FINE, 5 * FINE, generator=generator) * 0.2
+    fine = torch.rand(3, 4 * k, 5 * k, generator=generator) * 0.2
     found = joint_bilateral_upsampling(maps, colours, fine)
     for y, x in ((0, 0), (7, 9), (15, 19), (6, 0)):
         summed = total = 0.0
         for down in (-1, 0, 1):
             for right in (-1, 0, 1):
-                row, column = y // FINE + down, x // FINE + right
+                row, column = y // k + down, x // k + right
                 inside = min(max(row, 0), 3), min(max(column, 0), 4)
-                near = ((y + 0.5) / FINE - row - 0.5) ** 2 + ((x + 0.5) / FINE - column - 0.5) ** 2
+                near = ((y + 0.5) / k - row - 0.5) ** 2 + ((x + 0.5) / k - column - 0.5) ** 2
                 unlike = float(((fine[:, y, x] - colours[:, inside[0], inside[1]]) ** 2).sum()) * (255 / 20) ** 2
                 weight = np.exp(-(near + unlike) / 2)
                 summed, total = summed + weight * float(maps[0, inside[0], inside[1]]), total + weight
@@ -135,7 +134,6 @@ def test_objects_of_one_colour_are_told_apart_by_features():
     image = torch.full((3, 240, 240), 0.5)
     blurred = torch.nn.functional.avg_pool2d(disc(280, 0.24, (0.53, 0.5))[None].float(), 10)  # too small
     box = torch.tensor([[0.0, 0, 240, 240]])
-    truth = torch.nn.functional.interpolate(object_[None, None].float(), size=(180, 180), mode="area")[0, 0] > 0.5
     direction = torch.randn(6, 1, 1, generator=generator)
     features = direction * torch.nn.functional.avg_pool2d(object_[None].float(), 8)
     padded = torch.nn.functional.pad(features, (0, 3, 0, 5), value=9.0)  # as a batch is
@@ -149,6 +147,7 @@ def test_objects_of_one_colour_are_told_apart_by_features():
             (Sharpening(compat_features=0), features),
         )
     )
+    truth = torch.nn.functional.interpolate(object_[None, None].float(), size=found.shape, mode="area")[0, 0] > 0.5
     assert iou(blind, truth) < 0.6 and iou(found, truth) > 0.75
     assert torch.equal(found, beyond) and torch.equal(found, scaled) and torch.equal(blind, off)
     flat = sharpen(image, blurred, box, Sharpening(), torch.ones(6, 30, 30), 8)
@@ -242,13 +241,21 @@ def test_an_object_that_its_box_cuts_off_is_followed_as_far_as_the_margin():
     assert reach[1] == pytest.approx(170 + 0.25 * 110, abs=6)
 
 
+def test_a_coarser_grid_draws_masks_as_finely():
+    sizes = [cells * pixels_per_cell(cells) ** 2 for cells in (1, 100, 512, 1024, 2048)]
+    assert sizes[-1] == 2**15 and all(0.8 < size / sizes[-1] < 1.2 for size in sizes)
+    assert pixels_per_cell(16_384) == 4
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 900), (33, 21), (480, 640), (1000, 20)])
 def test_photographs_of_every_shape(shape):
-    rows, columns = grid_size(*shape, Sharpening().cells)
-    assert rows * columns <= 2300
+    cells = Sharpening().cells
+    rows, columns = grid_size(*shape, cells)
+    assert rows * columns <= 1.13 * cells
     masks, boxes = torch.rand(2, 28, 28), torch.tensor([[0, 0, shape[1], shape[0]], [0, 0, 0.5, 0.5]])
     found = sharpen(torch.rand(3, *shape), masks, boxes, Sharpening())
-    assert found.shape == (2, rows * FINE, columns * FINE)
+    k = pixels_per_cell(cells)
+    assert found.shape == (2, rows * k, columns * k)
     assert bool(torch.isfinite(found).all()) and float(found.min()) >= 0 and float(found.max()) <= 1
     assert len(sharpen(torch.rand(3, *shape), masks[:0], boxes[:0].float(), Sharpening())) == 0
 
