@@ -1,7 +1,7 @@
 """Masks of RoIs drawn on the photograph and drawn to its edges: a dense CRF on a coarse grid, exact, in few products.
 
 A mask head gives a RoI 28 x 28 probabilities, whose border is as blurred as the labels that taught it were uncertain.
-The dense CRF of section 3.2 moves it to where the colours change. Here the photograph becomes a grid of some 1,000
+The dense CRF of section 3.2 moves it to where the colours change. Here the photograph becomes a grid of some 2,000
 cells, on which every pair can be compared outright: one matrix for all instances, without a lattice. So the same
 operations run on a CPU, on a GPU without waiting, and in an ONNX file, and a kernel may have any number of dimensions:
 besides their colours, cells are compared by the network's own features. Finer than the grid only what the CRF changed

@@ -79,7 +79,7 @@ def test_a_blurred_mask_finds_the_edge_of_its_object():
     blurred = torch.nn.functional.interpolate(blurred, size=(28, 28), mode="bilinear")[0]
     box = torch.tensor([[0.0, 0, 240, 240]])
     plain, found = (sharpen(image, blurred, box, one)[0] > 0.5 for one in (PLAIN, Sharpening()))
-    assert found.shape == plain.shape == (192, 192)  # 1,024 cells of 6 x 6 pixels
+    assert found.shape == plain.shape == (180, 180)  # 2,025 cells of 4 x 4 pixels
     truth = torch.nn.functional.interpolate(object_[None, None].float(), size=found.shape, mode="area")[0, 0] > 0.5
     assert iou(plain, truth) < 0.8 and iou(found, truth) > 0.9
 
