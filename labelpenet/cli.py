@@ -599,6 +599,7 @@ def _open_held_out(args: Train | ForwardBackward, images: TaggedImages) -> Annot
 
 
 def train(args: Train) -> None:
+    """Trains the cascade, or with full supervision module 4 alone."""
     _check_out(args)
     recipe = _changed(config.recipe(args.recipe), args)
     images, source = _open_training(args, _names(args.classes))
@@ -625,6 +626,7 @@ def train(args: Train) -> None:
 
 
 def forward_backward(args: ForwardBackward) -> None:
+    """The second stage (section 3.3), from a trained cascade into a run folder of its own."""
     from labelpenet.models.cascade import read_cascade
     from labelpenet.training import curriculum
     from labelpenet.training.labels import read_labels
@@ -659,6 +661,7 @@ def forward_backward(args: ForwardBackward) -> None:
 
 
 def distill(args: Distill) -> None:
+    """Trains a student on a run's labels, on those of files, or on true objects."""
     from labelpenet.formats import open_annotated
     from labelpenet.models.cascade import read_run
     from labelpenet.training import distill as training
@@ -697,6 +700,7 @@ def distill(args: Distill) -> None:
 
 
 def predict(args: Predict) -> None:
+    """Predicts photographs or the photographs of a data set, whole or one shard of them; draws overlays."""
     from labelpenet.data import TaggedImage, read_image
     from labelpenet.data.files import check_outputs, real_path
     from labelpenet.data.images import find_images, unread
@@ -771,6 +775,7 @@ def predict(args: Predict) -> None:
 
 
 def merge(args: Merge) -> None:
+    """Puts the parts of ``predict --shard`` together."""
     from labelpenet.data.files import check_outputs
     from labelpenet.formats.parts import merge_parts
 
@@ -782,6 +787,7 @@ def merge(args: Merge) -> None:
 
 
 def evaluate(args: Evaluate) -> None:
+    """Prints what predictions measure against the true objects, by protocol; writes it as JSON."""
     from labelpenet.data.files import check_outputs, listing, write_bytes
     from labelpenet.evaluation import evaluate as measure
     from labelpenet.evaluation import paper_tables, summary_table
@@ -821,6 +827,7 @@ def evaluate(args: Evaluate) -> None:
 
 
 def proposals(args: Proposals) -> None:
+    """Computes and caches proposals; prints their recall."""
     from labelpenet.data.proposals import compute_proposals, default_cache
     from labelpenet.evaluation.recall import recall, recall_table
     from labelpenet.formats import open_annotated, open_tagged
@@ -846,6 +853,7 @@ def proposals(args: Proposals) -> None:
 
 
 def export(args: Export) -> None:
+    """Writes predictions or a run's labels for other tools, or a student as an ONNX file."""
     from labelpenet.data.dataset import AnnotatedImages, only_tagged
     from labelpenet.data.files import check_new_folder, check_outputs
     from labelpenet.formats import export as write
@@ -934,6 +942,7 @@ def _doubtful(args: Export, images: TaggedImages) -> TaggedImages:
 
 
 def measure(args: Measure) -> None:
+    """Measures what the modules of a run, or a student, predict for annotated photographs."""
     from labelpenet.training.measure import measure_run
 
     if not args.modules:
@@ -942,6 +951,7 @@ def measure(args: Measure) -> None:
 
 
 def review(args: Review) -> None:
+    """Serves the page on which a person accepts, corrects or drops a run's labels, until it is interrupted."""
     from labelpenet.data import run_folder
     from labelpenet.models.cascade import read_run
     from labelpenet.review import serve
@@ -951,6 +961,7 @@ def review(args: Review) -> None:
 
 
 def report(args: Report) -> None:
+    """Writes a run's report as one HTML file."""
     from labelpenet.data.dataset import only_tagged
     from labelpenet.data.files import check_outputs, real_path
     from labelpenet.formats.open import open_data
@@ -988,6 +999,7 @@ def report(args: Report) -> None:
 
 
 def demo(args: Demo) -> None:
+    """Makes generated scenes and trains a small cascade on them."""
     # before torch is loaded: between the tiny layers, threads would spin longer than they compute
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from labelpenet.demo import run_demo

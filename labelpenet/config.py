@@ -396,7 +396,7 @@ class StudentNetwork(_Ranged):
             backbone's map of stride 16. mask_depth: the mask head's convolutions.
         rois: sampled from each image in training.
         proposals, objectness: in prediction the RPN passes on so many boxes at most, those that are an object with this
-            probability at least; every one of them costs time.
+            probability, in [0, 1], at least; every one of them costs time.
         detections: instances of an image at most.
     """
 
@@ -440,7 +440,7 @@ class Sharpening(_Ranged):
 
     Attributes:
         iterations: of the mean field; 0 leaves the CRF out, and scores are the classes' alone.
-        cells: of the grid that it runs on, about so many; half of them take a third of the time, for coarser edges.
+        cells: of the grid that it runs on, about so many; half of them take half of the time, for coarser edges.
         threshold: probability of the mask head at which a pixel is equally likely object or background, in (0, 1).
         margin: around a box, so many of its sides wide, the mask head has no say, and the object's probability is
             ``beyond``: labels cut off legs and tails, and so do a student's boxes. 0 ends masks at their boxes.

@@ -114,7 +114,7 @@ def _beyond(masks: Tensor, boxes: Tensor, settings: Sharpening) -> tuple[Tensor,
 
 
 def pixels_per_cell(cells: int) -> int:
-    """Pixels of the canvas per cell of a grid of about so many, along each side."""
+    """Pixels of the canvas per cell of a grid of about so many ``cells`` (from 1 on), along each side: 4 or more."""
     return max(4, round(math.sqrt(CANVAS / cells)))
 
 

@@ -273,10 +273,10 @@ class _Trainer:
             problems, lost = [f"none of its images can be read: {line}" for line in lost[:1]], []
         else:
             used = [p for p, count in zip(self.parameters, counts[4:], strict=True) if count]
-            grown = self.stage.batch_size / (self.stage.batch_size - missing)  # the mean is over those that were read
-            norm = self._update(used, grown)
+            scale = self.stage.batch_size / (self.stage.batch_size - missing)  # the mean is over those that were read
+            norm = self._update(used, scale)
             if math.isfinite(norm):
-                _add(self.window, {f"loss/{name}": value * grown for name, value in terms.items()})
+                _add(self.window, {f"loss/{name}": value * scale for name, value in terms.items()})
                 if self.machine.rank == 0:
                     _add(self.window, {"steps": 1.0, "gradient_norm": norm})
             elif self.machine.scaler.is_enabled():
@@ -317,8 +317,8 @@ class _Trainer:
             terms[name] = terms.get(name, 0.0) + value * share
         return None
 
-    def _update(self, used: list[nn.Parameter], grown: float) -> float:
-        """Moves the parameters that any process has a gradient for, ``grown`` times as large; returns the norm.
+    def _update(self, used: list[nn.Parameter], scale: float) -> float:
+        """Moves the parameters that any process has a gradient for, their gradients times ``scale``; returns the norm.
 
         Where the norm is not finite, nothing moves.
         """
@@ -329,9 +329,9 @@ class _Trainer:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         machine.sum_gradients(used)
-        for parameter in used if grown != 1 else ():
+        for parameter in used if scale != 1 else ():
             assert parameter.grad is not None
-            parameter.grad *= grown
+            parameter.grad *= scale
         machine.scaler.unscale_(self.optimiser)
         total = torch.nn.utils.get_total_norm([p.grad for p in used if p.grad is not None])
         norm = float(total)
