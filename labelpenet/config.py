@@ -41,7 +41,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "enter": _SHARE, "doubt": _SHARE, "zoom": (1, 4), "colours": _SHARE, "drift": (1, 1e6), "width": (1, 8192),
     "proposals": _COUNT, "detections": _COUNT, "keep": _SHARE, "nested": _SHARE, "Noise.limit": (0, 1e6),
     "limit_from": _SHARE, "Sharpening.cells": (1, 16_384), "StudentNetwork.pool": (2, 28), "freeze": (0, 1024),
-    "StudentNetwork.mask_depth": (1, 64), "objectness": _SHARE,
+    "StudentNetwork.mask_depth": (1, 64), "objectness": _SHARE, "tag_power": (0, 100),
     "margin": (0, 1), "beyond": _SHARE,
     "shorten": (1e-6, 100), "seed": (0, 2**63 - 1), "devices": (1, 1024), "nodes": (1, 4096), "workers": (1, 256),
     "checkpoint_minutes": (0, 1e5), "observe_minutes": (0, 1e5), "tolerance": (0, 1e4), "port": (0, 65535),
@@ -225,7 +225,7 @@ class Schedule(_Ranged):
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(_Ranged):
     """Module 1, multi-label classification.
 
     Attributes:
@@ -237,6 +237,8 @@ class Classification:
         heat: whose class scores a heat-map sums where one instance a class is sought: those of the proposals whose best
             class (among the tags, where they are known) it is (``class``), as the paper says, or of ``all``.
         initialiser: of the two branches: He's, which is the paper's [18], or a ``gaussian`` of deviation .01.
+        tag_power: answers of modules 2 to 4 have their scores multiplied by the probability that the photograph shows
+            their class, to this power (`models.tags`); 0: they have not, as in the paper.
         schedule: of its training.
         label: how it labels training images, whose tags are known.
         predict: its predictions for photographs, whose tags are not known.
@@ -248,11 +250,13 @@ class Classification:
     attention: Attention = "excitation"
     heat: typing.Literal["class", "all"] = "class"
     initialiser: typing.Literal["he", "gaussian"] = "he"
+    tag_power: float = 0.0
     schedule: Schedule = Schedule()
     label: AttentionCalibration = AttentionCalibration(per_class=1)
     predict: AttentionCalibration = AttentionCalibration(per_class=1, compete="background")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.label.vote or self.predict.vote:
             raise InputError("no module comes before module 1 that could vote on its instances")
 
@@ -398,6 +402,8 @@ class StudentNetwork(_Ranged):
         proposals, objectness: in prediction the RPN passes on so many boxes at most, those that are an object with this
             probability, in [0, 1], at least; every one of them costs time.
         detections: instances of an image at most.
+        tag_power: a score is multiplied by the probability that the photograph shows its class, to this power
+            (`models.tags`); 0: it is not.
     """
 
     head: typing.Literal["stages", "layers"] = "stages"
@@ -409,6 +415,7 @@ class StudentNetwork(_Ranged):
     proposals: int = 150
     objectness: float = 0.2
     detections: int = 50
+    tag_power: float = 0.25
 
 
 @dataclass(frozen=True)
@@ -555,6 +562,7 @@ def best() -> Recipe:
         modules=(
             Classification(
                 pool="centred", freeze_head=True, attention="gradient", heat="all", initialiser="gaussian",
+                tag_power=0.25,
                 schedule=Schedule(steps=1200, lr=1e-3, kind="adam", weight_decay=0.0, batch_size=8),
                 label=label, predict=replace(label, compete="background"),
             ),
@@ -744,7 +752,7 @@ def from_dict(values: dict[str, Any]) -> Recipe:
 def student_from_dict(values: dict[str, Any]) -> StudentRecipe:
     """As `from_dict`, for the recipe of a student."""
     try:
-        once = StudentNetwork(head="layers", objectness=0.0)  # as all had before these were choices
+        once = StudentNetwork(head="layers", objectness=0.0, tag_power=0.0)  # as all had before these were choices
         return _build(replace(StudentRecipe(), network=once), values)
     except (TypeError, AttributeError) as error:
         raise InputError(f"the student's recipe cannot be read ({error}); it was made by another version") from error

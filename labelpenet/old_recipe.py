@@ -13,6 +13,7 @@ _LATER = {"keep": 0.0, "nested": None}
 _NO_MARGIN = {"mask_margin": 0.0}
 _AS_SCORED = {"rescore": None, "empty": "proposal"}
 _FROM_THE_BACKBONE = {"start": "backbone"}
+_WITHOUT_TAGS = {"tag_power": 0.0}
 _RENAMED = {"background": "threshold", "part": "min_component", "duplicate": "mask_nms"}
 
 
@@ -65,11 +66,11 @@ def _competing(calibration: Mapping[str, Any]) -> dict[str, Any]:
 
 def completed_modules(modules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The modules as they are written now, of a time when a module had one choice of a vote, for its predictions, and
-    none of scores that know the mask or of where its training begins."""
+    none of scores that know the mask, of where its training begins, or of what a whole photograph shows."""
     found = []
-    for module in modules:
+    for number, module in enumerate(modules, 1):
         segments = "mask_width" in module
-        own = {**_FROM_THE_BACKBONE, **module} if segments else dict(module)
+        own = {**(_FROM_THE_BACKBONE if segments else {}), **(_WITHOUT_TAGS if number == 1 else {}), **module}
         own |= {name: {**_AS_SCORED, **_competing(module[name])} for name in ("label", "predict")}
         if "vote" in own:
             margin = _NO_MARGIN if segments else {}

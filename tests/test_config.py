@@ -90,7 +90,7 @@ def test_every_choice_of_the_paper_recipe():
         "warm_up": schedule | adam | {"steps": 2000},
         "modules": (
             {"name": "classification", "pool": "max", "freeze_head": False, "attention": "excitation",
-             "heat": "class", "initialiser": "he", "schedule": schedule,
+             "heat": "class", "initialiser": "he", "tag_power": 0.0, "schedule": schedule,
              "label": single, "predict": single | {"compete": "background"}},
             {"name": "detection", **faster_rcnn, "attention": "excitation",
              "label": attention, "predict": attention | answer},

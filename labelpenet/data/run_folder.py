@@ -171,7 +171,7 @@ def box_map_50(result: Mapping[str, Any]) -> Any:
 
 def is_outdated(known: Any, now: Mapping[str, str], name: str) -> bool:
     """Whether a module (its number) or the student was another in the state ``known``; not where nothing is known."""
-    parts = ("stem", *MODULES[: int(name)]) if name.isdigit() else (name,)
+    parts = ("stem", *MODULES[: int(name)]) if name.isdigit() else (name, "tags")
     return isinstance(known, dict) and any(known.get(part) != now.get(part) for part in ("facts", *parts))
 
 

@@ -127,12 +127,18 @@ class Batch:
         return [view.size for view in self.views]
 
 
-def stack(views: Sequence[View]) -> Tensor:
-    """The views' pixels (N, 3, h, w), padded with the mean colour right and below to the largest, and `divisible`."""
+def stacked_size(views: Sequence[View]) -> tuple[int, int]:
+    """(h, w) of the views as `stack` puts them together."""
     multiple = divisible(views[0].pixels.device)
     height, width = (
         -(-max(sizes) // multiple) * multiple for sizes in zip(*(view.size for view in views), strict=True)
     )
+    return height, width
+
+
+def stack(views: Sequence[View]) -> Tensor:
+    """The views' pixels (N, 3, h, w), padded with the mean colour right and below to the largest, and `divisible`."""
+    height, width = stacked_size(views)
     if all(view.size == (height, width) for view in views):
         return torch.cat([view.pixels for view in views])
     stacked = views[0].pixels.new_zeros(len(views), 3, height, width)

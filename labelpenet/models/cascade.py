@@ -33,6 +33,7 @@ from labelpenet.models.classification import Classification
 from labelpenet.models.detection import Detection
 from labelpenet.models.layers import evaluating
 from labelpenet.models.segmentation import Segmentation
+from labelpenet.models.tags import weigh
 from labelpenet.models.weights import check_weights
 
 Tags = tuple[int, ...] | None
@@ -240,8 +241,20 @@ class LabelPEnet(nn.Module):
         settings = self.module(module).settings
         with evaluating(self):
             batch = self.batch(images, tags, self._proposed(images, module, proposals))
-            found = self._instances(module, batch, settings.predict if tags is None else settings.label)
-        return [one[one.weights.argsort(descending=True, stable=True)] for one, _ in found]
+            traced = self._instances(module, batch, settings.predict if tags is None else settings.label)
+            found = [one for one, _ in traced]
+            if tags is None and module > 1:
+                found = self._weighed(found, batch)
+        return [one[one.weights.argsort(descending=True, stable=True)] for one in found]
+
+    def _weighed(self, found: list[Instances], batch: Batch) -> list[Instances]:
+        """The instances of each photograph, believed as far as it looks like one of their class (`models.tags`)."""
+        power = self.classification.settings.tag_power
+        if not power or MODULES[0] in self.untrained:
+            return found
+        shown = torch.stack([self.classification.tags(one) for one in self.classification.whole(batch)]).cpu()
+        pairs = zip(found, shown, strict=True)
+        return [one.weighted(weigh(one.weights, one.labels, own, power)) for one, own in pairs]
 
     def _instances(self, number: int, batch: Batch, settings: config.Calibration) -> list[tuple[Instances, Trace]]:
         module: Any = self.module(number)

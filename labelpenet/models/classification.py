@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from labelpenet import config
 from labelpenet.calibration.calibrate import Candidates, Trace, calibrate, choose_instances, proposal_candidates
-from labelpenet.data.transforms import Batch
+from labelpenet.data.transforms import Batch, stacked_size
 from labelpenet.instances import Instances
 from labelpenet.models.attention import attention_offset, explain_rois, roi_attention, roi_evidence
 from labelpenet.models.backbones import Backbone
 from labelpenet.models.layers import RoIPooling, by_rois, initialise
+from labelpenet.models.tags import TagClassifier
 
 
 class Classification(nn.Module):
@@ -42,6 +43,9 @@ class Classification(nn.Module):
         self.classifier = nn.Linear(features, num_classes + 1)
         self.proposal_weights = nn.Linear(features, num_classes)
         initialise(self.classifier, self.proposal_weights, std=0.01 if settings.initialiser == "gaussian" else None)
+        if settings.tag_power:
+            channels = self.convolutions(torch.zeros(1, tail.channels, 2, 2)).shape[1]
+            self.tags = TagClassifier(channels, num_classes)
 
     def features(self, batch: Batch) -> list[Tensor]:
         """RoI features (R, D) of each image's proposals, computed where the batch does not hold them."""
@@ -50,6 +54,22 @@ class Classification(nn.Module):
         regions = self._regions(batch)
         pooled = self.pool(self.tail(batch.stem), regions)
         return list(by_rois(self.head, pooled).split([len(boxes) for boxes in regions]))
+
+    def convolutions(self, features: Tensor) -> Tensor:
+        """What the RoI head's layers before its pooling make, (N, K, h, w), of whole maps (N, D, h', w')."""
+        for layer in self.head:
+            if isinstance(layer, (nn.AdaptiveAvgPool2d, nn.Flatten)):
+                break
+            features = layer(features)
+        return features
+
+    @torch.no_grad()
+    def whole(self, batch: Batch) -> list[Tensor]:
+        """The last map (K, h, w) of each photograph as a whole, without what pads it, for `models.tags`."""
+        maps = self.convolutions(self.tail(batch.stem))
+        height, width = stacked_size(batch.views)
+        cells = ((-(-h * maps.shape[-2] // height), -(-w * maps.shape[-1] // width)) for h, w in batch.sizes)
+        return [one[:, :rows, :columns] for one, (rows, columns) in zip(maps, cells, strict=True)]
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """``x^c`` (R, C + 1), the background first, and ``x^p`` (R, C), from RoI features (R, D)."""

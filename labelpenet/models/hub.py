@@ -15,7 +15,7 @@ from labelpenet.data import run_folder
 from labelpenet.data.files import read_json, read_tensors, read_text, write_json, write_tensors, write_text
 from labelpenet.errors import InputError, reason
 from labelpenet.models.cascade import MODULES, LabelPEnet, read_run
-from labelpenet.models.student import KIND, Student, load
+from labelpenet.models.student import KIND, Student, load, read_state
 from labelpenet.progress import log_notes
 
 _FILES = ("config.json", "model.safetensors")
@@ -48,14 +48,10 @@ def save_pretrained(run: Path | str, folder: Path | str, licence: str = "other",
     facts = read_run(run)
     load(run)  # refuses what is unfinished or damaged
     student = facts.get("kind") == KIND
-    parts = (KIND,) if student else ("stem", *MODULES)
-    files = [(part, run_folder.weights(run, part)) for part in parts]
-    state = {
-        key if student else f"{part}.{key}": value
-        for part, path in files
-        if path.is_file()
-        for key, value in read_tensors(path).items()
-    }
+    files = [(part, run_folder.weights(run, part)) for part in ("stem", *MODULES)]
+    state = read_state(run) if student else {
+        f"{part}.{key}": value for part, path in files if path.is_file() for key, value in read_tensors(path).items()
+    }  # fmt: skip
     results = read_json(run_folder.results(run)) if run_folder.results(run).is_file() else {}
     results, notes = run_folder.up_to_date(run, results)
     log_notes(*notes)

@@ -29,6 +29,7 @@ from labelpenet.calibration.sharpen import rescore, resized, sharpen
 from labelpenet.data.files import write_bytes
 from labelpenet.errors import InputError
 from labelpenet.models.student import Student
+from labelpenet.models.tags import weigh
 
 OUTPUTS = ["boxes", "labels", "scores", "masks"]
 MULTIPLE = 32  # of which the input's sides are multiples: the stride of the coarsest map of the backbone
@@ -44,7 +45,8 @@ class Fixed(nn.Module):
     def __init__(self, student: Student, size: tuple[int, int]):
         super().__init__()
         self.network, self.masks, self.size = student.network, student.recipe.masks, size
-        self.stride = student.levels.strides[0]
+        self.stride, self.power = student.levels.strides[0], student.recipe.network.tag_power
+        self.tags = student.tags if self.power else None
         image = torch.zeros(1, 3, *size)
         with torch.no_grad():
             maps = list(self.network.backbone(image).values())
@@ -61,7 +63,9 @@ class Fixed(nn.Module):
         """
         transform, heads = self.network.transform, self.network.roi_heads
         mean, std = torch.tensor(transform.image_mean), torch.tensor(transform.image_std)
-        maps = self.network.backbone(((image - mean[:, None, None]) / std[:, None, None])[None])
+        backbone: Any = self.network.backbone
+        body = backbone.body(((image - mean[:, None, None]) / std[:, None, None])[None])
+        maps = backbone.fpn(body)
         rois = self._propose(maps)
         pooled = heads.box_roi_pool(maps, [rois], [self.size])
         logits, deltas = heads.box_predictor(heads.box_head(pooled))
@@ -71,6 +75,8 @@ class Fixed(nn.Module):
         index = (labels + 1)[:, None, None, None].expand(-1, 1, every.shape[2], every.shape[3])
         finest = next(iter(maps.values()))[0]
         drawn = sharpen(image, every.gather(1, index)[:, 0], boxes, self.masks, finest, self.stride)
+        if self.tags is not None:
+            scores = weigh(scores, labels, self.tags(list(body.values())[-1][0]), self.power)
         scores, order = rescore(scores, labels, drawn, self.masks)
         masks = resized(drawn[order], self.size) > 0.5
         return enclosing_boxes(boxes[order], tight_boxes(masks)), labels[order], scores, masks

@@ -51,8 +51,10 @@ from labelpenet.models.cascade import LabelPEnet, read_run
 from labelpenet.models.detection import ANCHOR_RATIOS, DoubtingRPN, covered, rcnn_loss
 from labelpenet.models.layers import evaluating, initialise
 from labelpenet.models.segmentation import crop_masks, mask_loss
+from labelpenet.models.tags import TagClassifier, weigh
 
 KIND = "student"  # what ``run.json`` says of such a folder, and the name of its weights
+TAGS = "tags"  # the name of the weights of its tag classifier, which torchvision's network has not
 STRIDES = (8, 16, 32)  # of the pyramid's maps; the last one, subsampled, is the fourth
 _HEAD = 16  # stride of the map that the pretrained RoI head works on
 _CELLS = 2  # per side of the average at its end, so that a box regression can tell left from right
@@ -108,7 +110,7 @@ class Student(nn.Module):
         recipe: every choice.
         backbone: the name that ``body`` was built by.
         normalisation: ``mean`` and ``std`` of RGB in [0, 1].
-        state: weights of the plain network; first ones if None.
+        state: weights of the plain network, and of the tag classifier (`TAGS`); first ones if None.
     """
 
     def __init__(
@@ -127,8 +129,13 @@ class Student(nn.Module):
         description = self.description()
         self.network = build_network(body, description)
         set_first_weights(self.network, description["head"])
+        if recipe.network.tag_power:
+            self.tags = TagClassifier(self.levels.channels[-1], len(self.classes))
         if state is not None:
-            self.network.load_state_dict(state)
+            plain = dict(state)
+            if recipe.network.tag_power:
+                self.tags.load_state_dict({key: plain.pop(f"{TAGS}.{key}") for key in self.tags.state_dict()})
+            self.network.load_state_dict(plain)
         self.network.rpn = DoubtingRPN.like(self.network.rpn)
         set_scales(self.network, self.levels.strides)
         for layers in (self.network.rpn.head, self.network.roi_heads.box_predictor):
@@ -322,29 +329,47 @@ class Student(nn.Module):
         if images is not None:
             return [self.predict(one) for one in images]
         pixels = as_pixels(cast(Photograph, image))
-        size, views = (pixels.shape[0], pixels.shape[1]), self.recipe.images
-        # before it becomes floats: a camera's photograph would fill memory with them
-        seen = scaled_size(size, views.test_side, views.longest)
-        pixels = shrink(pixels, seen)
-        if min(size) * views.longest < min(seen) * max(size):  # so flat that torchvision's transform may leave no pixel
-            pixels = resize_image(pixels, seen)
-        values = torch.from_numpy(np.ascontiguousarray(pixels)).to(self.device).permute(2, 0, 1).float().div_(255)
+        size, values = (pixels.shape[0], pixels.shape[1]), self._values(pixels)
         with evaluating(self):
             boxes, labels, scores, masks = (value.cpu() for value in self.answer(values))
-        boxes = resize_boxes(boxes, list(pixels.shape[:2]), list(size))
+        boxes = resize_boxes(boxes, list(values.shape[-2:]), list(size))
         return to_instances(masks, boxes, labels, scores, size, _BOXES)
+
+    def _values(self, pixels: np.ndarray) -> Tensor:
+        """A photograph (H, W, 3) uint8 RGB as `answer` takes it, on the device."""
+        views = self.recipe.images
+        # before it becomes floats: a camera's photograph would fill memory with them
+        seen = scaled_size(pixels.shape, views.test_side, views.longest)
+        small, (height, width) = shrink(pixels, seen), pixels.shape[:2]
+        if min(height, width) * views.longest < min(seen) * max(height, width):
+            small = resize_image(small, seen)  # so flat that torchvision's transform may leave no pixel
+        return torch.from_numpy(np.ascontiguousarray(small)).to(self.device).permute(2, 0, 1).float().div_(255)
+
+    def whole(self, pixels: np.ndarray) -> Tensor:
+        """The backbone's last map (K, h, w) of a photograph (H, W, 3) uint8 RGB as a whole, for `models.tags`."""
+        return self._maps(self._values(pixels))[1]
+
+    def _maps(self, image: Tensor) -> tuple[ImageList, Tensor, dict[str, Tensor]]:
+        """An image (3, H, W) as the network takes it, the backbone's last map without what pads it, and the pyramid."""
+        batch, _ = self.network.transform([image])
+        backbone = cast(BackboneWithFPN, self.network.backbone)
+        maps = backbone.body(batch.tensors)
+        last, (height, width) = list(maps.values())[-1], batch.image_sizes[0]
+        stride = batch.tensors.shape[-1] // last.shape[-1]
+        whole = last[0, :, : -(-height // stride), : -(-width // stride)]
+        return batch, whole, {name: features.float() for name, features in backbone.fpn(maps).items()}
 
     @torch.no_grad()
     def answer(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The network's own answer to an image (3, H, W), RGB in [0, 1].
 
         Returns:
-            Boxes (N, 4) in pixels of the image, best first, labels (N,) from 0, scores (N,) of class and mask
-            (`rescore`), and masks (N, h, w) as probabilities on a smaller canvas (`calibration.sharpen`).
+            Boxes (N, 4) in pixels of the image, best first, labels (N,) from 0, scores (N,) of class, photograph
+            (`models.tags`) and mask (`rescore`), and masks (N, h, w) as probabilities on a smaller canvas
+            (`calibration.sharpen`).
         """
         network = self.network
-        batch, _ = network.transform([image])
-        maps = {name: features.float() for name, features in network.backbone(batch.tensors).items()}
+        batch, whole, maps = self._maps(image)
         proposals, _ = network.rpn(batch, maps)
         found = network.roi_heads(maps, proposals, batch.image_sizes)[0][0]
         height, width = batch.image_sizes[0]
@@ -353,9 +378,12 @@ class Student(nn.Module):
         with full_precision(self.device):
             drawn = found["masks"][:, 0], found["boxes"].float()
             masks = sharpen(seen, *drawn, self.recipe.masks, next(iter(maps.values()))[0], self.levels.strides[0])
-            scores, order = rescore(found["scores"].float(), found["labels"], masks, self.recipe.masks)
+            scores, labels = found["scores"].float(), found["labels"] - 1
+            if self.recipe.network.tag_power:
+                scores = weigh(scores, labels, self.tags(whole), self.recipe.network.tag_power)
+            scores, order = rescore(scores, labels, masks, self.recipe.masks)
         boxes = resize_boxes(found["boxes"], [height, width], list(image.shape[-2:]))
-        return boxes[order], found["labels"][order] - 1, scores, masks[order]
+        return boxes[order], labels[order], scores, masks[order]
 
     def require(self, module: int) -> None:
         """Raises InputError unless the module asked for is the last one, in whose place a student stands."""
@@ -383,7 +411,7 @@ class Student(nn.Module):
         if not path.is_file():
             raise InputError(f"{run}: the student is not trained yet; finish it with labelpenet distill ... --resume")
         try:
-            return cls.from_facts(facts, read_tensors(path)).to(device)
+            return cls.from_facts(facts, read_state(run)).to(device)
         except Exception as error:
             raise InputError(
                 f"{path}: does not fit this run ({reason(error)}); delete it and train with --resume"
@@ -395,6 +423,15 @@ class Student(nn.Module):
         body, _ = build_body(facts["backbone"], pretrained=False)
         recipe = config.student_from_dict(facts["recipe"])
         return cls(body, facts["classes"], recipe, facts["backbone"], facts["normalisation"], state)
+
+
+def read_state(run: Path) -> dict[str, Tensor]:
+    """The weights of a student's folder as `Student` takes them: the network's, and the tag classifier's if there is
+    one.
+    """
+    tags = run_folder.weights(run, TAGS)
+    own = {f"{TAGS}.{key}": value for key, value in read_tensors(tags).items()} if tags.is_file() else {}
+    return read_tensors(run_folder.weights(run, KIND)) | own
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> LabelPEnet | Student:

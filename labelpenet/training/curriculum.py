@@ -44,6 +44,7 @@ from labelpenet.training.observe import check_held_out
 from labelpenet.training.pretrain import (
     Sample,
     Training,
+    fit_tags_of,
     label_images,
     labelled,
     load_trained,
@@ -121,6 +122,7 @@ def forward_backward(
         if not all(load_trained(training, part) for part in parts):
             one = stage(training, anchors)
             training.train(observer.watch(one, range(1, len(MODULES) + 1)))
+            fit_tags_of(training)  # of the stem and the head that there are now
             observer.conclude(one, range(1, len(MODULES) + 1))
             if fabric.global_rank == 0:
                 for part in parts:

@@ -3,7 +3,7 @@
 What makes labels of a network fit for another one: the best instance of every tag and all that are about as sure are
 taught, weighed by their confidence, and the doubtful rest is neither object nor background; RoIs whose loss
 stays large after a fifth of the steps leave the loss, for there the label is likely to be wrong; the result is the
-average of the weights over many steps.
+average of the weights over many steps. Tags are right: in the end they teach what a photograph as a whole looks like.
 
 Shape letters: ``N`` instances, ``h, w`` the network's input.
 """
@@ -32,9 +32,11 @@ from labelpenet.engine.stage import Stage, load_each
 from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
-from labelpenet.models.student import KIND, Lesson, Student
+from labelpenet.models.layers import evaluating
+from labelpenet.models.student import KIND, TAGS, Lesson, Student
 from labelpenet.training.labels import check_size, fingerprint, read_all, sort_out
 from labelpenet.training.run import open_run
+from labelpenet.training.tags import fit_tags
 
 
 def distill(
@@ -88,7 +90,12 @@ def distill(
         if not weights_file.is_file():
             lessons = stage(student, taught, labels, images_together(recipe.schedule.batch_size, fabric))
             train_stage(lessons, out, options, config=facts, fabric=fabric)
+            if recipe.network.tag_power:
+                with evaluating(student):
+                    fit_tags(student.tags, taught.images, student.whole, fabric)
             if fabric.global_rank == 0:
+                if recipe.network.tag_power:
+                    write_tensors(run_folder.weights(out, TAGS), student.tags.state_dict(), RESUME)
                 write_tensors(weights_file, student.plain_state(), RESUME)
             fabric.barrier()
     return Student.from_run(out, fabric.device)

@@ -27,10 +27,12 @@ from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import DamagedError
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet
+from labelpenet.models.layers import evaluating
 from labelpenet.progress import log_notes
 from labelpenet.training.features import RoIFeatures
 from labelpenet.training.inferred import infer_all, read_inferred
 from labelpenet.training.supervised import with_masks
+from labelpenet.training.tags import fit_tags
 
 if TYPE_CHECKING:
     from labelpenet.training.observe import Observer
@@ -135,12 +137,27 @@ def train_module(
         start_from_before(network, number)
         one = stage(training, number, targets)
         training.train(one if observer is None else observer.watch(one, [number]))
+        if number == 1:
+            fit_tags_of(training)
         if observer is not None:  # before the part is saved, so that an interruption does not skip it
             observer.conclude(one, [number])
         if training.fabric.global_rank == 0:
             save_part(network, training.run, name)
     training.fabric.barrier()
     label_images(training, number)
+
+
+def fit_tags_of(training: Training) -> None:
+    """Fits module 1's tag classifier to the training photographs (`training.tags`), where the recipe wants one."""
+    network = training.network
+    if not network.classification.settings.tag_power:
+        return
+
+    def features(pixels: np.ndarray) -> Tensor:
+        return network.classification.whole(network.batch([pixels]))[0]
+
+    with evaluating(network):
+        fit_tags(network.classification.tags, training.images.images, features, training.fabric)
 
 
 def start_from_before(network: LabelPEnet, number: int) -> None:

@@ -88,9 +88,12 @@ def test_a_backbone_too_wide_for_its_stages_has_layers_of_its_own_as_older_stude
     wide = untaught("timm/resnet26t")  # 1024 channels
     assert wide.description()["head"] is None and wide.description()["width"] == 8
     older = config.to_dict(config.override(NARROW, ["network.head=layers"]))
-    del older["network"]["head"], older["network"]["pool"], older["network"]["objectness"], older["masks"]
-    assert config.student_from_dict(older) == config.override(NARROW, ["network.head=layers", "network.objectness=0"])
-    student = untaught("mobilenet_v2")
+    for choice in ("head", "pool", "objectness", "tag_power"):
+        del older["network"][choice]
+    del older["masks"]
+    before = ["network.head=layers", "network.objectness=0", "network.tag_power=0"]
+    assert config.student_from_dict(older) == config.override(NARROW, before)
+    student = untaught("mobilenet_v2", "network.tag_power=0")
     again = Student.from_facts({
         "backbone": "mobilenet_v2", "classes": ["a", "b"], "normalisation": student.normalisation,
         "recipe": config.to_dict(student.recipe),

@@ -129,7 +129,7 @@ def test_training_moves_each_module_and_never_the_stem(straight, scenes):
 
     assert not moved("stem")
     own = set(moved("classification")) - {"proposal_weights.bias"}  # which the softmax over the proposals cancels
-    assert own == {"classifier.weight", "classifier.bias", "proposal_weights.weight"}
+    assert own == {"classifier.weight", "classifier.bias", "proposal_weights.weight", "tags.weight", "tags.bias"}
     for part in MODULES[1:]:
         names = moved(part)
         assert any(name.startswith("head.") for name in names) and "classifier.weight" in names
