@@ -48,6 +48,7 @@ RUNGS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ("vote", "vote"),
         ("labels and answers: number, mask NMS, scores that know the mask, box of the mask, doubtful ones dropped",
          "label predict"),
+        ("answers weighed by what the whole photograph shows", "tag_power"),
     )
 )  # fmt: skip
 """Each rung's name, and the fields, wherever they stand in a recipe, that it takes from `best`."""
