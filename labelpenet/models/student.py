@@ -313,7 +313,6 @@ class Student(nn.Module):
     @overload
     def predict(self, image: list[Photograph] | tuple[Photograph, ...], module: int = 4) -> list[Instances]: ...
 
-    @torch.no_grad()
     def predict(
         self,
         image: Photograph | list[Photograph] | tuple[Photograph, ...],
@@ -328,10 +327,18 @@ class Student(nn.Module):
         images = several(image)
         if images is not None:
             return [self.predict(one) for one in images]
-        pixels = as_pixels(cast(Photograph, image))
+        return self._found(as_pixels(cast(Photograph, image)))
+
+    def predict_tagged(self, pixels: np.ndarray, tags: Sequence[int]) -> Instances:
+        """As `predict`, for a photograph (H, W, 3) uint8 RGB whose ``tags`` are known: of these classes alone."""
+        found = self._found(pixels, weighed=False)
+        return found[torch.isin(found.labels, torch.tensor(tags, dtype=torch.long))]
+
+    @torch.no_grad()
+    def _found(self, pixels: np.ndarray, weighed: bool = True) -> Instances:
         size, values = (pixels.shape[0], pixels.shape[1]), self._values(pixels)
         with evaluating(self):
-            boxes, labels, scores, masks = (value.cpu() for value in self.answer(values))
+            boxes, labels, scores, masks = (value.cpu() for value in self.answer(values, weighed))
         boxes = resize_boxes(boxes, list(values.shape[-2:]), list(size))
         return to_instances(masks, boxes, labels, scores, size, _BOXES)
 
@@ -360,8 +367,8 @@ class Student(nn.Module):
         return batch, whole, {name: features.float() for name, features in backbone.fpn(maps).items()}
 
     @torch.no_grad()
-    def answer(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The network's own answer to an image (3, H, W), RGB in [0, 1].
+    def answer(self, image: Tensor, weighed: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The network's own answer to an image (3, H, W), RGB in [0, 1]; ``weighed`` by what it shows (`models.tags`).
 
         Returns:
             Boxes (N, 4) in pixels of the image, best first, labels (N,) from 0, scores (N,) of class, photograph
@@ -379,7 +386,7 @@ class Student(nn.Module):
             drawn = found["masks"][:, 0], found["boxes"].float()
             masks = sharpen(seen, *drawn, self.recipe.masks, next(iter(maps.values()))[0], self.levels.strides[0])
             scores, labels = found["scores"].float(), found["labels"] - 1
-            if self.recipe.network.tag_power:
+            if weighed and self.recipe.network.tag_power:
                 scores = weigh(scores, labels, self.tags(whole), self.recipe.network.tag_power)
             scores, order = rescore(scores, labels, masks, self.recipe.masks)
         boxes = resize_boxes(found["boxes"], [height, width], list(image.shape[-2:]))

@@ -108,8 +108,8 @@ def predict_photograph(
         if isinstance(network, LabelPEnet):
             own = None if proposals is None else [proposals]
             return network.predict_batch([pixels], module, own, [image.tags])[0]
-        found = network.predict(pixels, module)
-        return found[torch.isin(found.labels, torch.tensor(image.tags, dtype=torch.long))]
+        network.require(module)
+        return network.predict_tagged(pixels, image.tags)
 
 
 def predict_images(

@@ -204,3 +204,13 @@ def test_the_state_of_a_student_knows_its_tags(tmp_path):
     path = run_folder.weights(run, TAGS)
     path.write_bytes(path.read_bytes()[:-1] + b"\1")
     assert run_folder.is_outdated(known, run_folder.state(run), "student")
+
+
+def test_a_student_weighs_nothing_where_tags_are_known():
+    plain, own = untaught("mobilenet_v2", "network.tag_power=0"), sure(untaught("mobilenet_v2", "network.tag_power=1"))
+    image = photograph(70, 64)
+    before, after = (net.predict_tagged(image, (1,)) for net in (plain, own))
+    assert len(after) and set(after.labels.tolist()) == {1}
+    assert torch.equal(before.weights, after.weights) and torch.equal(before.boxes, after.boxes)
+    known = plain.predict(image)
+    assert torch.equal(before.weights, known.weights[known.labels == 1])
