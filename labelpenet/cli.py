@@ -788,9 +788,9 @@ def merge(args: Merge) -> None:
 
 def evaluate(args: Evaluate) -> None:
     """Prints what predictions measure against the true objects, by protocol; writes it as JSON."""
-    from labelpenet.data.files import check_outputs, listing, write_bytes
+    from labelpenet.data.files import check_outputs, write_bytes
     from labelpenet.evaluation import evaluate as measure
-    from labelpenet.evaluation import paper_tables, summary_table
+    from labelpenet.evaluation import paper_tables, summary_table, uncounted
     from labelpenet.formats import open_annotated, read_predictions
 
     if args.table and args.protocol == "coco":
@@ -812,10 +812,7 @@ def evaluate(args: Evaluate) -> None:
     result = measure(predictions, truths(), tagged.classes, args.protocol)
     if absent:
         notes.append(f"{absent} of {len(tagged.images)} images are not in {args.predictions}; their objects are missed")
-    unmeasured = [name for name in tagged.classes if name not in result.get("box", {}).get("per_class", {})]
-    if unmeasured:
-        notes.append(f"no object of {listing(unmeasured)} counts here: no figure of it, no part in the means")
-    _say(*tagged.notes, *predictions.notes, *notes)
+    _say(*tagged.notes, *predictions.notes, *notes, *uncounted(result, tagged.classes))
     if not result:
         raise InputError(f"{args.data}: no object to measure by; check --split and --classes")
     if args.json:

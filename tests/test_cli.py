@@ -175,6 +175,26 @@ def test_measure_says_what_has_no_answer_and_judges_a_module_by_what_it_labelled
     assert json.loads((copy / "results.json").read_text())["train"]["4"] == train
 
 
+def test_measure_names_classes_of_which_nothing_counts_and_refuses_to_measure_by_nothing(
+    run: Path, kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy, other = shutil.copytree(run, tmp_path / "run"), shutil.copytree(kit, tmp_path / "VOC2012")
+    options = ["--device", "cpu", "--cache", str(run.parent / "cache"), "--modules", "4"]
+    for annotation in (other / "Annotations").glob("val*.xml"):
+        annotation.write_text(annotation.read_text().replace("<difficult>0<", "<difficult>1<"))
+    main(["measure", str(copy), str(other), *options])  # a box mAP of 0 in the table, of no class
+    classes = json.loads((copy / "run.json").read_text())["classes"]
+    assert f"no object of {', '.join(classes)} counts here: no figure of it" in capsys.readouterr().err
+    images = [{"id": 1, "file_name": next(iter((kit / "JPEGImages").iterdir())).name, "width": 96, "height": 96}]
+    categories = [{"id": number, "name": name} for number, name in enumerate(classes, 1)]
+    truth = tmp_path / "instances.json"
+    truth.write_text(json.dumps({"images": images, "annotations": [], "categories": categories}))
+    before = (copy / "results.json").read_bytes()
+    arguments = ["measure", str(copy), str(truth), "--images", str(kit / "JPEGImages"), *options]
+    assert f"{truth}: no object to measure by" in one_line(arguments, capsys)
+    assert (copy / "results.json").read_bytes() == before
+
+
 def test_the_report_calls_no_photograph_held_out_that_was_trained_on(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

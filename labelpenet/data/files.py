@@ -252,7 +252,7 @@ def write_bytes(path: Path, content: bytes | Callable[[BinaryIO], object], remed
         remedy: what the user can do where it fails.
 
     Raises:
-        InputError: full disk, no permission, a folder of that name.
+        InputError: full disk, no permission, a folder of that name; KeyboardInterrupt: it was interrupted.
     """
     short = path.name if len(path.name.encode()) < 240 else hashlib.blake2b(path.name.encode()).hexdigest()[:32]
     temporary = path.with_name(f"{short}.tmp")
@@ -270,9 +270,11 @@ def write_bytes(path: Path, content: bytes | Callable[[BinaryIO], object], remed
             _drop(temporary)
             raise
     except (OSError, RuntimeError) as error:
-        cause = _os_error(error)
+        cause = _buried(error)
         if cause is None:
             raise
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
         raise InputError(f"{path}: cannot be written ({reason(cause)}); {remedy}") from error
     return path
 
@@ -436,10 +438,11 @@ def _lock(file: BinaryIO | int, wait: bool) -> bool:
     return True
 
 
-def _os_error(error: BaseException) -> OSError | None:
-    """The system's error behind an exception: torch.save may bury a full disk under an error of its own."""
+def _buried(error: BaseException) -> OSError | KeyboardInterrupt | None:
+    """The system's error or the interruption behind an exception: torch.save may bury a full disk or a Ctrl-C under an
+    error of its own."""
     seen: BaseException | None = error
-    while seen is not None and not isinstance(seen, OSError):
+    while seen is not None and not isinstance(seen, (OSError, KeyboardInterrupt)):
         seen = seen.__cause__ or seen.__context__
     return seen
 

@@ -11,7 +11,7 @@ from labelpenet.evaluation.detection import (
     precision_recall,
 )
 from labelpenet.evaluation.masks import mask_iou, match_masks
-from labelpenet.evaluation.protocols import evaluate
+from labelpenet.evaluation.protocols import evaluate, uncounted
 from labelpenet.evaluation.records import Record, record
 from labelpenet.evaluation.tables import Table, beside_paper, cascade_table, paper_table, paper_tables, summary_table
 
@@ -35,4 +35,5 @@ __all__ = [
     "precision_recall",
     "record",
     "summary_table",
+    "uncounted",
 ]

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from labelpenet.data.dataset import Truth
+from labelpenet.data.files import listing
 from labelpenet.errors import InputError
 from labelpenet.evaluation.coco import average, coco_average_precisions
 from labelpenet.evaluation.detection import class_average_precisions, corloc, match_boxes
@@ -75,6 +76,12 @@ def evaluate(
         per_class = _by_name(class_ious(counts), [none, *classes])
         result["semantic"] = {"mIoU": _mean(per_class), "per_class": per_class}
     return result
+
+
+def uncounted(result: Mapping[str, Any], classes: Sequence[str]) -> tuple[str, ...]:
+    """A note on the classes of which `evaluate` found no object that counts; none where all have some."""
+    names = [name for name in classes if name not in result.get("box", {}).get("per_class", {})]
+    return (f"no object of {listing(names)} counts here: no figure of it, no part in the means",) if names else ()
 
 
 def _boxes(records: Sequence[Record], classes: Sequence[str], protocol: Protocol) -> dict[str, Any]:

@@ -241,17 +241,18 @@ def guard(training: Training, asked: LabelPEnet, anchors: Anchors) -> Callable[[
         asked.eval()
         rows: dict[int, list[validated.Comparison]] = {2: [], 3: [], 4: []}
         for image in chosen[fabric.global_rank :: fabric.world_size]:
+            own = {number: anchors[number - 1][image.id] for number in rows}
             try:
                 pixels = read_image(image.path)
+                check_size(image, pixels, *own.values())
             except InputError:  # whoever loads it for training says so
                 continue
             with fabric.autocast():  # as the anchors were inferred
                 batch = asked.batch([pixels], [image.tags])
                 inferred = {number: asked.infer(number, batch)[0][0] for number in rows}
-            for number, own in rows.items():
+            for number, anchor in own.items():
                 found = inferred[number]
-                anchor = anchors[number - 1][image.id]
-                own.append(validated.compare(found[found.weights > 0], anchor[anchor.weights > 0]))
+                rows[number].append(validated.compare(found[found.weights > 0], anchor[anchor.weights > 0]))
         shares = gather(fabric.world_size, rows)
         figures: dict[str, float] = {}
         problem: str | None = None

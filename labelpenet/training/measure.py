@@ -15,7 +15,7 @@ from labelpenet.data.files import hash_file, hash_files, listing, read_json, wri
 from labelpenet.engine.checkpoint import versions
 from labelpenet.engine.distributed import map_images, precision_of
 from labelpenet.errors import InputError
-from labelpenet.evaluation import cascade_table, classification_ap, evaluate
+from labelpenet.evaluation import cascade_table, classification_ap, evaluate, uncounted
 from labelpenet.formats import open_annotated, read_predictions, write_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import read_run
@@ -49,7 +49,8 @@ def measure_run(
         The table, one row a module; the first row is module 1 before calibration.
 
     Raises:
-        InputError: the run or the data cannot be used; none of the modules is there to be measured.
+        InputError: the run or the data cannot be used; none of the modules is there to be measured, or no object to
+            measure by.
     """
     facts = read_run(run)
     classes = facts["classes"]
@@ -63,6 +64,10 @@ def measure_run(
         raise InputError(f"{run}: none of the modules has labelled the training photographs yet; train it first")
     held_out = open_annotated(data, split, classes, images)
     held_out = held_out.by_number() if protocol == "coco" else held_out
+    truths, notes = held_out.readable_truths()
+    nothing = evaluate({}, truths, classes, protocol)  # type: ignore[arg-type]
+    if not nothing:
+        raise InputError(f"{data}: no object to measure by; check the data set and --split")
     labelled = labelled_images(run, len(classes))
     training = None if student else training_images(run, labelled, data, train_split, classes, images)
     photographs = held_out.tagged.images
@@ -71,10 +76,10 @@ def measure_run(
     contents = {image.id: str(hashes[image.path]) for image in photographs}
     state = run_folder.state(run)
     key = made_from(state, precision_of(predictor.fabric), contents)
-    truths, notes = held_out.readable_truths()
     if both := len(trained_on(run, labelled, photographs)):
         notes += (f"the run was trained on {both} of the {len(photographs)} photographs that it is measured on",)
     train_truths, said = training.readable_truths() if training else ({}, ())
+    notes += uncounted(nothing, classes)
     log_notes(*held_out.tagged.notes, *notes, *(f"training photographs: {note}" for note in said))
     results: dict[str, Any] = {"split": split, "protocol": protocol, "trained_on": both, "train": {}, "val": {}}
     results |= {"state": state, "made_from": hash_truths(key, (truths, train_truths))}

@@ -133,6 +133,8 @@ def train_module(
     network.untrained = tuple(one for one in network.untrained if one != name)
     if load_trained(training, name):
         _log.info("module %d (%s): trained before, loaded", number, name)
+        if getattr(network.module(number).settings, "freeze_head", False):
+            training.features.folder.mkdir(parents=True, exist_ok=True)  # if deleted, its features are computed again
     else:
         start_from_before(network, number)
         one = stage(training, number, targets)

@@ -1,4 +1,5 @@
 import errno
+import io
 import os
 import resource
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from labelpenet.data.files import write_bytes
 from labelpenet.engine.checkpoint import (
     check_configuration,
     checkpoints,
@@ -115,6 +117,23 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InputError, match="No space left on device"):
         save_checkpoint(tmp_path, 2, state(2))
+    assert names(tmp_path) == ["step-00000001.pt"]
+
+
+def test_an_interruption_in_the_middle_of_a_write_stays_one(tmp_path):
+    """A second Ctrl-C comes while torch.save writes, which answers with an error of its own."""
+
+    class Interrupted(io.BytesIO):
+        def write(self, content):
+            if self.tell() > 1000:
+                raise KeyboardInterrupt
+            return super().write(content)
+
+    save_checkpoint(tmp_path, 1, state(1))
+    with pytest.raises(KeyboardInterrupt):
+        write_bytes(
+            tmp_path / "step-00000002.pt", lambda file: torch.save({"weight": torch.zeros(20_000)}, Interrupted())
+        )
     assert names(tmp_path) == ["step-00000001.pt"]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lightning_fabric import Fabric
+from PIL import Image
 from torch import Tensor
 
 from labelpenet import cli
@@ -244,6 +245,18 @@ def test_drift_is_looked_for_in_the_precision_that_the_labels_have(start, images
     figures, _ = curriculum.guard(training, training.network, anchors)()
     assert all(seen) and len(seen) == 3 * len(images.images) and not torch.is_autocast_enabled("cpu")
     assert len(figures) == 9
+
+
+def test_a_photograph_of_another_size_than_its_labels_is_not_watched(start, images, tmp_path):
+    """One that was turned or scaled meanwhile, say: whoever loads it for training says so."""
+    turned = tmp_path / "turned.png"
+    Image.fromarray(np.zeros((64, 96, 3), np.uint8)).save(turned)
+    first, *others = images.images
+    changed = replace(images, images=(replace(first, path=turned), *others))
+    given = "forward_backward.drift=1.6"
+    anchors = read_anchors(start, images)
+    left, same = training_on(start, replace(images, images=tuple(others)), given), training_on(start, changed, given)
+    assert curriculum.guard(same, same.network, anchors)() == curriculum.guard(left, left.network, anchors)()
 
 
 def test_doubtful_instances_are_no_drift(start, images, monkeypatch):

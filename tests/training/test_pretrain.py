@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from labelpenet.config import CascadeOptions, Recipe, RunOptions, override, recipe
+from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.images import read_image
 from labelpenet.data.run_folder import claimed, start_run
@@ -204,6 +206,14 @@ def test_resuming_a_finished_run_changes_nothing(straight, scenes, monkeypatch):
     Interrupter(monkeypatch).left = 0  # not an image is looked at again
     train(scenes, straight, resume=True)
     assert results(straight) == before
+
+
+def test_a_module_whose_roi_features_were_deleted_labels_by_the_same_ones(straight, scenes, tmp_path):
+    run = shutil.copytree(straight, tmp_path / "run")
+    shutil.rmtree(run_folder.features(run).parent)
+    run_folder.instances(run, "module1").unlink()
+    train(scenes, run, resume=True)
+    assert results(run) == results(straight)
 
 
 def test_a_resumed_run_keeps_the_stem_that_it_began_with(scenes, tmp_path):
