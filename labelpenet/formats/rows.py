@@ -187,7 +187,8 @@ def match_images(
 ) -> dict[Any, str | None]:
     """For every ``image_id`` that a row may carry the image it means; None for one that is not asked for."""
     by_id = {image.id: image for image in images}
-    by_file = {name: by_id[one] for one, name in file_names(images).items()}
+    by_path = {image.path.as_posix(): image for image in images}  # as predictions of several folders may call it
+    by_file = by_path | {name: by_id[one] for one, name in file_names(images).items()}
     by_name = _unique(*((image.path.name, image) for image in images))
     by_stem = _unique(*((image.path.stem, image) for image in images))
     by_number = _unique(*((image.number, image) for image in images if image.number is not None))
@@ -228,7 +229,9 @@ def match_images(
         found = found | {key: image for key, image in less.items() if image.id not in named}
     matched = {entry["id"]: found[entry["id"]].id if entry["id"] in found else None for entry in entries}
     for double in _doubles([name for name in matched.values() if name is not None]):
-        raise InputError(f"{path}: two of its images are both {double}; list every image once")
+        raise InputError(
+            f"{path}: two of its images are both {double}; list every image once, or give the folder that all lie in"
+        )
     strangers = [str(entry.get("file_name", entry["id"])) for entry in entries if matched[entry["id"]] is None]
     if strangers and len(strangers) == len(entries):
         raise InputError(f"{path}: none of its images (first: {strangers[0]}) is in the data set; check data and split")
