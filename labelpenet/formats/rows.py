@@ -16,7 +16,7 @@ import torch
 from pycocotools import mask as rle
 
 from labelpenet.data.dataset import ByImage, TaggedImage
-from labelpenet.data.files import brief, listing, safe_name
+from labelpenet.data.files import brief, listing, nfc, safe_name
 from labelpenet.data.images import PIXEL_LIMIT
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances, check_segmentation, decode_mask, masks_to_boxes
@@ -255,17 +255,18 @@ def match_categories(
         named = (f"{number} {classes[label]}" for number, label in by_id.items())
         notes.append(f"{path}: names no categories; their numbers are taken as {listing(named)}")
         return dict(by_id)
-    index = {name: label for label, name in enumerate(classes)}
+    index = {nfc(name): label for label, name in enumerate(classes)}
     matched: dict[Any, int | None] = {}
     for entry in entries:
         name = entry.get("name")
         if name is not None and not isinstance(name, str):
             raise InputError(f"{path}: the name of category {entry['id']} is no text")
-        matched[entry["id"]] = by_id.get(entry["id"]) if name is None else index.get(name)
+        matched[entry["id"]] = by_id.get(entry["id"]) if name is None else index.get(nfc(name))
     strangers = [str(entry.get("name", entry["id"])) for entry in entries if matched[entry["id"]] is None]
     if strangers and len(strangers) == len(entries):
         raise InputError(f"{path}: none of its categories ({listing(strangers)}) is among {listing(classes)}")
-    unheard = [name for name in classes if name not in {entry.get("name") for entry in entries}]
+    heard = {nfc(str(entry.get("name"))) for entry in entries}
+    unheard = [name for name in classes if nfc(name) not in heard]
     if unheard and any("name" in entry for entry in entries):
         notes.append(f"{path}: has no category {listing(unheard)}: nothing can have been found of these")
     notes += brief([f"{path}: category {name} is not asked for, left out" for name in strangers], "categories left out")
