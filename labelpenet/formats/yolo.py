@@ -266,8 +266,11 @@ def _photographs(root: Path, place: str, source: Path) -> list[Path]:
     names = [line.strip().replace("\\", "/").removeprefix("./") for line in read_text(path).splitlines()]
     found = []
     for name in filter(None, names):  # darknet's and CVAT's lists begin with data/, which is the data set's folder
-        tried = [name, name.removeprefix("data/")]
-        found.append(next((inside(root, one) for one in tried if is_file(inside(root, one))), inside(root, tried[-1])))
+        try:
+            tried = [inside(root, name), inside(root, name.removeprefix("data/"))]
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        found.append(next(filter(is_file, tried), tried[-1]))
     return found
 
 
