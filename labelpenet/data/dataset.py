@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from labelpenet.data.files import brief, listing
+from labelpenet.data.files import brief, listing, nfc
 from labelpenet.errors import InputError
 
 if TYPE_CHECKING:  # torch would make every process that computes proposals start 2 seconds later
@@ -83,7 +83,7 @@ class TaggedImages:
 
     def with_classes(self, classes: Sequence[str]) -> TaggedImages:
         """The same photographs in the classes of a run: tags that it does not know are left out, and noted."""
-        label = {name: index for index, name in enumerate(classes)}
+        label = {nfc(name): index for index, name in enumerate(classes)}
         other = [name for name in self.classes if name not in label]
         new = [label.get(name) for name in self.classes]
         images = tuple(

@@ -168,6 +168,11 @@ def inside(root: Path, name: str) -> Path:
     return path
 
 
+def nfc(name: str) -> str:
+    """A name in the one form of Unicode in which names are compared: macOS writes accents in another."""
+    return unicodedata.normalize("NFC", name)
+
+
 def is_file(path: Path) -> bool:
     """Whether ``path`` is a regular file; a name that no file can have (too long, odd bytes) is none."""
     try:

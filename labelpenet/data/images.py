@@ -259,13 +259,13 @@ def find_images(paths: Iterable[Path]) -> list[tuple[str, Path]]:
     is spelt; files and folders that are `is_hidden` are left out.
 
     Returns:
-        (id, file) pairs; the id is the path below the folder given, or the file's name; of another image of the same id
-        the whole path.
+        (id, file) pairs; the id is the path below the folder given, or the file's name; of images that would share one
+        the whole path, of each of them, so that none can be taken for another when it is looked for by its id.
 
     Raises:
         InputError: a path does not exist, or there is no image at all.
     """
-    found: dict[str, Path] = {}
+    found: list[tuple[str, Path]] = []
     taken: set[Path] = set()
     home = cache(real_path)  # links to files stay photographs of their own
     for path in paths:
@@ -280,12 +280,15 @@ def find_images(paths: Iterable[Path]) -> list[tuple[str, Path]]:
             place = home(file.parent) / file.name
             if place not in taken and not any(map(is_hidden, Path(name).parts)):
                 taken.add(place)
-                names = (name, str(file), str(file.absolute()))  # the second may be another one's first
-                found[next(one for one in names if one not in found)] = file
+                found.append((name, file))
     if not found:
         said = "".join(f"; {note}" for path in paths for note in unread(path))
         raise InputError(f"no image in {', '.join(map(str, paths))}; known are {', '.join(sorted(SUFFIXES))}{said}")
-    return list(found.items())
+    ids = [name for name, _ in found]
+    for longer in (Path, Path.absolute):  # the path as it is given may be the path of another below its folder
+        times = Counter(ids)
+        ids = [str(longer(file)) if times[one] > 1 else one for one, (_, file) in zip(ids, found, strict=True)]
+    return [(one, file) for one, (_, file) in zip(ids, found, strict=True)]
 
 
 def unread(folder: Path) -> list[str]:

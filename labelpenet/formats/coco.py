@@ -21,9 +21,9 @@ from labelpenet.data.dataset import (
     tag_images,
     with_truth,
 )
-from labelpenet.data.files import brief, excerpt, inside, is_file, listing, read_json, read_names, write_text
+from labelpenet.data.files import brief, excerpt, inside, is_file, listing, nfc, read_json, read_names, write_text
 from labelpenet.errors import InputError, collected
-from labelpenet.formats.folder import exists, list_file, nfc
+from labelpenet.formats.folder import exists, list_file
 from labelpenet.formats.polygons import coco_polygons
 from labelpenet.formats.review import accepted
 from labelpenet.formats.rows import coco_annotation, file_names, image_numbers, name_numbers
@@ -144,11 +144,12 @@ def _read(path: Path, content: Any) -> CocoFile:
     taken: set[str] = set()
     rows = (row for row in content["annotations"] if isinstance(row, dict))
     used = {row["category_id"] for row in rows if _is_id(row.get("category_id"))}
-    doubles = Counter(str(row.get("name")) for row in content["categories"] if isinstance(row, dict))
+    doubles = Counter(nfc(str(row.get("name"))) for row in content["categories"] if isinstance(row, dict))
     for row in content["categories"]:
         name = row.get("name") if isinstance(row, dict) else None
         if not isinstance(name, str) or not name.strip() or not _is_id(row.get("id")):
             raise InputError(f"{path}: a category needs an integer id and a name, but got {excerpt(row)}; mend it")
+        name = nfc(name)
         if doubles[name] > 1 and row["id"] not in used and row.get("supercategory") == "none":
             continue  # Roboflow's name of all its categories, which may be that of the only one
         if row["id"] in names or name in taken:

@@ -14,7 +14,6 @@ import io
 import json
 import os
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImages, only_tagged, tag_images
-from labelpenet.data.files import brief, excerpt, inside, is_file, is_hidden, listing, read_json, read_text
+from labelpenet.data.files import brief, excerpt, inside, is_file, is_hidden, listing, nfc, read_json, read_text
 from labelpenet.data.images import SUFFIXES
 from labelpenet.errors import InputError, collected
 from labelpenet.formats.shapes import PROBE, image_folder
@@ -112,7 +111,7 @@ def open_class_folders(data: Path, split: str | None = None, classes: Sequence[s
     files = [name.split("/") for names in held.values() for name in names]
     deep = sum(len(parts) > 2 for parts in files)
     if deep == len(files):
-        upper, lower = {parts[0] for parts in files}, {parts[1] for parts in files}
+        upper, lower = ({nfc(parts[one]) for parts in files} for one in (0, 1))
         fits = [set(classes or ()) <= names for names in (upper, lower)]
         if classes is None or fits[0] == fits[1]:
             raise InputError(
@@ -122,7 +121,7 @@ def open_class_folders(data: Path, split: str | None = None, classes: Sequence[s
         level = fits.index(True)
     if deep:
         notes.append(f"{deep} images lie deeper; their class is the {'lower' if level else 'upper'} folder's name")
-    tags = {"/".join(parts): frozenset({parts[level]}) for parts in files}
+    tags = {"/".join(parts): frozenset({nfc(parts[level])}) for parts in files}
     for copies in _copies(data, tags):
         tags[copies[0]] = frozenset().union(*(tags[name] for name in copies))
         for name in copies[1:]:
@@ -239,7 +238,7 @@ def _doubts(known: set[str], classes: Sequence[str], source: Path) -> Iterator[s
 
 def tag_set(values: Iterable[Any]) -> frozenset[str]:
     """Tags without the space around them, and with one blank for any space within; empty ones are left out."""
-    return frozenset(" ".join(str(value).split()) for value in values) - {""}
+    return frozenset(" ".join(nfc(str(value)).split()) for value in values) - {""}
 
 
 def restrict(names: Iterable[str], home: Path, source: Path, split: str | None) -> tuple[list[str], list[str]]:
@@ -438,11 +437,6 @@ def _read_json(path: Path) -> _Table:
             table.add(_name(name), tag_set(values))
     _add_cells(table, cells, path)
     return table
-
-
-def nfc(name: str) -> str:
-    """A name in the one form of Unicode in which names are compared: macOS writes accents in another."""
-    return unicodedata.normalize("NFC", name)
 
 
 def disk_form(path: Path) -> Path:

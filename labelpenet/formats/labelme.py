@@ -31,7 +31,7 @@ from labelpenet.data.dataset import (
     tag_images,
     with_truth,
 )
-from labelpenet.data.files import MANIFEST, changed, inside, is_file, is_hidden, listing, read_json, write_text
+from labelpenet.data.files import MANIFEST, changed, inside, is_file, is_hidden, listing, nfc, read_json, write_text
 from labelpenet.data.images import SUFFIXES
 from labelpenet.errors import InputError, collected
 from labelpenet.formats.folder import beside, image_files, known_beside, restrict
@@ -220,12 +220,14 @@ def _content(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no Labelme file; it needs shapes and imagePath")
     if not all(isinstance(shape, dict) and isinstance(shape.get("label"), str) for shape in content["shapes"]):
         raise InputError(f"{path}: a shape without a label; name it or remove it")
+    for shape in content["shapes"]:
+        shape["label"] = nfc(shape["label"])
     return content
 
 
 def _flags(content: Mapping[str, Any]) -> dict[str, Any]:
     flags = content.get("flags")
-    return flags if isinstance(flags, dict) else {}
+    return {nfc(flag): value for flag, value in flags.items()} if isinstance(flags, dict) else {}
 
 
 def _photograph(content: Mapping[str, Any], path: Path, data: Path, images: Path | None) -> tuple[str, Path]:

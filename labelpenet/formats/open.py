@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, only_tagged
-from labelpenet.data.files import listing, read_json, read_text
+from labelpenet.data.files import listing, nfc, read_json, read_text
 from labelpenet.data.images import find_images, unread
 from labelpenet.errors import InputError
 from labelpenet.formats import coco, folder, label_studio, labelme, voc, yolo
@@ -65,6 +65,7 @@ def open_data(
     """The same images with their truth where the data set holds any. Arguments and errors as `open_tagged`."""
     if images is not None and not Path(images).is_dir():
         raise InputError(f"{images}: no such image folder; check the path")
+    classes = None if classes is None else [nfc(name) for name in classes]
     with _readable(data):
         found = _recognise(Path(data), split, classes, None if images is None else Path(images))
         return _noted(found, *unread(Path(data if images is None else images)))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from labelpenet.data.dataset import TaggedImage
-from labelpenet.data.files import listing, read_json, write_text
+from labelpenet.data.files import listing, nfc, read_json, write_text
 from labelpenet.errors import InputError
 from labelpenet.formats.rows import check_size, coco_annotation, file_names, image_numbers, read_rows
 from labelpenet.instances import Instances
@@ -105,12 +105,12 @@ def read_review(
     if not is_review(content):
         raise InputError(f"{path}: not written by the review page; choose another file")
     known = {image.id for image in images}
-    label = {name: number for number, name in enumerate(classes, 1)}
+    label = {nfc(name): number for number, name in enumerate(classes, 1)}
     found: dict[str, Reviewed] = {}
     strangers: set[str] = set()
     try:
-        category = {row["id"]: label.get(row["name"]) for row in content["categories"]}
-        strangers = {str(row["name"]) for row in content["categories"] if row["name"] not in label}
+        category = {row["id"]: label.get(nfc(row["name"])) for row in content["categories"]}
+        strangers = {row["name"] for row in content["categories"] if category[row["id"]] is None}
         rows: dict[Any, list[tuple[int, dict[str, Any]]]] = {}
         for index, row in enumerate(content["annotations"]):
             if type(row.get("instance", index)) is not int:

@@ -16,7 +16,7 @@ import torch
 from pycocotools import mask as rle
 
 from labelpenet.data.dataset import ByImage, TaggedImage
-from labelpenet.data.files import brief, listing, safe_name
+from labelpenet.data.files import brief, listing, nfc, safe_name
 from labelpenet.data.images import PIXEL_LIMIT
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances, check_segmentation, decode_mask, masks_to_boxes
@@ -187,7 +187,8 @@ def match_images(
 ) -> dict[Any, str | None]:
     """For every ``image_id`` that a row may carry the image it means; None for one that is not asked for."""
     by_id = {image.id: image for image in images}
-    by_file = {name: by_id[one] for one, name in file_names(images).items()}
+    by_path = {image.path.as_posix(): image for image in images}  # as predictions of several folders may call it
+    by_file = by_path | {name: by_id[one] for one, name in file_names(images).items()}
     by_name = _unique(*((image.path.name, image) for image in images))
     by_stem = _unique(*((image.path.stem, image) for image in images))
     by_number = _unique(*((image.number, image) for image in images if image.number is not None))
@@ -228,7 +229,9 @@ def match_images(
         found = found | {key: image for key, image in less.items() if image.id not in named}
     matched = {entry["id"]: found[entry["id"]].id if entry["id"] in found else None for entry in entries}
     for double in _doubles([name for name in matched.values() if name is not None]):
-        raise InputError(f"{path}: two of its images are both {double}; list every image once")
+        raise InputError(
+            f"{path}: two of its images are both {double}; list every image once, or give the folder that all lie in"
+        )
     strangers = [str(entry.get("file_name", entry["id"])) for entry in entries if matched[entry["id"]] is None]
     if strangers and len(strangers) == len(entries):
         raise InputError(f"{path}: none of its images (first: {strangers[0]}) is in the data set; check data and split")
@@ -252,17 +255,18 @@ def match_categories(
         named = (f"{number} {classes[label]}" for number, label in by_id.items())
         notes.append(f"{path}: names no categories; their numbers are taken as {listing(named)}")
         return dict(by_id)
-    index = {name: label for label, name in enumerate(classes)}
+    index = {nfc(name): label for label, name in enumerate(classes)}
     matched: dict[Any, int | None] = {}
     for entry in entries:
         name = entry.get("name")
         if name is not None and not isinstance(name, str):
             raise InputError(f"{path}: the name of category {entry['id']} is no text")
-        matched[entry["id"]] = by_id.get(entry["id"]) if name is None else index.get(name)
+        matched[entry["id"]] = by_id.get(entry["id"]) if name is None else index.get(nfc(name))
     strangers = [str(entry.get("name", entry["id"])) for entry in entries if matched[entry["id"]] is None]
     if strangers and len(strangers) == len(entries):
         raise InputError(f"{path}: none of its categories ({listing(strangers)}) is among {listing(classes)}")
-    unheard = [name for name in classes if name not in {entry.get("name") for entry in entries}]
+    heard = {nfc(str(entry.get("name"))) for entry in entries}
+    unheard = [name for name in classes if nfc(name) not in heard]
     if unheard and any("name" in entry for entry in entries):
         notes.append(f"{path}: has no category {listing(unheard)}: nothing can have been found of these")
     notes += brief([f"{path}: category {name} is not asked for, left out" for name in strangers], "categories left out")

@@ -24,6 +24,7 @@ from labelpenet.data.files import (
     inside,
     is_file,
     listing,
+    nfc,
     read_names,
     read_text,
     read_xml,
@@ -34,7 +35,7 @@ from labelpenet.data.files import (
 from labelpenet.data.images import SUFFIXES, palette_png, read_index_map, voc_palette
 from labelpenet.errors import InputError, collected
 from labelpenet.evaluation.semantic import IGNORE, paint
-from labelpenet.formats.folder import beside, image_files, known_beside, nfc, restrict
+from labelpenet.formats.folder import beside, image_files, known_beside, restrict
 from labelpenet.formats.selection import (
     Exported,
     check_new_split,
@@ -247,10 +248,10 @@ def map_classes(year: Path) -> tuple[str, ...]:
         InputError: the file is damaged or holds more than 254 classes.
     """
     if (year / "classes.txt").is_file():
-        lines = [line.strip() for line in read_text(year / "classes.txt").splitlines()]
+        lines = [nfc(line.strip()) for line in read_text(year / "classes.txt").splitlines()]
         names = tuple(line for line in lines if line and not line.startswith("#"))
     elif (year / "labelmap.txt").is_file():
-        lines = [line.split(":")[0].strip() for line in read_text(year / "labelmap.txt").splitlines()]
+        lines = [nfc(line.split(":")[0].strip()) for line in read_text(year / "labelmap.txt").splitlines()]
         names = tuple(line for line in lines if line and not line.startswith("#") and line != "background")
     else:
         found = _all_names(year)
@@ -299,7 +300,7 @@ def _image(year: Path, name: str) -> Path:
 
 
 def _name(one: object, path: Path) -> str:
-    name = " ".join((one.findtext("name") or "").split())  # type: ignore[attr-defined]
+    name = nfc(" ".join((one.findtext("name") or "").split()))  # type: ignore[attr-defined]
     if not name:
         raise InputError(f"{path}: an object without a name; name it or remove it")
     return name
@@ -395,6 +396,9 @@ def export_voc(
     """
     listed: dict[str, list[str]] = {"Main": [], "Segmentation": []}
     rounded = covered = 0
+    plain = [" ".join(name.split()) for name in classes]
+    if twice := [name for name in plain if plain.count(name) > 1]:
+        raise InputError(f"VOC tells no classes apart that differ in blanks alone, such as {twice[0]!r}; rename one")
     with new_export(out, images, overwrite, {"format": "voc", "classes": list(classes)}, True) as (folder, done):
         year = folder if re.fullmatch(r"VOC\d{4}", Path(out).name) else folder / "VOCdevkit" / "VOC2012"
         lists = [year / "ImageSets" / name / f"{safe_name(split)}.txt" for name in listed]
@@ -431,7 +435,6 @@ def export_voc(
             if lines:
                 done.paths.append(write_text(path, "".join(f"{line}\n" for line in lines)))
         if listed["Segmentation"]:
-            plain = [" ".join(name.split()) for name in classes]
             done.paths.append(write_text(year / "classes.txt", "".join(f"{name}\n" for name in plain)))
             done.paths.append(write_text(year / "labelmap.txt", label_map(plain)))
     if not copy_images:

@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImage, Truth, tag_images, with_truth
-from labelpenet.data.files import inside, is_file, listing, read_text, safe_name, write_text
+from labelpenet.data.files import inside, is_file, listing, nfc, read_text, safe_name, write_text
 from labelpenet.data.images import find_images
 from labelpenet.errors import InputError, collected
 from labelpenet.formats.folder import beside, disk_form, exists, image_files, plain_split
@@ -213,7 +213,7 @@ def _settings_of(path: Path, images: Path | None) -> tuple[list[str], dict[str, 
 
 
 def _class_lines(path: Path) -> list[str]:
-    lines = [line.strip() for line in read_text(path).rstrip().splitlines()]
+    lines = [nfc(line.strip()) for line in read_text(path).rstrip().splitlines()]
     if not lines or not all(lines):
         raise InputError(f"{path}: a line without a class; name a class on every line")
     return lines
@@ -239,7 +239,7 @@ def _yaml(path: Path, images: Path | None) -> tuple[list[str], dict[str, list[st
             raise InputError(f"{path}: {split} must name a folder or list of images, but is a {type(value).__name__}")
     if not places:
         raise InputError(f"{path}: names no images; add train: images/train")
-    return [str(name) for name in names], places, "kpt_shape" in content
+    return [nfc(str(name)) for name in names], places, "kpt_shape" in content
 
 
 def _place(path: Path, base: Any, place: str, images: Path | None) -> str:
@@ -266,8 +266,11 @@ def _photographs(root: Path, place: str, source: Path) -> list[Path]:
     names = [line.strip().replace("\\", "/").removeprefix("./") for line in read_text(path).splitlines()]
     found = []
     for name in filter(None, names):  # darknet's and CVAT's lists begin with data/, which is the data set's folder
-        tried = [name, name.removeprefix("data/")]
-        found.append(next((inside(root, one) for one in tried if is_file(inside(root, one))), inside(root, tried[-1])))
+        try:
+            tried = [inside(root, name), inside(root, name.removeprefix("data/"))]
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from error
+        found.append(next(filter(is_file, tried), tried[-1]))
     return found
 
 

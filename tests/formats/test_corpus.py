@@ -129,6 +129,13 @@ def test_a_split_of_yolo_that_lies_elsewhere_costs_itself_alone(tmp_path: Path) 
         open_tagged(data, "test")
 
 
+def test_a_line_of_a_yolo_list_that_leads_out_is_named_with_its_file(tmp_path: Path) -> None:
+    data = yolo("train: train.txt\nnames: [cat, dog]\n")(tmp_path)
+    (data / "train.txt").write_text("./images/train/a.jpg\n/content/images/train/b.jpg\n")
+    with pytest.raises(InputError, match=r"train\.txt: '/content/images/train/b\.jpg' is no path inside"):
+        open_tagged(data)
+
+
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
 def test_a_yolo_label_file_in_the_other_form_of_unicode_is_the_photographs(
     tmp_path: Path, forms: tuple[str, str]

@@ -8,6 +8,7 @@ import re
 import sys
 import tarfile
 import types
+import unicodedata
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -33,9 +34,11 @@ from labelpenet.formats import (
     export_voc_submission,
     export_yolo,
     from_supervision,
+    open_annotated,
     read_predictions,
     to_supervision,
     voc,
+    write_predictions,
 )
 from labelpenet.formats.polygons import coco_polygons, contours, drawn, joined, outline, rings, signed_area
 from labelpenet.formats.selection import stems
@@ -381,6 +384,38 @@ def test_what_a_format_cannot_take_is_an_input_error(tmp_path):
 
 
 EVIL = ("../../outside", "/etc/passwd", "a/../../b", "..", ".", "", "C:\\x", "a\0b", "x" * 400, "CAT", "cat", "nul\n")
+
+
+@pytest.mark.parametrize("to", ["coco", "voc", "yolo", "labelme", "label-studio"])
+def test_classes_are_told_in_either_form_of_unicode(tmp_path, to):
+    """Labels of a run whose classes macOS named, exported, and read where somebody typed their names."""
+    typed, spelt = ([unicodedata.normalize(form, f"{one} é") for one in CLASSES] for form in ("NFC", "NFD"))
+    images = photographs(tmp_path / "photos", NAMES)
+    found = predictions(images)
+    options = {} if to == "label-studio" else {"copy_images": True}
+    data = export(found, images, spelt, tmp_path / "out", to, **options).paths[0]
+    if to == "label-studio":
+        tasks = json.loads(data.read_text())
+        data.write_text(json.dumps([{**task, "annotations": task["predictions"]} for task in tasks]))
+    for path in (tmp_path / "out").rglob("*.json") if to == "labelme" else ():
+        path.write_text(json.dumps({**json.loads(path.read_text()), "flags": {"checked": True}}))
+    place = {"voc": tmp_path / "out/VOCdevkit/VOC2012", "label-studio": data}.get(to, tmp_path / "out")
+    home = tmp_path / "photos" if to == "label-studio" else None
+    for asked in (typed, spelt):
+        read = open_annotated(place, None, asked[:2], home)  # no emu is found
+        assert read.tagged.classes == tuple(typed[:2])
+        for image, one in zip(images.images, read.tagged.images, strict=True):
+            assert read.read(one.id).instances.labels.tolist() == found[image.id].labels.tolist()
+    path = write_predictions(tmp_path / "p.json", found, images, spelt)
+    for image in images.images:
+        assert read_predictions(path, images, typed)[image.id].labels.tolist() == found[image.id].labels.tolist()
+
+
+def test_voc_refuses_classes_that_it_cannot_tell_apart(tmp_path):
+    images = photographs(tmp_path / "photos", NAMES)
+    with pytest.raises(InputError, match="such as 'cat'"):
+        export_voc(predictions(images), images.images, ("cat", "cat ", "dog"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("to", ["coco", "coco-polygons", "voc", "yolo", "label-studio", "voc-submission"])

@@ -94,6 +94,22 @@ def test_what_may_be_meant_otherwise_is_said(tmp_path: Path) -> None:
     assert tags_of(tmp_path, None, ["cat & dog", "cat"]) == {"one.jpg": ("cat & dog",), "two.PNG": ("cat",)}
 
 
+def test_a_class_is_one_class_in_either_form_of_unicode(tmp_path: Path) -> None:
+    """As macOS spells the name of a folder, and as a keyboard writes it."""
+    pets(tmp_path)
+    typed, spelt = (unicodedata.normalize(form, "Bär") for form in ("NFC", "NFD"))
+    (tmp_path / "tags.csv").write_text(f"file,tags\none.jpg,{typed}\ntwo.PNG,{spelt}\nfour.jpg,Hund\n")
+    assert open_tagged(tmp_path).classes == (typed, "Hund")
+    for asked in (typed, spelt):
+        assert tags_of(tmp_path, None, [asked])["two.PNG"] == (typed,)
+    folders = tmp_path / "folders"
+    for folder, name in ((spelt, "one.jpg"), (typed, "two.PNG"), ("Hund", "four.jpg")):
+        (folders / folder).mkdir(parents=True)
+        (tmp_path / name).rename(folders / folder / name)
+    assert open_tagged(folders).classes == (typed, "Hund")
+    assert set(tags_of(folders, None, [spelt]).values()) == {(typed,), ()}
+
+
 def test_a_rectangle_among_outlines_costs_the_masks_and_it_is_said(tmp_path: Path) -> None:
     labelme(shapes=True)(tmp_path)
     content = json.loads((tmp_path / "a.json").read_text())

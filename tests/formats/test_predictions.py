@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
 from labelpenet.data.dataset import TaggedImage, TaggedImages
+from labelpenet.data.images import find_images
 from labelpenet.errors import InputError
 from labelpenet.formats import Predictions, read_predictions, write_predictions
 from labelpenet.instances import CompactMasks, Instances, check_segmentation
@@ -75,6 +77,22 @@ def test_a_photograph_of_its_own_name_is_not_taken_for_one_of_another_suffix_in_
     assert_same(read["sub/a.jpg"], found["a.jpg"])
     path = write_predictions(tmp_path / "q.json", {"a.png": found["a.png"]}, every[:1], CLASSES)
     assert list(read_predictions(path, images, CLASSES)) == ["sub/a.jpg"], "it may have been converted"
+
+
+def test_of_folders_that_share_a_name_no_photograph_gets_the_labels_of_the_others(tmp_path, monkeypatch):
+    """What `labelpenet predict RUN A B` writes, asked for one of the folders, as cameras count in each anew."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("A", "B"):
+        photographs(tmp_path / folder, ("1.jpg",))
+    every = [TaggedImage(name, path, ()) for name, path in find_images([Path("A"), Path("B")])]
+    found = {image.id: instances((10, 14), k) for k, image in enumerate(every)}
+    path = write_predictions(tmp_path / "p.json", found, every, CLASSES)
+    for image in every:
+        one = TaggedImage("1.jpg", image.path, ())
+        assert_same(read_predictions(path, [one], CLASSES)["1.jpg"], found[image.id])
+    moved = (tmp_path / "B").rename(tmp_path / "C") / "1.jpg"
+    with pytest.raises(InputError, match=r"both 1\.jpg; .* the folder that all lie in"):
+        read_predictions(path, [TaggedImage("1.jpg", moved, ())], CLASSES)
 
 
 @pytest.mark.parametrize(
