@@ -54,7 +54,7 @@ class OnnxStudent:
         height, width = self.size
         photo = Image.fromarray(pixels)
         scale = min(width / photo.width, height / photo.height)
-        scaled = round(photo.width * scale), round(photo.height * scale)
+        scaled = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
         canvas = Image.new("RGB", (width, height), (124, 124, 124))
         canvas.paste(photo.resize(scaled, Image.Resampling.BILINEAR))
         image = np.asarray(canvas, np.float32).transpose(2, 0, 1) / 255

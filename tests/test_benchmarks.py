@@ -347,6 +347,7 @@ def test_predictions_of_onnx_files_are_those_of_torch_in_pixels_of_the_photograp
         assert box_iou(best.boxes, known.boxes * scale).item() > 0.99
         drawn = known.masks.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
         assert (best.masks & drawn).sum() > 0.95 * (best.masks | drawn).sum()
+    assert exported.predict(np.zeros((1, 1200, 3), np.uint8)).image_size == (1, 1200)  # too flat for a whole pixel
 
 
 def on_pixels(found: Instances, height: int) -> tuple:

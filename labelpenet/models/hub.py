@@ -12,7 +12,16 @@ from typing import Any
 from torch import Tensor
 
 from labelpenet.data import run_folder
-from labelpenet.data.files import read_json, read_tensors, read_text, write_json, write_tensors, write_text
+from labelpenet.data.files import (
+    digest,
+    read_json,
+    read_tensors,
+    read_text,
+    write_json,
+    write_tensors,
+    write_text,
+    writing,
+)
 from labelpenet.errors import InputError, reason
 from labelpenet.models.cascade import MODULES, LabelPEnet, read_run
 from labelpenet.models.student import KIND, Student, load, read_state
@@ -34,14 +43,15 @@ def save_pretrained(run: Path | str, folder: Path | str, licence: str = "other",
 
     Args:
         run: what ``labelpenet train`` or ``distill`` wrote; its ``results.json``, if measured, fills in the card.
-        folder: where to; nothing else in it is touched, nor such files of others. It is returned.
+        folder: where to; nothing else in it is touched, nor such files of others or a card that was changed. It is
+            returned.
         licence: the hub's name of the licence of the weights, such as ``apache-2.0``: yours to choose, within what the
             photographs and the pretrained backbone allow.
         push: name of a repository on the hub, ``you/model``, to upload the folder to.
 
     Raises:
-        InputError: no run folder, the folder holds files of these names that are not ours, or cannot be written, or
-            huggingface_hub is missing or refuses.
+        InputError: no run folder, the folder holds files of these names that are not ours or a card that somebody has
+            changed, or cannot be written, or huggingface_hub is missing or refuses.
     """
     run, folder = Path(run), Path(folder)
     _check_own(folder)
@@ -55,14 +65,20 @@ def save_pretrained(run: Path | str, folder: Path | str, licence: str = "other",
     results = read_json(run_folder.results(run)) if run_folder.results(run).is_file() else {}
     results, notes = run_folder.up_to_date(run, results)
     log_notes(*notes)
-    folder.mkdir(parents=True, exist_ok=True)
-    # in this order: weights without a configuration would be taken for another's (`_check_own`)
-    write_json(folder / "config.json", {key: facts[key] for key in _FACTS if key in facts}, indent=1)
-    write_tensors(folder / "model.safetensors", state)
     source = facts.get("source") or {}
     about: dict[str, Any] = {"data": Path(str(source["data"])).name} if source.get("data") else {}
     about |= {"teacher": source.get("teacher_supervision", "tags"), "labels_file": source.get("labels")}
-    write_text(folder / "README.md", model_card({**facts, **about}, results, licence))
+    card = model_card({**facts, **about}, results, licence)
+    own = {key: facts[key] for key in _FACTS if key in facts} | {"card": digest([card.encode()])}
+    with writing(folder, "choose another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
+        # what a kill leaves may lack weights, never hold another network's: those would answer with these classes
+        for name in ("README.md", "model.safetensors"):
+            (folder / name).unlink(missing_ok=True)
+    # in this order: weights without a configuration would be taken for another's (`_check_own`)
+    write_json(folder / "config.json", own, indent=1)
+    write_tensors(folder / "model.safetensors", state)
+    write_text(folder / "README.md", card)
     if push is not None:
         _upload(folder, push)
     return folder
@@ -81,6 +97,9 @@ def _check_own(folder: Path) -> None:
     for path, own in ours.items():
         if not own:
             raise InputError(f"{path}: is there already and not of a network of ours; choose another folder")
+    written = facts.get("card") if facts is not None else None
+    if written and card.exists() and digest([read_text(card).encode()]) != written:
+        raise InputError(f"{card}: was changed since it was written; move it away, or choose another folder")
 
 
 def from_pretrained(source: Path | str, device: str = "cpu") -> LabelPEnet | Student:

@@ -23,7 +23,7 @@ from labelpenet.formats import read_predictions
 from labelpenet.instances import MIN_SCORE, Instances
 from labelpenet.models.cascade import MODULES, read_run
 from labelpenet.models.student import KIND as STUDENT
-from labelpenet.models.student import load
+from labelpenet.models.student import Student, load
 from labelpenet.progress import Progress
 from labelpenet.report.plots import Curves, curves, loss_plot, number_of
 from labelpenet.report.strips import Panel, Source, Strip, choose_images, make_short_strip, make_strip, worst_images
@@ -274,8 +274,9 @@ def _predictions(run: Path, facts: Facts, images: TaggedImages, problems: list[s
             raise InputError(f"{paths[number]}: not of the run's present weights; predicted anew, measure again")
         others = run_folder.differing(made.get("photographs") or {}, {image.id: image.path for image in images.images})
         if others:
+            whose = "the student" if student else f"module {number}"
             problems.append(
-                f"held-out images: {len(others)} are others than those of the same names that module {number} was "
+                f"held-out images: {len(others)} are others than those of the same names that {whose} was "
                 "measured on; its predictions of those are made now, and not measured"
             )
         same = images.where(lambda image: image.id not in others)
@@ -288,7 +289,9 @@ def _strips(
     source: Source, chosen: Sequence[TaggedImage], problems: list[str], progress: Progress, done: int
 ) -> Section:
     strips = _made(partial(make_strip, source), progress.tracked(chosen, done), problems)
-    if source.training:
+    if source.training and not source.found and (source.network is None or isinstance(source.network, Student)):
+        lead = "The photographs and, where they are known, their true objects: nothing has labelled them here."
+    elif source.training:
         lead = "What the modules passed on: instances of the image's tags alone, all of them drawn."
     else:
         lead = (
@@ -304,8 +307,9 @@ def _worst(source: Source, count: int, problems: list[str]) -> Section:
     number = max(source.found)
     worst = worst_images(source.images.images, source.found[number], source.truth, count)
     strips = _made(lambda one: make_short_strip(source, one[0], number, one[1]), worst, problems)
+    whose = "the student" if isinstance(source.network, Student) else f"module {number}"
     lead = (
-        f"The {'training' if source.training else 'held-out'} images in which module {number} does worst: those with "
+        f"The {'training' if source.training else 'held-out'} images in which {whose} does worst: those with "
         "the lowest mean, over their true objects, of the best IoU with an instance of the object's class."
     )
     return Section("worst", "Worst images", lead, tuple(strips))

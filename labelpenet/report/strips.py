@@ -150,7 +150,8 @@ def make_strip(source: Source, image: TaggedImage) -> Strip:
     merged = [PanelRow(rows[0].title, (*first, *rows[0].panels)), *rows[1:]] if rows else [PanelRow("", tuple(first))]
     last = _module_panels(source, canvas, image, results)
     if last:
-        merged.append(PanelRow("What each module found", tuple(last), wide=True))
+        title = "What the student found" if isinstance(source.network, Student) else "What each module found"
+        merged.append(PanelRow(title if results else "", tuple(last), wide=True))
     return Strip(image.id, names, tuple(merged))
 
 

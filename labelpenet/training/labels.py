@@ -18,8 +18,10 @@ from labelpenet.calibration.nms import confident
 from labelpenet.config import Noise
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import ByImage, TaggedImage, TaggedImages
+from labelpenet.data.files import listing, read_json
 from labelpenet.errors import InputError
 from labelpenet.formats import read_predictions
+from labelpenet.formats.review import is_review, read_review
 from labelpenet.formats.rows import Predictions
 from labelpenet.instances import Instances
 from labelpenet.progress import Progress, silent
@@ -29,14 +31,22 @@ class Fused(ByImage[Instances]):
     """The labels of several models, put together when they are asked for (`calibration.fusion`).
 
     Args:
-        opinions: of each model; tags: classes of the images that any of them names.
+        opinions: of each model; tags: classes of the images that are known.
+        judged: by image id the review in which a person has accepted its labels, which are then no opinion.
     """
 
-    def __init__(self, opinions: Sequence[Mapping[str, Instances]], tags: Mapping[str, tuple[int, ...]]):
-        self._opinions, self._known = opinions, tags
+    def __init__(
+        self,
+        opinions: Sequence[Mapping[str, Instances]],
+        tags: Mapping[str, tuple[int, ...]],
+        judged: Mapping[str, Mapping[str, Instances]] | None = None,
+    ):
+        self._opinions, self._known, self._judged = opinions, tags, judged or {}
 
     def __getitem__(self, image: str) -> Instances:
         tags = self._known[image]  # a KeyError for one that no file names
+        if image in self._judged:
+            return self._judged[image][image]
         return fuse([one[image] for one in self._opinions if image in one], tags)
 
 
@@ -45,7 +55,9 @@ def read_labels(
 ) -> tuple[Mapping[str, Instances], tuple[str, ...]]:
     """The labels of a run's last module, or of the predictions or COCO files ``paths``; and notes about them.
 
-    Several files are several models' opinions, which are fused, classes of each photograph's tags alone.
+    Several files are several models' opinions, which are fused, classes of each photograph's tags alone. What a person
+    has said on the review page is none: accepted labels stand as they are, photographs that were judged otherwise are
+    left out.
 
     Raises:
         InputError: there are none, or a file cannot be used.
@@ -59,11 +71,43 @@ def read_labels(
             raise InputError(f"{path}: not there; {remedy}")
         if sum(path.samefile(other) for other in paths if other.exists()) > 1:
             raise InputError(f"{path}: given twice, which would count as two models' opinions; give each file once")
-    opinions = tuple(read_predictions(path, images, images.classes) for path in paths)
-    notes = (*dict.fromkeys(note for one in opinions for note in one.notes), *_not_found(opinions, images))
-    if len(opinions) == 1:
-        return opinions[0], (*notes, *_beyond_tags(paths[0], opinions[0], images))
-    return Fused(opinions, {one.id: one.tags for one in images.images if any(one.id in own for own in opinions)}), notes
+    by_path = {path: read_predictions(path, images, images.classes) for path in paths}
+    notes = list(dict.fromkeys(note for one in by_path.values() for note in one.notes))
+    if len(paths) == 1:
+        (labels,) = by_path.values()
+        known = {image.id: [labels] for image in images.images if image.id in labels}
+        return labels, (*notes, *_not_found(known, images), *_beyond_tags(paths[0], labels, images))
+    judged, refused = _verdicts(by_path, images)
+    opinions = [one for one in by_path.values() if not any(one is own for own in judged.values())]
+    known = {
+        image.id: [judged[image.id]] if image.id in judged else [one for one in opinions if image.id in one]
+        for image in images.images
+        if image.id not in refused and any(image.id in one for one in by_path.values())
+    }
+    tags = {image.id: image.tags for image in images.images if image.id in known}
+    if judged:
+        notes.append(f"{len(judged)} photographs are learnt as a person has accepted them, whatever other files say")
+    return Fused(opinions, tags, judged), (*notes, *_not_found(known, images))
+
+
+def _verdicts(
+    by_path: Mapping[Path, Predictions], images: TaggedImages
+) -> tuple[dict[str, Predictions], frozenset[str]]:
+    """What was said on the review page, where that wrote some of the files: of each photograph that was accepted the
+    file, and those that were not accepted. `InputError` where a photograph stands in two.
+    """
+    accepted: dict[str, Predictions] = {}
+    refused: set[str] = set()
+    for path, labels in by_path.items():
+        if not path.is_file() or not is_review(read_json(path)):
+            continue
+        said, _ = read_review(path, images.images, images.classes)
+        own = {name for name, one in said.items() if one.status != "accepted"}
+        if twice := sorted({*labels, *own} & {*accepted, *refused}):
+            raise InputError(f"{path}: {listing(twice, 3)} stands in another review too; leave one of them out")
+        accepted |= dict.fromkeys(labels, labels)
+        refused |= own
+    return accepted, frozenset(refused)
 
 
 def _beyond_tags(path: Path, labels: Predictions, images: TaggedImages) -> list[str]:
@@ -75,12 +119,12 @@ def _beyond_tags(path: Path, labels: Predictions, images: TaggedImages) -> list[
     return [f"{path}: {count} photographs have labels of classes that their tags do not name; they are learnt, too"]
 
 
-def _not_found(opinions: Sequence[Predictions], images: TaggedImages) -> list[str]:
-    """A note where photographs have no label of one of their tags, as after a high ``--min-score``."""
-    count = 0
-    for one in images.images:
-        found = [set(labels.labels(one.id).tolist()) for labels in opinions if one.id in labels]
-        count += bool(found) and not set().union(*found).issuperset(one.tags)
+def _not_found(known: Mapping[str, Sequence[Predictions]], images: TaggedImages) -> list[str]:
+    """A note where photographs have no label of one of their tags, as after a high ``--min-score``; ``known`` has the
+    files that count for each."""
+    tags = {one.id: one.tags for one in images.images}
+    found = {name: {label for one in own for label in one.labels(name).tolist()} for name, own in known.items()}
+    count = sum(not labels.issuperset(tags[name]) for name, labels in found.items())
     return [f"{count} photographs have no label of one of their tags: it is learnt as background"] * bool(count)
 
 

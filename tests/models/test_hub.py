@@ -17,6 +17,7 @@ from labelpenet import config
 from labelpenet.data import run_folder
 from labelpenet.data.files import write_json, write_tensors
 from labelpenet.errors import InputError
+from labelpenet.models import hub
 from labelpenet.models.build import build_backbone
 from labelpenet.models.cascade import MODULES, LabelPEnet
 from labelpenet.models.hub import from_pretrained, model_card, save_pretrained
@@ -113,6 +114,50 @@ def test_files_of_others_are_not_replaced(tmp_path, name, text):
     save_pretrained(tmp_path / "run", folder)
     save_pretrained(tmp_path / "run", folder, licence="mit")  # its own it replaces
     assert 'license: "mit"' in (folder / "README.md").read_text()
+
+
+def test_a_card_that_somebody_has_changed_is_not_replaced(tmp_path):
+    cascade_run(tmp_path / "run")
+    card = save_pretrained(tmp_path / "run", tmp_path / "hub") / "README.md"
+    card.write_text(card.read_text() + "\nOur own notes.\n")
+    before = {path: path.read_bytes() for path in card.parent.iterdir()}
+    with pytest.raises(InputError, match=r"README\.md: was changed since it was written; move it away"):
+        save_pretrained(tmp_path / "run", tmp_path / "hub", licence="mit")
+    assert {path: path.read_bytes() for path in card.parent.iterdir()} == before
+    card.rename(tmp_path / "notes.md")
+    save_pretrained(tmp_path / "run", tmp_path / "hub", licence="mit")
+    assert 'license: "mit"' in card.read_text()
+
+
+@pytest.mark.parametrize("step", ["write_json", "write_tensors", "write_text"])
+def test_a_save_that_was_killed_leaves_no_weights_of_another_network(tmp_path, monkeypatch, step):
+    """The same layers with other classes would answer with wrong names."""
+    cascade_run(tmp_path / "run")
+    other = cascade_run(tmp_path / "other")
+    facts = json.loads(run_folder.facts(tmp_path / "other").read_text())
+    del facts["checksum"]
+    write_json(run_folder.facts(tmp_path / "other"), {**facts, "classes": ["dog", "cat"]})
+    state = {key: value + 1 for key, value in other.detection.state_dict().items()}
+    write_tensors(run_folder.weights(tmp_path / "other", "detection"), state)
+    folder = save_pretrained(tmp_path / "run", tmp_path / "hub")
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub, step, killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_pretrained(tmp_path / "other", folder)
+    monkeypatch.undo()
+    assert not (folder / "README.md").exists()
+    if step == "write_text":  # network and configuration are both the new one's
+        found = from_pretrained(folder)
+        assert found.classes == ("dog", "cat")
+        assert all(torch.equal(value, state[key]) for key, value in found.detection.state_dict().items())
+    else:
+        with pytest.raises(InputError, match=r"holds no config\.json and model\.safetensors"):
+            from_pretrained(folder)
+    save_pretrained(tmp_path / "other", folder)  # and it may be written again
+    assert from_pretrained(folder).classes == ("dog", "cat")
 
 
 def test_a_student_comes_back_and_answers_as_before(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import labelpenet
 from labelpenet import cli, config
@@ -120,10 +121,14 @@ def test_the_page_runs_without_torch(tmp_path):
     folder, year = small_student()
     code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "onnx.md").read_text(), re.DOTALL)[1]
     photo = min(Path(year, "JPEGImages").glob("*.jpg"))
-    code = code.replace("student.onnx", str(exported())).replace("photo.jpg", str(photo))
-    script = f"import sys\nsys.modules['torch'] = sys.modules['labelpenet'] = None\n{code}"
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
+    code = code.replace("student.onnx", str(exported()))
+    flat = tmp_path / "flat.png"
+    Image.new("RGB", (1200, 1)).save(flat)
+    for path in (flat, photo):
+        script = f"import sys\nsys.modules['torch'] = sys.modules['labelpenet'] = None\n{code}"
+        script = script.replace("photo.jpg", str(path))
+        run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
     student = labelpenet.load(folder)
     best = student.predict(photo)[0]
     assert run.stdout.startswith(student.classes[int(best.labels)])

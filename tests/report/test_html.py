@@ -22,7 +22,7 @@ from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, 
 from labelpenet.data.files import hash_file, write_json
 from labelpenet.errors import InputError
 from labelpenet.evaluation import Table, evaluate
-from labelpenet.formats import write_predictions
+from labelpenet.formats import open_annotated, write_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.report import write_report
@@ -30,6 +30,7 @@ from labelpenet.report.html import class_table, flatten, gather, marked, module_
 from labelpenet.report.plots import curves, loss_plot, smoothed
 from labelpenet.report.strips import Source, choose_images, make_strip, mean_best_overlap, worst_images
 from labelpenet.visualize import draw_mask
+from tests.students import small_student
 
 CLASSES = ("cat", "<dog> & 'co\"")
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -380,6 +381,24 @@ def test_the_worst_images_are_those_with_the_least_overlap(tmp_path: Path, netwo
     ranked = worst_images(images, found, held_out.read, 5)
     values = [value for _, value in ranked]
     assert values == sorted(values) and [image.id[0] for image, _ in ranked] == ["4", "3", "2", "1", "0"]
+
+
+def test_the_page_of_a_student_speaks_of_no_modules(tmp_path: Path) -> None:
+    run, year = small_student()
+    data = open_annotated(year, "train")
+    held_out = open_annotated(year, "val", data.tagged.classes)
+    found = {image.id: held_out.read(image.id).instances[:1] for image in held_out.tagged.images}
+    path = run_folder.predictions(run, "val", 4)
+    write_predictions(path, found, held_out.tagged.images, held_out.tagged.classes)
+    write_json(run_folder.results(run), {"split": "val", "protocol": "voc12", "val": {}})
+    page = Page(write_report(run, tmp_path / "page.html", data, held_out, images=1).read_text("utf-8"))
+    assert "images in which the student does worst" in page.text and "What the student found" in page.text
+    assert "nothing has labelled them here" in page.text
+    run_folder.weights(run, "student").unlink()
+    unfinished = Page(write_report(run, tmp_path / "page.html", data, images=1).read_text("utf-8"))
+    assert "nothing has labelled them here" in unfinished.text
+    for text in (page.text, unfinished.text):
+        assert not any(said in text for said in ("module 4", "each module", "the modules passed on", "The modules"))
 
 
 def test_other_classes_than_the_runs_are_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from labelpenet.data import read_image
 from labelpenet.errors import InputError
 from labelpenet.evaluation import evaluate
 from labelpenet.formats import open_annotated, write_predictions
+from labelpenet.formats.review import Reviewed, write_review
 from labelpenet.instances import Instances, masks_to_boxes
 from labelpenet.training import distill
 from labelpenet.training.distill import lesson
@@ -205,6 +206,38 @@ def test_a_file_of_labels_counts_once(tmp_path):
     for again in (paths[0], tmp_path / "link.json"):
         with pytest.raises(InputError, match=r"a\.json: given twice.*once"):
             read_labels(tmp_path, [*paths, again], annotated.tagged)
+
+
+def test_what_a_person_said_of_labels_is_no_opinion_among_several(tmp_path):
+    """An object that was rejected came back with another file's weight, a class that was corrected was lost."""
+    annotated = open_annotated(small_student()[1], "train")
+    tagged = annotated.tagged
+    images = [one for one in tagged.images if len(annotated.read(one.id).instances) > 1][:4]
+    found = {one.id: annotated.read(one.id).instances for one in images}
+    model = write_predictions(tmp_path / "model.json", found, images, tagged.classes)
+    first, second, third, fourth = (one.id for one in images)
+    other = next(label for label in range(len(tagged.classes)) if label not in images[0].tags)
+    (row,) = found[first][:1].to_coco(0)
+    said = {
+        first: Reviewed("accepted", found[first].image_size, [{**row, "category_id": other + 1, "instance": 0}]),
+        second: Reviewed("rejected", found[second].image_size, []),
+        third: Reviewed("dropped", found[third].image_size, []),
+    }
+    review = write_review(tmp_path / "review.json", said, tagged.images, tagged.classes)
+    alone, _ = read_labels(tmp_path, [review], tagged)
+    for paths in ([review, model], [model, review]):
+        known, notes = read_labels(tmp_path, paths, tagged)
+        assert set(known) == {first, fourth}
+        one = known[first]
+        assert (one.labels.tolist(), one.weights.tolist()) == ([other], [1.0])
+        assert torch.equal(one.masks, alone[first].masks) and torch.equal(one.masks, found[first].masks[:1])
+        assert len(known[fourth]) > 0
+        assert f"{review}: 2 photographs of the review are not accepted; they are left out" in notes
+        assert "1 photographs are learnt as a person has accepted them, whatever other files say" in notes
+        assert "1 photographs have no label of one of their tags: it is learnt as background" in notes
+    again = write_review(tmp_path / "again.json", said, tagged.images, tagged.classes)
+    with pytest.raises(InputError, match=r"again\.json: .* in another review too"):
+        read_labels(tmp_path, [review, again], tagged)
 
 
 def test_from_a_file_of_labels_to_predictions_on_the_command_line(tmp_path, capsys):
