@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -384,7 +385,8 @@ def test_the_worst_images_are_those_with_the_least_overlap(tmp_path: Path, netwo
 
 
 def test_the_page_of_a_student_speaks_of_no_modules(tmp_path: Path) -> None:
-    run, year = small_student()
+    trained, year = small_student()
+    run = shutil.copytree(trained, tmp_path / "student")
     data = open_annotated(year, "train")
     held_out = open_annotated(year, "val", data.tagged.classes)
     found = {image.id: held_out.read(image.id).instances[:1] for image in held_out.tagged.images}
