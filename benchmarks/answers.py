@@ -146,7 +146,8 @@ def mask_rcnn(name: str, network: Any, answer: Answer) -> Contender:
     heads = network.roi_heads
     boxes = [(heads.box_roi_pool, "forward"), (heads.box_head, "forward"), (heads.box_predictor, "forward")]
     masks = [(heads.mask_roi_pool, "forward"), (heads.mask_head, "forward"), (heads.mask_predictor, "forward")]
-    places = {"backbone": [(network.backbone, "forward")], "RPN": [(network.rpn, "forward")], "RoI head": boxes}
+    backbone = [(network.backbone.body, "forward"), (network.backbone.fpn, "forward")]
+    places = {"backbone": backbone, "RPN": [(network.rpn, "forward")], "RoI head": boxes}
     drawing = [(network.transform, "postprocess"), (models.student, "sharpen"), (models.student, "to_instances")]
     return Contender(name, answer, {**places, "masks": masks, "drawing masks": drawing})
 
