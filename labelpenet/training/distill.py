@@ -85,9 +85,10 @@ def distill(
         "labels": digest(fingerprint(*one) for one in read_all(labels, taught.images, fabric.global_rank == 0)),
         "recipe": config.to_dict(recipe),
     }
-    weights_file = run_folder.weights(out, KIND)
+    weights_file, tags_file = run_folder.weights(out, KIND), run_folder.weights(out, TAGS)
+    files = [weights_file, *[tags_file] * bool(recipe.network.tag_power)]
     with open_run(out, {**facts, "source": dict(source or {})}, options.resume, taught, fabric):
-        if not weights_file.is_file():
+        if not all(path.is_file() for path in files):
             lessons = stage(student, taught, labels, images_together(recipe.schedule.batch_size, fabric))
             train_stage(lessons, out, options, config=facts, fabric=fabric)
             if recipe.network.tag_power:
@@ -95,7 +96,7 @@ def distill(
                     fit_tags(student.tags, taught.images, student.whole, fabric)
             if fabric.global_rank == 0:
                 if recipe.network.tag_power:
-                    write_tensors(run_folder.weights(out, TAGS), student.tags.state_dict(), RESUME)
+                    write_tensors(tags_file, student.tags.state_dict(), RESUME)
                 write_tensors(weights_file, student.plain_state(), RESUME)
             fabric.barrier()
     return Student.from_run(out, fabric.device)

@@ -11,20 +11,22 @@ import torch.nn.functional as F
 
 import labelpenet
 from labelpenet import config
-from labelpenet.config import recipe
+from labelpenet.config import RunOptions, recipe
 from labelpenet.data import run_folder
 from labelpenet.data.images import read_image
 from labelpenet.data.scenes import write_scenes
 from labelpenet.engine.distributed import build_fabric
 from labelpenet.errors import InputError
-from labelpenet.formats import open_tagged
+from labelpenet.formats import open_annotated, open_tagged
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.models.student import TAGS, Student
 from labelpenet.models.tags import PENALTY, TagClassifier, describe, weigh
+from labelpenet.training.distill import distill
+from labelpenet.training.supervised import read_supervision
 from labelpenet.training.tags import fit_tags
 from tests.models.test_cascade import build, photograph, some_boxes
 from tests.models.test_student import untaught
-from tests.students import small_student
+from tests.students import CHOICES, small_student
 
 
 def test_a_map_is_described_by_the_mean_and_the_maximum_of_each_channel():
@@ -196,6 +198,19 @@ def test_a_student_without_the_file_of_its_tags_is_refused(tmp_path):
     path.unlink()
     with pytest.raises(InputError, match=r"does not fit this run.*resume"):
         labelpenet.load(run)
+
+
+def test_a_file_of_tags_that_was_deleted_is_made_again(tmp_path):
+    trained, year = small_student()
+    run = shutil.copytree(trained, tmp_path / "student")
+    path = run_folder.weights(run, TAGS)
+    before, network = path.read_bytes(), run_folder.weights(run, "student").read_bytes()
+    path.unlink()
+    annotated = open_annotated(year, "train")
+    truths = read_supervision("full", annotated).truths
+    recipe = config.override(config.StudentRecipe(), CHOICES)
+    distill(annotated.tagged, truths, run, recipe, backbone="tiny", options=RunOptions(resume=True, device="cpu"))
+    assert path.read_bytes() == before and run_folder.weights(run, "student").read_bytes() == network
 
 
 def test_the_state_of_a_student_knows_its_tags(tmp_path):
