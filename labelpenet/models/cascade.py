@@ -208,8 +208,9 @@ class LabelPEnet(nn.Module):
             proposals: (R, 4) in pixels of the photograph; computed if the module needs them and they are not given.
 
         Returns:
-            `Instances` on the CPU, best first: scores in [0, 1] as weights, masks for every module. A list of them for
-            a list or a folder.
+            `Instances` on the CPU, best first: scores in [0, 1] as weights, those of modules 2 to 4 less where the
+            photograph as a whole does not seem to show the class (`modules.1.tag_power`); masks for every module. A
+            list of them for a list or a folder.
 
         Raises:
             InputError: a file cannot be read; no such module.
