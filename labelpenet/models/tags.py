@@ -15,7 +15,7 @@ PENALTY = 0.01
 """Of the squared weights (of features of deviation 1), beside the mean binary cross-entropy."""
 
 ITERATIONS = 100
-"""Of L-BFGS at most; 1,600 photographs need about so many."""
+"""Of L-BFGS at most."""
 
 
 class TagClassifier(nn.Module):
@@ -38,7 +38,8 @@ class TagClassifier(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """The probabilities (C,) in [0, 1] that a photograph with this map (K, h, w) shows the classes."""
-        return torch.sigmoid(self.weight @ describe(features) + self.bias)
+        # no product of matrices: autocast would round thousands of terms, some of which cancel, to bfloat16
+        return torch.sigmoid((self.weight * describe(features)).sum(1) + self.bias)
 
     def fit(self, described: Tensor, present: Tensor) -> None:
         """Sets the weights to those that fit photographs best.

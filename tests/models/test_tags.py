@@ -65,6 +65,16 @@ def test_classes_that_all_or_no_photographs_show_stay_finite():
     assert shown.isfinite().all() and shown[0] > 0.9 and shown[1] < 0.1
 
 
+def test_terms_that_cancel_are_summed_in_full_precision_under_autocast():
+    classifier = TagClassifier(600, 2)
+    classifier.weight.copy_(torch.randn(2, 1200, generator=torch.Generator().manual_seed(0)))
+    features = torch.rand(600, 3, 4, generator=torch.Generator().manual_seed(1)) + 10
+    classifier.bias.copy_(-(classifier.weight.double() @ describe(features).double()) + torch.tensor([0.3, -2.0]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        shown = classifier(features)
+    torch.testing.assert_close(shown, torch.tensor([0.3, -2.0]).sigmoid(), atol=1e-3, rtol=0)
+
+
 def test_a_score_is_multiplied_by_its_own_class():
     shown = torch.tensor([0.0625, 1.0])
     scores = weigh(torch.tensor([0.8, 0.4, 0.0]), torch.tensor([0, 1, 0]), shown, 0.25)
