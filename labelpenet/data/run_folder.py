@@ -134,10 +134,23 @@ def start_run(run: Path, given: Mapping[str, Any], resume: bool) -> None:
     compared = [key for key in dict.fromkeys([*given, "supervision", "proposals"]) if key != "source"]
     differing = [key for key in compared if json.dumps(saved.get(key)) != json.dumps(given.get(key))]
     if differing:
+        chosen = changes(saved.get("recipe") or {}, json.loads(json.dumps(given.get("recipe") or {})))
+        which = f" ({listing(chosen, 3)})" if chosen else ""
         raise InputError(
-            f"{run}: was started with another {', '.join(differing)}; resume with the same settings or choose "
+            f"{run}: was started with another {', '.join(differing)}{which}; resume with the same settings or choose "
             "another --out"
         )
+
+
+def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """In which values two configurations, as JSON holds them, differ: for each its key and both values, by key."""
+    before, after = _flat(saved), _flat(now)
+    missing = object()
+    return [
+        f"{key} was {before.get(key, 'not set')}, is {after.get(key, 'not set')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, missing) != after.get(key, missing)
+    ]
 
 
 def read_facts(run: Path) -> dict[str, Any]:
@@ -245,3 +258,15 @@ def check_photographs(run: Path, contents: Mapping[str, str | None]) -> str:
     if changed or not before:
         write_json(path, contents)
     return f"{len(changed)} photographs have changed ({listing(changed, 3)}): taken as they are now" if changed else ""
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+            value = {str(number): one for number, one in enumerate(value, 1)}  # modules, as --set names them
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from labelpenet.data.files import write_bytes
+from labelpenet.data.run_folder import changes
 from labelpenet.errors import InputError, reason
 
 KEPT = 2
@@ -83,16 +84,10 @@ def check_configuration(saved: Mapping[str, Any], current: Mapping[str, Any], wh
     Raises:
         InputError: values differ; the line names each differing key with both values.
     """
-    before, now = _flat(plain(saved)), _flat(plain(current))
-    missing = object()
-    changes = [
-        f"{key} was {before.get(key, 'not set')}, is {now.get(key, 'not set')}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key, missing) != now.get(key, missing)
-    ]
-    if changes:
+    differing = changes(plain(saved), plain(current))
+    if differing:
         raise InputError(
-            f"{where} was started with another configuration ({'; '.join(changes)}); "
+            f"{where} was started with another configuration ({'; '.join(differing)}); "
             "restore it to resume, or start in another folder"
         )
 
@@ -139,13 +134,3 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _step(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -42,6 +42,12 @@ def test_a_run_folder_in_use_is_left_alone(tmp_path):
     with pytest.raises(InputError, match="another seed, recipe"):
         begin(tmp_path / "run", FACTS | {"seed": 1, "recipe": {}}, resume=True)
     assert (tmp_path / "run/run.json").read_bytes() == before
+    modules = [{"steps": 1}, {"steps": 2, "vote": True}]
+    begin(tmp_path / "four", FACTS | {"recipe": {"modules": modules}})
+    with pytest.raises(
+        InputError, match=r"recipe \(modules.2.steps was 2, is 3, modules.2.vote was True, is not set\)"
+    ):
+        begin(tmp_path / "four", FACTS | {"recipe": {"modules": [{"steps": 1}, {"steps": 3}]}}, resume=True)
     foreign = tmp_path / "photos"
     foreign.mkdir()
     (foreign / "cat.jpg").write_bytes(b"")
