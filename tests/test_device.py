@@ -124,6 +124,21 @@ def test_losses(number, host, there):
     torch.testing.assert_close(gradients, wanted, atol=1e-4, rtol=1e-3)
 
 
+def test_a_students_answers():
+    """With what the photograph as a whole shows, and of known tags."""
+    host, other = untaught(), untaught()
+    for student in (host, other):
+        student.tags.weight.copy_(torch.linspace(-1, 1, student.tags.weight.numel()).view_as(student.tags.weight))
+    expected = [[host.predict(image), host.predict_tagged(image, (0, 1))] for image in IMAGES]
+    with pretended() as waits:
+        move(other)
+        for image, (answer, labels) in zip(IMAGES, expected, strict=True):
+            for ask, wanted in ((other.predict, answer), (lambda one: other.predict_tagged(one, (0, 1)), labels)):
+                waits.clear()
+                same([ask(image)], [wanted])
+                assert sum(waits.values()) <= MOST, waits.most_common()
+
+
 def test_a_students_losses():
     """Lessons are made on the host."""
     lessons = [lesson([[5, 5, 40, 60]], [[20, 20, 64, 64]]), lesson([[10, 10, 50, 50], [0, 30, 30, 60]])]

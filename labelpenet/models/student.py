@@ -44,7 +44,7 @@ from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
 from labelpenet.data.images import Photograph, as_pixels, several
 from labelpenet.data.transforms import divisible, resize_image, scaled_size, shrink
-from labelpenet.errors import InputError, reason
+from labelpenet.errors import DamagedError, InputError, reason
 from labelpenet.instances import Instances
 from labelpenet.models.build import BACKBONES, build_backbone, whole_network
 from labelpenet.models.cascade import LabelPEnet, read_run
@@ -419,6 +419,8 @@ class Student(nn.Module):
             raise InputError(f"{run}: the student is not trained yet; finish it with labelpenet distill ... --resume")
         try:
             return cls.from_facts(facts, read_state(run)).to(device)
+        except DamagedError:
+            raise
         except Exception as error:
             raise InputError(
                 f"{path}: does not fit this run ({reason(error)}); delete it and train with --resume"
@@ -433,12 +435,23 @@ class Student(nn.Module):
 
 
 def read_state(run: Path) -> dict[str, Tensor]:
-    """The weights of a student's folder as `Student` takes them: the network's, and the tag classifier's if there is
-    one.
+    """The weights of a student's folder as `Student` takes them: the network's, and the tag classifier's if it has one;
+    `DamagedError` names the file that is not there or not as it was written.
     """
-    tags = run_folder.weights(run, TAGS)
-    own = {f"{TAGS}.{key}": value for key, value in read_tensors(tags).items()} if tags.is_file() else {}
-    return read_tensors(run_folder.weights(run, KIND)) | own
+    state = _read_part(run, KIND)
+    if config.student_from_dict(read_run(run)["recipe"]).network.tag_power:
+        state |= {f"{TAGS}.{key}": value for key, value in _read_part(run, TAGS).items()}
+    return state
+
+
+def _read_part(run: Path, part: str) -> dict[str, Tensor]:
+    path = run_folder.weights(run, part)
+    if not path.is_file():
+        raise DamagedError(f"{path}: gone; labelpenet distill ... --resume restores it")
+    try:
+        return read_tensors(path)
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{path}: {reason(error)}; delete it and train with --resume") from error
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> LabelPEnet | Student:

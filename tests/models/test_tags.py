@@ -201,12 +201,16 @@ def test_a_photograph_that_cannot_be_read_is_left_out(tmp_path):
     assert not untouched.weight.any()
 
 
-def test_a_student_without_the_file_of_its_tags_is_refused(tmp_path):
+def test_a_student_whose_file_of_tags_is_damaged_or_gone_is_refused_by_that_files_name(tmp_path):
     run = shutil.copytree(small_student()[0], tmp_path / "student")
     path = run_folder.weights(run, TAGS)
     assert labelpenet.load(run).tags.weight.abs().sum() > 0
+    content = path.read_bytes()
+    path.write_bytes(content[:-9])
+    with pytest.raises(InputError, match=r"tags\.safetensors: damaged.*resume"):
+        labelpenet.load(run)
     path.unlink()
-    with pytest.raises(InputError, match=r"does not fit this run.*resume"):
+    with pytest.raises(InputError, match=r"tags\.safetensors: gone.*resume"):
         labelpenet.load(run)
 
 
