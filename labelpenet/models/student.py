@@ -309,7 +309,7 @@ class Student(Network):
         self.require(module)
         size, values = (pixels.shape[0], pixels.shape[1]), self._values(pixels)
         with evaluating(self):
-            boxes, labels, scores, masks = (value.cpu() for value in self.answer(values, weighed=tags is None))
+            boxes, labels, scores, masks = (value.cpu() for value in self.answer(values, tags is None))
         boxes = resize_boxes(boxes, list(values.shape[-2:]), list(size))
         found = to_instances(masks, boxes, labels, scores, size, _BOXES)
         return found if tags is None else found[torch.isin(found.labels, torch.tensor(tags, dtype=torch.long))]
@@ -370,12 +370,6 @@ class Student(Network):
             raise InputError(f"a student has no module {number}; leave --module out")
 
     # -- folders -----------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def start(cls, backbone: str, classes: Sequence[str], recipe: StudentRecipe, weights: Path | None) -> Student:
-        """A student that has learnt nothing yet but for its backbone's ImageNet ``weights`` (see `build_body`)."""
-        body, normalisation = build_body(backbone, weights)
-        return cls(body, classes, recipe, backbone, normalisation)
 
     @classmethod
     def from_run(cls, run: str | Path, device: str | torch.device = "cpu") -> Student:
