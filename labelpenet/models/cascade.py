@@ -322,7 +322,7 @@ class LabelPEnet(Network):
 
     @torch.no_grad()
     def rank_proposals(
-        self, image: np.ndarray, proposals: Tensor, tags: Tags, features: Tensor | None = None
+        self, image: np.ndarray, proposals: Tensor, features: Tensor | None = None
     ) -> tuple[Instances, Tensor]:
         """Module 1 by itself, uncalibrated: proposals (R, 4) ranked by ``x^c w``, after NMS; boxes without masks.
 
@@ -332,14 +332,14 @@ class LabelPEnet(Network):
             At most 20 boxes a class, and the image's class probabilities (C,).
         """
         module = self.classification
-        batch = self.batch([image], [tags], [proposals]) if features is None else None
+        batch = self.batch([image], None, [proposals]) if features is None else None
         x_c, x_p = module(module.features(batch)[0] if batch is not None else features)
         probabilities = module.image_probabilities(x_c, x_p)
         scores = module.scores(x_c, x_p)
         scores = scores - scores.amin(0).clamp(max=0)
         share = (scores / scores.sum(0).clamp(min=1e-6) * probabilities).clamp(0, 1).cpu()
         parts = [Instances.empty((image.shape[0], image.shape[1]))]
-        for label in range(len(self.classes)) if tags is None else tags:
+        for label in range(len(self.classes)):
             kept = nms(proposals, share[:, label], 0.3)[:20]
             labels = torch.full((len(kept),), label)
             parts.append(Instances(proposals[kept], labels, share[kept, label], parts[0].image_size))
