@@ -55,9 +55,11 @@ class MetricsLog:
             self._board = SummaryWriter(str(run_folder.tensorboard(run_dir, stage)), purge_step=step + 1, flush_secs=30)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Appends a row (its ``step`` is the number of finished steps); values that are not finite become null."""
+        """Appends a row (its ``step`` is the number of finished steps) with the time; values that are not finite become
+        null."""
         lost = {key for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
         clean = {"stage": self._stage} | {key: None if key in lost else value for key, value in row.items()}
+        clean["time"] = round(time.time(), 3)
         self.rows.append(clean)
         with writing(self._path, _REMEDY):
             self._file.write(json.dumps(clean) + "\n")

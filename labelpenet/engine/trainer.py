@@ -358,7 +358,7 @@ class _Trainer:
             figures, problem = stage.guard()
         stage.module.train()
         if metrics is not None:
-            metrics.write({"step": step, **figures, "time": round(time.time(), 3)})
+            metrics.write({"step": step, **figures})
         source, target = (self.result, self.kept) if problem is None else (self.kept, self.result)
         for name, value in target.items():
             value.copy_(source[name])
@@ -398,7 +398,6 @@ class _Trainer:
         row["data_s"] = round(clock["waited"] / max(clock["steps"], 1), 5)
         row["memory_mb"] = memory_mb(self.machine.device)
         row["skipped"] = self.skipped
-        row["time"] = round(time.time(), 3)
         metrics.write(row)
 
 

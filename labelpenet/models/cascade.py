@@ -40,7 +40,63 @@ Tags = tuple[int, ...] | None
 """The classes that a photograph shows, None where they are not known."""
 
 
-class LabelPEnet(nn.Module):
+class Network(nn.Module):
+    """What answers for photographs: the cascade, or a student."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    def require(self, number: int) -> None:
+        """Raises InputError unless module ``number`` exists and has been trained."""
+        raise NotImplementedError
+
+    @overload
+    def predict(self, image: Photograph, module: int = 4, proposals: Tensor | None = None) -> Instances: ...
+
+    @overload
+    def predict(self, image: list[Photograph] | tuple[Photograph, ...], module: int = 4) -> list[Instances]: ...
+
+    def predict(
+        self,
+        image: Photograph | list[Photograph] | tuple[Photograph, ...],
+        module: int = 4,
+        proposals: Tensor | None = None,
+    ) -> Instances | list[Instances]:
+        """The instances of a photograph, or of each of several, whose tags are not known.
+
+        Args:
+            image: an image file, (H, W, 3) uint8 RGB, a PIL image, or a list of them; a folder stands for the list of
+                its image files in order of name (`data.images.find_images`).
+            module: which of the four predicts; a student stands for module 4 alone, and needs no proposals.
+            proposals: (R, 4) in pixels of the photograph; computed if the module needs them and they are not given.
+
+        Returns:
+            `Instances` on the CPU, best first: scores in [0, 1] as weights, those of modules 2 to 4 less where the
+            photograph as a whole does not seem to show the class (`modules.1.tag_power`); masks for every module. A
+            list of them for a list or a folder.
+
+        Raises:
+            InputError: a file cannot be read; no such module.
+        """
+        self.require(module)
+        images = several(image)
+        if images is not None:
+            if proposals is not None:
+                raise InputError("proposals are those of one photograph; give those of several to predict_batch")
+            return [self.predict(one, module) for one in images]
+        return self.predict_pixels(as_pixels(cast(Photograph, image)), module, proposals)
+
+    def predict_pixels(
+        self, pixels: np.ndarray, module: int = 4, proposals: Tensor | None = None, tags: Tags = None
+    ) -> Instances:
+        """As `predict`, for a photograph (H, W, 3) uint8 RGB; where its ``tags`` are known, of these classes alone, by
+        the choices for labels."""
+        raise NotImplementedError
+
+
+class LabelPEnet(Network):
     """The cascade: a shared stem and the modules `classification`, `detection`, `refinement` and `segmentation`.
 
     Args:
@@ -77,11 +133,6 @@ class LabelPEnet(nn.Module):
                     f"{backbone.name}: excitation backprop cannot pass its {missing}; choose "
                     "--set modules.*.attention=gradient"
                 )
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
 
     def module(self, number: int) -> Classification | Detection | Segmentation:
         """Module 1 to 4; `InputError` for another number."""
@@ -187,42 +238,12 @@ class LabelPEnet(nn.Module):
         """What module ``number`` passes on for training images: instances of their tags only, and the maps behind."""
         return self._instances(number, batch, self.module(number).settings.label)
 
-    @overload
-    def predict(self, image: Photograph, module: int = 4, proposals: Tensor | None = None) -> Instances: ...
-
-    @overload
-    def predict(self, image: list[Photograph] | tuple[Photograph, ...], module: int = 4) -> list[Instances]: ...
-
-    def predict(
-        self,
-        image: Photograph | list[Photograph] | tuple[Photograph, ...],
-        module: int = 4,
-        proposals: Tensor | None = None,
-    ) -> Instances | list[Instances]:
-        """The instances of a photograph, or of each of several, whose tags are not known.
-
-        Args:
-            image: an image file, (H, W, 3) uint8 RGB, a PIL image, or a list of them; a folder stands for the list of
-                its image files in order of name (`data.images.find_images`).
-            module: which of the four predicts.
-            proposals: (R, 4) in pixels of the photograph; computed if the module needs them and they are not given.
-
-        Returns:
-            `Instances` on the CPU, best first: scores in [0, 1] as weights, those of modules 2 to 4 less where the
-            photograph as a whole does not seem to show the class (`modules.1.tag_power`); masks for every module. A
-            list of them for a list or a folder.
-
-        Raises:
-            InputError: a file cannot be read; no such module.
-        """
-        self.require(module)
-        images = several(image)
-        if images is not None:
-            if proposals is not None:
-                raise InputError("proposals are those of one photograph; give those of several to predict_batch")
-            return [self.predict(one, module) for one in images]
+    def predict_pixels(
+        self, pixels: np.ndarray, module: int = 4, proposals: Tensor | None = None, tags: Tags = None
+    ) -> Instances:
+        """As `Network.predict_pixels`."""
         own = None if proposals is None else [torch.as_tensor(proposals)]
-        return self.predict_batch([as_pixels(cast(Photograph, image))], module, own)[0]
+        return self.predict_batch([pixels], module, own, None if tags is None else [tags])[0]
 
     @torch.no_grad()
     def predict_batch(
@@ -301,7 +322,7 @@ class LabelPEnet(nn.Module):
 
     @torch.no_grad()
     def rank_proposals(
-        self, image: np.ndarray, proposals: Tensor, tags: Tags, features: Tensor | None = None
+        self, image: np.ndarray, proposals: Tensor, features: Tensor | None = None
     ) -> tuple[Instances, Tensor]:
         """Module 1 by itself, uncalibrated: proposals (R, 4) ranked by ``x^c w``, after NMS; boxes without masks.
 
@@ -311,14 +332,14 @@ class LabelPEnet(nn.Module):
             At most 20 boxes a class, and the image's class probabilities (C,).
         """
         module = self.classification
-        batch = self.batch([image], [tags], [proposals]) if features is None else None
+        batch = self.batch([image], None, [proposals]) if features is None else None
         x_c, x_p = module(module.features(batch)[0] if batch is not None else features)
         probabilities = module.image_probabilities(x_c, x_p)
         scores = module.scores(x_c, x_p)
         scores = scores - scores.amin(0).clamp(max=0)
         share = (scores / scores.sum(0).clamp(min=1e-6) * probabilities).clamp(0, 1).cpu()
         parts = [Instances.empty((image.shape[0], image.shape[1]))]
-        for label in range(len(self.classes)) if tags is None else tags:
+        for label in range(len(self.classes)):
             kept = nms(proposals, share[:, label], 0.3)[:20]
             labels = torch.full((len(kept),), label)
             parts.append(Instances(proposals[kept], labels, share[kept, label], parts[0].image_size))

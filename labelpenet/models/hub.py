@@ -56,11 +56,9 @@ def save_pretrained(run: Path | str, folder: Path | str, licence: str = "other",
     run, folder = Path(run), Path(folder)
     _check_own(folder)
     facts = read_run(run)
-    load(run)  # refuses what is unfinished or damaged
-    student = facts.get("kind") == KIND
-    files = [(part, run_folder.weights(run, part)) for part in ("stem", *MODULES)]
-    state = read_state(run) if student else {
-        f"{part}.{key}": value for part, path in files if path.is_file() for key, value in read_tensors(path).items()
+    network = load(run)  # refuses what is unfinished or damaged
+    state = read_state(run) if isinstance(network, Student) else {
+        key: value for key, value in network.state_dict().items() if key.partition(".")[0] not in network.untrained
     }  # fmt: skip
     results = read_json(run_folder.results(run)) if run_folder.results(run).is_file() else {}
     results, notes = run_folder.up_to_date(run, results)

@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,12 +42,11 @@ from labelpenet.calibration.sharpen import rescore, sharpen
 from labelpenet.config import MaskCalibration, StudentNetwork, StudentRecipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
-from labelpenet.data.images import Photograph, as_pixels, several
 from labelpenet.data.transforms import divisible, resize_image, scaled_size, shrink
 from labelpenet.errors import DamagedError, InputError, reason
 from labelpenet.instances import Instances
 from labelpenet.models.build import BACKBONES, build_backbone, whole_network
-from labelpenet.models.cascade import LabelPEnet, read_run
+from labelpenet.models.cascade import LabelPEnet, Network, Tags, read_run
 from labelpenet.models.detection import ANCHOR_RATIOS, DoubtingRPN, covered, rcnn_loss
 from labelpenet.models.layers import evaluating, initialise
 from labelpenet.models.segmentation import crop_masks, mask_loss
@@ -101,7 +100,7 @@ class Levels:
     late: list[str]
 
 
-class Student(nn.Module):
+class Student(Network):
     """torchvision's Mask R-CNN in its folded form, and its losses for noisy labels.
 
     Args:
@@ -206,11 +205,6 @@ class Student(nn.Module):
             norm.eval()
         return self
 
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
-
     def plain_state(self) -> dict[str, Tensor]:
         """The weights as torchvision's plain network takes them, on the CPU."""
         state = {key: value.detach().cpu().contiguous() for key, value in self.network.state_dict().items()}
@@ -307,40 +301,18 @@ class Student(nn.Module):
 
     # -- predicting --------------------------------------------------------------------------------------------------
 
-    @overload
-    def predict(self, image: Photograph, module: int = 4, proposals: Tensor | None = None) -> Instances: ...
-
-    @overload
-    def predict(self, image: list[Photograph] | tuple[Photograph, ...], module: int = 4) -> list[Instances]: ...
-
-    def predict(
-        self,
-        image: Photograph | list[Photograph] | tuple[Photograph, ...],
-        module: int = 4,
-        proposals: Tensor | None = None,
-    ) -> Instances | list[Instances]:
-        """The instances of a photograph, or of each of several, with masks.
-
-        Arguments, result and errors as `LabelPEnet.predict`; a student stands for module 4 alone, without proposals.
-        """
-        self.require(module)
-        images = several(image)
-        if images is not None:
-            return [self.predict(one) for one in images]
-        return self._found(as_pixels(cast(Photograph, image)))
-
-    def predict_tagged(self, pixels: np.ndarray, tags: Sequence[int]) -> Instances:
-        """As `predict`, for a photograph (H, W, 3) uint8 RGB whose ``tags`` are known: of these classes alone."""
-        found = self._found(pixels, weighed=False)
-        return found[torch.isin(found.labels, torch.tensor(tags, dtype=torch.long))]
-
     @torch.no_grad()
-    def _found(self, pixels: np.ndarray, weighed: bool = True) -> Instances:
+    def predict_pixels(
+        self, pixels: np.ndarray, module: int = 4, proposals: Tensor | None = None, tags: Tags = None
+    ) -> Instances:
+        """As `Network.predict_pixels`; a student stands for module 4 alone, without proposals."""
+        self.require(module)
         size, values = (pixels.shape[0], pixels.shape[1]), self._values(pixels)
         with evaluating(self):
-            boxes, labels, scores, masks = (value.cpu() for value in self.answer(values, weighed))
+            boxes, labels, scores, masks = (value.cpu() for value in self.answer(values, tags is None))
         boxes = resize_boxes(boxes, list(values.shape[-2:]), list(size))
-        return to_instances(masks, boxes, labels, scores, size, _BOXES)
+        found = to_instances(masks, boxes, labels, scores, size, _BOXES)
+        return found if tags is None else found[torch.isin(found.labels, torch.tensor(tags, dtype=torch.long))]
 
     def _values(self, pixels: np.ndarray) -> Tensor:
         """A photograph (H, W, 3) uint8 RGB as `answer` takes it, on the device."""
@@ -392,18 +364,12 @@ class Student(nn.Module):
         boxes = resize_boxes(found["boxes"], [height, width], list(image.shape[-2:]))
         return boxes[order], labels[order], scores, masks[order]
 
-    def require(self, module: int) -> None:
+    def require(self, number: int) -> None:
         """Raises InputError unless the module asked for is the last one, in whose place a student stands."""
-        if module != 4:
-            raise InputError(f"a student has no module {module}; leave --module out")
+        if number != 4:
+            raise InputError(f"a student has no module {number}; leave --module out")
 
     # -- folders -----------------------------------------------------------------------------------------------------
-
-    @classmethod
-    def start(cls, backbone: str, classes: Sequence[str], recipe: StudentRecipe, weights: Path | None) -> Student:
-        """A student that has learnt nothing yet but for its backbone's ImageNet ``weights`` (see `build_body`)."""
-        body, normalisation = build_body(backbone, weights)
-        return cls(body, classes, recipe, backbone, normalisation)
 
     @classmethod
     def from_run(cls, run: str | Path, device: str | torch.device = "cpu") -> Student:

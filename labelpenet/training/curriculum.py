@@ -337,10 +337,6 @@ class Phase:
                     sample.features = own
         return [module(one) for one in features]
 
-    def multi_label(self, scores: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Equation 2, a mean over the photographs."""
-        return self.network.classification.multi_label(scores, self.batch.tags)
-
     def learn(self, number: int, targets: Sequence[Instances]) -> Tensor:
         """The loss of module 2, 3 or 4 on instances in pixels of each photograph."""
         module = self.network.module(number)
@@ -356,7 +352,7 @@ def _learns(*modules: torch.nn.Module) -> bool:
 def forward(network: LabelPEnet, samples: Sequence[Sample], labels: Labels = None) -> dict[str, Tensor]:
     """The forward phase of some photographs: the loss of each module on what the one before has just inferred."""
     phase = Phase(network, samples, labels)
-    terms = {"forward_1": phase.multi_label(phase.classify())}
+    terms = {"forward_1": network.classification.multi_label(phase.classify(), phase.batch.tags)}
     for number in (2, 3, 4):
         terms[f"forward_{number}"] = phase.learn(number, phase.infer(number - 1))
     return terms
@@ -372,7 +368,7 @@ def backward(network: LabelPEnet, samples: Sequence[Sample], labels: Labels = No
     for sample, found, (x_c, _) in zip(samples, phase.infer(2), scores, strict=True):
         own = proposal_labels(sample.proposals, found, beta)
         single.append(network.classification.single_label_loss(x_c, own.to(x_c.device)))
-    terms["backward_1_multi"] = phase.multi_label(scores)
+    terms["backward_1_multi"] = network.classification.multi_label(scores, phase.batch.tags)
     terms["backward_1_single"] = torch.stack(single).mean()
     return terms
 

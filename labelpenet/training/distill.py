@@ -33,7 +33,7 @@ from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.models.layers import evaluating
-from labelpenet.models.student import KIND, TAGS, Lesson, Student
+from labelpenet.models.student import KIND, TAGS, Lesson, Student, build_body
 from labelpenet.training.labels import check_size, fingerprint, read_all, sort_out
 from labelpenet.training.run import open_run
 from labelpenet.training.tags import fit_tags
@@ -71,7 +71,8 @@ def distill(
         raise InputError("no label has a mask, and a student learns masks, too; give labels with masks")
     fabric = build_fabric(options.device, options.devices, options.nodes, options.precision)
     seed_step(options.seed, "initialisation", 0)
-    student = Student.start(backbone, images.classes, recipe, weights)
+    body, normalisation = build_body(backbone, weights)
+    student = Student(body, images.classes, recipe, backbone, normalisation)
     facts = {
         "kind": KIND,
         "classes": list(images.classes),

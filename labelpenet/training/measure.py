@@ -220,7 +220,7 @@ def rank_images(
         chosen = network.select(boxes[image.id], pixels.shape)
         known = None if features is None else features.kept(image)
         with predictor.fabric.autocast():
-            found, share = network.rank_proposals(pixels, chosen, None, known)
+            found, share = network.rank_proposals(pixels, chosen, known)
         return found, share.cpu().numpy()
 
     with (

@@ -8,7 +8,6 @@ The held-out split's boxes and masks are seen by the `Observer` alone. What trai
 
 import contextlib
 import random
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -88,7 +87,7 @@ class Observer:
             self._draw(numbers, step, metrics)
             if self.held_out is not None:
                 lines = list(self._predict(numbers[-1], self.part))
-                metrics.write({"step": step, **self._measure("val_part", lines, self.part), "time": _now()})
+                metrics.write({"step": step, **self._measure("val_part", lines, self.part)})
 
     def conclude(self, stage: Stage, numbers: Sequence[int]) -> None:
         """As `look`, for a stage that is done, and with the figures of all held-out images; called by all processes.
@@ -112,7 +111,7 @@ class Observer:
                 if self.held_out is not None:
                     part = self._measure("val_part", lines, self.part)
                     whole = self._measure("val", lines, range(count))
-                    metrics.write({"step": stage.steps, **part, **whole, "time": _now()})
+                    metrics.write({"step": stage.steps, **part, **whole})
 
     def _choose(self, indices: Sequence[int], count: int) -> list[int]:
         """So many of the indices, the same ones in every run of this seed."""
@@ -165,7 +164,3 @@ class Observer:
         if "mask" in result:
             figures[f"{name}/mask_mAP@0.5"] = result["mask"]["mAP@0.5"]
         return figures
-
-
-def _now() -> float:
-    return round(time.time(), 3)

@@ -103,13 +103,7 @@ def predict_photograph(
     if image.id in boxes and isinstance(network, LabelPEnet):
         proposals = network.select(boxes[image.id], pixels.shape)
     with fabric.autocast():
-        if not tagged:
-            return network.predict(pixels, module, proposals)
-        if isinstance(network, LabelPEnet):
-            own = None if proposals is None else [proposals]
-            return network.predict_batch([pixels], module, own, [image.tags])[0]
-        network.require(module)
-        return network.predict_tagged(pixels, image.tags)
+        return network.predict_pixels(pixels, module, proposals, image.tags if tagged else None)
 
 
 def predict_images(

@@ -53,6 +53,16 @@ def test_a_cascade_comes_back_with_its_card(tmp_path):
     assert "module 4: box mAP@.5 51.2, mask mAP@0.5 25.0" in card
 
 
+def test_weights_of_version_0_1_come_back(tmp_path):
+    network, path = cascade_run(tmp_path / "run"), run_folder.weights(tmp_path / "run", "classification")
+    before = {key.replace("proposal_weights.", "weigher."): value for key, value in load_file(path).items()}
+    write_tensors(path, before)
+    found = from_pretrained(save_pretrained(tmp_path / "run", tmp_path / "hub"))
+    assert isinstance(found, LabelPEnet)
+    pair = found.classification.proposal_weights.weight, network.classification.proposal_weights.weight
+    assert "weigher.weight" in before and torch.equal(*pair)
+
+
 def test_the_card_has_no_figures_of_earlier_weights(tmp_path, caplog):
     network, run = cascade_run(tmp_path / "run"), tmp_path / "run"
     figures = {number: {"box": {"mAP": int(number) / 10}} for number in "123"}

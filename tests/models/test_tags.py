@@ -238,7 +238,7 @@ def test_the_state_of_a_student_knows_its_tags(tmp_path):
 def test_a_student_weighs_nothing_where_tags_are_known():
     plain, own = untaught("mobilenet_v2", "network.tag_power=0"), sure(untaught("mobilenet_v2", "network.tag_power=1"))
     image = photograph(70, 64)
-    before, after = (net.predict_tagged(image, (1,)) for net in (plain, own))
+    before, after = (net.predict_pixels(image, tags=(1,)) for net in (plain, own))
     assert len(after) and set(after.labels.tolist()) == {1}
     assert torch.equal(before.weights, after.weights) and torch.equal(before.boxes, after.boxes)
     known = plain.predict(image)
