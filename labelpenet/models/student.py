@@ -44,7 +44,7 @@ from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
 from labelpenet.data.images import Photograph, as_pixels, several
 from labelpenet.data.transforms import divisible, resize_image, scaled_size, shrink
-from labelpenet.errors import InputError, reason
+from labelpenet.errors import DamagedError, InputError, reason
 from labelpenet.instances import Instances
 from labelpenet.models.build import BACKBONES, build_backbone, whole_network
 from labelpenet.models.cascade import LabelPEnet, read_run
@@ -52,6 +52,7 @@ from labelpenet.models.detection import ANCHOR_RATIOS, DoubtingRPN, covered, rcn
 from labelpenet.models.layers import evaluating, initialise
 from labelpenet.models.segmentation import crop_masks, mask_loss
 from labelpenet.models.tags import TagClassifier, weigh
+from labelpenet.models.weights import check_finite
 
 KIND = "student"  # what ``run.json`` says of such a folder, and the name of its weights
 TAGS = "tags"  # the name of the weights of its tag classifier, which torchvision's network has not
@@ -408,7 +409,7 @@ class Student(nn.Module):
     @classmethod
     def from_run(cls, run: str | Path, device: str | torch.device = "cpu") -> Student:
         """The trained student of a folder that ``labelpenet distill`` wrote, ready to `predict`; `InputError` where
-        there is no such folder, it is unfinished, or its weights are damaged.
+        there is no such folder, it is unfinished, or its weights are damaged or no numbers.
         """
         run = Path(run)
         facts = read_run(run)
@@ -417,8 +418,9 @@ class Student(nn.Module):
         path = run_folder.weights(run, KIND)
         if not path.is_file():
             raise InputError(f"{run}: the student is not trained yet; finish it with labelpenet distill ... --resume")
+        state = read_state(run)
         try:
-            return cls.from_facts(facts, read_state(run)).to(device)
+            return cls.from_facts(facts, state).to(device)
         except Exception as error:
             raise InputError(
                 f"{path}: does not fit this run ({reason(error)}); delete it and train with --resume"
@@ -434,11 +436,20 @@ class Student(nn.Module):
 
 def read_state(run: Path) -> dict[str, Tensor]:
     """The weights of a student's folder as `Student` takes them: the network's, and the tag classifier's if there is
-    one.
+    one; `DamagedError` where a file is not as it was written, `InputError` where it holds NaN.
     """
     tags = run_folder.weights(run, TAGS)
-    own = {f"{TAGS}.{key}": value for key, value in read_tensors(tags).items()} if tags.is_file() else {}
-    return read_tensors(run_folder.weights(run, KIND)) | own
+    own = {f"{TAGS}.{key}": value for key, value in _read(tags).items()} if tags.is_file() else {}
+    return _read(run_folder.weights(run, KIND)) | own
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        state = read_tensors(path)
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{path}: {reason(error)}; labelpenet distill ... --resume restores it") from error
+    check_finite(state, path)
+    return state
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> LabelPEnet | Student:
