@@ -361,17 +361,17 @@ def is_whole(text: str) -> bool:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[bool]:
+def locked(path: Path, wait: bool = False) -> Iterator[bool]:
     """Whether this process alone has the lock of a folder, or of a file, made where it is missing (else an OSError).
 
-    The lock dies with the process. True also where the file system knows no locks.
+    The lock dies with the process. True also where the file system knows no locks, and once it is free with ``wait``.
     """
     if fcntl is None:
         yield True
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        yield _lock(descriptor, wait=False)
+        yield _lock(descriptor, wait)
     finally:
         os.close(descriptor)
 

@@ -25,6 +25,7 @@ from labelpenet.data.files import (
 from labelpenet.errors import InputError, reason
 from labelpenet.models.cascade import MODULES, LabelPEnet, read_run
 from labelpenet.models.student import KIND, Student, load, read_state
+from labelpenet.models.weights import check_finite
 from labelpenet.progress import log_notes
 
 _FILES = ("config.json", "model.safetensors")
@@ -114,6 +115,7 @@ def from_pretrained(source: Path | str, device: str = "cpu") -> LabelPEnet | Stu
     facts = read_json(folder / "config.json")
     try:
         state = read_tensors(folder / "model.safetensors")
+        check_finite(state, folder / "model.safetensors")
         return (Student.from_facts if facts.get("kind") == KIND else _cascade)(facts, state).to(device)
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise InputError(f"{folder}: cannot be read ({reason(error)}); write or download it again") from error

@@ -51,6 +51,7 @@ from labelpenet.models.detection import ANCHOR_RATIOS, DoubtingRPN, covered, rcn
 from labelpenet.models.layers import evaluating, initialise
 from labelpenet.models.segmentation import crop_masks, mask_loss
 from labelpenet.models.tags import TagClassifier, weigh
+from labelpenet.models.weights import check_finite
 
 KIND = "student"  # what ``run.json`` says of such a folder, and the name of its weights
 TAGS = "tags"  # the name of the weights of its tag classifier, which torchvision's network has not
@@ -374,7 +375,7 @@ class Student(Network):
     @classmethod
     def from_run(cls, run: str | Path, device: str | torch.device = "cpu") -> Student:
         """The trained student of a folder that ``labelpenet distill`` wrote, ready to `predict`; `InputError` where
-        there is no such folder, it is unfinished, or its weights are damaged.
+        there is no such folder, it is unfinished, or its weights are damaged or no numbers.
         """
         run = Path(run)
         facts = read_run(run)
@@ -383,10 +384,9 @@ class Student(Network):
         path = run_folder.weights(run, KIND)
         if not path.is_file():
             raise InputError(f"{run}: the student is not trained yet; finish it with labelpenet distill ... --resume")
+        state = read_state(run)
         try:
-            return cls.from_facts(facts, read_state(run)).to(device)
-        except DamagedError:
-            raise
+            return cls.from_facts(facts, state).to(device)
         except Exception as error:
             raise InputError(
                 f"{path}: does not fit this run ({reason(error)}); delete it and train with --resume"
@@ -401,8 +401,9 @@ class Student(Network):
 
 
 def read_state(run: Path) -> dict[str, Tensor]:
-    """The weights of a student's folder as `Student` takes them: the network's, and the tag classifier's if it has one;
-    `DamagedError` names the file that is not there or not as it was written.
+    """The weights of a student's folder as `Student` takes them: the network's, and the tag classifier's if it has one.
+
+    `DamagedError` names the file that is gone or not as it was written; `InputError` where one holds NaN.
     """
     state = _read_part(run, KIND)
     if config.student_from_dict(read_run(run)["recipe"]).network.tag_power:
@@ -411,13 +412,15 @@ def read_state(run: Path) -> dict[str, Tensor]:
 
 
 def _read_part(run: Path, part: str) -> dict[str, Tensor]:
-    path = run_folder.weights(run, part)
+    path, remedy = run_folder.weights(run, part), "labelpenet distill ... --resume restores it"
     if not path.is_file():
-        raise DamagedError(f"{path}: gone; labelpenet distill ... --resume restores it")
+        raise DamagedError(f"{path}: gone; {remedy}")
     try:
-        return read_tensors(path)
+        state = read_tensors(path)
     except (OSError, ValueError) as error:
-        raise DamagedError(f"{path}: {reason(error)}; delete it and train with --resume") from error
+        raise DamagedError(f"{path}: {reason(error)}; {remedy}") from error
+    check_finite(state, path)
+    return state
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> LabelPEnet | Student:

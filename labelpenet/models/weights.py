@@ -46,6 +46,12 @@ def check_weights(network: nn.Module, state: Mapping[str, Tensor], path: Path) -
         if value.is_complex() or value.is_floating_point() != own.is_floating_point():
             kind = str(value.dtype).removeprefix("torch.")
             raise InputError(f"{path}: {name} holds numbers of type {kind}; give the weights as floating-point numbers")
+        check_finite({name: value}, path)
+
+
+def check_finite(state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuses tensors with NaN or infinite numbers."""
+    for name, value in state.items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise InputError(f"{path}: {name} holds NaN or infinite numbers; download or train the weights again")
 

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import cv2
 
 from labelpenet.data.dataset import TaggedImage, TaggedImages
-from labelpenet.data.files import hash_file, read_json
+from labelpenet.data.files import hash_file, locked, read_json, writing
 from labelpenet.data.images import read_image
 from labelpenet.errors import InputError
 from labelpenet.formats.polygons import rings
@@ -154,10 +154,17 @@ class Review:
             reviewed = {key: one for key, one in self.reviewed.items() if key != image.id}
             if status != "open" or not untouched:
                 reviewed[image.id] = Reviewed(status, self.found.size(image.id), chosen)
-            if (hash_file(self.path) if self.path.exists() else None) != self._written:
-                raise InputError(f"{self.path}: was changed by another program; end this review and start it again")
-            write_review(self.path, reviewed, self.all, self.classes)
-            self.reviewed, self._written = reviewed, hash_file(self.path)
+            with writing(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                # Of two reviews at once the second looks at the file when the first has written it. The lock is the
+                # folder's, for each write puts another file in the place of the last.
+                with locked(self.path.parent, wait=True):
+                    if (hash_file(self.path) if self.path.exists() else None) != self._written:
+                        raise InputError(
+                            f"{self.path}: was changed by another program; end this review and start it again"
+                        )
+                    write_review(self.path, reviewed, self.all, self.classes)
+                    self.reviewed, self._written = reviewed, hash_file(self.path)
             self.revisions[image.id] += 1
 
 

@@ -23,10 +23,10 @@ from labelpenet import config
 from labelpenet.config import Images, Noise, RunOptions, StudentRecipe
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
-from labelpenet.data.files import RESUME, digest, write_tensors
+from labelpenet.data.files import RESUME, digest, read_tensors, write_tensors
 from labelpenet.data.images import read_image
 from labelpenet.data.transforms import View, random_view, scaled_size, shrink
-from labelpenet.engine.distributed import build_fabric, images_together, precision_of
+from labelpenet.engine.distributed import build_fabric, gather, images_together, precision_of
 from labelpenet.engine.sampler import seed_step
 from labelpenet.engine.stage import Stage, load_each
 from labelpenet.engine.trainer import train_stage
@@ -34,6 +34,7 @@ from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.models.layers import evaluating
 from labelpenet.models.student import KIND, TAGS, Lesson, Student, build_body
+from labelpenet.progress import log_notes
 from labelpenet.training.labels import check_size, fingerprint, read_all, sort_out
 from labelpenet.training.run import open_run
 from labelpenet.training.tags import fit_tags
@@ -89,7 +90,8 @@ def distill(
     weights_file, tags_file = run_folder.weights(out, KIND), run_folder.weights(out, TAGS)
     files = [weights_file, *[tags_file] * bool(recipe.network.tag_power)]
     with open_run(out, {**facts, "source": dict(source or {})}, options.resume, taught, fabric):
-        if not all(path.is_file() for path in files):
+        whole = [_is_whole(path) for path in files]
+        if not all(map(all, gather(fabric.world_size, whole))):
             lessons = stage(student, taught, labels, images_together(recipe.schedule.batch_size, fabric))
             train_stage(lessons, out, options, config=facts, fabric=fabric)
             if recipe.network.tag_power:
@@ -101,6 +103,15 @@ def distill(
                 write_tensors(weights_file, student.plain_state(), RESUME)
             fabric.barrier()
     return Student.from_run(out, fabric.device)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file of weights is there as it was written: a damaged one is made again, as the cascade's are."""
+    try:
+        return path.is_file() and bool(read_tensors(path))
+    except (OSError, ValueError):
+        log_notes(f"{path} is damaged; it is made again")
+        return False
 
 
 def stage(student: Student, images: TaggedImages, labels: Mapping[str, Instances], micro_batch: int = 1) -> Stage:

@@ -181,6 +181,17 @@ def test_a_student_comes_back_and_answers_as_before(tmp_path):
     assert kept - load_file(run_folder.weights(run, "student")).keys() == {"tags.weight", "tags.bias"}
 
 
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    cascade_run(tmp_path / "run")
+    for source in (tmp_path / "run", small_student()[0]):
+        folder = save_pretrained(source, tmp_path / source.name)
+        state = load_file(folder / "model.safetensors")
+        name = next(key for key in state if key.endswith("weight"))
+        save_file({**state, name: state[name] * float("nan")}, folder / "model.safetensors")
+        with pytest.raises(InputError, match=r"model\.safetensors: .* NaN"):
+            from_pretrained(folder)
+
+
 def test_damaged_and_foreign_folders_are_refused(tmp_path):
     with pytest.raises(InputError, match="holds no config"):
         from_pretrained(tmp_path)

@@ -13,6 +13,7 @@ import labelpenet
 from labelpenet import config
 from labelpenet.config import RunOptions, recipe
 from labelpenet.data import run_folder
+from labelpenet.data.files import read_tensors, write_tensors
 from labelpenet.data.images import read_image
 from labelpenet.data.scenes import write_scenes
 from labelpenet.engine.distributed import build_fabric
@@ -225,6 +226,36 @@ def test_a_file_of_tags_that_was_deleted_is_made_again(tmp_path):
     recipe = config.override(config.StudentRecipe(), CHOICES)
     distill(annotated.tagged, truths, run, recipe, backbone="tiny", options=RunOptions(resume=True, device="cpu"))
     assert path.read_bytes() == before and run_folder.weights(run, "student").read_bytes() == network
+
+
+@pytest.mark.parametrize("part", [TAGS, "student"])
+def test_a_damaged_file_of_a_student_is_named_and_made_again(tmp_path, caplog, part):
+    trained, year = small_student()
+    run = shutil.copytree(trained, tmp_path / "student")
+    path = run_folder.weights(run, part)
+    before = path.read_bytes()
+    annotated = open_annotated(year, "train")
+    truths = read_supervision("full", annotated).truths
+    recipe = config.override(config.StudentRecipe(), CHOICES)
+    again = {"backbone": "tiny", "options": RunOptions(resume=True, device="cpu")}
+    for damaged in (before[: len(before) // 2], b"", before[:-9] + bytes([before[-9] ^ 4]) + before[-8:]):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=rf"{part}\.safetensors: damaged.*distill \.\.\. --resume"):
+            labelpenet.load(run)
+        distill(annotated.tagged, truths, run, recipe, **again)
+        assert path.read_bytes() == before and f"{path} is damaged; it is made again" in caplog.text
+        caplog.clear()
+
+
+@pytest.mark.parametrize("part", [TAGS, "student"])
+def test_a_students_weights_that_are_no_numbers_are_refused(tmp_path, part):
+    run = shutil.copytree(small_student()[0], tmp_path / "student")
+    path = run_folder.weights(run, part)
+    state = read_tensors(path)
+    name = next(key for key in state if key.endswith("weight"))
+    write_tensors(path, {**state, name: state[name] * float("nan")})
+    with pytest.raises(InputError, match=rf"{part}\.safetensors: .* NaN"):
+        labelpenet.load(run)
 
 
 def test_the_state_of_a_student_knows_its_tags(tmp_path):

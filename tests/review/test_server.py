@@ -20,8 +20,9 @@ from pycocotools import mask as rle
 from labelpenet.cli import main
 from labelpenet.data import TaggedImages, run_folder
 from labelpenet.errors import InputError
-from labelpenet.formats.review import read_review
+from labelpenet.formats.review import read_review, write_review
 from labelpenet.instances import Instances
+from labelpenet.review import server as server_module
 from labelpenet.review.server import Review, Server, serve
 from tests.report.test_html import CLASSES, found_in, make_run, photographs
 
@@ -183,6 +184,36 @@ def test_a_file_that_another_program_has_changed_is_not_overwritten(server: Serv
     status, content, _ = ask(server, "/photographs/1", good)
     assert status == 409 and b"another program" in content and server.review.path.read_text() == "mine"
     assert server.review.overview()["photographs"][1]["status"] == "open"
+
+
+def test_of_two_reviews_that_save_at_once_none_loses_a_verdict(
+    run: tuple[Path, TaggedImages], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, images = run
+    path = folder / "review.json"
+    first, second = (Review.open(folder, images, path) for _ in range(2))
+    ends: list[Exception | None] = []
+
+    def judge() -> None:
+        try:
+            second.judge(1, "dropped", {})
+            ends.append(None)
+        except InputError as error:
+            ends.append(error)
+
+    other = threading.Thread(target=judge)
+
+    def written_slowly(*arguments: Any) -> Path:
+        if not other.ident:
+            other.start()
+            other.join(0.5)  # has looked at the file by then, if nothing keeps it from that
+        return write_review(*arguments)
+
+    monkeypatch.setattr(server_module, "write_review", written_slowly)
+    first.judge(0, "dropped", {})
+    other.join()
+    saved = read_review(path, first.all, first.classes)[0]
+    assert set(saved) == {first.ranked[0][0].id} and "another program" in str(ends[0])
 
 
 def test_a_photograph_that_cannot_be_read_can_be_dropped(server: Server) -> None:
