@@ -42,7 +42,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "proposals": _COUNT, "detections": _COUNT, "keep": _SHARE, "nested": _SHARE, "Noise.limit": (0, 1e6),
     "limit_from": _SHARE, "Sharpening.cells": (1, 16_384), "StudentNetwork.pool": (2, 28), "freeze": (0, 1024),
     "StudentNetwork.mask_depth": (1, 64), "objectness": _SHARE, "tag_power": (0, 100),
-    "margin": (0, 1), "beyond": _SHARE,
+    "margin": (0, 1), "beyond": _SHARE, "evidence": (0, 100),
     "shorten": (1e-6, 100), "seed": (0, 2**63 - 1), "devices": (1, 1024), "nodes": (1, 4096), "workers": (1, 256),
     "checkpoint_minutes": (0, 1e5), "observe_minutes": (0, 1e5), "tolerance": (0, 1e4), "port": (0, 65535),
     "top": (1, 1e9), "Report.images": (0, 10_000), "modules": (1, 4), "module": (1, 4), "until": (1, 4),
@@ -456,6 +456,8 @@ class Sharpening(_Ranged):
         srgb: standard deviation of the kernel of colours, in grey levels of 0..255.
         sfeatures: standard deviation of the kernel of the network's features, in theirs over the photograph.
         compat_gaussian, compat_bilateral, compat_features: weights of the kernels; 0 leaves one out.
+        evidence: weight of the log-odds with which a cell of the network's maps looks like the class (`models.pixels`),
+            beside those of the mask head; 0 leaves them out.
     """
 
     iterations: int = 5
@@ -470,6 +472,7 @@ class Sharpening(_Ranged):
     compat_bilateral: float = 5.0
     sfeatures: float = 0.5
     compat_features: float = 10.0
+    evidence: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -487,8 +490,11 @@ class StudentRecipe:
 
 
 def student_recipe(true: bool = False) -> StudentRecipe:
-    """The student's choices; of ``true`` objects none is doubtful, and no RoI is left out for its loss."""
-    return StudentRecipe(noise=Noise(nested=None, limit=None)) if true else StudentRecipe()
+    """The student's choices; of ``true`` objects none is doubtful, no RoI is left out for its loss, and the mask head,
+    which true masks have taught, is believed alone.
+    """
+    once = StudentRecipe()
+    return replace(once, noise=Noise(nested=None, limit=None), masks=Sharpening(evidence=0.0)) if true else once
 
 
 @dataclass(frozen=True)
@@ -753,7 +759,7 @@ def student_from_dict(values: dict[str, Any]) -> StudentRecipe:
     """As `from_dict`, for the recipe of a student."""
     try:
         once = StudentNetwork(head="layers", objectness=0.0, tag_power=0.0)  # as all had before these were choices
-        return _build(replace(StudentRecipe(), network=once), values)
+        return _build(replace(StudentRecipe(), network=once, masks=Sharpening(evidence=0.0)), values)
     except (TypeError, AttributeError) as error:
         raise InputError(f"the student's recipe cannot be read ({error}); it was made by another version") from error
 

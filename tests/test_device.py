@@ -129,11 +129,11 @@ def test_a_students_answers():
     host, other = untaught(), untaught()
     for student in (host, other):
         student.tags.weight.copy_(torch.linspace(-1, 1, student.tags.weight.numel()).view_as(student.tags.weight))
-    expected = [[host.predict(image), host.predict_tagged(image, (0, 1))] for image in IMAGES]
+    expected = [[host.predict(image), host.predict_pixels(image, tags=(0, 1))] for image in IMAGES]
     with pretended() as waits:
         move(other)
         for image, (answer, labels) in zip(IMAGES, expected, strict=True):
-            for ask, wanted in ((other.predict, answer), (lambda one: other.predict_tagged(one, (0, 1)), labels)):
+            for ask, wanted in ((other.predict, answer), (lambda one: other.predict_pixels(one, tags=(0, 1)), labels)):
                 waits.clear()
                 same([ask(image)], [wanted])
                 assert sum(waits.values()) <= MOST, waits.most_common()

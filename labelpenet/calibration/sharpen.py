@@ -46,6 +46,7 @@ def sharpen(
     settings: Sharpening,
     features: Tensor | None = None,
     stride: float = 1.0,
+    evidence: Tensor | None = None,
 ) -> Tensor:
     """The masks on a canvas of the image's shape, as probabilities: an object's pixels are those above one half.
 
@@ -60,6 +61,8 @@ def sharpen(
         features: (K, h', w') a map of the network, of any scale, that covers the image or more, from its upper left
             corner on; None leaves the CRF's third kernel out.
         stride: of that map, in pixels of the image.
+        evidence: (N, h', w') log-odds on the same map's cells that these show the instance's class (`models.pixels`),
+            of which the CRF's unaries get ``settings.evidence`` times as much; None for none.
 
     Returns:
         (N, h, w) in [0, 1], some `CANVAS` pixels.
@@ -74,12 +77,15 @@ def sharpen(
     odds = torch.logit(drawn, SURE) - doubt
     if not settings.iterations:
         return odds.sigmoid()
-    fine = _averages(image.float(), (height, width), canvas)
+    fine = area_means(image.float(), (height, width), canvas)
     colours = F.avg_pool2d(fine, steps)
     if features is not None:
-        features = _averages(features.float(), (height / stride, width / stride), (rows, columns))
+        features = area_means(features.float(), (height / stride, width / stride), (rows, columns))
     unary = torch.logit(F.avg_pool2d(drawn[:, None], steps)[:, 0], SURE) - doubt
-    change = mean_field(colours, unary, settings, features) - unary
+    believed = unary
+    if evidence is not None:
+        believed = unary + settings.evidence * area_means(evidence, (height / stride, width / stride), (rows, columns))
+    change = mean_field(colours, believed, settings, features) - unary
     return (odds + joint_bilateral_upsampling(change, colours, fine)).sigmoid()
 
 
@@ -169,7 +175,7 @@ def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return rows.T @ maps @ columns
 
 
-def _averages(maps: Tensor, extent: tuple[float, float], size: tuple[int, int]) -> Tensor:
+def area_means(maps: Tensor, extent: tuple[float, float], size: tuple[int, int]) -> Tensor:
     """The means (K, h, w) over a grid of ``size`` that lies on the first ``extent`` pixels of maps (K, H, W)."""
     rows, columns = (
         _shares(own, cells, pixels, maps.device)

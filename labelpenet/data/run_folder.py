@@ -16,6 +16,9 @@ from labelpenet.errors import InputError
 
 _LOCK = ".lock"
 
+TAGS, PIXELS = FITTED = ("tags", "pixels")
+"""A student's linear classifiers, each in a file of its own (`models.tags`, `models.pixels`)."""
+
 
 def facts(run: Path) -> Path:
     """Classes, backbone, recipe and all else that a resumed run must share."""
@@ -184,7 +187,7 @@ def box_map_50(result: Mapping[str, Any]) -> Any:
 
 def is_outdated(known: Any, now: Mapping[str, str], name: str) -> bool:
     """Whether a module (its number) or the student was another in the state ``known``; not where nothing is known."""
-    parts = ("stem", *MODULES[: int(name)]) if name.isdigit() else (name, "tags")
+    parts = ("stem", *MODULES[: int(name)]) if name.isdigit() else (name, *FITTED)
     return isinstance(known, dict) and any(known.get(part) != now.get(part) for part in ("facts", *parts))
 
 

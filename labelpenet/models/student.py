@@ -42,6 +42,7 @@ from labelpenet.calibration.sharpen import rescore, sharpen
 from labelpenet.config import MaskCalibration, StudentNetwork, StudentRecipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
+from labelpenet.data.run_folder import PIXELS, TAGS
 from labelpenet.data.transforms import divisible, resize_image, scaled_size, shrink
 from labelpenet.errors import DamagedError, InputError, reason
 from labelpenet.instances import Instances
@@ -49,12 +50,12 @@ from labelpenet.models.build import BACKBONES, build_backbone, whole_network
 from labelpenet.models.cascade import LabelPEnet, Network, Tags, read_run
 from labelpenet.models.detection import ANCHOR_RATIOS, DoubtingRPN, covered, rcnn_loss
 from labelpenet.models.layers import evaluating, initialise
+from labelpenet.models.pixels import PixelClassifier, stack
 from labelpenet.models.segmentation import crop_masks, mask_loss
 from labelpenet.models.tags import TagClassifier, weigh
 from labelpenet.models.weights import check_finite
 
 KIND = "student"  # what ``run.json`` says of such a folder, and the name of its weights
-TAGS = "tags"  # the name of the weights of its tag classifier, which torchvision's network has not
 STRIDES = (8, 16, 32)  # of the pyramid's maps; the last one, subsampled, is the fourth
 _HEAD = 16  # stride of the map that the pretrained RoI head works on
 _CELLS = 2  # per side of the average at its end, so that a box regression can tell left from right
@@ -110,7 +111,7 @@ class Student(Network):
         recipe: every choice.
         backbone: the name that ``body`` was built by.
         normalisation: ``mean`` and ``std`` of RGB in [0, 1].
-        state: weights of the plain network, and of the tag classifier (`TAGS`); first ones if None.
+        state: weights of the plain network, and of what is `fitted`; first ones if None.
     """
 
     def __init__(
@@ -129,12 +130,16 @@ class Student(Network):
         description = self.description()
         self.network = build_network(body, description)
         set_first_weights(self.network, description["head"])
-        if recipe.network.tag_power:
-            self.tags = TagClassifier(self.levels.channels[-1], len(self.classes))
+        deep = [stride >= _HEAD for stride in self.levels.strides[:-1]]
+        self.deep = deep.index(True) if any(deep) else 0  # the first map that `pixels` reads, and all behind it
+        names, channels = fitted(recipe), self.levels.channels
+        self.tags = TagClassifier(channels[-1], len(self.classes)) if TAGS in names else None
+        self.pixels = PixelClassifier(channels[self.deep :], len(self.classes)) if PIXELS in names else None
         if state is not None:
             plain = dict(state)
-            if recipe.network.tag_power:
-                self.tags.load_state_dict({key: plain.pop(f"{TAGS}.{key}") for key in self.tags.state_dict()})
+            for name in names:
+                part = self.get_submodule(name)
+                part.load_state_dict({key: plain.pop(f"{name}.{key}") for key in part.state_dict()})
             self.network.load_state_dict(plain)
         self.network.rpn = DoubtingRPN.like(self.network.rpn)
         set_scales(self.network, self.levels.strides)
@@ -329,15 +334,24 @@ class Student(Network):
         """The backbone's last map (K, h, w) of a photograph (H, W, 3) uint8 RGB as a whole, for `models.tags`."""
         return self._maps(self._values(pixels))[1]
 
-    def _maps(self, image: Tensor) -> tuple[ImageList, Tensor, dict[str, Tensor]]:
-        """An image (3, H, W) as the network takes it, the backbone's last map without what pads it, and the pyramid."""
+    def cells(self, image: Tensor) -> tuple[Tensor, int]:
+        """The features (K, h, w) of the cells of an image (3, H, W), RGB in [0, 1], for `models.pixels`; their stride."""
+        batch, _, deep, _ = self._maps(image)
+        (height, width), stride = batch.image_sizes[0], self.levels.strides[self.deep]
+        return stack(deep)[:, : -(-height // stride), : -(-width // stride)], stride
+
+    def _maps(self, image: Tensor) -> tuple[ImageList, Tensor, list[Tensor], dict[str, Tensor]]:
+        """An image (3, H, W) as the network takes it, the backbone's last map without what pads it, the maps that
+        `pixels` reads, and the pyramid.
+        """
         batch, _ = self.network.transform([image])
         backbone = cast(BackboneWithFPN, self.network.backbone)
         maps = backbone.body(batch.tensors)
-        last, (height, width) = list(maps.values())[-1], batch.image_sizes[0]
-        stride = batch.tensors.shape[-1] // last.shape[-1]
-        whole = last[0, :, : -(-height // stride), : -(-width // stride)]
-        return batch, whole, {name: features.float() for name, features in backbone.fpn(maps).items()}
+        every, (height, width) = [own[0] for own in maps.values()], batch.image_sizes[0]
+        stride = batch.tensors.shape[-1] // every[-1].shape[-1]
+        whole = every[-1][:, : -(-height // stride), : -(-width // stride)]
+        pyramid = {name: features.float() for name, features in backbone.fpn(maps).items()}
+        return batch, whole, every[self.deep :], pyramid
 
     @torch.no_grad()
     def answer(self, image: Tensor, weighed: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -349,17 +363,20 @@ class Student(Network):
             (`calibration.sharpen`).
         """
         network = self.network
-        batch, whole, maps = self._maps(image)
+        batch, whole, deep, maps = self._maps(image)
         proposals, _ = network.rpn(batch, maps)
         found = network.roi_heads(maps, proposals, batch.image_sizes)[0][0]
         height, width = batch.image_sizes[0]
         mean, std = (torch.tensor(self.normalisation[name], device=self.device) for name in ("mean", "std"))
         seen = batch.tensors[0, :, :height, :width].float() * std[:, None, None] + mean[:, None, None]
         with full_precision(self.device):
-            drawn = found["masks"][:, 0], found["boxes"].float()
-            masks = sharpen(seen, *drawn, self.recipe.masks, next(iter(maps.values()))[0], self.levels.strides[0])
+            drawn, finest = (found["masks"][:, 0], found["boxes"].float()), next(iter(maps.values()))[0]
             scores, labels = found["scores"].float(), found["labels"] - 1
-            if weighed and self.recipe.network.tag_power:
+            evidence = None
+            if self.pixels is not None:
+                evidence = self.pixels(deep, (finest.shape[-2], finest.shape[-1]))[labels]
+            masks = sharpen(seen, *drawn, self.recipe.masks, finest, self.levels.strides[0], evidence)
+            if weighed and self.tags is not None:
                 scores = weigh(scores, labels, self.tags(whole), self.recipe.network.tag_power)
             scores, order = rescore(scores, labels, masks, self.recipe.masks)
         boxes = resize_boxes(found["boxes"], [height, width], list(image.shape[-2:]))
@@ -400,14 +417,20 @@ class Student(Network):
         return cls(body, facts["classes"], recipe, facts["backbone"], facts["normalisation"], state)
 
 
+def fitted(recipe: StudentRecipe) -> list[str]:
+    """The names of the linear classifiers that are fitted once the network is trained, which torchvision's has not."""
+    pixels = recipe.masks.evidence and recipe.masks.iterations
+    return [TAGS] * bool(recipe.network.tag_power) + [PIXELS] * bool(pixels)
+
+
 def read_state(run: Path) -> dict[str, Tensor]:
-    """The weights of a student's folder as `Student` takes them: the network's, and the tag classifier's if it has one.
+    """The weights of a student's folder as `Student` takes them: the network's, and those of what is `fitted`.
 
     `DamagedError` names the file that is gone or not as it was written; `InputError` where one holds NaN.
     """
     state = _read_part(run, KIND)
-    if config.student_from_dict(read_run(run)["recipe"]).network.tag_power:
-        state |= {f"{TAGS}.{key}": value for key, value in _read_part(run, TAGS).items()}
+    for part in fitted(config.student_from_dict(read_run(run)["recipe"])):
+        state |= {f"{part}.{key}": value for key, value in _read_part(run, part).items()}
     return state
 
 

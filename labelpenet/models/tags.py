@@ -49,24 +49,37 @@ class TagClassifier(nn.Module):
             present: (M, C) 1 for the classes among its tags, else 0.
         """
         rows, wanted = described.double(), present.double()
-        mean, deviation = rows.mean(0), rows.std(0, correction=0).clamp(min=1e-6)
-        rows = (rows - mean) / deviation
-        weight = rows.new_zeros(self.weight.shape, requires_grad=True)
-        bias = rows.new_zeros(self.bias.shape, requires_grad=True)
-        optimiser = torch.optim.LBFGS([weight, bias], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+        weight, bias = fit_logistic(rows, wanted, torch.full_like(wanted, 1 / wanted.numel()), PENALTY)
+        self.weight.copy_(weight)
+        self.bias.copy_(bias)
 
-        def loss() -> Tensor:
-            optimiser.zero_grad()
-            error = F.binary_cross_entropy_with_logits(rows @ weight.T + bias, wanted)
-            total = error + PENALTY / 2 * (weight**2).sum()
-            total.backward()  # type: ignore[no-untyped-call]
-            return total
 
-        with torch.enable_grad():
-            optimiser.step(loss)
-        own = weight.detach() / deviation
-        self.weight.copy_(own)
-        self.bias.copy_(bias.detach() - own @ mean)
+def fit_logistic(rows: Tensor, wanted: Tensor, weights: Tensor, penalty: float) -> tuple[Tensor, Tensor]:
+    """Logistic regressions: weights (C, K) and biases (C,) that make the sum of the weighted binary cross-entropies,
+    and half the penalty times the squared weights of features brought to deviation 1, smallest; a class without
+    weights gets zeros.
+
+    Args:
+        rows: (M, K) features, M >= 1, in whose precision it is computed.
+        wanted: (M, C) 0 or 1; weights: (M, C) not negative, of each answer.
+    """
+    mean, deviation = rows.mean(0), rows.std(0, correction=0).clamp(min=1e-6)
+    rows = (rows - mean) / deviation
+    weight = rows.new_zeros(wanted.shape[1], rows.shape[1], requires_grad=True)
+    bias = rows.new_zeros(wanted.shape[1], requires_grad=True)
+    optimiser = torch.optim.LBFGS([weight, bias], max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimiser.zero_grad()
+        error = F.binary_cross_entropy_with_logits(rows @ weight.T + bias, wanted, weights, reduction="sum")
+        total = error + penalty / 2 * (weight**2).sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        return total
+
+    with torch.enable_grad():
+        optimiser.step(loss)
+    own = weight.detach() / deviation
+    return own, bias.detach() - own @ mean
 
 
 def describe(features: Tensor) -> Tensor:

@@ -3,16 +3,19 @@
 What makes labels of a network fit for another one: the best instance of every tag and all that are about as sure are
 taught, weighed by their confidence, and the doubtful rest is neither object nor background; RoIs whose loss
 stays large after a fifth of the steps leave the loss, for there the label is likely to be wrong; the result is the
-average of the weights over many steps. Tags are right: in the end they teach what a photograph as a whole looks like.
+average of the weights over many steps. Tags are right: in the end they teach what a photograph as a whole looks
+like, and with the labels what a class's pixels do.
 
 Shape letters: ``N`` instances, ``h, w`` the network's input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from labelpenet import config
+from labelpenet.calibration.maps import full_precision
+from labelpenet.calibration.sharpen import area_means
 from labelpenet.config import Images, Noise, RunOptions, StudentRecipe
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import TaggedImage, TaggedImages
@@ -33,11 +38,17 @@ from labelpenet.engine.trainer import train_stage
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.models.layers import evaluating
-from labelpenet.models.student import KIND, TAGS, Lesson, Student, build_body
+from labelpenet.models.student import KIND, Lesson, Student, build_body, fitted
 from labelpenet.progress import log_notes
 from labelpenet.training.labels import check_size, fingerprint, read_all, sort_out
 from labelpenet.training.run import open_run
-from labelpenet.training.tags import fit_tags
+from labelpenet.training.tags import fit_pixels, fit_tags
+
+ALONE = 20
+"""Photographs that show a class alone, from which on its cells are learnt from such photographs only."""
+
+NO_OBJECT = 0.1
+"""Share of a cell that an object covers at most where it counts as background; from half of it on it counts as object."""
 
 
 def distill(
@@ -87,20 +98,20 @@ def distill(
         "labels": digest(fingerprint(*one) for one in read_all(labels, taught.images, fabric.global_rank == 0)),
         "recipe": config.to_dict(recipe),
     }
-    weights_file, tags_file = run_folder.weights(out, KIND), run_folder.weights(out, TAGS)
-    files = [weights_file, *[tags_file] * bool(recipe.network.tag_power)]
+    files = {part: run_folder.weights(out, part) for part in (*fitted(recipe), KIND)}
     with open_run(out, {**facts, "source": dict(source or {})}, options.resume, taught, fabric):
-        whole = [_is_whole(path) for path in files]
+        whole = [_is_whole(path) for path in files.values()]
         if not all(map(all, gather(fabric.world_size, whole))):
             lessons = stage(student, taught, labels, images_together(recipe.schedule.batch_size, fabric))
             train_stage(lessons, out, options, config=facts, fabric=fabric)
-            if recipe.network.tag_power:
-                with evaluating(student):
+            with evaluating(student):
+                if student.tags is not None:
                     fit_tags(student.tags, taught.images, student.whole, fabric)
-            if fabric.global_rank == 0:
-                if recipe.network.tag_power:
-                    write_tensors(tags_file, student.tags.state_dict(), RESUME)
-                write_tensors(weights_file, student.plain_state(), RESUME)
+                if student.pixels is not None:
+                    fit_pixels(student.pixels, taught.images, cells_of(student, taught, labels), fabric)
+            for part, path in files.items() if fabric.global_rank == 0 else ():
+                own = student.plain_state() if part == KIND else student.get_submodule(part).state_dict()
+                write_tensors(path, own, RESUME)
             fabric.barrier()
     return Student.from_run(out, fabric.device)
 
@@ -112,6 +123,41 @@ def _is_whole(path: Path) -> bool:
     except (OSError, ValueError):
         log_notes(f"{path} is damaged; it is made again")
         return False
+
+
+def cells_of(
+    student: Student, images: TaggedImages, labels: Mapping[str, Instances]
+) -> Callable[[TaggedImage], tuple[Tensor, Tensor] | None]:
+    """From a photograph to what its cells teach a `models.pixels.PixelClassifier`, as it is seen in prediction: features
+    (K, h, w), and (C, h, w) 1 in an instance that is taught, 0 outside of all, -1 where nothing is known. None where an
+    instance has no mask.
+
+    Outlines of several classes in one photograph are in doubt, so a class that `ALONE` photographs show alone has its
+    objects from those. `InputError` where a photograph cannot be read, or has another size than its labels.
+    """
+    recipe, classes = student.recipe, range(len(student.classes))
+    still = replace(recipe.images, sides=(cast(int, recipe.images.test_side),), flip=False)
+    lonely = Counter(image.tags[0] for image in images.images if len(image.tags) == 1)
+
+    def one(image: TaggedImage) -> tuple[Tensor, Tensor] | None:
+        pixels, own = read_image(image.path), labels[image.id]
+        check_size(image, pixels, own)
+        shown = lesson(pixels, own, still, recipe.noise, torch.Generator())
+        masks = shown.target.masks
+        if masks is None or not masks.flatten(1).any(1).all():
+            return None
+        features, stride = student.cells(shown.pixels.to(student.device))
+        size = (features.shape[-2], features.shape[-1])
+        found = torch.zeros(len(classes), *size)
+        union = torch.stack([masks[shown.target.labels == label].any(0) for label in classes]).float()
+        with full_precision(union.device):
+            shares = area_means(union, (size[0] * stride, size[1] * stride), size)
+        for label, share in enumerate(shares):
+            value = -1.0 if len(image.tags) > 1 and lonely[label] >= ALONE else 1.0
+            found[label] = torch.where(share > 0.5, value, torch.where(share < NO_OBJECT, 0.0, -1.0))
+        return features.cpu(), found
+
+    return one
 
 
 def stage(student: Student, images: TaggedImages, labels: Mapping[str, Instances], micro_batch: int = 1) -> Stage:

@@ -15,12 +15,13 @@ from labelpenet.config import RunOptions, recipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors, write_tensors
 from labelpenet.data.images import read_image
+from labelpenet.data.run_folder import TAGS
 from labelpenet.data.scenes import write_scenes
 from labelpenet.engine.distributed import build_fabric
 from labelpenet.errors import InputError
 from labelpenet.formats import open_annotated, open_tagged
 from labelpenet.models.cascade import LabelPEnet
-from labelpenet.models.student import TAGS, Student
+from labelpenet.models.student import Student
 from labelpenet.models.tags import PENALTY, TagClassifier, describe, weigh
 from labelpenet.training.distill import distill
 from labelpenet.training.supervised import read_supervision
