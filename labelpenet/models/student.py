@@ -335,7 +335,7 @@ class Student(Network):
         return self._maps(self._values(pixels))[1]
 
     def cells(self, image: Tensor) -> tuple[Tensor, int]:
-        """The features (K, h, w) of the cells of an image (3, H, W), RGB in [0, 1], for `models.pixels`; their stride."""
+        """The features (K, h, w) of the cells of an image (3, H, W), RGB in [0, 1], for `models.pixels`; the stride."""
         batch, _, deep, _ = self._maps(image)
         (height, width), stride = batch.image_sizes[0], self.levels.strides[self.deep]
         return stack(deep)[:, : -(-height // stride), : -(-width // stride)], stride

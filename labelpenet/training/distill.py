@@ -48,7 +48,7 @@ ALONE = 20
 """Photographs that show a class alone, from which on its cells are learnt from such photographs only."""
 
 NO_OBJECT = 0.1
-"""Share of a cell that an object covers at most where it counts as background; from half of it on it counts as object."""
+"""Share of a cell that an object covers at most where it counts as background; from half on it counts as object."""
 
 
 def distill(
@@ -128,9 +128,9 @@ def _is_whole(path: Path) -> bool:
 def cells_of(
     student: Student, images: TaggedImages, labels: Mapping[str, Instances]
 ) -> Callable[[TaggedImage], tuple[Tensor, Tensor] | None]:
-    """From a photograph to what its cells teach a `models.pixels.PixelClassifier`, as it is seen in prediction: features
-    (K, h, w), and (C, h, w) 1 in an instance that is taught, 0 outside of all, -1 where nothing is known. None where an
-    instance has no mask.
+    """From a photograph to what its cells teach a `models.pixels.PixelClassifier`, seen as in prediction: features
+    (K, h, w), and (C, h, w) 1 in an instance that is taught, 0 outside of all, -1 where nothing is known. None where
+    an instance has no mask.
 
     Outlines of several classes in one photograph are in doubt, so a class that `ALONE` photographs show alone has its
     objects from those. `InputError` where a photograph cannot be read, or has another size than its labels.
@@ -143,13 +143,15 @@ def cells_of(
         pixels, own = read_image(image.path), labels[image.id]
         check_size(image, pixels, own)
         shown = lesson(pixels, own, still, recipe.noise, torch.Generator())
-        masks = shown.target.masks
-        if masks is None or not masks.flatten(1).any(1).all():
+        target, masks = shown.target, shown.target.masks
+        if masks is None:
+            masks = torch.zeros(len(target), *target.image_size, dtype=torch.bool)
+        if not masks.flatten(1).any(1).all():
             return None
         features, stride = student.cells(shown.pixels.to(student.device))
         size = (features.shape[-2], features.shape[-1])
         found = torch.zeros(len(classes), *size)
-        union = torch.stack([masks[shown.target.labels == label].any(0) for label in classes]).float()
+        union = torch.stack([masks[target.labels == label].any(0) for label in classes]).float()
         with full_precision(union.device):
             shares = area_means(union, (size[0] * stride, size[1] * stride), size)
         for label, share in enumerate(shares):

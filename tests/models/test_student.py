@@ -91,9 +91,9 @@ def test_a_backbone_too_wide_for_its_stages_has_layers_of_its_own_as_older_stude
     for choice in ("head", "pool", "objectness", "tag_power"):
         del older["network"][choice]
     del older["masks"]
-    before = ["network.head=layers", "network.objectness=0", "network.tag_power=0"]
+    before = ["network.head=layers", "network.objectness=0", "network.tag_power=0", "masks.evidence=0"]
     assert config.student_from_dict(older) == config.override(NARROW, before)
-    student = untaught("mobilenet_v2", "network.tag_power=0")
+    student = untaught("mobilenet_v2", "network.tag_power=0", "masks.evidence=0")
     again = Student.from_facts({
         "backbone": "mobilenet_v2", "classes": ["a", "b"], "normalisation": student.normalisation,
         "recipe": config.to_dict(student.recipe),
