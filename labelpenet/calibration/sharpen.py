@@ -62,7 +62,8 @@ def sharpen(
             corner on; None leaves the CRF's third kernel out.
         stride: of that map, in pixels of the image.
         evidence: (N, h', w') log-odds on the same map's cells that these show the instance's class (`models.pixels`),
-            of which the CRF's unaries get ``settings.evidence`` times as much; None for none.
+            of which the CRF's unaries get ``settings.evidence`` times as much, inside the boxes alone where they are
+            positive: beyond may stand another one of the class; None for none.
 
     Returns:
         (N, h, w) in [0, 1], some `CANVAS` pixels.
@@ -84,7 +85,9 @@ def sharpen(
     unary = torch.logit(F.avg_pool2d(drawn[:, None], steps)[:, 0], SURE) - doubt
     believed = unary
     if evidence is not None:
-        believed = unary + settings.evidence * area_means(evidence, (height / stride, width / stride), (rows, columns))
+        looks = area_means(evidence, (height / stride, width / stride), (rows, columns))
+        inside = F.avg_pool2d(draw(torch.ones_like(masks), boxes * scale, canvas)[:, None], steps)[:, 0]
+        believed = unary + settings.evidence * torch.where(looks > 0, looks * inside, looks)
     change = mean_field(colours, believed, settings, features) - unary
     return (odds + joint_bilateral_upsampling(change, colours, fine)).sigmoid()
 
