@@ -86,7 +86,9 @@ def sharpen(
     believed = unary
     if evidence is not None:
         looks = area_means(evidence, (height / stride, width / stride), (rows, columns))
-        inside = F.avg_pool2d(draw(torch.ones_like(masks), boxes * scale, canvas)[:, None], steps)[:, 0]
+        inside = F.avg_pool2d(draw(torch.ones_like(masks, dtype=boxes.dtype), boxes * scale, canvas)[:, None], steps)[
+            :, 0
+        ]
         believed = unary + settings.evidence * torch.where(looks > 0, looks * inside, looks)
     change = mean_field(colours, believed, settings, features) - unary
     return (odds + joint_bilateral_upsampling(change, colours, fine)).sigmoid()

@@ -107,6 +107,8 @@ def test_evidence_moves_a_masks_border_and_none_of_it_nothing():
     assert (
         not (moved[0] > 0.5)[:, : half // 4].any() and not (moved[0] > 0.5)[: inside.shape[0] // 16].any()
     )  # nor beyond
+    short = sharpen(image, masks.bfloat16(), boxes, settings, stride=8, evidence=evidence.bfloat16())  # of autocast
+    assert ((short > 0.5) != (moved > 0.5)).float().mean() < 0.02
     ignored = sharpen(image, masks, boxes, replace(settings, evidence=0.0), stride=8, evidence=evidence)
     torch.testing.assert_close(ignored, plain, atol=1e-5, rtol=0)
 
