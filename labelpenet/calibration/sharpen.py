@@ -85,10 +85,9 @@ def sharpen(
     unary = torch.logit(F.avg_pool2d(drawn[:, None], steps)[:, 0], SURE) - doubt
     believed = unary
     if evidence is not None:
-        looks = area_means(evidence, (height / stride, width / stride), (rows, columns))
-        inside = F.avg_pool2d(draw(torch.ones_like(masks, dtype=boxes.dtype), boxes * scale, canvas)[:, None], steps)[
-            :, 0
-        ]
+        looks = area_means(evidence.float(), (height / stride, width / stride), (rows, columns))
+        inside = draw(torch.ones_like(masks).float(), boxes * scale, canvas)
+        inside = F.avg_pool2d(inside[:, None], steps)[:, 0]
         believed = unary + settings.evidence * torch.where(looks > 0, looks * inside, looks)
     change = mean_field(colours, believed, settings, features) - unary
     return (odds + joint_bilateral_upsampling(change, colours, fine)).sigmoid()
