@@ -456,8 +456,8 @@ class Sharpening(_Ranged):
         srgb: standard deviation of the kernel of colours, in grey levels of 0..255.
         sfeatures: standard deviation of the kernel of the network's features, in theirs over the photograph.
         compat_gaussian, compat_bilateral, compat_features: weights of the kernels; 0 leaves one out.
-        evidence: weight of the log-odds with which a cell of the network's maps looks like the class (`models.pixels`),
-            beside those of the mask head; 0 leaves them out.
+        evidence: where tags are known (``predict --tagged``), the weight of the log-odds with which a cell of the
+            network's maps looks like the class (`models.pixels`), beside those of the mask head; 0 leaves them out.
     """
 
     iterations: int = 5

@@ -47,7 +47,6 @@ class Fixed(nn.Module):
         self.network, self.masks, self.size = student.network, student.recipe.masks, size
         self.stride, self.power = student.levels.strides[0], student.recipe.network.tag_power
         self.tags = student.tags if self.power else None
-        self.pixels, self.deep = student.pixels, student.deep
         image = torch.zeros(1, 3, *size)
         with torch.no_grad():
             maps = list(self.network.backbone(image).values())
@@ -75,11 +74,7 @@ class Fixed(nn.Module):
         every = heads.mask_predictor(features).sigmoid()
         index = (labels + 1)[:, None, None, None].expand(-1, 1, every.shape[2], every.shape[3])
         finest = next(iter(maps.values()))[0]
-        evidence = None
-        if self.pixels is not None:
-            deep = [own[0] for own in list(body.values())[self.deep :]]
-            evidence = self.pixels(deep, (finest.shape[-2], finest.shape[-1]))[labels]
-        drawn = sharpen(image, every.gather(1, index)[:, 0], boxes, self.masks, finest, self.stride, evidence)
+        drawn = sharpen(image, every.gather(1, index)[:, 0], boxes, self.masks, finest, self.stride)
         if self.tags is not None:
             scores = weigh(scores, labels, self.tags(list(body.values())[-1][0]), self.power)
         scores, order = rescore(scores, labels, drawn, self.masks)

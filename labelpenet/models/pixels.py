@@ -2,8 +2,9 @@
 
 A mask head sees boxes of its class alone. What lies behind every cat, and is drawn into many cats' labels, is cat to
 it: nothing tells it that the same sofa stands where no cat is. So each class's cells are told from those of all
-photographs, above all from those whose tags do not name the class, and a student's masks believe both
-(`calibration.sharpen`). Not in the paper, whose background is what lies around an object (section 3.2).
+photographs, above all from those whose tags do not name the class, and where a student labels photographs whose tags
+are known, its masks believe both (`calibration.sharpen`). Not in the paper, whose background is what lies around an
+object (section 3.2).
 
 Shape letters: ``M`` cells, ``K`` channels of all maps together, ``H, W`` cells of the finest map, ``C`` foreground
 classes.

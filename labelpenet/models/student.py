@@ -315,7 +315,7 @@ class Student(Network):
         self.require(module)
         size, values = (pixels.shape[0], pixels.shape[1]), self._values(pixels)
         with evaluating(self):
-            boxes, labels, scores, masks = (value.cpu() for value in self.answer(values, tags is None))
+            boxes, labels, scores, masks = (value.cpu() for value in self.answer(values, tags is not None))
         boxes = resize_boxes(boxes, list(values.shape[-2:]), list(size))
         found = to_instances(masks, boxes, labels, scores, size, _BOXES)
         return found if tags is None else found[torch.isin(found.labels, torch.tensor(tags, dtype=torch.long))]
@@ -354,8 +354,13 @@ class Student(Network):
         return batch, whole, every[self.deep :], pyramid
 
     @torch.no_grad()
-    def answer(self, image: Tensor, weighed: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The network's own answer to an image (3, H, W), RGB in [0, 1]; ``weighed`` by what it shows (`models.tags`).
+    def answer(self, image: Tensor, tagged: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The network's own answer to an image (3, H, W), RGB in [0, 1].
+
+        Args:
+            tagged: whether the image's tags are known: then its masks know what cells look like (`models.pixels`), for
+                the mask head may have learnt a wrong outline of this very image; else scores know what the whole of it
+                shows (`models.tags`).
 
         Returns:
             Boxes (N, 4) in pixels of the image, best first, labels (N,) from 0, scores (N,) of class, photograph
@@ -373,10 +378,10 @@ class Student(Network):
             drawn, finest = (found["masks"][:, 0], found["boxes"].float()), next(iter(maps.values()))[0]
             scores, labels = found["scores"].float(), found["labels"] - 1
             evidence = None
-            if self.pixels is not None:
+            if tagged and self.pixels is not None:
                 evidence = self.pixels(deep, (finest.shape[-2], finest.shape[-1]))[labels]
             masks = sharpen(seen, *drawn, self.recipe.masks, finest, self.levels.strides[0], evidence)
-            if weighed and self.tags is not None:
+            if not tagged and self.tags is not None:
                 scores = weigh(scores, labels, self.tags(whole), self.recipe.network.tag_power)
             scores, order = rescore(scores, labels, masks, self.recipe.masks)
         boxes = resize_boxes(found["boxes"], [height, width], list(image.shape[-2:]))
