@@ -137,8 +137,8 @@ class ForwardBackward:
     four modules, trained together, and the instances that they now infer for the photographs. Recipe `paper` trains
     the stem too and learns what the modules infer; `best` learns labels that were validated, and stops if they drift.
     With --labels all four modules learn what the files say instead: better labels than the cascade's own, such as
-    those that students gave the photographs, or a person. Labels are what bounds the gain: with its own ones `best` took
-    module 4 from 73 to 75 mask mAP@.5 and with true ones to 87 (docs/forward-backward.md).
+    those that students gave the photographs, or a person. Labels are what bounds the gain: with its own `best` took
+    module 4 from 73 to 75 mask mAP@.5, with true ones to 87 (docs/forward-backward.md).
 
     Try:
       labelpenet forward-backward runs/voc VOCdevkit/VOC2012 --out runs/voc-fb
