@@ -178,7 +178,8 @@ def test_a_student_comes_back_and_answers_as_before(tmp_path):
     assert torch.equal(before.boxes, after.boxes) and torch.equal(before.masks, after.masks)
     assert torch.equal(before.weights, after.weights)
     kept = load_file(folder / "model.safetensors").keys()
-    assert kept - load_file(run_folder.weights(run, "student")).keys() == {"tags.weight", "tags.bias"}
+    own = {f"{part}.{name}" for part in ("tags", "pixels") for name in ("weight", "bias")}
+    assert kept - load_file(run_folder.weights(run, "student")).keys() == own
 
 
 def test_weights_that_are_no_numbers_are_refused(tmp_path):
