@@ -30,7 +30,9 @@ from torch.utils.flop_counter import flop_registry
 sys.path.insert(0, str(Path(__file__).parent))
 import training as loops
 
-from labelpenet.data import read_image
+from labelpenet.instances import Instances
+from labelpenet.training.photographs import find_instances
+from labelpenet.training.predict import predict_photographs
 
 
 @dataclass
@@ -111,15 +113,10 @@ def training_row(setting: loops.Setting, number: int, steps: int, peak: float) -
     return Row(setting.backbone.name, name, *found, loops.fractions(clock.take(), sum(seconds)))
 
 
-def working_row(setting: loops.Setting, name: str, do: Callable[[Any], Any], peak: float) -> Row:
-    """What is done photograph by photograph."""
-    images, device = setting.training.images.images, setting.fabric.device
-
-    def work() -> None:
-        for image in images:
-            do(image)
-
-    found = measured(work, len(images), peak)
+def working_row(setting: loops.Setting, name: str, work: Callable[[], Any], peak: float) -> Row:
+    """What is done once for every photograph."""
+    device = setting.fabric.device
+    found = measured(work, len(setting.training.images.images), peak)
     clock = loops.Clock(device)
     with loops.watched(setting.network, clock):
         began = clock.now()
@@ -128,28 +125,24 @@ def working_row(setting: loops.Setting, name: str, do: Callable[[Any], Any], pea
     return Row(setting.backbone.name, name, *found, loops.fractions(clock.take(), seconds))
 
 
-def labelling(setting: loops.Setting, number: int) -> Callable[[Any], Any]:
-    """From a photograph to module ``number``'s labels; 0: the RoI features that module 1 keeps."""
-    training, ids = setting.training, list(range(1, len(setting.network.classes) + 1))
+def finding(setting: loops.Setting, number: int, tagged: bool) -> Callable[[], None]:
+    """Module ``number``'s labels of the photographs, whose tags are known, or its answers; their proposals are known,
+    of labels the RoI features, too.
+    """
+    training, network = setting.training, setting.network
+    ids = list(range(1, len(network.classes) + 1))
 
-    def label(image: Any) -> Any:
-        if number == 0:
-            return training.features.compute(image)
-        return training.infer(number, image, read_image(image.path)).to("cpu").to_coco(image.id, ids)
+    def infer(images: Sequence[Any], pixels: Sequence[Any]) -> list[Instances]:
+        if tagged:
+            return training.infer(number, images, pixels)
+        return predict_photographs(network, images, pixels, number, training.proposals, training.fabric)
 
-    return label
+    def work() -> None:
+        for image, found, _ in find_instances(infer, training.images.images, network.input_size, network.device):
+            if found is not None:
+                found.to("cpu").to_coco(image.id, ids)
 
-
-def answering(setting: loops.Setting, number: int) -> Callable[[Any], Any]:
-    """From a photograph to module ``number``'s answer; its proposals are known."""
-    training = setting.training
-
-    def answer(image: Any) -> Any:
-        pixels = read_image(image.path)
-        with training.fabric.autocast():
-            return setting.network.predict(pixels, number, training.boxes(image, pixels.shape))
-
-    return answer
+    return work
 
 
 def measure(one: argparse.Namespace, setting: loops.Setting, peak: float) -> Iterator[Row]:
@@ -157,10 +150,11 @@ def measure(one: argparse.Namespace, setting: loops.Setting, peak: float) -> Ite
     recipe = setting.recipe
     if recipe.modules[0].freeze_head:
         setting.training.features.folder.mkdir(parents=True, exist_ok=True)
-        yield working_row(setting, "RoI features", labelling(setting, 0), peak)
+        images = setting.training.images.images
+        yield working_row(setting, "RoI features", lambda: [*map(setting.training.features.compute, images)], peak)
     for number in (1, 2, 3, 4):
-        yield working_row(setting, f"module {number} labels", labelling(setting, number), peak)
-        yield working_row(setting, f"module {number} answers", answering(setting, number), peak)
+        yield working_row(setting, f"module {number} labels", finding(setting, number, tagged=True), peak)
+        yield working_row(setting, f"module {number} answers", finding(setting, number, tagged=False), peak)
         yield training_row(setting, number, one.steps, peak)
     yield training_row(setting, 5, one.steps, peak)
 

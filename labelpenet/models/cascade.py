@@ -24,7 +24,7 @@ from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
 from labelpenet.data.images import Photograph, as_pixels, several
 from labelpenet.data.proposals import propose
-from labelpenet.data.transforms import Batch, View, resize_image, scaled_size, stack
+from labelpenet.data.transforms import Batch, View, divisible, resize_image, scaled_size, stack
 from labelpenet.errors import DamagedError, InputError
 from labelpenet.instances import Instances
 from labelpenet.models.backbones import Backbone
@@ -93,7 +93,24 @@ class Network(nn.Module):
     ) -> Instances:
         """As `predict`, for a photograph (H, W, 3) uint8 RGB; where its ``tags`` are known, of these classes alone, by
         the choices for labels."""
+        own = None if proposals is None else [torch.as_tensor(proposals)]
+        return self.predict_batch([pixels], module, own, None if tags is None else [tags])[0]
+
+    def predict_batch(
+        self,
+        images: Sequence[np.ndarray],
+        module: int = 4,
+        proposals: Sequence[Tensor] | None = None,
+        tags: Sequence[Tags] | None = None,
+    ) -> list[Instances]:
+        """As `predict_pixels`, for photographs that go through the network together (a student's one by one)."""
         raise NotImplementedError
+
+    def input_size(self, pixels: np.ndarray) -> tuple[int, int]:
+        """(h, w) to which a photograph (H, W, 3) is scaled and padded for an answer."""
+        images, multiple = cast(config.Images, cast(Any, self).recipe.images), divisible(self.device)
+        height, width = scaled_size(pixels.shape, images.test_side, images.longest)
+        return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
 
 class LabelPEnet(Network):
@@ -237,13 +254,6 @@ class LabelPEnet(Network):
     def infer(self, number: int, batch: Batch) -> list[tuple[Instances, Trace]]:
         """What module ``number`` passes on for training images: instances of their tags only, and the maps behind."""
         return self._instances(number, batch, self.module(number).settings.label)
-
-    def predict_pixels(
-        self, pixels: np.ndarray, module: int = 4, proposals: Tensor | None = None, tags: Tags = None
-    ) -> Instances:
-        """As `Network.predict_pixels`."""
-        own = None if proposals is None else [torch.as_tensor(proposals)]
-        return self.predict_batch([pixels], module, own, None if tags is None else [tags])[0]
 
     @torch.no_grad()
     def predict_batch(

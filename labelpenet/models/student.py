@@ -308,11 +308,19 @@ class Student(Network):
     # -- predicting --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def predict_pixels(
-        self, pixels: np.ndarray, module: int = 4, proposals: Tensor | None = None, tags: Tags = None
-    ) -> Instances:
-        """As `Network.predict_pixels`; a student stands for module 4 alone, without proposals."""
+    def predict_batch(
+        self,
+        images: Sequence[np.ndarray],
+        module: int = 4,
+        proposals: Sequence[Tensor] | None = None,
+        tags: Sequence[Tags] | None = None,
+    ) -> list[Instances]:
+        """As `Network.predict_batch`; a student stands for module 4 alone, without proposals."""
         self.require(module)
+        known = [None] * len(images) if tags is None else tags
+        return [self._predict(pixels, own) for pixels, own in zip(images, known, strict=True)]
+
+    def _predict(self, pixels: np.ndarray, tags: Tags) -> Instances:
         size, values = (pixels.shape[0], pixels.shape[1]), self._values(pixels)
         with evaluating(self):
             boxes, labels, scores, masks = (value.cpu() for value in self.answer(values, tags is not None))

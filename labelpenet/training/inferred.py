@@ -6,21 +6,19 @@ is still inferring, ``RUN/instances/MODULE.part0.jsonl`` grows by a line an imag
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import ByImage, TaggedImage, TaggedImages
 from labelpenet.data.files import RESUME, json_lines, read_json, sealed, write_text, writing
-from labelpenet.engine.distributed import map_images
 from labelpenet.errors import InputError
 from labelpenet.formats.predictions import coco_text
 from labelpenet.formats.rows import check_size, read_rows
 from labelpenet.instances import Instances
 from labelpenet.progress import Progress, log_notes
+from labelpenet.training.photographs import Answer
 
 Rows = list[dict[str, Any]]
 
@@ -78,8 +76,7 @@ def infer_all(
     run: Path,
     name: str,
     images: TaggedImages,
-    infer: Callable[[TaggedImage], Instances],
-    device: torch.device,
+    find: Callable[[Sequence[TaggedImage]], Generator[Answer, None, None]],
     rank: int = 0,
     world: int = 1,
     barrier: Callable[[], None] = lambda: None,
@@ -87,8 +84,8 @@ def infer_all(
     """Labels every training image once, where an earlier run has not, and writes ``RUN/instances/NAME.json``.
 
     Args:
-        infer: from an image to its instances; an `InputError` leaves the image out, as what it shows is not known.
-        device: where it infers: several images at a time on a CPU (`map_images`).
+        find: what is found in images, in order (`training.photographs`); one with a note is left out, as what it shows
+            is not known, and tried again by a resumed run.
         rank, world, barrier: this process among those that share the work.
 
     Raises:
@@ -109,25 +106,18 @@ def infer_all(
     before = len(share) - len(mine)
     part = target.with_suffix(f".part{rank}.jsonl")
 
-    def attempt(image: TaggedImage) -> tuple[dict[str, Any] | None, str]:
-        try:
-            found = infer(image)
-        except InputError as error:  # without a line, so that a resumed run tries it again
-            return None, f"skipped: {error}"
-        rows = found.to("cpu").to_coco(image.id)
-        return {"id": image.id, "size": list(found.image_size), "rows": rows}, ""
-
     with (
         Progress(f"{name} labels the images", len(share), before) as progress,
         writing(part, RESUME),
         part.open("a", encoding="utf-8") as file,
-        contextlib.closing(map_images(attempt, mine, device)) as lines,
+        contextlib.closing(find(mine)) as answers,
     ):
-        for line, note in progress.tracked(lines, before):
-            if line is None:
+        for image, found, note in progress.tracked(answers, before):
+            if found is None:
                 progress.say(note)
                 continue
-            file.write("\n" + sealed(json.dumps(line)))
+            rows = found.to("cpu").to_coco(image.id)
+            file.write("\n" + sealed(json.dumps({"id": image.id, "size": list(found.image_size), "rows": rows})))
             file.flush()
     barrier()
     if rank == 0:
@@ -135,8 +125,8 @@ def infer_all(
         if not by_id:
             raise InputError(f"{name} could label none of the images; see the notes above, then use --resume")
         ordered = (by_id[image.id] for image in images.images if image.id in by_id)
-        found = ((line["id"], tuple(line["size"]), line["rows"]) for line in ordered)
-        text = coco_text(found, images.images, images.classes, with_ids=True)
+        lines = ((line["id"], tuple(line["size"]), line["rows"]) for line in ordered)
+        text = coco_text(lines, images.images, images.classes, with_ids=True)
         write_text(target, sealed(text) + "\n", RESUME)
         for old in target.parent.glob(f"{target.stem}.part*.jsonl"):
             old.unlink()

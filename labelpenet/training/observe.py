@@ -13,17 +13,21 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages
 from labelpenet.data.images import read_image
-from labelpenet.engine.distributed import gather, map_images
+from labelpenet.engine.distributed import gather
 from labelpenet.engine.log import MetricsLog, read_metrics
 from labelpenet.engine.sampler import stream_seed
 from labelpenet.engine.stage import Stage
 from labelpenet.errors import InputError
 from labelpenet.evaluation import evaluate
+from labelpenet.instances import Instances
 from labelpenet.models.layers import evaluating
 from labelpenet.training.inferred import Inferred
-from labelpenet.training.predict import predict_photograph
+from labelpenet.training.photographs import find_instances
+from labelpenet.training.predict import predict_photographs
 from labelpenet.training.pretrain import Boxes, Training
 from labelpenet.visualize import draw_instances
 
@@ -127,7 +131,7 @@ class Observer:
             except InputError:  # whoever loads it for training says so
                 continue
             for number in numbers:
-                found = training.infer(number, image, pixels)
+                (found,) = training.infer(number, [image], [pixels])
                 picture = draw_instances(pixels, found, training.images.classes)
                 metrics.picture(f"module{number}/{image.id}", picture, step)
 
@@ -137,16 +141,14 @@ class Observer:
         assert self.held_out is not None
         network, images = training.network, self.held_out.tagged.images
 
-        def predict(image: TaggedImage) -> _Line | None:
-            try:
-                found = predict_photograph(network, image, number, self.proposals, training.fabric)
-            except InputError:
-                return None
-            return image.id, found.image_size, found.to_coco(image.id)
+        def infer(images: Sequence[TaggedImage], pixels: Sequence[np.ndarray]) -> list[Instances]:
+            return predict_photographs(network, images, pixels, number, self.proposals, training.fabric)
 
-        lines = map_images(predict, [images[index] for index in indices], training.fabric.device)
-        with contextlib.closing(lines):
-            yield from (line for line in lines if line is not None)
+        chosen = [images[index] for index in indices]
+        with contextlib.closing(find_instances(infer, chosen, network.input_size, training.fabric.device)) as answers:
+            for image, found, _ in answers:
+                if found is not None:
+                    yield image.id, found.image_size, found.to_coco(image.id)
 
     def _measure(self, name: str, lines: Sequence[_Line], indices: Sequence[int]) -> dict[str, float]:
         """Figures of the held-out images ``indices``, of which ``lines`` hold the predictions."""

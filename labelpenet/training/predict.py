@@ -2,23 +2,23 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import cv2
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 
 from labelpenet.data.dataset import TaggedImage
-from labelpenet.data.images import read_image
 from labelpenet.data.proposals import compute_proposals
-from labelpenet.engine.distributed import build_fabric, gather, map_images, peers, together
+from labelpenet.engine.distributed import build_fabric, gather, peers, together
 from labelpenet.errors import InputError
 from labelpenet.formats import read_predictions, write_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet, read_run
 from labelpenet.models.student import Student, load
 from labelpenet.progress import Progress, silent
+from labelpenet.training.photographs import Answer, find_instances
 from labelpenet.training.pretrain import Boxes
 
 _log = logging.getLogger(__name__)
@@ -49,16 +49,17 @@ class Predictor:
         """Whether this is the first process, the one that speaks for all."""
         return self.fabric.global_rank == 0
 
-    def predict_image(self, image: TaggedImage, module: int, boxes: Boxes | None = None) -> Instances:
-        """The instances of one photograph, best first. Its proposals in ``boxes`` were computed before; without them
-        they are computed now, where the module needs them.
+    def find(
+        self, images: Sequence[TaggedImage], module: int, boxes: Boxes | None = None
+    ) -> Generator[Answer, None, None]:
+        """The instances of each photograph, best first, in order (`find_instances`). Its proposals in ``boxes`` were
+        computed before; without them they are computed now, where the module needs them.
         """
-        try:
-            return predict_photograph(self.network, image, module, boxes or {}, self.fabric, self.tagged)
-        except (MemoryError, RuntimeError, cv2.error) as error:
-            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "memory" not in str(error):
-                raise
-            raise InputError(f"{image.path}: does not fit into memory; make it smaller") from error
+
+        def infer(some: Sequence[TaggedImage], pixels: Sequence[np.ndarray]) -> list[Instances]:
+            return predict_photographs(self.network, some, pixels, module, boxes or {}, self.fabric, self.tagged)
+
+        return find_instances(infer, images, self.network.input_size, self.fabric.device)
 
     def run(
         self, images: Sequence[TaggedImage], module: int, skipped: list[str], boxes: Boxes | None = None
@@ -66,18 +67,12 @@ class Predictor:
         """One photograph after the other; a bad one is reported, its id added to ``skipped``, and left out."""
         self.network.require(module)
 
-        def attempt(image: TaggedImage) -> tuple[TaggedImage, Instances | None, str]:
-            try:
-                return image, self.predict_image(image, module, boxes), ""
-            except InputError as error:
-                return image, None, f"skipped: {error}"
-
         work = "predicting" if isinstance(self.network, Student) else f"module {module} predicts"
         with (
             Progress(work, len(images), 0, None if self.first else silent) as progress,
-            contextlib.closing(map_images(attempt, images, self.fabric.device)) as results,
+            contextlib.closing(self.find(images, module, boxes)) as answers,
         ):
-            for image, found, note in progress.tracked(results):
+            for image, found, note in progress.tracked(answers):
                 if found is not None:
                     yield image, found
                     continue
@@ -94,16 +89,23 @@ class Predictor:
         return compute_proposals(images, settings, cache, workers, progress=self.first)
 
 
-def predict_photograph(
-    network: LabelPEnet | Student, image: TaggedImage, module: int, boxes: Boxes, fabric: Fabric, tagged: bool = False
-) -> Instances:
-    """What a network predicts for a photograph, with its proposals in ``boxes`` where they are there, and of its tags
-    alone where these are known."""
-    pixels, proposals = read_image(image.path), None
-    if image.id in boxes and isinstance(network, LabelPEnet):
-        proposals = network.select(boxes[image.id], pixels.shape)
+def predict_photographs(
+    network: LabelPEnet | Student,
+    images: Sequence[TaggedImage],
+    pixels: Sequence[np.ndarray],
+    module: int,
+    boxes: Boxes,
+    fabric: Fabric,
+    tagged: bool = False,
+) -> list[Instances]:
+    """What a network predicts for photographs of these ``pixels`` (H, W, 3) uint8, with their proposals in ``boxes``
+    where they are there, and of their tags alone where these are known."""
+    proposals = None
+    if isinstance(network, LabelPEnet) and all(image.id in boxes for image in images):
+        pairs = zip(images, pixels, strict=True)
+        proposals = [network.select(boxes[image.id], own.shape) for image, own in pairs]
     with fabric.autocast():
-        return network.predict_pixels(pixels, module, proposals, image.tags if tagged else None)
+        return network.predict_batch(pixels, module, proposals, [image.tags for image in images] if tagged else None)
 
 
 def predict_images(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from labelpenet.models.layers import evaluating
 from labelpenet.progress import log_notes
 from labelpenet.training.features import RoIFeatures
 from labelpenet.training.inferred import infer_all, read_inferred
+from labelpenet.training.photographs import Answer, find_instances
 from labelpenet.training.supervised import with_masks
 from labelpenet.training.tags import fit_tags
 
@@ -81,15 +82,16 @@ class Training:
         """The proposals of an image (R, 4) that the recipe keeps."""
         return self.network.select(self.proposals[image.id], size)
 
-    def infer(self, number: int, image: TaggedImage, pixels: np.ndarray) -> Instances:
-        """What module ``number`` passes on for a training image of these ``pixels`` (H, W, 3) uint8."""
+    def infer(self, number: int, images: Sequence[TaggedImage], pixels: Sequence[np.ndarray]) -> list[Instances]:
+        """What module ``number`` passes on for training images of these ``pixels`` (H, W, 3) uint8."""
         network, proposals, features = self.network, None, None
         if network.module(number).needs_proposals:
-            proposals, features = [self.boxes(image, pixels.shape)], self.features.known(image)
+            proposals = [self.boxes(image, own.shape) for image, own in zip(images, pixels, strict=True)]
+            known = [found for found in map(self.features.known, images) if found is not None]
+            features = known if len(known) == len(images) else None
         with self.fabric.autocast():
-            batch = network.batch([pixels], [image.tags], proposals, None if features is None else [features])
-            ((found, _),) = network.infer(number, batch)
-        return found
+            batch = network.batch(pixels, [image.tags for image in images], proposals, features)
+            return [found for found, _ in network.infer(number, batch)]
 
     def train(self, stage: Stage) -> None:
         """Trains a stage of this run, or continues it; see `train_stage`."""
@@ -203,16 +205,19 @@ def label_images(training: Training, number: int) -> None:
     network.eval()
     crf = network.recipe.modules[number - 1].label
 
-    def infer(image: TaggedImage) -> Instances:
-        truth = training.truths.get(image.id)
-        if truth is not None and truth.masks is not None:
-            return truth
-        pixels = read_image(image.path)
-        found = training.infer(number, image, pixels)
-        return found if truth is None else with_masks(truth, found, pixels, crf)
+    def infer(images: Sequence[TaggedImage], pixels: Sequence[np.ndarray]) -> list[Instances]:
+        found, truths = training.infer(number, images, pixels), [training.truths.get(image.id) for image in images]
+        pairs = zip(truths, found, pixels, strict=True)
+        return [one if truth is None else with_masks(truth, one, own, crf) for truth, one, own in pairs]
+
+    def find(images: Sequence[TaggedImage]) -> Generator[Answer, None, None]:
+        known = {name: truth for name, truth in training.truths.items() if truth.masks is not None}
+        yield from ((image, known[image.id], "") for image in images if image.id in known)
+        rest = [image for image in images if image.id not in known]
+        yield from find_instances(infer, rest, network.input_size, fabric.device)
 
     place = fabric.global_rank, fabric.world_size, fabric.barrier
-    infer_all(training.run, f"module{number}", training.images, infer, fabric.device, *place)
+    infer_all(training.run, f"module{number}", training.images, find, *place)
 
 
 def labelled(images: TaggedImages, labels: Sequence[Mapping[str, Instances]], fabric: Fabric) -> TaggedImages:

@@ -10,7 +10,6 @@ import numpy as np
 from labelpenet import config
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import digest
-from labelpenet.errors import InputError
 from labelpenet.formats.parts import Part
 from labelpenet.instances import Instances
 from labelpenet.training.predict import Predictor
@@ -99,18 +98,17 @@ class BatchPredictor:
         self.module, self.min_score = module, min_score
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        rows = [row for path in batch["path"] for row in self._rows(str(path))]
+        images = [TaggedImage(str(path), Path(path), ()) for path in batch["path"]]
+        rows = [row for answer in self.predictor.find(images, self.module) for row in self._rows(*answer)]
         kinds = {"path": object, "category": object, "counts": object, "error": object}
         names = ("path", "category", "score", "x", "y", "w", "h", "counts", "error")
         return {name: np.array([row[name] for row in rows], kinds.get(name, np.float32)) for name in names}
 
-    def _rows(self, path: str) -> list[dict[str, Any]]:
-        classes = self.predictor.network.classes
-        empty = {"category": "", "score": 0.0, "x": 0.0, "y": 0.0, "w": 0.0, "h": 0.0, "counts": ""}
-        try:
-            found = self.predictor.predict_image(TaggedImage(path, Path(path), ()), self.module)
-        except InputError as error:
-            return [{"path": path, **empty, "error": str(error)}]
+    def _rows(self, image: TaggedImage, found: Instances | None, note: str) -> list[dict[str, Any]]:
+        path, classes = image.id, self.predictor.network.classes
+        if found is None:
+            empty = {"category": "", "score": 0.0, "x": 0.0, "y": 0.0, "w": 0.0, "h": 0.0, "counts": ""}
+            return [{"path": path, **empty, "error": note.removeprefix("skipped: ")}]
         found = found[found.weights >= self.min_score]
         rows = []
         for row in found.to_coco(0, range(len(classes))):

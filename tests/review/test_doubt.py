@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from labelpenet.cli import main
@@ -79,8 +78,7 @@ def test_the_command_exports_the_most_doubtful_first_of_photographs_that_lie_els
             run,
             f"module{number}",
             images,
-            lambda image: square(0, 0, 9, 9, 0, sure[image.id], SIZE),
-            torch.device("cpu"),
+            lambda some: ((image, square(0, 0, 9, 9, 0, sure[image.id], SIZE), "") for image in some),
         )
     labels, elsewhere = str(run_folder.instances(run, "module4")), ["--images", str(tmp_path / "photographs")]
     main(["export", labels, str(data), *elsewhere, "--top", "2", "--out", str(tmp_path / "out")])

@@ -18,9 +18,9 @@ from labelpenet.data.files import write_json
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances
 from labelpenet.training.inferred import infer_all, read_inferred
+from labelpenet.training.photographs import find_one_by_one
 from tests.formats.test_reader_fuzz import forged
 
-CPU = torch.device("cpu")
 N, C = 9, 3
 IMAGES = TaggedImages(
     ("ball", "box", "star"), tuple(TaggedImage(f"photo-{i}", Path(f"{i}.jpg"), (i % C,)) for i in range(N))
@@ -37,6 +37,11 @@ def guess(image: TaggedImage) -> Instances:
     masks = torch.rand(2, *size, generator=generator) > 0.5
     boxes = torch.tensor([[0.1, 0.2, 7.3, 9.7], [3, 1, 30, 20]])
     return Instances(boxes, torch.tensor([number % C, 2]), torch.rand(2, generator=generator), size, masks)
+
+
+def each(infer):
+    """As `infer_all` wants it."""
+    return lambda images: find_one_by_one(infer, images, torch.device("cpu"))
 
 
 class Stop(Exception):
@@ -56,7 +61,7 @@ def stopping_after(count: int, error: type[BaseException] = KeyboardInterrupt):
 
 
 def whole(run: Path, **options) -> bytes:
-    infer_all(run, "module1", IMAGES, guess, CPU, **options)
+    infer_all(run, "module1", IMAGES, each(guess), **options)
     return run_folder.instances(run, "module1").read_bytes()
 
 
@@ -105,10 +110,10 @@ def test_an_interruption_costs_a_few_images_and_changes_nothing(tmp_path, done):
     expected = whole(tmp_path / "whole")
     infer, _ = stopping_after(done)
     with pytest.raises(KeyboardInterrupt):
-        infer_all(tmp_path / "torn", "module1", IMAGES, infer, CPU)
+        infer_all(tmp_path / "torn", "module1", IMAGES, each(infer))
     assert not run_folder.instances(tmp_path / "torn", "module1").exists()
     again, asked = stopping_after(N)
-    infer_all(tmp_path / "torn", "module1", IMAGES, again, CPU)
+    infer_all(tmp_path / "torn", "module1", IMAGES, each(again))
     assert run_folder.instances(tmp_path / "torn", "module1").read_bytes() == expected
     kept = N - len(asked)
     assert (kept == done) if torch.get_num_threads() == 1 else (kept <= done)
@@ -119,7 +124,7 @@ def test_a_torn_line_is_done_again(tmp_path, cut):
     expected = whole(tmp_path / "whole")
     infer, _ = stopping_after(6)
     with pytest.raises(KeyboardInterrupt):
-        infer_all(tmp_path, "module1", IMAGES, infer, CPU)
+        infer_all(tmp_path, "module1", IMAGES, each(infer))
     (part,) = (tmp_path / "instances").glob("*.jsonl")
     part.write_bytes(part.read_bytes()[:-cut])
     assert whole(tmp_path) == expected
@@ -128,7 +133,7 @@ def test_a_torn_line_is_done_again(tmp_path, cut):
 def test_a_finished_module_is_not_asked_again(tmp_path):
     whole(tmp_path)
     infer, asked = stopping_after(0, Stop)
-    infer_all(tmp_path, "module1", IMAGES, infer, CPU)
+    infer_all(tmp_path, "module1", IMAGES, each(infer))
     assert not asked
 
 
@@ -139,13 +144,13 @@ def test_any_number_of_processes_writes_the_same_file(tmp_path, world):
     # A run of other size was interrupted before.
     infer, _ = stopping_after(4)
     with pytest.raises(KeyboardInterrupt):
-        infer_all(tmp_path / "many", "module1", IMAGES, infer, CPU, 0, 1)
+        infer_all(tmp_path / "many", "module1", IMAGES, each(infer), 0, 1)
     barrier = threading.Barrier(world, timeout=60)
     errors: list[BaseException] = []
 
     def process(rank: int) -> None:
         try:
-            infer_all(tmp_path / "many", "module1", IMAGES, guess, CPU, rank, world, lambda: barrier.wait() and None)
+            infer_all(tmp_path / "many", "module1", IMAGES, each(guess), rank, world, lambda: barrier.wait() and None)
         except BaseException as error:
             errors.append(error)
             barrier.abort()
@@ -172,7 +177,7 @@ def damaged(*names: str):
 
 
 def test_an_unreadable_image_is_told_and_left_out(tmp_path, caplog):
-    infer_all(tmp_path, "module1", IMAGES, damaged("photo-4"), CPU)
+    infer_all(tmp_path, "module1", IMAGES, each(damaged("photo-4")))
     assert caplog.messages == ["skipped: 4.jpg: damaged; replace the file"]
     found = read_inferred(tmp_path, "module1", C)
     assert "photo-4" not in found and len(found) == N - 1 and len(found["photo-5"]) == 2
@@ -188,13 +193,13 @@ def test_a_resumed_run_tries_an_unreadable_image_again(tmp_path):
         return damaged("photo-4")(image)
 
     with pytest.raises(KeyboardInterrupt):
-        infer_all(tmp_path / "resumed", "module1", IMAGES, infer, CPU)
+        infer_all(tmp_path / "resumed", "module1", IMAGES, each(infer))
     assert whole(tmp_path / "resumed") == expected
 
 
 def test_labels_of_no_image_are_no_labels(tmp_path):
     with pytest.raises(InputError, match="label none of the images"):
-        infer_all(tmp_path, "module1", IMAGES, damaged(*(image.id for image in IMAGES.images)), CPU)
+        infer_all(tmp_path, "module1", IMAGES, each(damaged(*(image.id for image in IMAGES.images))))
     assert not run_folder.instances(tmp_path, "module1").exists()
     whole(tmp_path)
 
@@ -202,16 +207,16 @@ def test_labels_of_no_image_are_no_labels(tmp_path):
 def test_another_error_is_not_swallowed(tmp_path):
     infer, _ = stopping_after(2, Stop)
     with pytest.raises(Stop):
-        infer_all(tmp_path, "module1", IMAGES, infer, CPU)
+        infer_all(tmp_path, "module1", IMAGES, each(infer))
     assert not run_folder.instances(tmp_path, "module1").exists()
 
 
 def test_modules_do_not_mix(tmp_path):
     infer, _ = stopping_after(4)
     with pytest.raises(KeyboardInterrupt):
-        infer_all(tmp_path, "module1", IMAGES, infer, CPU)
+        infer_all(tmp_path, "module1", IMAGES, each(infer))
     infer, asked = stopping_after(N)
-    infer_all(tmp_path, "module2", IMAGES, infer, CPU)
+    infer_all(tmp_path, "module2", IMAGES, each(infer))
     assert len(asked) == N
 
 

@@ -142,12 +142,19 @@ def test_an_untrained_module_writes_nothing(run, photographs, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def in_one(predictor: Predictor, image: TaggedImage) -> Instances:
+    """What module 4, or a student, finds in a photograph."""
+    ((_, found, note),) = predictor.find([image], 4)
+    assert found is not None, note
+    return found
+
+
 def test_photographs_whose_tags_are_known_are_labelled_as_training_photographs_are(run, photographs, tmp_path):
     pixels = read_image(photographs / "photo1.jpg")
     network = LabelPEnet.from_run(run)
     for tags in ((1,), (0, 2)):
         image = TaggedImage("photo1.jpg", photographs / "photo1.jpg", tags)
-        found = Predictor(run, "cpu", tagged=True).predict_image(image, 4)
+        found = in_one(Predictor(run, "cpu", tagged=True), image)
         with build_fabric("cpu").autocast():  # in bfloat16 where the processor has it
             ((expected, _),) = network.infer(4, network.batch([pixels], [tags]))
         assert set(found.labels.tolist()) == set(tags), "at least one instance a tag"
@@ -158,10 +165,10 @@ def test_photographs_whose_tags_are_known_are_labelled_as_training_photographs_a
 def test_a_student_told_the_tags_names_nothing_else():
     folder, year = small_student()
     photo = min(Path(year, "JPEGImages").glob("*.jpg"))
-    every = Predictor(folder, "cpu").predict_image(TaggedImage("a", photo, ()), 4)
+    every = in_one(Predictor(folder, "cpu"), TaggedImage("a", photo, ()))
     label = int(every.labels[0])
-    both = Predictor(folder, "cpu", tagged=True).predict_image(TaggedImage("a", photo, (0, 1, 2, 3)), 4)
-    found = Predictor(folder, "cpu", tagged=True).predict_image(TaggedImage("a", photo, (label,)), 4)
+    both = in_one(Predictor(folder, "cpu", tagged=True), TaggedImage("a", photo, (0, 1, 2, 3)))
+    found = in_one(Predictor(folder, "cpu", tagged=True), TaggedImage("a", photo, (label,)))
     assert torch.equal(found.boxes, both.boxes[both.labels == label]) and 0 < len(found) < len(every) == len(both)
 
 
