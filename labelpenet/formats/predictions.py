@@ -11,8 +11,9 @@ Shape letters: ``N`` instances, ``C`` classes.
 import json
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,7 @@ def read_predictions(
     rows = content.get("annotations") if listed else content
     if not isinstance(rows, Lines) and (not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows)):
         raise InputError(f"{path}: expected a COCO results list, or an object with images, categories and annotations")
+    take = rows.take if isinstance(rows, Lines) else partial(map, rows.__getitem__)
     entries = read_entries(path, content, "images") if listed else None
     names = match_images(path, images, entries, notes)
     labels = match_categories(path, classes, category_ids, content if listed else None, notes)
@@ -203,7 +205,7 @@ def read_predictions(
             check_same_size(path, image, true if size is None else size, true)  # before a mask of any size is decoded
             size = true
         if size is not None:
-            one = read_rows(path, [(index, rows[index]) for index in own], labels, image.id, size)
+            one = read_rows(path, list(zip(own, take(own), strict=True)), labels, image.id, size)
             asked[image.id] = own, size, len(scores)
             scores.extend(one.scores)
             bare += one.segmentations.count(None)
@@ -215,28 +217,29 @@ def read_predictions(
     if outside:
         notes.append(f"{path}: {outside} boxes leave their photograph; is their bbox x, y, width, height?")
     scaled = _rescaled(np.array(scores), notes)
-    return Predictions(tuple(classes), tuple(notes), _Listed(path, rows, labels, asked, scaled))
+    return Predictions(tuple(classes), tuple(notes), _Listed(path, take, labels, asked, scaled))
 
 
 class _Listed(ByImage[Rows]):
-    """The rows of each image by id, taken from the list of all when asked for.
+    """The rows of each image by id, taken from all when asked for.
 
-    ``known`` has the numbers of each image's rows, its size, and which of ``scores`` is its first.
+    ``take`` gives the rows of some numbers; ``known`` has those of each image, its size, and which of ``scores`` is its
+    first.
     """
 
     def __init__(
         self,
         path: Path,
-        rows: Sequence[dict[str, Any]],
+        take: Callable[[Iterable[int]], Iterable[dict[str, Any]]],
         labels: Mapping[Any, int | None],
         known: Mapping[str, tuple[Sequence[int], tuple[int, int], int]],
         scores: np.ndarray,
     ) -> None:
-        self._path, self._rows, self._labels, self._known, self._scores = path, rows, labels, known, scores
+        self._path, self._take, self._labels, self._known, self._scores = path, take, labels, known, scores
 
     def __getitem__(self, name: str) -> Rows:
         own, size, first = self._known[name]
-        found = read_rows(self._path, [(index, self._rows[index]) for index in own], self._labels, name, size)
+        found = read_rows(self._path, list(zip(own, self._take(own), strict=True)), self._labels, name, size)
         return replace(found, scores=self._scores[first : first + len(own)])
 
 

@@ -55,25 +55,24 @@ def coco_file(lists: Mapping[str, Iterable[str]]) -> Iterator[str]:
     yield "\n}\n"
 
 
-class Lines(Sequence[Any]):
-    """A list of a file that `coco_file` laid out, of which memory holds where each line begins.
-
-    Its entries are read when they are asked for; an `InputError` where the file has changed since.
-    """
+class Lines:
+    """A list of a file that `coco_file` laid out, of which memory holds where each line begins."""
 
     def __init__(self, path: Path, places: Sequence[int], state: tuple[int, ...]) -> None:
         self._path, self._places, self._state = path, places, state
 
-    def __len__(self) -> int:
-        return len(self._places)
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.take(range(len(self._places)))
 
-    def __getitem__(self, index: Any) -> Any:
-        place = self._places[index]
+    def take(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """The entries of these numbers, read now; `InputError` where the file has changed since."""
         try:
             with self._path.open("rb") as file:
                 if _state(file) == self._state:
-                    file.seek(place)
-                    return json.loads(file.readline().rstrip(b",\n"))
+                    for number in numbers:
+                        file.seek(self._places[number])
+                        yield json.loads(file.readline().rstrip(b",\n"))
+                    return
         except OSError:  # it is gone
             pass
         raise InputError(f"{self._path}: has changed while it was read; start again")

@@ -424,8 +424,8 @@ def own_file(kind: str, root: Path) -> tuple[Path, Callable[[], object]]:
 
 
 LISTS = ("images", "categories", "annotations")
-OWN = ("predictions.json", "predictions.lines.json", "rows.json", "review.json", "proposals.json", "proposals.npz", "proposals.pkl",
-       "proposals.mat", "weights.pth", "weights.safetensors", "metrics.jsonl")  # fmt: skip
+OWN = ("predictions.json", "predictions.lines.json", "rows.json", "review.json", "proposals.json", "proposals.npz",
+       "proposals.pkl", "proposals.mat", "weights.pth", "weights.safetensors", "metrics.jsonl")  # fmt: skip
 
 
 @pytest.mark.parametrize(
