@@ -162,6 +162,25 @@ def test_a_part_that_is_not_as_it_was_written_is_refused(tmp_path: Path, kind: s
     assert refused > count / 2
 
 
+@pytest.mark.parametrize("key", ["number", "image", "skipped"])
+def test_an_odd_value_in_a_line_loses_no_photograph_in_silence(tmp_path: Path, key: str) -> None:
+    """Also with a right checksum, and where the shard goes on behind it."""
+    images = photographs(4)
+    for value in (*ODD, False, 0, ""):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        write(folder, images, 1)
+        (part,) = folder.iterdir()
+        rows = part.read_text().splitlines()
+        row = {name: one for name, one in json.loads(rows[2]).items() if name != "checksum"}
+        rows[2] = sealed(json.dumps({**row, key: value}))
+        part.write_text("\n".join(rows) + "\n")
+        try:
+            assert merge_parts([folder], folder / "out.json")[0] == 4 - (key == "skipped" and value is True)
+        except InputError as error:
+            assert "line 3 is damaged" in str(error) and key != "skipped"
+        write(folder, images, 1)  # the shard's command again
+
+
 def test_a_finished_part_that_is_damaged_is_mended(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = photographs(6)
     write(tmp_path, images, 2)
