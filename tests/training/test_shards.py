@@ -163,7 +163,7 @@ def test_a_part_that_is_not_as_it_was_written_is_refused(tmp_path: Path, kind: s
 
 
 @pytest.mark.parametrize("key", ["number", "image", "skipped"])
-def test_an_odd_value_in_a_line_loses_no_photograph_in_silence(tmp_path: Path, key: str) -> None:
+def test_an_odd_value_in_a_line_ends_in_no_traceback_and_loses_no_photograph(tmp_path: Path, key: str) -> None:
     """Also with a right checksum, and where the shard goes on behind it."""
     images = photographs(4)
     for value in (*ODD, False, 0, ""):
