@@ -150,13 +150,14 @@ class Part:
         with path.open("rb") as file:
             for number, line in enumerate(file):
                 row = _row(line) if line.endswith(b"\n") else None
-                if row is None or (number and (row.get("image") not in ids or row["image"] in self.done)):
+                name = row and row.get("image")
+                if row is None or (number and not (isinstance(name, str) and name in ids and name not in self.done)):
                     break
                 if number == 0:
                     self._compare(path, row)
                 if number:
                     self.done.add(row["image"])
-                    if row.get("skipped"):
+                    if row.get("skipped") is True:
                         self.skipped.add(row["image"])
                 length += len(line)
         return length
@@ -294,13 +295,12 @@ def _photographs(part: Path, check: bool = True) -> Iterator[tuple[int, dict[str
         place = len(next(file))
         for number, line in enumerate(file, 2):
             row = _row(line)
-            if (
-                row is None
-                or row.get("number") in seen
-                or not (row.get("skipped") is True or not check or _is_photograph(part, row, labels))
+            skipped = row is not None and row.get("skipped") is True
+            if row is None or not (
+                skipped or ((not check or _is_photograph(part, row, labels)) and row.get("number") not in seen)
             ):
                 raise InputError(f"{part}: line {number} is damaged; delete the part and run its shard again")
-            if not row.get("skipped"):
+            if not skipped:
                 seen.add(row["number"])
                 yield place, row
             place += len(line)

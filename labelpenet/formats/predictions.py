@@ -9,20 +9,24 @@ Shape letters: ``N`` instances, ``C`` classes.
 """
 
 import json
+from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from labelpenet.data.dataset import TaggedImage, TaggedImages
+from labelpenet.data.dataset import ByImage, TaggedImage, TaggedImages
 from labelpenet.data.files import brief, listing, read_json, write_text
 from labelpenet.data.images import image_size
 from labelpenet.errors import InputError
 from labelpenet.formats.parts import part_classes, read_parts
 from labelpenet.formats.review import accepted
 from labelpenet.formats.rows import (
+    Lines,
     Predictions,
     Rows,
     check_id,
@@ -30,6 +34,7 @@ from labelpenet.formats.rows import (
     check_size,
     coco_annotation,
     coco_file,
+    coco_lists,
     file_names,
     image_numbers,
     match_categories,
@@ -106,6 +111,14 @@ def coco_text(
     return "".join(coco_file({"images": entries, "categories": categories, "annotations": annotations}))
 
 
+def read_content(path: Path) -> Any:
+    """The content of a JSON file; the annotations of a predictions file that was written here stay there until they are
+    asked for. `InputError` as `read_json`.
+    """
+    lists = coco_lists(path)
+    return read_json(path) if lists is None else lists
+
+
 def class_names(path: Path) -> list[str]:
     """The names of the categories that a predictions file lists, in its order.
 
@@ -114,7 +127,7 @@ def class_names(path: Path) -> list[str]:
     """
     if path.is_dir():
         return part_classes(path)
-    content = read_json(path)
+    content = read_content(path)
     entries = read_entries(path, content, "categories") if isinstance(content, dict) else None
     if not entries or not all(isinstance(entry.get("name"), str) for entry in entries):
         raise InputError(f"{path}: names no classes, and neither do the photographs; give a data set with tags")
@@ -141,7 +154,8 @@ def read_predictions(
     mapped linearly onto it, all alike, which changes no order.
 
     Args:
-        path: the file, or a folder with all parts of `predict --shard`, whose lines are read when they are asked for.
+        path: the file, or a folder with all parts of `predict --shard`. Lines of these, and of a file that was written
+            here, are read when they are asked for; another file is in memory as a whole.
         images: the photographs that predictions are wanted for.
         classes: names of the C classes, in label order.
         category_ids: (C,) the id of each class where the file names no categories; None for 1..C.
@@ -158,29 +172,31 @@ def read_predictions(
     images = images.images if isinstance(images, TaggedImages) else images
     if path.is_dir():
         return read_parts(path, images, classes)
-    content, notes = accepted(path, read_json(path))
+    content, notes = accepted(path, read_content(path))
     listed = isinstance(content, dict)
     rows = content.get("annotations") if listed else content
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+    if not isinstance(rows, Lines) and (not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows)):
         raise InputError(f"{path}: expected a COCO results list, or an object with images, categories and annotations")
+    take = rows.take if isinstance(rows, Lines) else partial(map, rows.__getitem__)
     entries = read_entries(path, content, "images") if listed else None
     names = match_images(path, images, entries, notes)
     labels = match_categories(path, classes, category_ids, content if listed else None, notes)
     if not listed or content.get("categories") is None:
         labels |= dict.fromkeys(set(others) - set(labels))
-    kept: dict[str, list[tuple[int, dict[str, Any]]]] = defaultdict(list)
+    kept: dict[str, array[int]] = defaultdict(lambda: array("Q"))  # numbers of rows
     known = listing(map(str, labels))
     for index, row in enumerate(rows):
         name = _lookup(names, row.get("image_id"), f"{path}: row {index}: image_id", "the images of the data set")
         label = _lookup(labels, row.get("category_id"), f"{path}: row {index}: category_id", known)
         if name is not None and label is not None:
-            kept[name].append((index, row))
+            kept[name].append(index)
     sizes = _sizes(path, entries, names)
-    by_name: dict[str, Rows] = {}
+    asked: dict[str, tuple[array[int], tuple[int, int], int]] = {}
+    scores, bare, outside = array("d"), 0, 0
     unreadable: list[str] = []
     for image in images:
-        size = sizes.get(image.id)
-        if kept[image.id] or (size is None and image.id in sizes):
+        own, size = kept[image.id], sizes.get(image.id)
+        if own or (size is None and image.id in sizes):
             try:
                 true = image_size(image.path)
             except InputError as error:
@@ -189,16 +205,42 @@ def read_predictions(
             check_same_size(path, image, true if size is None else size, true)  # before a mask of any size is decoded
             size = true
         if size is not None:
-            by_name[image.id] = read_rows(path, kept[image.id], labels, image.id, size)
+            one = read_rows(path, list(zip(own, take(own), strict=True)), labels, image.id, size)
+            asked[image.id] = own, size, len(scores)
+            scores.extend(one.scores)
+            bare += one.segmentations.count(None)
+            limit = [size[1] + 1, size[0] + 1]
+            outside += int(((one.boxes[:, :2] < -1) | (one.boxes[:, 2:] > limit)).any(1).sum())
     notes += brief(unreadable, "photographs cannot be read; what was found in them is left out")
-    segmentations = [segmentation for one in by_name.values() for segmentation in one.segmentations]
-    if 0 < (bare := segmentations.count(None)) < len(segmentations):
-        notes.append(f"{path}: {bare} of {len(segmentations)} instances have a box only, no mask")
-    limits = [(one.boxes, [one.size[1] + 1, one.size[0] + 1]) for one in by_name.values()]
-    if outside := sum(int(((boxes[:, :2] < -1) | (boxes[:, 2:] > limit)).any(1).sum()) for boxes, limit in limits):
+    if 0 < bare < len(scores):
+        notes.append(f"{path}: {bare} of {len(scores)} instances have a box only, no mask")
+    if outside:
         notes.append(f"{path}: {outside} boxes leave their photograph; is their bbox x, y, width, height?")
-    _rescale(by_name, notes)
-    return Predictions(tuple(classes), tuple(notes), by_name)
+    scaled = _rescaled(np.array(scores), notes)
+    return Predictions(tuple(classes), tuple(notes), _Listed(path, take, labels, asked, scaled))
+
+
+class _Listed(ByImage[Rows]):
+    """The rows of each image by id, taken from all when asked for.
+
+    ``take`` gives the rows of some numbers; ``known`` has those of each image, its size, and which of ``scores`` is its
+    first.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        take: Callable[[Iterable[int]], Iterable[dict[str, Any]]],
+        labels: Mapping[Any, int | None],
+        known: Mapping[str, tuple[Sequence[int], tuple[int, int], int]],
+        scores: np.ndarray,
+    ) -> None:
+        self._path, self._take, self._labels, self._known, self._scores = path, take, labels, known, scores
+
+    def __getitem__(self, name: str) -> Rows:
+        own, size, first = self._known[name]
+        found = read_rows(self._path, list(zip(own, self._take(own), strict=True)), self._labels, name, size)
+        return replace(found, scores=self._scores[first : first + len(own)])
 
 
 def _sizes(
@@ -215,30 +257,24 @@ def _sizes(
     return sizes
 
 
-def _rescale(rows: Mapping[str, Rows], notes: list[str]) -> None:
-    """Scores in [0, 1], in place, in their order also as float32."""
-    scores = np.concatenate([np.zeros(0), *(one.scores for one in rows.values())])
+def _rescaled(scores: np.ndarray, notes: list[str]) -> np.ndarray:
+    """Scores in [0, 1], in their order also as float32."""
     low, high = scores.min(initial=0.0), scores.max(initial=1.0)
+    mapped = scores
     if low < 0 or high > 1:
         notes.append(f"scores between {low:.4g} and {high:.4g} are mapped onto [0, 1]; their order is as it was")
-        for one in rows.values():
-            one.scores[:] = (one.scores / 2 - low / 2) / (high / 2 - low / 2)  # halves: 1e308 must not overflow
-        mapped = np.concatenate([np.zeros(0), *(one.scores for one in rows.values())])
-    else:
-        mapped = scores
+        mapped = (scores / 2 - low / 2) / (high / 2 - low / 2)  # halves: 1e308 must not overflow
     before, place = np.unique(scores, return_inverse=True)
     single = mapped.astype(np.float32)  # as `Instances` has them, where scores that differ may not
     if len(before) == len(np.unique(single)):
-        return
+        return mapped
     order = np.zeros(len(before), np.float32)
     order[place] = single
     for index in range(len(order) - 2, -1, -1):
         order[index] = min(order[index], np.nextafter(order[index + 1], np.float32(-1)))
     if order[0] < 0:  # too many near nothing
         order = np.linspace(0, 1, len(order), dtype=np.float32)
-    ends = np.cumsum([len(one.scores) for one in rows.values()])[:-1]
-    for one, own in zip(rows.values(), np.split(order[place], ends), strict=True):
-        one.scores[:] = own
+    return order[place]
 
 
 def _lookup(table: Mapping[Any, Any], value: Any, where: str, known: str) -> Any:

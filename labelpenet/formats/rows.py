@@ -3,13 +3,15 @@
 Shape letters: ``N`` instances, ``C`` classes.
 """
 
+import json
 import math
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -51,6 +53,73 @@ def coco_file(lists: Mapping[str, Iterable[str]]) -> Iterator[str]:
         yield "\n]"
         before = ",\n"
     yield "\n}\n"
+
+
+class Lines:
+    """A list of a file that `coco_file` laid out, of which memory holds where each line begins."""
+
+    def __init__(self, path: Path, places: Sequence[int], state: tuple[int, ...]) -> None:
+        self._path, self._places, self._state = path, places, state
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.take(range(len(self._places)))
+
+    def take(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """The entries of these numbers, read now; `InputError` where the file has changed since."""
+        try:
+            with self._path.open("rb") as file:
+                if _state(file) == self._state:
+                    for number in numbers:
+                        file.seek(self._places[number])
+                        yield json.loads(file.readline().rstrip(b",\n"))
+                    return
+        except OSError:  # it is gone
+            pass
+        raise InputError(f"{self._path}: has changed while it was read; start again")
+
+
+def coco_lists(path: Path) -> dict[str, Any] | None:
+    """The lists of a file that `coco_file` wrote, the annotations as `Lines`; None where it is laid out otherwise."""
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            state, head = _state(file), file.readline(3)
+            images = [entry for _, entry in _entries(file, "images")]
+            between = file.readline(4)
+            categories = [entry for _, entry in _entries(file, "categories")]
+            between += file.readline(4)
+            places = array("Q", (place for place, _ in _entries(file, "annotations")))
+            if (head, between, file.read(6)) != (b"{\n", b"],\n],\n", b"]\n}\n"):
+                return None
+    except (OSError, ValueError, RecursionError):
+        return None
+    return {"images": images, "categories": categories, "annotations": Lines(path, places, state)}
+
+
+def _entries(file: BinaryIO, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each entry of the list that begins here and the place of its line; a ValueError where it is laid out otherwise.
+
+    The file is then behind the last entry.
+    """
+    more = file.readline(99) == f'"{key}": [\n'.encode()
+    if not more:
+        raise ValueError(f"no list of {key}")
+    while more:
+        place, line = file.tell(), file.readline(2**27)
+        more = line.endswith(b",\n")
+        if line == b"\n":  # the list is empty
+            return
+        entry = json.loads(line.removesuffix(b"\n").removesuffix(b","))
+        if not isinstance(entry, dict):
+            raise ValueError("no object")
+        yield place, entry
+
+
+def _state(file: BinaryIO) -> tuple[int, ...]:
+    """What is another of another file, or one that was changed."""
+    found = os.fstat(file.fileno())
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def image_numbers(images: Sequence[TaggedImage]) -> dict[str, int]:

@@ -18,9 +18,9 @@ from labelpenet.calibration.nms import confident
 from labelpenet.config import Noise
 from labelpenet.data import run_folder
 from labelpenet.data.dataset import ByImage, TaggedImage, TaggedImages
-from labelpenet.data.files import listing, read_json
+from labelpenet.data.files import listing
 from labelpenet.errors import InputError
-from labelpenet.formats import read_predictions
+from labelpenet.formats.predictions import read_content, read_predictions
 from labelpenet.formats.review import is_review, read_review
 from labelpenet.formats.rows import Predictions
 from labelpenet.instances import Instances
@@ -99,7 +99,7 @@ def _verdicts(
     accepted: dict[str, Predictions] = {}
     refused: set[str] = set()
     for path, labels in by_path.items():
-        if not path.is_file() or not is_review(read_json(path)):
+        if not path.is_file() or not is_review(read_content(path)):
             continue
         said, _ = read_review(path, images.images, images.classes)
         own = {name for name, one in said.items() if one.status != "accepted"}

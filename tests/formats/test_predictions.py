@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.images import find_images
 from labelpenet.errors import InputError
 from labelpenet.formats import Predictions, read_predictions, write_predictions
+from labelpenet.formats.rows import coco_lists
 from labelpenet.instances import CompactMasks, Instances, check_segmentation
 
 from .photographs import CLASSES, assert_same, instances, photographs, predictions
+from .test_reader_fuzz import forged, mutated
 
 NAMES = ("2008_000001.jpg", "2008_000002.jpg", "2009_000007.jpg")
 IDS = (17, 3, 5)
@@ -115,6 +118,54 @@ def test_of_a_path_the_folders_must_be_those_of_the_photograph(tmp_path, name, f
     else:
         with pytest.raises(InputError, match="none of its images"):
             read_predictions(path, images, CLASSES, IDS)
+
+
+def read_or_refused(path, images):
+    """What there is to know of a file: why it is refused, or its notes and all instances."""
+    try:
+        found = read_predictions(path, images, CLASSES)
+    except InputError as error:
+        return str(error)
+    parts = [(one.boxes, one.labels, one.weights, one.masks) for one in found.values()]
+    plain = [[value if value is None else value.tolist() for value in part] for part in parts]
+    return list(found), found.notes, [one.image_size for one in found.values()], plain
+
+
+def test_a_file_whose_rows_are_read_when_asked_for_says_what_it_says_as_a_whole(tmp_path, monkeypatch):
+    """Also where it was edited or damaged: a line cut, doubled or moved, a value replaced."""
+    images, rng = photographs(tmp_path, NAMES), random.Random(3)
+    path = write_predictions(tmp_path / "p.json", predictions(images), images, CLASSES)
+    good, refused, by_line = path.read_bytes(), 0, 0
+    for case in range(150):
+        lines = good.splitlines(keepends=True)
+        number = rng.randrange(len(lines))
+        if case % 3 == 1:
+            lines[number] = b"".join([lines[number]] * rng.choice([0, 2]))
+        elif case % 3 == 2 and lines[number].startswith(b"{") and len(lines[number]) > 2:
+            row = forged(json.loads(lines[number].rstrip(b",\n")), rng)
+            lines[number] = json.dumps(row).encode() + lines[number][len(lines[number].rstrip(b",\n")) :]
+        elif case:
+            rng.shuffle(lines) if case % 2 else lines.sort()
+        path.write_bytes(b"".join(lines) if case % 6 else mutated(good, rng) if case else good)
+        by_line += coco_lists(path) is not None
+        lazy = read_or_refused(path, images)
+        with monkeypatch.context() as patched:
+            patched.setattr("labelpenet.formats.predictions.coco_lists", lambda path: None)
+            assert read_or_refused(path, images) == lazy
+        refused += isinstance(lazy, str)
+    assert refused > 20 and 20 < by_line < 140
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path):
+    images = photographs(tmp_path, NAMES)
+    path = write_predictions(tmp_path / "p.json", predictions(images), images, CLASSES)
+    found = read_predictions(path, images, CLASSES)
+    path.write_bytes(path.read_bytes().replace(b'"score"', b' "score"'))
+    with pytest.raises(InputError, match="has changed while it was read; start again"):
+        list(found.values())
+    path.unlink()
+    with pytest.raises(InputError, match="has changed while it was read; start again"):
+        list(found.values())
 
 
 def test_pycocotools_reads_the_file(tmp_path):

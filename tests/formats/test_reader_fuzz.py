@@ -35,6 +35,7 @@ from labelpenet.engine.log import read_metrics
 from labelpenet.formats import coco, open_annotated, open_tagged, read_predictions
 from labelpenet.formats.corrected import read_corrected
 from labelpenet.formats.review import KIND
+from labelpenet.formats.rows import coco_file
 from labelpenet.instances import decode_mask
 from labelpenet.models.weights import load_weights
 from tests.formats.corpus import LAYOUTS
@@ -383,7 +384,9 @@ def own_file(kind: str, root: Path) -> tuple[Path, Callable[[], object]]:
         "proposals.json": [{"image_id": "x.jpg", "bbox": [1, 2, 3, 4], "score": 0.5}] * 3,
         "metrics.jsonl": {"stage": "module1", "step": 1, "loss": 0.5},
     }  # fmt: skip
-    if kind in json_of:
+    if kind == "predictions.lines.json":
+        path.write_text("".join(coco_file({key: map(json.dumps, content[key]) for key in LISTS})))
+    elif kind in json_of:
         path.write_text(json.dumps(json_of[kind]) + "\n")
     elif suffix == "npz":
         np.savez(path, **{name.replace("/", " "): value for name, value in boxes.items()}, x=boxes["x.jpg"])
@@ -420,8 +423,9 @@ def own_file(kind: str, root: Path) -> tuple[Path, Callable[[], object]]:
     return path, {**read, "weights": weights, "metrics": lambda: read_metrics(root)}[kind.split(".")[0]]
 
 
-OWN = ("predictions.json", "rows.json", "review.json", "proposals.json", "proposals.npz", "proposals.pkl",
-       "proposals.mat", "weights.pth", "weights.safetensors", "metrics.jsonl")  # fmt: skip
+LISTS = ("images", "categories", "annotations")
+OWN = ("predictions.json", "predictions.lines.json", "rows.json", "review.json", "proposals.json", "proposals.npz",
+       "proposals.pkl", "proposals.mat", "weights.pth", "weights.safetensors", "metrics.jsonl")  # fmt: skip
 
 
 @pytest.mark.parametrize(

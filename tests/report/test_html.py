@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import weakref
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -23,7 +24,7 @@ from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, 
 from labelpenet.data.files import hash_file, write_json
 from labelpenet.errors import InputError
 from labelpenet.evaluation import Table, evaluate
-from labelpenet.formats import open_annotated, write_predictions
+from labelpenet.formats import Predictions, open_annotated, write_predictions
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.report import write_report
@@ -382,6 +383,32 @@ def test_the_worst_images_are_those_with_the_least_overlap(tmp_path: Path, netwo
     ranked = worst_images(images, found, held_out.read, 5)
     values = [value for _, value in ranked]
     assert values == sorted(values) and [image.id[0] for image, _ in ranked] == ["4", "3", "2", "1", "0"]
+
+
+def test_a_report_decodes_one_photograph_after_another_however_its_predictions_are_laid_out(
+    tmp_path: Path, network: Network, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = photographs(tmp_path / "val", 12)
+    run = make_run(tmp_path / "run", 1, None, {"split": "val"})
+    path = run_folder.predictions(run, "val", 1)
+    found = {image.id: found_in(image) for image in held_out.tagged.images}
+    write_predictions(path, found, held_out.tagged.images, CLASSES)
+    alive: list[weakref.ref[Instances]] = []
+    at_once: list[int] = []
+    decode = Predictions.__getitem__
+
+    def counted(self: Predictions, name: str) -> Instances:
+        one = decode(self, name)
+        alive.append(weakref.ref(one))
+        at_once.append(sum(ref() is not None for ref in alive))
+        return one
+
+    monkeypatch.setattr(Predictions, "__getitem__", counted)
+    by_line = write_report(run, None, None, held_out, images=2).read_text("utf-8")
+    assert len(at_once) == 12 + 2 + 2 and max(at_once) <= 2, "each once, then those that are shown"
+    path.write_text(json.dumps(json.loads(path.read_text())))  # on one line, as other tools write it
+    whole = write_report(run, None, None, held_out, images=2).read_text("utf-8")
+    assert re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d", "", whole) == re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d", "", by_line)
 
 
 def test_the_page_of_a_student_speaks_of_no_modules(tmp_path: Path) -> None:
