@@ -6,6 +6,7 @@ Shape letters: ``N`` instances, ``C`` classes.
 import json
 import math
 import os
+import weakref
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -56,45 +57,47 @@ def coco_file(lists: Mapping[str, Iterable[str]]) -> Iterator[str]:
 
 
 class Lines:
-    """A list of a file that `coco_file` laid out, of which memory holds where each line begins."""
+    """A list of a file that `coco_file` laid out; memory holds where its lines begin, and where the last one ends.
 
-    def __init__(self, path: Path, places: Sequence[int], state: tuple[int, ...]) -> None:
-        self._path, self._places, self._state = path, places, state
+    The file stays open, so that one that takes its place, or its removal, changes nothing.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO, places: Sequence[int]) -> None:
+        self._path, self._places, self._state = path, places, _state(file.fileno())
+        self._file = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._file)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self.take(range(len(self._places)))
+        return self.take(range(len(self._places) - 1))
 
     def take(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
-        """The entries of these numbers, read now; `InputError` where the file has changed since."""
-        try:
-            with self._path.open("rb") as file:
-                if _state(file) == self._state:
-                    for number in numbers:
-                        file.seek(self._places[number])
-                        yield json.loads(file.readline().rstrip(b",\n"))
-                    return
-        except OSError:  # it is gone
-            pass
-        raise InputError(f"{self._path}: has changed while it was read; start again")
+        """The entries of these numbers, read now; `InputError` where the file has been written to since."""
+        for number in numbers:
+            first, end = self._places[number], self._places[number + 1]
+            line = os.pread(self._file, end - first, first)
+            if _state(self._file) != self._state:
+                raise InputError(f"{self._path}: has changed while it was read; start again")
+            yield json.loads(line.rstrip(b",\n"))
 
 
 def coco_lists(path: Path) -> dict[str, Any] | None:
     """The lists of a file that `coco_file` wrote, the annotations as `Lines`; None where it is laid out otherwise."""
     try:
-        if not path.is_file():
+        if not path.is_file() or not hasattr(os, "pread"):  # as on Windows
             return None
         with path.open("rb") as file:
-            state, head = _state(file), file.readline(3)
+            head = file.readline(3)
             images = [entry for _, entry in _entries(file, "images")]
             between = file.readline(4)
             categories = [entry for _, entry in _entries(file, "categories")]
             between += file.readline(4)
             places = array("Q", (place for place, _ in _entries(file, "annotations")))
+            places.append(file.tell())
             if (head, between, file.read(6)) != (b"{\n", b"],\n],\n", b"]\n}\n"):
                 return None
+            return {"images": images, "categories": categories, "annotations": Lines(path, file, places)}
     except (OSError, ValueError, RecursionError):
         return None
-    return {"images": images, "categories": categories, "annotations": Lines(path, places, state)}
 
 
 def _entries(file: BinaryIO, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -116,10 +119,10 @@ def _entries(file: BinaryIO, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield place, entry
 
 
-def _state(file: BinaryIO) -> tuple[int, ...]:
-    """What is another of another file, or one that was changed."""
-    found = os.fstat(file.fileno())
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+def _state(file: int) -> tuple[int, int]:
+    """What is another of an open file that was written to."""
+    found = os.fstat(file)
+    return found.st_size, found.st_mtime_ns
 
 
 def image_numbers(images: Sequence[TaggedImage]) -> dict[str, int]:
