@@ -475,7 +475,13 @@ def test_streams_that_end_or_cannot_write_a_name_cost_no_traceback(tmp_path: Pat
     missing = f"{labelpenet} export 'p.json' '{tmp_path}/äß☃' --out x"
     refused = shell(f"PYTHONIOENCODING=ascii {missing}")
     assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1) and "2603" in refused.stderr
-    assert shell(f"{missing} 2>&-").returncode == 2
+    unheard = shell(f"{missing} 2>&-")
+    assert (unheard.returncode, unheard.stdout) == (2, "")
+    unseen = shell(f"{labelpenet} train --help >&-")
+    assert (unseen.returncode, unseen.stderr) == (0, "")
+    refused = shell(f"{labelpenet} predict >&-")
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+    assert shell(f"{labelpenet} --help >/dev/full").stderr.startswith("labelpenet: standard output: No space left")
 
 
 @pytest.mark.parametrize(
