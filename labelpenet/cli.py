@@ -559,7 +559,8 @@ def _is_first() -> bool:
 
 def _say(*notes: str) -> None:
     for note in notes if _is_first() else ():
-        print(f"note: {one_line(note)}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # standard error is full or gone, which must not cost the work
+            print(f"note: {one_line(note)}", file=sys.stderr)
 
 
 def _say_trained(out: Path) -> None:

@@ -484,6 +484,17 @@ def test_streams_that_end_or_cannot_write_a_name_cost_no_traceback(tmp_path: Pat
     assert shell(f"{labelpenet} --help >/dev/full").stderr.startswith("labelpenet: standard output: No space left")
 
 
+def test_a_full_standard_error_does_not_stop_a_command(kit: Path, tmp_path: Path) -> None:
+    images = [{"id": 1, "file_name": min((kit / "JPEGImages").iterdir()).name, "width": 1, "height": 1}]
+    categories = [{"id": 1, "name": "ball"}]
+    found, table = tmp_path / "found.json", tmp_path / "table.json"
+    found.write_text(json.dumps({"images": images, "categories": categories, "annotations": []}))
+    command = [sys.executable, "-m", "labelpenet", "evaluate", str(found), str(kit), "--json", str(table)]
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run(command, stdout=subprocess.DEVNULL, stderr=full, check=False).returncode == 0
+    assert table.is_file()
+
+
 @pytest.mark.parametrize(
     ("words", "base", "steps"),
     [
