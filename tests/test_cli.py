@@ -485,7 +485,7 @@ def test_streams_that_end_or_cannot_write_a_name_cost_no_traceback(tmp_path: Pat
 
 
 def test_a_full_standard_error_does_not_stop_a_command(kit: Path, tmp_path: Path) -> None:
-    images = [{"id": 1, "file_name": min((kit / "JPEGImages").iterdir()).name, "width": 1, "height": 1}]
+    images = [{"id": 1, "file_name": min((kit / "JPEGImages").iterdir()).name, "width": 96, "height": 96}]
     categories = [{"id": 1, "name": "ball"}]
     found, table = tmp_path / "found.json", tmp_path / "table.json"
     found.write_text(json.dumps({"images": images, "categories": categories, "annotations": []}))
