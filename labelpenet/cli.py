@@ -433,14 +433,16 @@ def overview() -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``labelpenet``."""
     try:
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed before we began; what is for one must not go to the other
+                setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         # A name that the terminal's encoding does not have must not end a command that has done its work.
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
         with _library_speaks():
             _run(list(sys.argv[1:] if arguments is None else arguments))
-        if sys.stdout is not None:  # it was closed before we began
-            sys.stdout.flush()  # here, where a pipe that was closed still ends quietly
+        sys.stdout.flush()  # here, where a pipe that was closed still ends quietly
     except InputError as error:
         _end(2, str(error))
     except KeyboardInterrupt as interrupt:
@@ -450,7 +452,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except OSError as error:
         remedy = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
-        _end(2, f"{error.filename or 'a file'}: {error.strerror or error}; {remedy}")
+        _end(2, f"{error.filename or 'standard output'}: {error.strerror or error}; {remedy}")
 
 
 @contextlib.contextmanager
@@ -545,7 +547,7 @@ def _parsed(arguments: list[str]) -> Any:
 
 def _end(status: int, line: str) -> NoReturn:
     """Ends the command with a line on standard error, if there still is one."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError, ValueError):
         print(f"labelpenet: {one_line(line)}", file=sys.stderr, flush=True)
     sys.exit(status)
 
@@ -557,7 +559,8 @@ def _is_first() -> bool:
 
 def _say(*notes: str) -> None:
     for note in notes if _is_first() else ():
-        print(f"note: {one_line(note)}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # standard error is full or gone, which must not cost the work
+            print(f"note: {one_line(note)}", file=sys.stderr)
 
 
 def _say_trained(out: Path) -> None:

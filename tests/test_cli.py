@@ -480,7 +480,24 @@ def test_streams_that_end_or_cannot_write_a_name_cost_no_traceback(tmp_path: Pat
     missing = f"{labelpenet} export 'p.json' '{tmp_path}/äß☃' --out x"
     refused = shell(f"PYTHONIOENCODING=ascii {missing}")
     assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1) and "2603" in refused.stderr
-    assert shell(f"{missing} 2>&-").returncode == 2
+    unheard = shell(f"{missing} 2>&-")
+    assert (unheard.returncode, unheard.stdout) == (2, "")
+    unseen = shell(f"{labelpenet} train --help >&-")
+    assert (unseen.returncode, unseen.stderr) == (0, "")
+    refused = shell(f"{labelpenet} predict >&-")
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+    assert shell(f"{labelpenet} --help >/dev/full").stderr.startswith("labelpenet: standard output: No space left")
+
+
+def test_a_full_standard_error_does_not_stop_a_command(kit: Path, tmp_path: Path) -> None:
+    images = [{"id": 1, "file_name": min((kit / "JPEGImages").iterdir()).name, "width": 96, "height": 96}]
+    categories = [{"id": 1, "name": "ball"}]
+    found, table = tmp_path / "found.json", tmp_path / "table.json"
+    found.write_text(json.dumps({"images": images, "categories": categories, "annotations": []}))
+    command = [sys.executable, "-m", "labelpenet", "evaluate", str(found), str(kit), "--json", str(table)]
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run(command, stdout=subprocess.DEVNULL, stderr=full, check=False).returncode == 0
+    assert table.is_file()
 
 
 @pytest.mark.parametrize(

@@ -437,15 +437,13 @@ def to_instances(
         weights: (K,).
         size: (H, W).
     """
-    masks = resize_to_crops(marginals, size)
-    parts = [drop_components(torch.from_numpy(crop), settings.min_component).numpy() for crop in masks.crops]
-    corners = list(masks.corners)
-    empty = [place for place, part in enumerate(parts) if not part.size]
-    for index in empty:
-        parts[index], corners[index] = box_mask(proposals[index], size).numpy(), (0, 0)  # its proposal stands in
+    drawn = [_draw(one, size, settings.min_component) for one in marginals]
+    empty = [index for index, mask in enumerate(drawn) if not mask.crops[0].size]
+    for index in empty:  # its proposal stands in
+        drawn[index] = CompactMasks.of(size, [box_mask(proposals[index], size).numpy()])
     if settings.empty == "doubtful":
         weights = weights.index_fill(0, torch.tensor(empty, dtype=torch.long), 0.0)
-    masks = CompactMasks.of(size, parts, corners)
+    masks = CompactMasks(size, tuple(mask.crops[0] for mask in drawn), tuple(mask.corners[0] for mask in drawn))
     boxes = masks.boxes()
     if settings.box != "mask":
         clipped = clip_boxes_to_image(proposals, size)
@@ -467,14 +465,16 @@ def resize_masks(probabilities: Tensor, size: tuple[int, int]) -> Tensor:
     return probabilities > 0.5
 
 
-def resize_to_crops(probabilities: Tensor, size: tuple[int, int]) -> CompactMasks:
-    """What `resize_masks` gives, pixel for pixel, with one mask at a time at the image's size."""
-    at_least = (probabilities >= 0.5).flatten(1).any(1).tolist()
-    parts = [
-        resize_masks(one[None], size)[0].cpu().numpy() if possible else np.zeros((0, 0), bool)
-        for one, possible in zip(probabilities, at_least, strict=True)
-    ]
-    return CompactMasks.of(size, parts)
+def _draw(probabilities: Tensor, size: tuple[int, int], fraction: float | None) -> CompactMasks:
+    """One instance's (h, w) probabilities as `resize_masks` and `drop_components` make them a mask, kept as a crop: a
+    camera's photograph has room for few masks at its size.
+    """
+    if not bool((probabilities >= 0.5).any()):
+        return CompactMasks.of(size, [np.zeros((0, 0), bool)])
+    whole = CompactMasks.of(size, resize_masks(probabilities[None], size).numpy())
+    if fraction is None:
+        return whole
+    return CompactMasks.of(size, [drop_components(torch.from_numpy(whole.crops[0]), fraction).numpy()], whole.corners)
 
 
 def drop_components(mask: Tensor, fraction: float | None) -> Tensor:

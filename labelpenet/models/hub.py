@@ -25,7 +25,7 @@ from labelpenet.data.files import (
 from labelpenet.errors import InputError, reason
 from labelpenet.models.cascade import MODULES, LabelPEnet, read_run
 from labelpenet.models.student import KIND, Student, load, read_state
-from labelpenet.models.weights import check_finite
+from labelpenet.models.weights import check_finite, check_types
 from labelpenet.progress import log_notes
 
 _FILES = ("config.json", "model.safetensors")
@@ -125,6 +125,7 @@ def _cascade(facts: Mapping[str, Any], state: Mapping[str, Tensor]) -> LabelPEne
     network, parts = LabelPEnet.from_facts(facts), {key.partition(".")[0] for key in state}
     network.untrained = tuple(name for name in MODULES if name not in parts)
     random = {key: own for key, own in network.state_dict().items() if key.partition(".")[0] in network.untrained}
+    check_types(network, state)
     network.load_state_dict({**random, **state})
     return network
 

@@ -53,7 +53,7 @@ from labelpenet.models.layers import evaluating, initialise
 from labelpenet.models.pixels import PixelClassifier, stack
 from labelpenet.models.segmentation import crop_masks, mask_loss
 from labelpenet.models.tags import TagClassifier, weigh
-from labelpenet.models.weights import check_finite
+from labelpenet.models.weights import check_finite, check_types
 
 KIND = "student"  # what ``run.json`` says of such a folder, and the name of its weights
 STRIDES = (8, 16, 32)  # of the pyramid's maps; the last one, subsampled, is the fourth
@@ -139,8 +139,8 @@ class Student(Network):
             plain = dict(state)
             for name in names:
                 part = self.get_submodule(name)
-                part.load_state_dict({key: plain.pop(f"{name}.{key}") for key in part.state_dict()})
-            self.network.load_state_dict(plain)
+                _load(part, {key: plain.pop(f"{name}.{key}") for key in part.state_dict()})
+            _load(self.network, plain)
         self.network.rpn = DoubtingRPN.like(self.network.rpn)
         set_scales(self.network, self.levels.strides)
         for layers in (self.network.rpn.head, self.network.roi_heads.box_predictor):
@@ -457,6 +457,11 @@ def _read_part(run: Path, part: str) -> dict[str, Tensor]:
         raise DamagedError(f"{path}: {reason(error)}; {remedy}") from error
     check_finite(state, path)
     return state
+
+
+def _load(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    check_types(module, state)  # torch would take them and round, or leave out what is imaginary
+    module.load_state_dict(state)
 
 
 def load(run: str | Path, device: str | torch.device = "cpu") -> LabelPEnet | Student:

@@ -10,6 +10,7 @@ Shape letters: ``N`` images, ``R`` RoIs, ``D`` channels, ``h, w`` cells.
 
 import copy
 import difflib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,7 @@ def timm_network(name: str, weights: Path | None, pretrained: bool, **options: A
     download = weights is None and pretrained
     if download and not timm.is_model_pretrained(short):
         raise InputError(f"timm has no pretrained weights of {name}; give a file with --weights")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it has a line for every retry
     try:
         network = timm.create_model(short, pretrained=download, **options)
     except (OSError, RuntimeError, ValueError) as error:  # no network; an unknown tag

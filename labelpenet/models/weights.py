@@ -38,15 +38,23 @@ def read_weights(path: Path, of: str) -> dict[str, Tensor]:
 
 
 def check_weights(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Refuses tensors that have a name of the network's, but are no weights: integer or complex numbers where real ones
-    belong, NaN or infinite ones.
+    """Refuses tensors that have a name of the network's, but are no weights: NaN, infinite or what `check_types`
+    refuses.
     """
+    try:
+        check_types(network, state)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    check_finite({name: state[name] for name in network.state_dict() if name in state}, path)
+
+
+def check_types(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """`ValueError` where a tensor holds integer or complex numbers, and the network's of that name real ones."""
     for name, own in network.state_dict().items():
         value = state.get(name, own)
         if value.is_complex() or value.is_floating_point() != own.is_floating_point():
             kind = str(value.dtype).removeprefix("torch.")
-            raise InputError(f"{path}: {name} holds numbers of type {kind}; give the weights as floating-point numbers")
-        check_finite({name: value}, path)
+            raise ValueError(f"{name} holds numbers of type {kind}; give the weights as floating-point numbers")
 
 
 def check_finite(state: Mapping[str, Tensor], path: Path) -> None:

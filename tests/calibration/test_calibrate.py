@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import resource
 import sys
 from dataclasses import replace
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
@@ -522,6 +525,26 @@ def test_masks_as_crops_are_the_masks_at_full_size(seed: int, size: tuple[int, i
         assert torch.equal(found.masks, dense)
         assert torch.equal(found.boxes, masks_to_boxes(dense))
         assert mask_nms(found, duplicate).tolist() == distinct_dense(found, duplicate)
+
+
+def test_a_cameras_photograph_has_one_mask_at_its_size_at_a_time() -> None:
+    size, marginals = (2000, 3000), torch.zeros(30, 60, 90)
+    marginals[:, 20:26, 30:37] = 1.0
+    boxes = torch.tensor([[1000.0, 600, 1200, 900]] * 30)
+    labels, weights = torch.zeros(30, dtype=torch.long), torch.ones(30)
+
+    def measure(answer: Connection) -> None:
+        torch.set_num_threads(1)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        to_instances(marginals, boxes, labels, weights, size, AttentionCalibration())
+        answer.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+    process = context.Process(target=measure, args=(there,))
+    process.start()
+    process.join()
+    assert here.recv() * 1024 < 15 * size[0] * size[1]  # thirty masks of a byte a pixel would be twice as much
 
 
 def test_a_cameras_photograph_is_worked_on_at_the_size_of_a_canvas() -> None:

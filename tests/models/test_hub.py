@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,6 +192,18 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path):
         save_file({**state, name: state[name] * float("nan")}, folder / "model.safetensors")
         with pytest.raises(InputError, match=r"model\.safetensors: .* NaN"):
             from_pretrained(folder)
+        for kind in (torch.int32, torch.complex64):
+            save_file({**state, name: state[name].to(kind)}, folder / "model.safetensors")
+            with pytest.raises(InputError, match=f"cannot be read .*{name} holds .*{str(kind).removeprefix('torch.')}"):
+                from_pretrained(folder)
+
+
+@pytest.mark.parametrize("part", ["student", "tags", "pixels"])
+def test_integer_weights_in_a_students_folder_are_refused(tmp_path, part):
+    path = run_folder.weights(shutil.copytree(small_student()[0], tmp_path / "student"), part)
+    save_file({name: one.int() for name, one in load_file(path).items()}, path)
+    with pytest.raises(InputError, match=r"does not fit this run .*type int32"):
+        labelpenet.load(path.parents[1])
 
 
 def test_damaged_and_foreign_folders_are_refused(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from functools import cache
 from pathlib import Path
 
@@ -266,9 +267,10 @@ def test_what_cannot_be_used_is_refused_in_one_line(name, expected):
     assert expected in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_without_a_network_the_answer_is_weights(monkeypatch):
+def test_without_a_network_the_answer_is_weights_and_nothing_else(monkeypatch, caplog):
     def offline(*args, pretrained: bool, **kwargs):
         assert pretrained
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
         raise OSError("no route to host\nmore")
 
     monkeypatch.setattr(timm, "create_model", offline)
@@ -276,6 +278,7 @@ def test_without_a_network_the_answer_is_weights(monkeypatch):
         build_backbone("timm/resnet18")
     with pytest.raises(InputError, match=r"no pretrained weights.*--weights"):
         build_backbone("timm/efficientnet_l2")
+    assert not caplog.records
 
 
 def test_weights_of_another_network_are_refused(tmp_path):
