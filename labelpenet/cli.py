@@ -645,7 +645,7 @@ def forward_backward(args: ForwardBackward) -> None:
     recipe = config.override(shorter, args.set)
     stage = recipe.forward_backward
     unused = ["drift"] if args.labels else []
-    unused += [] if args.labels or stage.labels != "inferred" else ["colours"]
+    unused += [] if args.labels or stage.labels != "inferred" else ["zoom", "colours"]
     unused += [] if stage.labels == "validated" and not args.labels else ["enter", "doubt"]
     for choice in args.set:
         name = choice.partition("=")[0]

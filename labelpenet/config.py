@@ -88,7 +88,6 @@ class Images(_Ranged):
 
     Attributes:
         sides: shorter sides in pixels, one drawn for each presentation.
-        zoom: the side that was drawn is changed by up to this factor either way, drawn anew for each presentation.
         longest: cap of the longer side.
         flip: whether half of the presentations are mirrored.
         test_side: shorter side at inference; None for the image at its original size.
@@ -98,7 +97,6 @@ class Images(_Ranged):
     longest: int = 1200
     flip: bool = True
     test_side: int | None = None
-    zoom: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -339,8 +337,8 @@ class ForwardBackward(_Ranged):
             or ``validated`` ones (`training.validated`); ``given`` ones come from elsewhere (``--labels``).
         enter, doubt: validated labels: belief from which an instance that the cascade had not is learnt, and below
             which one of the cascade that the teacher does not confirm is ignored.
-        colours: labels that are not inferred: brightness, contrast and saturation of the photograph are changed by up
-            to this fraction.
+        zoom, colours: labels that are not inferred: the side of the photograph is changed by up to this factor either
+            way, and its brightness, contrast and saturation by up to this fraction.
         share: the part of the cascade's weights that their moving average still holds at the end; the average is the
             result, and the teacher of validated labels. None for the weights themselves.
         drift: factor by which the labels' median area and number may leave the cascade's before the stage ends with the
@@ -354,6 +352,7 @@ class ForwardBackward(_Ranged):
     labels: typing.Literal["inferred", "validated", "given"] = "inferred"
     enter: float = 0.6
     doubt: float = 0.7
+    zoom: float = 1.25
     colours: float = 0.2
     share: float | None = None
     drift: float | None = None
@@ -564,7 +563,7 @@ def best() -> Recipe:
     refiner = segmenter | {"label": replace(masks, **sure | {"threshold": 0.42}), "predict": answer}
     return Recipe(
         name="best",
-        images=Images(sides=(480,), longest=800, flip=True, test_side=480, zoom=1.25),
+        images=Images(sides=(480,), longest=800, flip=True, test_side=480),
         proposals=Proposals(side=250, limit=300, min_area=0.015),
         modules=(
             Classification(
@@ -751,9 +750,6 @@ def from_dict(values: dict[str, Any]) -> Recipe:
             known = [(set(vars(module)), set(vars(module.label))) for module in base.modules]
             values = modernise(values, known)
         learning = inferred_second_stage(values.get("forward_backward", {}))
-        zoom = learning.pop("zoom", 1.0)  # of a time when only this stage zoomed
-        if learning.get("labels") != "inferred" and zoom != 1:
-            values = {**values, "images": {"zoom": zoom, **values["images"]}}
         return _build(base, {**values, "modules": completed_modules(values["modules"]), "forward_backward": learning})
     except (TypeError, KeyError, AttributeError, ValueError, InputError) as error:
         raise InputError(f"the run's recipe cannot be read ({error}); it was made by another version") from error

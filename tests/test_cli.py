@@ -84,12 +84,7 @@ def test_forward_backward_learning_refuses_what_it_would_not_use(
     run: Path, kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["forward-backward", str(run), str(kit), "--out", str(tmp_path / "out"), "--set"]
-    for choice in (
-        "modules.*.schedule.lr=5",
-        "warm_up.lr=9",
-        "forward_backward.enter=0.1",
-        "forward_backward.colours=0.3",
-    ):
+    for choice in ("modules.*.schedule.lr=5", "warm_up.lr=9", "forward_backward.enter=0.1", "forward_backward.zoom=2"):
         assert f"--set {choice.partition('=')[0]} does nothing" in one_line([*command, choice], capsys)
     assert not (tmp_path / "out").exists()
     facts = json.loads((run / "run.json").read_text())

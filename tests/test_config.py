@@ -85,7 +85,7 @@ def test_every_choice_of_the_paper_recipe():
     adam = {"kind": "adam", "weight_decay": 0.0, "warmup": 50, "batch_size": 8}
     assert to_dict(recipe("paper")) == {
         "name": "paper",
-        "images": {"sides": (480, 576, 688, 864, 1024), "longest": 1200, "flip": True, "test_side": None, "zoom": 1.0},
+        "images": {"sides": (480, 576, 688, 864, 1024), "longest": 1200, "flip": True, "test_side": None},
         "proposals": {"method": "selective-search-fast", "side": None, "limit": 1600, "min_area": 0.0},
         "warm_up": schedule | adam | {"steps": 2000},
         "modules": (
@@ -98,7 +98,7 @@ def test_every_choice_of_the_paper_recipe():
             {"name": "segmentation", **mask_rcnn, "weighted": False},
         ),
         "forward_backward": {"phases": "both", "beta": 0.5, "train_stem": True, "labels": "inferred",
-                             "enter": 0.6, "doubt": 0.7, "colours": 0.2, "share": None, "drift": None,
+                             "enter": 0.6, "doubt": 0.7, "zoom": 1.25, "colours": 0.2, "share": None, "drift": None,
                              "schedule": {"steps": 80_000, "lr": 1e-4, "decay": (), **sgd}},
     }  # fmt: skip
 
@@ -289,15 +289,6 @@ def test_a_recipe_from_before_labels_had_a_vote_says_what_it_said_then():
     learning = one.forward_backward
     assert (learning.labels, learning.drift) == ("inferred", None)
     assert learning.share == pytest.approx(0.99 ** (2 * learning.schedule.steps), abs=1e-6)
-
-
-@pytest.mark.parametrize(("name", "zoom"), [("best", 1.5), ("paper", 1.0)])
-def test_a_second_stage_that_zoomed_by_itself_zooms_on(name, zoom):
-    """Only labels that were not inferred on the spot were learnt from a zoomed photograph, whatever the factor."""
-    values = json.loads(json.dumps(to_dict(recipe(name))))
-    del values["images"]["zoom"]
-    values["forward_backward"]["zoom"] = 1.5
-    assert from_dict(values).images.zoom == zoom
 
 
 def test_a_run_of_before_keeps_its_scores_and_where_its_training_began():

@@ -56,10 +56,7 @@ class View:
 def random_view(images: Images, generator: torch.Generator) -> tuple[int, bool]:
     """The shorter side at which a photograph is presented, and whether it is mirrored."""
     side = images.sides[int(torch.randint(len(images.sides), (1,), generator=generator))]
-    flip = images.flip and bool(torch.rand((), generator=generator) < 0.5)
-    if images.zoom != 1:
-        side = round(side * images.zoom ** (2 * float(torch.rand((), generator=generator)) - 1))
-    return side, flip
+    return side, images.flip and bool(torch.rand((), generator=generator) < 0.5)
 
 
 def scaled_size(size: tuple[int, ...], side: int | None, longest: int) -> tuple[int, int]:

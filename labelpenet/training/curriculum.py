@@ -283,8 +283,9 @@ def load(training: Training, anchors: Anchors) -> Callable[[list[int], torch.Gen
             return Shown(pixels, training.network.view(pixels, side), image.tags, boxes, id=image.id)
         labels = tuple(module[image.id] for module in anchors)
         check_size(image, pixels, *labels)
+        zoom = learning.zoom ** (2 * float(torch.rand((), generator=generator)) - 1)
         seen = validated.recolour(pixels, learning.colours, generator)
-        view = training.network.view(seen, side, flip)
+        view = training.network.view(seen, round(side * zoom), flip)
         return Shown(pixels, view, image.tags, boxes, id=image.id, anchors=labels)
 
     return load_each(training.images.images, one)

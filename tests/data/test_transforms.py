@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
-from labelpenet.config import Images
 from labelpenet.data import transforms
-from labelpenet.data.transforms import View, divisible, random_view, stack
+from labelpenet.data.transforms import View, divisible, stack
 
 
 def view(height: int, width: int) -> View:
@@ -32,20 +29,3 @@ def test_on_a_gpu_sizes_are_few(monkeypatch):
     monkeypatch.setattr(transforms, "divisible", lambda device: 128)
     assert {stack([view(480, width)]).shape[-2:] for width in range(641, 769, 9)} == {(512, 768)}
     assert stack([view(512, 640)]).shape[-2:] == (512, 640)
-
-
-def test_a_photographs_side_is_zoomed_by_up_to_a_factor_either_way():
-    """Log-uniformly, whether it is mirrored or not; of a factor of 1 nothing is drawn, as before there was one."""
-    choice, generator = Images(sides=(400,), zoom=1.25), torch.Generator().manual_seed(0)
-    views = [random_view(choice, generator) for _ in range(2000)]
-    for flipped in (False, True):
-        steps = torch.tensor([math.log(side / 400, 1.25) for side, flip in views if flip is flipped])
-        assert len(steps) > 900 and steps.abs().max() < 1.01
-        counts = steps.histc(4, -1, 1)
-        assert counts.min() > 0.8 * len(steps) / 4 and counts.max() < 1.2 * len(steps) / 4
-    plain = Images(sides=(400, 300))
-    one, other = (torch.Generator().manual_seed(3) for _ in range(2))
-    for _ in range(20):
-        side, flip = random_view(plain, one)
-        assert side == plain.sides[int(torch.randint(2, (1,), generator=other))]
-        assert flip == (float(torch.rand((), generator=other)) < 0.5)
