@@ -537,6 +537,7 @@ def _parsed(arguments: list[str]) -> Any:
         if not stop.code:
             raise
     rows = [row.strip("│| ") for row in said.getvalue().splitlines()[1:-1]]
+    rows = rows[not rows[0].strip("─-") :]  # without the rule under the title, where the encoding has no box
     end = next((number for number, row in enumerate(rows) if not row.strip("─-")), len(rows))
     meant = re.search(r"Perhaps you meant:\s+(--[\w-]+)", " ".join(rows[end:]))
     line = " ".join(rows[:end]).rstrip(". ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -95,6 +96,32 @@ def test_forward_backward_learning_refuses_what_it_would_not_use(
     assert "another tool's proposals; give them again with --proposals" in one_line(command, capsys)
     (tmp_path / "run" / "run.json").write_text(json.dumps({**facts, "recipe": {"network": {}}, "kind": "student"}))
     assert f"{tmp_path / 'run'}: holds a student, but this needs the modules" in one_line(command, capsys)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_mistake_in_the_options_is_told_in_any_encoding(encoding: str) -> None:
+    command = [sys.executable, "-m", "labelpenet", "proposals", "photos", "--clases", "a"]
+    found = subprocess.run(
+        command, env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True, text=True, check=False
+    )
+    line = "labelpenet: Unrecognized options: --clases, a (perhaps --classes); see labelpenet proposals --help\n"
+    assert (found.returncode, found.stderr) == (2, line)
+
+
+def test_a_user_without_a_home_names_the_folder_of_the_cache(
+    kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one of a container, whom the system does not know."""
+
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", unknown)
+    command = ["proposals", str(kit), "--split", "val"]
+    assert "no home folder to cache proposals in; give one with --cache FOLDER" in one_line(command, capsys)
+    main([*command, "--cache", str(tmp_path / "cache")])
+    assert any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
 
 
 def test_a_closed_standard_output_is_no_error(tmp_path: Path) -> None:

@@ -264,8 +264,14 @@ def compute_proposals(
 
 
 def default_cache() -> Path:
-    """The user's cache folder for proposals: ``$XDG_CACHE_HOME/labelpenet/proposals``, else under ``~/.cache``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "labelpenet" / "proposals"
+    """The user's cache folder for proposals: ``$XDG_CACHE_HOME/labelpenet/proposals``, else under ``~/.cache``.
+
+    `InputError` where the user, as one of a container may, has no home.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "labelpenet" / "proposals"
+    except RuntimeError as error:
+        raise InputError("this user has no home folder to cache proposals in; give one with --cache FOLDER") from error
 
 
 def _check_method(settings: Settings, model: Path | None) -> None:
