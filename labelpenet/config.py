@@ -557,7 +557,7 @@ def best() -> Recipe:
         **detector, "mask_width": 128, "mask_depth": 2, "mask_margin": 0.15, "start": "before",
         "schedule": replace(schedule, steps=800),
         # lower than module 3's: legs come back, and with them the boxes around the masks
-        "label": replace(masks, **sure | {"threshold": 0.25}), "predict": replace(answer, threshold=0.25),
+        "label": replace(masks, **sure | {"threshold": 0.25}), "predict": replace(answer, threshold=0.2),
     }  # fmt: skip
     # What attention maps enlarged is cut back once, where it is first passed on as a mask.
     refiner = segmenter | {"label": replace(masks, **sure | {"threshold": 0.42}), "predict": answer}

@@ -318,7 +318,7 @@ def test_recipes_are_values():
 def test_best_cuts_masks_at_these_thresholds():
     """Of labels and of answers: `docs/studies.md` says what they do to the area that is passed on."""
     thresholds = [(m.label.threshold, m.predict.threshold) for m in recipe("best").modules]
-    assert thresholds == [(0.35, 0.35), (0.4, 0.35), (0.42, 0.38), (0.25, 0.25)]
+    assert thresholds == [(0.35, 0.35), (0.4, 0.35), (0.42, 0.38), (0.25, 0.2)]
     assert {choice.threshold for m in recipe("paper").modules for choice in (m.label, m.predict)} == {None}
 
 

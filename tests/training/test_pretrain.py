@@ -281,10 +281,10 @@ def test_a_photograph_that_a_module_could_not_label_is_no_negative_of_the_next(s
     images = open_tagged(scenes, "train")
     lost, infer, taught = images.images[2], Training.infer, []
 
-    def failing(self: Training, number: int, image: TaggedImage, pixels: np.ndarray) -> Instances:
-        if (number, image.id) == (1, lost.id):
-            raise InputError(f"{image.path}: gone for a moment")
-        return infer(self, number, image, pixels)
+    def failing(self: Training, number: int, some: list[TaggedImage], pixels: list[np.ndarray]) -> list[Instances]:
+        if number == 1 and lost in some:
+            raise InputError(f"{lost.path}: gone for a moment")
+        return infer(self, number, some, pixels)
 
     def watched(stage: Stage, *args: Any, **options: Any) -> None:
         taught.append(set(stage.images))
