@@ -83,14 +83,15 @@ def _read(image: TaggedImage) -> np.ndarray | InputError:
 def _several(
     infer: Infer, images: Sequence[TaggedImage], read: Sequence[np.ndarray | InputError]
 ) -> Generator[Answer, None, None]:
-    """What is found in photographs that go together; one by one where they do not fit into memory at once."""
+    """What is found in photographs that go together; one by one where they do not fit into memory at once, or one of
+    them is refused."""
     found: Sequence[Instances | None] = [None] * len(images)
     pixels = [one for one in read if isinstance(one, np.ndarray)]
     if len(pixels) > 1:
         try:
             found = infer(images, pixels)
-        except (MemoryError, RuntimeError) as error:
-            if not _is_of_memory(error):
+        except (InputError, MemoryError, RuntimeError, cv2.error) as error:
+            if not isinstance(error, InputError) and not _is_of_memory(error):
                 raise
     for image, one, own in zip(images, read, found, strict=True):
         try:

@@ -60,14 +60,18 @@ def test_photographs_of_one_size_go_together_and_come_back_in_order(images):
 
 
 def test_what_does_not_fit_into_memory_together_goes_one_by_one(images):
+    """And so do those among which one is refused."""
+
     def infer(some, pixels):
+        if images[8] in some:
+            raise InputError("no proposals")
         if len(some) > 1 or some[0] is images[2]:
             raise RuntimeError("CUDA error: out of memory")
         return [nothing(pixels[0])]
 
     answers = list(find_instances(infer, images, lambda pixels: pixels.shape, DEVICE))
     lost = {image.id: note for image, found, note in answers if found is None}
-    assert lost.keys() == {images[2].id, images[5].id}
+    assert lost.keys() == {images[2].id, images[5].id, images[8].id} and lost[images[8].id] == "skipped: no proposals"
     assert "does not fit into memory" in lost[images[2].id]
 
 
