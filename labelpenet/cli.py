@@ -452,7 +452,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(1)
     except OSError as error:
         remedy = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
-        _end(2, f"{error.filename or 'standard output'}: {error.strerror or error}; {remedy}")
+        _end(2, f"{error.filename or 'standard output or a file'}: {error.strerror or error}; {remedy}")
 
 
 @contextlib.contextmanager

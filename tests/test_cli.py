@@ -508,7 +508,9 @@ def test_streams_that_end_or_cannot_write_a_name_cost_no_traceback(tmp_path: Pat
     assert (unseen.returncode, unseen.stderr) == (0, "")
     refused = shell(f"{labelpenet} predict >&-")
     assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
-    assert shell(f"{labelpenet} --help >/dev/full").stderr.startswith("labelpenet: standard output: No space left")
+    assert shell(f"{labelpenet} --help >/dev/full").stderr.startswith(
+        "labelpenet: standard output or a file: No space left"
+    )
 
 
 def test_a_full_standard_error_does_not_stop_a_command(kit: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torchvision.ops import nms
 from labelpenet import config
 from labelpenet.calibration.calibrate import Trace, select_instances
 from labelpenet.calibration.excitation import layer_without_rule
-from labelpenet.config import MODULES, Recipe
+from labelpenet.config import MODULES, Recipe, StudentRecipe
 from labelpenet.data import run_folder
 from labelpenet.data.files import read_tensors
 from labelpenet.data.images import Photograph, as_pixels, several
@@ -42,6 +42,8 @@ Tags = tuple[int, ...] | None
 
 class Network(nn.Module):
     """What answers for photographs: the cascade, or a student."""
+
+    recipe: Recipe | StudentRecipe
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +110,7 @@ class Network(nn.Module):
 
     def input_size(self, pixels: np.ndarray) -> tuple[int, int]:
         """(h, w) to which a photograph (H, W, 3) is scaled and padded for an answer."""
-        images, multiple = cast(config.Images, cast(Any, self).recipe.images), divisible(self.device)
+        images, multiple = self.recipe.images, divisible(self.device)
         height, width = scaled_size(pixels.shape, images.test_side, images.longest)
         return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
@@ -122,6 +124,7 @@ class LabelPEnet(Network):
         recipe: every choice.
     """
 
+    recipe: Recipe
     _mean: Tensor
     _std: Tensor
 

@@ -114,6 +114,8 @@ class Student(Network):
         state: weights of the plain network, and of what is `fitted`; first ones if None.
     """
 
+    recipe: StudentRecipe
+
     def __init__(
         self,
         body: nn.Module,

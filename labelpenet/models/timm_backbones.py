@@ -60,7 +60,9 @@ def timm_network(name: str, weights: Path | None, pretrained: bool, **options: A
     download = weights is None and pretrained
     if download and not timm.is_model_pretrained(short):
         raise InputError(f"timm has no pretrained weights of {name}; give a file with --weights")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # without a network it has a line for every retry
+    hub = logging.getLogger("huggingface_hub")
+    level = hub.level
+    hub.setLevel(logging.ERROR)  # without a network it has a line for every retry
     try:
         network = timm.create_model(short, pretrained=download, **options)
     except (OSError, RuntimeError, ValueError) as error:  # no network; an unknown tag
@@ -68,6 +70,8 @@ def timm_network(name: str, weights: Path | None, pretrained: bool, **options: A
         raise InputError(
             f"{name} could not be {'downloaded' if download else 'built'} ({reason(error)}); {remedy}"
         ) from error
+    finally:
+        hub.setLevel(level)
     if weights is not None:
         load_weights(network, weights, name)
     return network

@@ -32,7 +32,11 @@ def find_instances(
     On a GPU those go together that have the same size, as the network sees them: none is padded for another's sake, so
     the instances are those of a photograph by itself, but for rounding.
 
+    What cannot be read, is refused by an `InputError` of ``infer`` or does not fit into memory has a note instead; any
+    other error is raised.
+
     Args:
+        infer: of photographs that go together; alone on a CPU.
         size: from pixels to what photographs share that may go together.
         device: of the network.
     """
