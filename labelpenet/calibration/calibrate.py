@@ -38,6 +38,8 @@ SURE = 1e-3
 LARGEST_CANVAS = 640
 """Longer side in pixels of the canvas where the recipe names none: a camera's photograph has 24 million pixels."""
 
+_STRIPE = 64  # columns that are resized at a time
+
 
 @dataclass(frozen=True)
 class Candidates:
@@ -459,19 +461,55 @@ def enclosing_boxes(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def resize_masks(probabilities: Tensor, size: tuple[int, int]) -> Tensor:
-    """(K, h, w) probabilities as (K, H, W) bool masks: resized bilinearly, then cut at one half."""
-    if probabilities.shape[-2:] != size:
-        probabilities = F.interpolate(probabilities[None], size=size, mode="bilinear", align_corners=False)[0]
-    return probabilities > 0.5
+    """(K, h, w) probabilities as (K, H, W) bool masks: resized bilinearly as ``F.interpolate`` does, cut at a half."""
+    whole = [slice(0, length) for length in size]
+    masks = [_resized(one, size, *whole) for one in probabilities]
+    return torch.stack(masks) if masks else torch.zeros((0, *size), dtype=torch.bool, device=probabilities.device)
+
+
+def _resized(probabilities: Tensor, size: tuple[int, int], rows: slice, columns: slice) -> Tensor:
+    """Those rows and columns of one of `resize_masks`; what they are does not depend on where they are cut out."""
+    height, width = probabilities.shape
+    high = _between(probabilities, _places(height, size[0], rows, probabilities.device)).T.contiguous()
+    lower, upper, share = _places(width, size[1], columns, probabilities.device)
+    # turned over, some columns at a time: all of them, as floats, would not fit a processor's cache
+    parts = zip(lower.split(_STRIPE), upper.split(_STRIPE), share.split(_STRIPE), strict=True)
+    return torch.cat([_between(high, part) > 0.5 for part in parts]).T
+
+
+def _places(cells: int, drawn: int, pixels: slice, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Between which two of a side's cells the ``pixels`` of a side of ``drawn`` lie, and the second one's share."""
+    at = (torch.arange(pixels.start, pixels.stop, dtype=torch.float64) + 0.5) * (cells / drawn) - 0.5
+    at = at.clamp(0, cells - 1)
+    lower = at.long()
+    share = (at - lower).float()
+    return lower.to(device), (lower + 1).clamp(max=cells - 1).to(device), share.to(device)
+
+
+def _between(maps: Tensor, places: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """(n, K) rows between those of maps (m, K)."""
+    lower, upper, share = places
+    low = maps.index_select(0, lower)
+    return maps.index_select(0, upper).sub_(low).mul_(share[:, None]).add_(low)
+
+
+def _reach(sure: Tensor, drawn: int) -> slice:
+    """The pixels of a side of ``drawn`` that any of its cells (n,) bool has a say in, of which one is True at least."""
+    cells, scale = torch.where(sure)[0], drawn / len(sure)
+    first, last = math.floor((int(cells[0]) - 0.5) * scale), math.ceil((int(cells[-1]) + 1.5) * scale)
+    return slice(max(0, first), min(drawn, last))
 
 
 def _draw(probabilities: Tensor, size: tuple[int, int], fraction: float | None) -> CompactMasks:
     """One instance's (h, w) probabilities as `resize_masks` and `drop_components` make them a mask, kept as a crop: a
-    camera's photograph has room for few masks at its size.
+    camera's photograph has room for few masks at its size, and an object mostly fills a small part of it.
     """
-    if not bool((probabilities >= 0.5).any()):
+    sure = probabilities >= 0.5
+    if not bool(sure.any()):
         return CompactMasks.of(size, [np.zeros((0, 0), bool)])
-    whole = CompactMasks.of(size, resize_masks(probabilities[None], size).numpy())
+    rows, columns = (_reach(sure.any(axis), length) for axis, length in zip((1, 0), size, strict=True))
+    drawn = _resized(probabilities, size, rows, columns)
+    whole = CompactMasks.of(size, [drawn.numpy()], [(columns.start, rows.start)])
     if fraction is None:
         return whole
     return CompactMasks.of(size, [drop_components(torch.from_numpy(whole.crops[0]), fraction).numpy()], whole.corners)
