@@ -226,7 +226,7 @@ def test_the_report_calls_no_photograph_held_out_that_was_trained_on(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown: list[Any] = []
-    monkeypatch.setattr("labelpenet.report.write_report", lambda run, out, *data, images: shown.append(data))
+    monkeypatch.setattr("labelpenet.report.write_report", lambda run, out, *data, **_: shown.append(data))
     photos, copy = tmp_path / "photos", tmp_path / "run"
     shutil.copytree(run, copy)
     facts = json.loads((copy / "run.json").read_text())
