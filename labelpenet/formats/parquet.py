@@ -136,5 +136,5 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, RuntimeError, MemoryError) as error:
+    except (OSError, ValueError, RecursionError, MemoryError, _pyarrow(path)[0].ArrowException) as error:
         raise InputError(f"{path}: damaged ({reason(error)}); merge the parts again") from error

@@ -183,8 +183,7 @@ def merge_parts(paths: Sequence[Path], out: Path) -> tuple[int, int]:
     line.
 
     Memory does not grow with the number of photographs. The ``.json`` is byte for byte what one process would have
-    written; the ``.parquet`` has a row for each instance: image, file_name, width, height, category, score, x, y, w, h
-    (pixels), counts (compressed RLE, column-major, as COCO's).
+    written; the ``.parquet`` is that of `write_parquet`.
 
     Returns:
         The numbers of photographs and of instances.

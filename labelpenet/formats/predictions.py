@@ -142,7 +142,7 @@ def read_predictions(
     category_ids: Sequence[int] | None = None,
     others: Sequence[int] = (),
 ) -> Predictions:
-    """Reads predictions.json, a folder of parts, a bare COCO results list or a COCO annotation file.
+    """Reads predictions.json or .parquet, a folder of parts, a bare COCO results list or a COCO annotation file.
 
     Of a review only the photographs that were accepted are read, with scores of 1.
 
@@ -156,7 +156,8 @@ def read_predictions(
 
     Args:
         path: the file, or a folder with all parts of `predict --shard`. Lines of these, and of a file that was written
-            here, are read when they are asked for; another file is in memory as a whole.
+            here, are read when they are asked for, those of a ``.parquet`` by group; another file is in memory as a
+            whole.
         images: the photographs that predictions are wanted for.
         classes: names of the C classes, in label order.
         category_ids: (C,) the id of each class where the file names no categories; None for 1..C.
