@@ -63,7 +63,8 @@ def parquet_lists(path: Path) -> dict[str, Any]:
         if not isinstance(own, dict) or not isinstance(own.get("classes"), list):
             raise InputError(f"{path}: labelpenet merge has not written this; give its file, or the folder of parts")
         groups = Groups(path, file)
-        if not file.schema_arrow.equals(_schema(pa)) or max(groups.sizes, default=0) > ROWS_A_GROUP:
+        small = max(groups.sizes, default=0) <= ROWS_A_GROUP
+        if not file.schema_arrow.equals(_schema(pa)) or not small or sum(groups.sizes) != file.metadata.num_rows:
             raise ValueError("other columns or groups")
         images: list[dict[str, Any]] = []
         for number, row in groups.each():
