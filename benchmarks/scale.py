@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from labelpenet.data import run_folder
 from labelpenet.data.scenes import write_scenes
 
 SIZE = (48, 64)
@@ -115,16 +114,12 @@ def measure(run: Path, home: Path, count: int, workers: int) -> dict[str, Any]:
         "parquet": ["merge", str(parts), "--out", str(home / "found.parquet")],
         "export": ["export", str(parts), *held_out, "--to", "yolo", "--out", str(home / "yolo")],
         "evaluate": ["evaluate", str(parts), *held_out],
+        "evaluate parquet": ["evaluate", str(home / "found.parquet"), *held_out],
+        "report": ["report", str(run), "--data", str(year), "--images", "2", "--predictions", str(parts)],
     }
     for name, command in steps.items():
         _, spent, memory, _ = timed([command])
         row |= {f"s {name}": spent, f"MiB {name}": memory}
-    kept = run_folder.predictions(run, "val", 2)
-    kept.parent.mkdir(exist_ok=True)
-    shutil.move(merged, kept)
-    (run / "results.json").write_text(json.dumps({"split": "val"}))
-    _, spent, memory, _ = timed([["report", str(run), "--data", str(year), "--images", "2"]])
-    row |= {"s report": spent, "MiB report": memory}
     tenths = [curve[len(curve) * part // 10] for part in range(10) if curve]
     shown = {key: round(value, 2) for key, value in row.items()}
     return shown | {"photographs, MiB": [[round(size / each), memory] for size, memory in tenths]}

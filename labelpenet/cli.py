@@ -62,7 +62,8 @@ Labels = Annotated[
     tuple[Path, ...],
     _optional(
         "[FILE ...]",
-        "Predictions or COCO files to learn from; several are put together. Default: those in RUN/instances.",
+        "Predictions (.json, .parquet, folders of parts) or COCO files to learn from; several are put together. "
+        "Default: those in RUN/instances.",
     ),
 ]
 Shorten = Annotated[float, arg(help="Multiply every stage's number of steps.")]
@@ -249,7 +250,8 @@ class Merge:
     parts: Positional[Annotated[tuple[Path, ...], arg(metavar="PARTS ...", help_behavior_hint="(required)")]]
     """Parts, or folders of parts."""
     out: Path = Path("predictions.json")
-    """File to write: .json (COCO, as predict writes it) or .parquet (a row for each instance)."""
+    """File to write: .json (COCO, as predict writes it) or .parquet (a row for each instance, and one of a photograph
+    alone where nothing was found in it)."""
     overwrite: Overwrite = False
 
 
@@ -263,7 +265,7 @@ class Evaluate:
     """
 
     predictions: Positional[Annotated[Path, arg(metavar="PREDICTIONS")]]
-    """predictions.json, the folder of parts of predict --shard, or another tool's COCO results list."""
+    """predictions.json or .parquet, the folder of parts of predict --shard, or another tool's COCO results list."""
     data: Data
     """The annotated data set."""
     split: Split = None
@@ -316,7 +318,7 @@ class Export:
     """
 
     predictions: Positional[Annotated[Path, arg(metavar="PREDICTIONS")]]
-    """predictions.json, or the folder of parts of predict --shard; for onnx a student's folder."""
+    """predictions.json or .parquet, or the folder of parts of predict --shard; for onnx a student's folder."""
     data: Positional[Annotated[Path | None, _optional("[DATA]")]] = None
     """The data set, or the folder of photographs, that the predictions belong to; none for onnx."""
     out: Path = Path("labels")
@@ -394,6 +396,7 @@ class Report:
 
     Try:
       labelpenet report runs/voc --data VOCdevkit/VOC2012
+      labelpenet report runs/voc --data VOCdevkit/VOC2012 --predictions parts/
     """
 
     run: RunFolder
@@ -406,6 +409,9 @@ class Report:
     overwrite: Overwrite = False
     images: int = 6
     """Strips of each kind."""
+    predictions: OptionalPath = None
+    """What the last module found in --split: predictions.json or .parquet, or the folder of parts of predict --shard.
+    Default: those that labelpenet measure left in the run."""
 
 
 @dataclass
@@ -980,7 +986,8 @@ def report(args: Report) -> None:
         _say(f"no pictures: {data}, which the run was trained on, is not there (seen from this folder); give --data")
         data = None
     if args.out and real_path(args.out) != real_path(args.run / "report.html"):
-        check_outputs([args.out], [args.run, *([data] if data else [])], args.overwrite)
+        reads = [args.run, *(path for path in (data, args.predictions) if path)]
+        check_outputs([args.out], reads, args.overwrite)
 
     training = held_out = None
     try:
@@ -997,7 +1004,8 @@ def report(args: Report) -> None:
         except InputError as error:
             _say(f"no held-out strips ({error})")
             held_out = None
-    print(write_report(args.run, args.out, training, held_out, images=args.images))
+    page = write_report(args.run, args.out, training, held_out, images=args.images, predictions=args.predictions)
+    print(page)
 
 
 def demo(args: Demo) -> None:

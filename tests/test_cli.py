@@ -131,7 +131,7 @@ def test_a_closed_standard_output_is_no_error(tmp_path: Path) -> None:
     assert done.returncode == 0 and "Traceback" not in done.stderr
 
 
-def test_measure_and_report(run: Path, kit: Path) -> None:
+def test_measure_and_report(run: Path, kit: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["measure", str(run), str(kit), "--device", "cpu", "--cache", str(run.parent / "cache")])
     results = json.loads((run / "results.json").read_text())
     assert set(results["val"]) == set(results["train"]) == {"1", "2", "3", "4"}
@@ -143,6 +143,10 @@ def test_measure_and_report(run: Path, kit: Path) -> None:
     page = (run / "report.html").read_text()
     assert "<table" in page
     assert 'src="http' not in page
+    given = ["report", str(run), "--images", "1", "--predictions", str(run / "predictions" / "val-module4.json")]
+    main(given)
+    assert "val-module4.json; that this run" in (run / "report.html").read_text()
+    assert "val-module4.json: is of no held-out images" in one_line([*given, "--split", "train"], capsys)
 
 
 def test_measure_says_which_photographs_it_cannot_judge_the_training_by(
@@ -226,7 +230,7 @@ def test_the_report_calls_no_photograph_held_out_that_was_trained_on(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shown: list[Any] = []
-    monkeypatch.setattr("labelpenet.report.write_report", lambda run, out, *data, images: shown.append(data))
+    monkeypatch.setattr("labelpenet.report.write_report", lambda run, out, *data, **_: shown.append(data))
     photos, copy = tmp_path / "photos", tmp_path / "run"
     shutil.copytree(run, copy)
     facts = json.loads((copy / "run.json").read_text())
@@ -444,6 +448,7 @@ def test_no_command_writes_over_what_it_reads_or_did_not_make(
         [*evaluate, "--json", str(old), "--overwrite"],
         [*evaluate, "--json", str(kit / "classes.txt"), "--overwrite"],
         [*report, "--out", str(old)],
+        [*report, "--predictions", str(old), "--out", str(old), "--overwrite"],
         [*report, "--out", str(run / "run.json"), "--overwrite"],
         [*report, "--out", str(kit / "classes.txt"), "--overwrite"],
     ]

@@ -21,6 +21,7 @@ from labelpenet.data.dataset import ByImage, TaggedImage
 from labelpenet.data.files import is_file, json_line, locked, sealed, write_bytes, writing
 from labelpenet.data.images import image_size
 from labelpenet.errors import InputError
+from labelpenet.formats.parquet import write_parquet
 from labelpenet.formats.rows import (
     Predictions,
     Rows,
@@ -36,8 +37,6 @@ from labelpenet.formats.rows import (
 )  # fmt: skip
 from labelpenet.instances import Instances
 from labelpenet.progress import log_notes
-
-ROWS_A_GROUP = 10_000  # of a Parquet file: about 10 MB in memory
 
 
 def parse_shard(text: str) -> tuple[int, int]:
@@ -184,8 +183,7 @@ def merge_parts(paths: Sequence[Path], out: Path) -> tuple[int, int]:
     line.
 
     Memory does not grow with the number of photographs. The ``.json`` is byte for byte what one process would have
-    written; the ``.parquet`` has a row for each instance: image, file_name, width, height, category, score, x, y, w, h
-    (pixels), counts (compressed RLE, column-major, as COCO's).
+    written; the ``.parquet`` is that of `write_parquet`.
 
     Returns:
         The numbers of photographs and of instances.
@@ -198,7 +196,7 @@ def merge_parts(paths: Sequence[Path], out: Path) -> tuple[int, int]:
         raise InputError(f"{out}: the suffix must be .json or .parquet")
     counts = [0, 0]
     if out.suffix == ".parquet":
-        _write_parquet(parts, header, out, counts)
+        write_parquet(out, _flat(parts, header["classes"], counts), header["classes"])
     else:
         write_bytes(out, lambda file: _write_coco(parts, header, file, counts))
     if skipped := header["images"] - counts[0]:
@@ -339,41 +337,17 @@ def _write_coco(parts: Sequence[Path], header: dict[str, Any], file: BinaryIO, c
         file.write(piece.encode())
 
 
-def _write_parquet(parts: Sequence[Path], header: dict[str, Any], out: Path, counts: list[int]) -> None:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ImportError as error:
-        raise InputError(f"{out}: Parquet needs pyarrow; pip install 'labelpenet[parquet]'") from error
-    text, number = pa.string(), pa.float32()
-    schema = pa.schema(
-        [("image", text), ("file_name", text), ("width", pa.int32()), ("height", pa.int32()), ("category", text)]
-        + [(name, number) for name in ("score", "x", "y", "w", "h")]
-        + [("counts", text)],
-    )
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for row in _rows_of(parts):
-            counts[0] += 1
-            shared = {key: row[key] for key in ("image", "file_name", "width", "height")}
-            for one in row["instances"]:
-                counts[1] += 1
-                box = dict(zip("xywh", one["bbox"], strict=True))
-                category = header["classes"][one["category_id"] - 1]
-                mask = (one.get("segmentation") or {}).get("counts")
-                yield {**shared, "category": category, "score": one["score"], **box, "counts": mask}
-
-    def write(file: BinaryIO) -> None:
-        with pq.ParquetWriter(file, schema) as writer:
-            group: list[dict[str, Any]] = []
-            for row in rows():
-                group.append(row)
-                if len(group) == ROWS_A_GROUP:
-                    writer.write_table(pa.Table.from_pylist(group, schema))
-                    group = []
-            writer.write_table(pa.Table.from_pylist(group, schema))
-
-    write_bytes(out, write)
+def _flat(parts: Sequence[Path], classes: Sequence[str], counts: list[int]) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file."""
+    for counts[0], row in enumerate(_rows_of(parts), 1):
+        shared = {key: row[key] for key in ("image", "file_name", "width", "height")}
+        counts[1] += len(row["instances"])
+        if not row["instances"]:
+            yield shared
+        for one in row["instances"]:
+            box = dict(zip("xywh", one["bbox"], strict=True))
+            mask = (one.get("segmentation") or {}).get("counts")
+            yield {**shared, "category": classes[one["category_id"] - 1], "score": one["score"], **box, "counts": mask}
 
 
 def _row_at(part: Path, place: int) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from labelpenet.data.dataset import ByImage, TaggedImage, TaggedImages
 from labelpenet.data.files import brief, listing, read_json, write_text
 from labelpenet.data.images import image_size
 from labelpenet.errors import InputError
+from labelpenet.formats.parquet import Groups, parquet_lists
 from labelpenet.formats.parts import part_classes, read_parts
 from labelpenet.formats.review import accepted
 from labelpenet.formats.rows import (
@@ -112,10 +113,10 @@ def coco_text(
 
 
 def read_content(path: Path) -> Any:
-    """The content of a JSON file; the annotations of a predictions file that was written here stay there until they are
-    asked for. `InputError` as `read_json`.
+    """The content of a JSON file, or the same of a ``.parquet``; the annotations of a predictions file that was written
+    here stay there until they are asked for. `InputError` as `read_json` and `parquet_lists`.
     """
-    lists = coco_lists(path)
+    lists = parquet_lists(path) if path.suffix == ".parquet" else coco_lists(path)
     return read_json(path) if lists is None else lists
 
 
@@ -141,7 +142,7 @@ def read_predictions(
     category_ids: Sequence[int] | None = None,
     others: Sequence[int] = (),
 ) -> Predictions:
-    """Reads predictions.json, a folder of parts, a bare COCO results list or a COCO annotation file.
+    """Reads predictions.json or .parquet, a folder of parts, a bare COCO results list or a COCO annotation file.
 
     Of a review only the photographs that were accepted are read, with scores of 1.
 
@@ -155,7 +156,8 @@ def read_predictions(
 
     Args:
         path: the file, or a folder with all parts of `predict --shard`. Lines of these, and of a file that was written
-            here, are read when they are asked for; another file is in memory as a whole.
+            here, are read when they are asked for, those of a ``.parquet`` by group; another file is in memory as a
+            whole.
         images: the photographs that predictions are wanted for.
         classes: names of the C classes, in label order.
         category_ids: (C,) the id of each class where the file names no categories; None for 1..C.
@@ -175,9 +177,10 @@ def read_predictions(
     content, notes = accepted(path, read_content(path))
     listed = isinstance(content, dict)
     rows = content.get("annotations") if listed else content
-    if not isinstance(rows, Lines) and (not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows)):
+    stored = isinstance(rows, Lines | Groups)
+    if not stored and (not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows)):
         raise InputError(f"{path}: expected a COCO results list, or an object with images, categories and annotations")
-    take = rows.take if isinstance(rows, Lines) else partial(map, rows.__getitem__)
+    take = rows.take if stored else partial(map, rows.__getitem__)
     entries = read_entries(path, content, "images") if listed else None
     names = match_images(path, images, entries, notes)
     labels = match_categories(path, classes, category_ids, content if listed else None, notes)

@@ -87,6 +87,7 @@ def write_report(
     data: TaggedImages | AnnotatedImages | None = None,
     held_out: TaggedImages | AnnotatedImages | None = None,
     images: int = 6,
+    predictions: Path | None = None,
 ) -> Path:
     """Writes the report of a run, finished or not: what is missing is named in it.
 
@@ -98,13 +99,17 @@ def write_report(
         data, held_out: the training photographs with their tags, and others; each part is left out if None. Annotation,
             where they have it, is only drawn and measured.
         images: how many strips of each split, and how many worst images.
+        predictions: what the run's last module found in the held-out images, as `read_predictions` takes it, in place
+            of ``RUN/predictions``.
 
     Raises:
-        InputError: no run folder, or the file cannot be written.
+        InputError: no run folder, predictions that cannot be used, or the file cannot be written.
     """
     run = Path(run)
     facts = gather(run)
     problems: list[str] = []
+    if predictions is not None and (held_out is None or not facts.trained):
+        raise InputError(f"{predictions}: is of no held-out images of a trained run; check the run, --data and --split")
     network = next(iter(_made(load, [run] if facts.trained else [], problems)), None)
     classes = tuple(facts.run["classes"])
     sources = []
@@ -117,7 +122,12 @@ def write_report(
         else:
             training = name == "training"
             given = _own(run, given, problems) if training else given
-            found = _labels(run, facts, given, problems) if training else _predictions(run, facts, given, problems)
+            if training:
+                found = _labels(run, facts, given, problems)
+            elif predictions is None:
+                found = _predictions(run, facts, given, problems)
+            else:
+                found = {facts.trained[-1]: _given(predictions, given, problems)}
             used = training and "supervision" in facts.run
             proposed = "proposals" in facts.run
             if training and proposed:
@@ -283,6 +293,17 @@ def _predictions(run: Path, facts: Facts, images: TaggedImages, problems: list[s
         return number, read_predictions(paths[number], same, images.classes)
 
     return dict(_made(read, (number for number, path in paths.items() if path.is_file()), problems))
+
+
+def _given(path: Path, images: TaggedImages, problems: list[str]) -> Mapping[str, Instances]:
+    """What a file, or a folder of parts, says of the held-out images."""
+    found = read_predictions(path, images, images.classes)
+    problems.append(
+        f"held-out images: what was found is taken from {path}; that this run's weights made it is not checked"
+    )
+    if absent := sum(image.id not in found for image in images.images):
+        problems.append(f"held-out images: {absent} are not in {path}; those are predicted now, and not measured")
+    return found
 
 
 def _strips(

@@ -24,6 +24,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pycocotools import mask as rle
 from safetensors.torch import save_file
 
 from labelpenet import InputError
@@ -34,6 +35,7 @@ from labelpenet.data.precomputed import read_proposals
 from labelpenet.engine.log import read_metrics
 from labelpenet.formats import coco, open_annotated, open_tagged, read_predictions
 from labelpenet.formats.corrected import read_corrected
+from labelpenet.formats.parquet import write_parquet
 from labelpenet.formats.review import KIND
 from labelpenet.formats.rows import coco_file
 from labelpenet.instances import decode_mask
@@ -388,6 +390,13 @@ def own_file(kind: str, root: Path) -> tuple[Path, Callable[[], object]]:
         path.write_text("".join(coco_file({key: map(json.dumps, content[key]) for key in LISTS})))
     elif kind in json_of:
         path.write_text(json.dumps(json_of[kind]) + "\n")
+    elif suffix == "parquet":
+        pytest.importorskip("pyarrow")
+        where = {"file_name": "x.jpg", "height": SIZE[0], "width": SIZE[1]}
+        whole = {"x": 0.0, "y": 0.0, "w": float(SIZE[1]), "h": float(SIZE[0])}
+        whole["counts"] = rle.encode(np.asfortranarray(np.eye(*SIZE, dtype=np.uint8)))["counts"].decode()
+        found = [{"image": "x.jpg", **where, "category": "cat", "score": 0.5, **whole}] * 40
+        write_parquet(path, [*found, {"image": "sub/y.jpg", **where, "file_name": "sub/y.jpg"}], tagged.classes)
     elif suffix == "npz":
         np.savez(path, **{name.replace("/", " "): value for name, value in boxes.items()}, x=boxes["x.jpg"])
     elif suffix == "pkl":
@@ -424,8 +433,9 @@ def own_file(kind: str, root: Path) -> tuple[Path, Callable[[], object]]:
 
 
 LISTS = ("images", "categories", "annotations")
-OWN = ("predictions.json", "predictions.lines.json", "rows.json", "review.json", "proposals.json", "proposals.npz",
-       "proposals.pkl", "proposals.mat", "weights.pth", "weights.safetensors", "metrics.jsonl")  # fmt: skip
+OWN = ("predictions.json", "predictions.lines.json", "predictions.parquet", "rows.json", "review.json",
+       "proposals.json", "proposals.npz", "proposals.pkl", "proposals.mat", "weights.pth", "weights.safetensors",
+       "metrics.jsonl")  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from labelpenet.data.files import hash_file, write_json
 from labelpenet.errors import InputError
 from labelpenet.evaluation import Table, evaluate
 from labelpenet.formats import Predictions, open_annotated, write_predictions
+from labelpenet.formats.parts import Part, merge_parts
 from labelpenet.instances import Instances
 from labelpenet.models.cascade import LabelPEnet
 from labelpenet.report import write_report
@@ -409,6 +410,39 @@ def test_a_report_decodes_one_photograph_after_another_however_its_predictions_a
     path.write_text(json.dumps(json.loads(path.read_text())))  # on one line, as other tools write it
     whole = write_report(run, None, None, held_out, images=2).read_text("utf-8")
     assert re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d", "", whole) == re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d", "", by_line)
+
+
+@pytest.mark.parametrize("suffix", ["", ".parquet"])
+def test_a_report_takes_predictions_in_any_form_and_says_where_from(
+    tmp_path: Path, network: Network, suffix: str
+) -> None:
+    pytest.importorskip("pyarrow")
+    held_out = photographs(tmp_path / "val", 8)
+    run, paths = make_run(tmp_path / "run", 4), {one: tmp_path / f"found{one}" for one in (".json", suffix)}
+    with Part(tmp_path / "found", (1, 1), {"module": 4}, held_out.tagged.images, CLASSES) as part:
+        for image in held_out.tagged.images:
+            unread = image.id[0] == "0"  # is among those that are shown, so it is predicted now
+            empty = Instances.empty((48, 64), with_masks=True)
+            part.add(image, None if unread else empty if image.id[0] == "1" else found_in(image, 4))
+        part.finish()
+    for path in paths.values():
+        if path.suffix:
+            merge_parts([tmp_path / "found"], path)
+
+    def report(path: Path) -> str:
+        network.predicted.clear()
+        text = write_report(run, None, None, held_out, images=2, predictions=path).read_text("utf-8")
+        assert network.predicted == [2, 3, 4, 2, 3]
+        return re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d", "", text).replace(str(path), "PATH")
+
+    pages = [report(path) for path in paths.values()]
+    assert pages[0] == pages[1] and "1 are not in PATH; those are predicted now" in pages[0]
+    assert "what was found is taken from PATH" in pages[0] and "in which module 4 does worst" in pages[0]
+    before = (run / "report.html").read_bytes()
+    for path, split in ((paths[suffix], None), (tmp_path / "missing", held_out), (run / "run.json", held_out)):
+        with pytest.raises(InputError, match=path.name):
+            write_report(run, None, None, split, predictions=path)
+    assert (run / "report.html").read_bytes() == before
 
 
 def test_the_page_of_a_student_speaks_of_no_modules(tmp_path: Path) -> None:

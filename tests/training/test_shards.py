@@ -23,7 +23,7 @@ from PIL import Image
 from labelpenet.cli import main
 from labelpenet.config import MODULES
 from labelpenet.data import run_folder
-from labelpenet.data.dataset import TaggedImage
+from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.files import sealed
 from labelpenet.data.scenes import render_scene
 from labelpenet.errors import InputError
@@ -31,6 +31,7 @@ from labelpenet.formats import read_predictions
 from labelpenet.formats.parts import Part, merge_parts, parse_shard, share
 from labelpenet.formats.predictions import class_names
 from labelpenet.instances import Instances, masks_to_boxes
+from labelpenet.training.labels import read_labels
 from labelpenet.training.shards import BatchPredictor
 from tests.formats.kits import photograph
 from tests.formats.test_reader_fuzz import ODD, deadline, mutated, paths_of
@@ -218,30 +219,39 @@ def test_skipped_photographs_are_counted_again_and_said_in_merging(
     assert "2 photographs could not be read when they were predicted" in caplog.text
 
 
-def test_parts_are_read_like_the_file_that_they_merge_to(tmp_path: Path) -> None:
-    images = [TaggedImage(f"sub/{i}.png", tmp_path / f"sub/{i}.png", ()) for i in range(9)]
+@pytest.mark.parametrize("kind", ["parts", "merged.parquet"])
+def test_parts_and_parquet_are_read_like_the_json_that_they_merge_to(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pyarrow")
+    monkeypatch.setattr("labelpenet.formats.parquet.ROWS_A_GROUP", 2)  # so that groups end within photographs
+    images = [TaggedImage(f"sub/{i}.png", tmp_path / f"sub/{i}.png", (0, 2)) for i in range(9)]
     for image in images:
         photograph(image.path, (12, 16))
     parts, merged = tmp_path / "parts", tmp_path / "merged.json"
     write(parts, images, 3, bad=(4,))
     merge_parts([parts], merged)
+    merge_parts([parts], tmp_path / "merged.parquet")
     asked, classes = images[::-2], ("dog", "bird", "cat")
-    lazy, whole = (read_predictions(path, asked, classes, (1, 2, 3)) for path in (parts, merged))
-    assert class_names(parts) == class_names(merged) == list(CLASSES)
+    lazy, whole = (read_predictions(path, asked, classes, (1, 2, 3)) for path in (tmp_path / kind, merged))
+    assert class_names(tmp_path / kind) == class_names(merged) == list(CLASSES)
     assert list(lazy) == list(whole) == [image.id for image in asked if image != images[4]]
     assert [note.split(": ")[1] for note in lazy.notes] == [note.split(": ")[1] for note in whole.notes]
-    for name, one in whole.items():
-        other = lazy[name]
-        assert torch.equal(one.boxes, other.boxes) and torch.equal(one.labels, other.labels)
-        assert torch.equal(one.weights, other.weights) and one.image_size == other.image_size
-        assert one.masks is None or torch.equal(one.masks, other.masks)
+    labels = [read_labels(tmp_path, [path], TaggedImages(classes, tuple(asked))) for path in (tmp_path / kind, merged)]
+    assert [note.split(": ")[-1] for note in labels[0][1]] == [note.split(": ")[-1] for note in labels[1][1]]
+    for name, one in [*whole.items(), *labels[1][0].items()]:
+        for other in (lazy[name], labels[0][0][name]):
+            assert torch.equal(one.boxes, other.boxes) and torch.equal(one.labels, other.labels)
+            assert torch.equal(one.weights, other.weights) and one.image_size == other.image_size
+            assert one.masks is None or torch.equal(one.masks, other.masks)
     photograph(images[8].path, (12, 17))
     with pytest.raises(InputError, match="12"):
-        lazy["sub/8.png"]
+        read_predictions(tmp_path / kind, asked, classes, (1, 2, 3))["sub/8.png"]
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_what_memory_holds_does_not_grow_with_what_was_found(tmp_path: Path, merged: bool) -> None:
+@pytest.mark.parametrize("merged", ["", ".json", ".parquet"])
+def test_what_memory_holds_does_not_grow_with_what_was_found(tmp_path: Path, merged: str) -> None:
+    pytest.importorskip("pyarrow.parquet")
     images, held = [TaggedImage(one.id, tmp_path / one.path, ()) for one in photographs(200)], list[int]()
     masks = torch.rand(40, 12, 16) > 0.5
     for image in images if merged else ():
@@ -254,9 +264,9 @@ def test_what_memory_holds_does_not_grow_with_what_was_found(tmp_path: Path, mer
                 part.add(image, some)
             part.finish()
         if merged:
-            merge_parts([folder], tmp_path / f"{count}.json")
+            merge_parts([folder], folder.with_suffix(merged))
         tracemalloc.start()
-        kept = read_predictions(tmp_path / f"{count}.json" if merged else folder, images, CLASSES, (1, 2))
+        kept = read_predictions(folder.with_suffix(merged), images, CLASSES, (1, 2))
         gc.collect()  # what waits to be collected is not held
         held.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
@@ -276,15 +286,144 @@ def test_one_part_has_one_writer(tmp_path: Path) -> None:
         pass
 
 
-def test_parquet_has_a_row_for_each_instance(tmp_path: Path) -> None:
+def test_parquet_has_a_row_for_each_instance_and_one_where_nothing_was_found(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     images = photographs(7)
     write(tmp_path / "parts", images, 2)
     assert merge_parts([tmp_path / "parts"], tmp_path / "out.parquet") == (7, 6)
-    rows = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    every = parquet.read_table(tmp_path / "out.parquet").to_pylist()
+    assert list(dict.fromkeys(row["image"] for row in every)) == [image.id for image in images]
+    rows = [row for row in every if row["category"] is not None]
     assert len(rows) == 6 and rows[0]["category"] == "cat" and rows[2]["category"] == "dog"
     assert (rows[0]["x"], rows[0]["y"], rows[0]["w"], rows[0]["h"]) == (2, 0, 7, 6)
     assert all(row["counts"] for row in rows)
+    nothing = [row for row in every if row["category"] is None]
+    assert [row["image"] for row in nothing] == [images[i].id for i in (0, 3, 6)]
+    assert {row[key] for row in nothing for key in ("score", *"xywh", "counts")} == {None}
+
+
+@pytest.fixture
+def merged(tmp_path: Path) -> Path:
+    """A Parquet file, with the photographs in ``sub`` beside it."""
+    pytest.importorskip("pyarrow")
+    images = [TaggedImage(f"{i}.png", tmp_path / f"sub/{i}.png", ()) for i in range(5)]
+    for image in images:
+        photograph(image.path, (12, 16))
+    write(tmp_path / "parts", images, 1)
+    merge_parts([tmp_path / "parts"], tmp_path / "found.parquet")
+    return tmp_path / "found.parquet"
+
+
+def refusal(merged: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What `labelpenet export` says of the file; it must say a line, and write nothing."""
+    out = merged.parent / "out"
+    with pytest.raises(SystemExit) as stop:
+        main(["export", str(merged), str(merged.parent / "sub"), "--to", "coco-results", "--out", str(out)])
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
+    assert stop.value.code == 2 and len(lines) == 1 and str(merged) in lines[0] and not out.exists()
+    return lines[0]
+
+
+ROW = 1  # of photograph 1, the only one; those of 2 are rows 2 and 3
+FORGED = {
+    "score": [None, float("nan"), float("inf")],
+    "x": [None, float("nan"), 16.0, -1e9],
+    "w": [None, -1.0, 1e300],
+    "category": [None, "cow", ""],
+    "counts": ["", "0", "nonsense", "\U0001f600"],
+    "width": [0, -1, 2**31 - 1, 17],
+    "height": [0, 13],
+    "image": ["0.png", "2.png"],
+    "file_name": ["2.png"],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in FORGED.items() for value in values])
+def test_a_forged_value_in_a_parquet_file_ends_in_one_line(
+    merged: Path, capsys: pytest.CaptureFixture[str], key: str, value: Any
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(merged)
+    rows = table.to_pylist()
+    rows[ROW][key] = value
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), merged)
+    refusal(merged, capsys)
+
+
+def test_a_parquet_file_of_another_make_ends_in_one_line(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    good, table = merged.read_bytes(), pq.read_table(merged)
+    for name in table.column_names:
+        pq.write_table(table.drop([name]), merged)
+        assert "other columns" in refusal(merged, capsys)
+        number = table.column_names.index(name)
+        pq.write_table(table.set_column(number, name, pa.array([True] * len(table))), merged)
+        assert "other columns" in refusal(merged, capsys)
+    pq.write_table(table.take([0, 1, 2, 4, 3, *range(5, len(table))]), merged)  # rows of 2.png in two places
+    assert "2.png" in refusal(merged, capsys)
+    pq.write_table(pa.concat_tables([table] * 300).combine_chunks(), merged)
+    assert "groups" in refusal(merged, capsys)
+    for made in (
+        None,
+        b"x",
+        b"[]",
+        b'{"classes": 3}',
+        b'{"classes": [3]}',
+        b'{"classes": ["cat", "cat"]}',
+        b"[" * 10**5,
+    ):
+        pq.write_table(table.replace_schema_metadata(made and {"labelpenet": made}), merged)
+        refusal(merged, capsys)
+    for content in (b"", b"PAR1", good[:-9], good[: len(good) // 2], b'{"images": []}', bytes(1000)):
+        merged.write_bytes(content)
+        refusal(merged, capsys)
+    merged.unlink()
+    refusal(merged, capsys)
+    merged.mkdir()
+    refusal(merged, capsys)
+
+
+def test_no_flipped_bit_of_a_parquet_file_changes_a_result_in_silence(merged: Path) -> None:
+    images = [TaggedImage(f"{i}.png", merged.parent / f"sub/{i}.png", ()) for i in range(5)]
+
+    def read() -> list[Any]:
+        found = read_predictions(merged, images, CLASSES)
+        return [(name, one.boxes.tolist(), one.labels.tolist(), one.weights.tolist()) for name, one in found.items()]
+
+    good, whole = bytearray(merged.read_bytes()), read()
+    refused = 0
+    counts = [place for place, byte in enumerate(good) if byte == 2 * 6]  # the file has six rows
+    for place in (*range(0, len(good), 7), *counts):
+        good[place] ^= 8
+        merged.write_bytes(good)
+        with deadline():
+            try:
+                assert read() == whole
+            except InputError as error:
+                refused += 1
+                assert str(error).isprintable()
+        good[place] ^= 8
+    assert refused > 50
+
+
+def test_without_pyarrow_parquet_ends_in_one_line(
+    merged: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert "pip install 'labelpenet[parquet]'" in refusal(merged, capsys)
+
+
+def test_a_name_that_parquet_cannot_hold_ends_in_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    name = os.fsdecode(b"a\xff.png")
+    write(tmp_path / "parts", [TaggedImage(name, tmp_path / name, ())], 1)
+    with pytest.raises(InputError, match="UTF-8"):
+        merge_parts([tmp_path / "parts"], tmp_path / "out.parquet")
+    assert [path.name for path in tmp_path.iterdir()] == ["parts"]
 
 
 @pytest.fixture(scope="module")
