@@ -59,7 +59,7 @@ def measure_run(
     if student and set(modules) not in ({4}, {1, 2, 3, 4}):
         raise InputError(f"{run}: holds a student, which has no modules; leave --modules out")
     labelling = run_folder.labelled(run)
-    modules = (4,) if student else [number for number in modules if number in labelling]
+    modules = (4,) if student else [number for number in dict.fromkeys(modules) if number in labelling]
     if not modules:
         raise InputError(f"{run}: none of the modules has labelled the training photographs yet; train it first")
     held_out = open_annotated(data, split, classes, images)
