@@ -488,6 +488,7 @@ def _places(cells: int, drawn: int, pixels: slice, device: torch.device) -> tupl
 
 def _between(maps: Tensor, places: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """(n, K) rows between those of maps (m, K)."""
+    # by `maps.interpolation` every pixel would cost a side's cells, and be rounded as the crop's size has it
     lower, upper, share = places
     low = maps.index_select(0, lower)
     return maps.index_select(0, upper).sub_(low).mul_(share[:, None]).add_(low)

@@ -23,8 +23,14 @@ _FOUND = {"category": "string", **dict.fromkeys(("score", "x", "y", "w", "h"), "
 
 
 def write_parquet(out: Path, rows: Iterable[dict[str, Any]], classes: Sequence[str]) -> None:
-    """Writes rows with the columns of `_PHOTOGRAPH`, `_FOUND` and ``counts`` (compressed RLE, column-major, as COCO's),
-    whole or not at all; a photograph without instances has none of the latter two.
+    """Writes a file of rows, whole or not at all.
+
+    Args:
+        rows: of each instance ``image`` (the photograph's id), ``file_name``, ``width`` and ``height`` (pixels),
+            ``category`` (a name in ``classes``), ``score`` in [0, 1], ``x, y, w, h`` (the box, in pixels), and
+            ``counts`` (its mask as compressed RLE, column-major, as COCO's; None without one). The first four alone of
+            a photograph in which nothing was found. Rows of a photograph follow one another.
+        classes: names of all C classes, in label order.
 
     Raises:
         InputError: pyarrow is missing, a photograph's name is no UTF-8, or the file cannot be written.
@@ -89,7 +95,7 @@ class Groups:
     """
 
     def __init__(self, path: Path, file: Any) -> None:
-        self._path, self._file, self.rows = path, file, array("Q")
+        self._path, self.rows = path, array("Q")
         self.sizes = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
         self._firsts = [0, *itertools.accumulate(self.sizes)][:-1]
         self._table = functools.lru_cache(maxsize=1)(functools.partial(file.read_row_group, use_threads=False))

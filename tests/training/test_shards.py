@@ -349,7 +349,7 @@ def test_a_forged_value_in_a_parquet_file_ends_in_one_line(
     rows = table.to_pylist()
     rows[ROW][key] = value
     pq.write_table(pa.Table.from_pylist(rows, table.schema), merged)
-    refusal(merged, capsys)
+    assert refusal(merged, capsys).startswith(f"labelpenet: {merged}: ")
 
 
 def test_a_parquet_file_of_another_make_ends_in_one_line(merged: Path, capsys: pytest.CaptureFixture[str]) -> None:
