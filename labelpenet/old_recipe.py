@@ -9,16 +9,14 @@ _GONE = {
     "affiliated": True,
 }  # fmt: skip
 # Choices that did not exist yet, and what was done then.
-_LATER = {"keep": 0.0, "nested": None}
-_NO_MARGIN = {"mask_margin": 0.0}
-_AS_SCORED = {"rescore": None, "empty": "proposal"}
-_FROM_THE_BACKBONE = {"start": "backbone"}
-_WITHOUT_TAGS = {"tag_power": 0.0}
+_BEFORE = {"keep": 0.0, "nested": None, "vote": False, "rescore": None, "empty": "proposal"}
+_BEFORE_OF_MODULE_1 = {"tag_power": 0.0}
+_BEFORE_OF_MASKS = {"start": "backbone", "mask_margin": 0.0}
 _RENAMED = {"background": "threshold", "part": "min_component", "duplicate": "mask_nms"}
 
 
 def modernise(old: dict[str, Any], known: Sequence[tuple[set[str], set[str]]]) -> dict[str, Any]:
-    """The values of `config.to_dict` that say what those of version 0.1 say.
+    """The values of `config.to_dict` that say what those of version 0.1 say, but for choices that it did not know.
 
     Args:
         old: what run.json holds.
@@ -35,20 +33,18 @@ def modernise(old: dict[str, Any], known: Sequence[tuple[set[str], set[str]]]) -
     for number, (choices, calibration) in enumerate(known, 1):
         own = dict(old[("classification", "detection", "segmentation", "segmentation")[number - 1]])
         label = _competing(old[f"infer{number}"])
-        predict = (
-            _competing(old[f"predict{number}"]) if f"predict{number}" in old else label | {"compete": "background"}
-        )
+        predict = _competing(old.get(f"predict{number}", old[f"infer{number}"] | {"joint": False}))
         if number == 1:
             own |= {"heat": "all", "initialiser": "gaussian"}
         else:
             own |= {"rpn_pre_nms_top_n_train": 2000, "rpn_pre_nms_top_n_test": 1000}
-            own |= {"score_threshold": predict["score_threshold"]} | _NO_MARGIN
+            own |= {"score_threshold": predict["score_threshold"]}
             own |= dict.fromkeys(("rpn_post_nms_top_n_train", "rpn_post_nms_top_n_test"), own["rpn_proposals"])
             if own.get("freeze_head"):
                 raise ValueError("a frozen RoI head is no choice of modules 2 to 4 any more")
         renamed = _RENAMED | {"attended": "max_attention" if number < 3 else "max_masks"}
         parts = {
-            name: _LATER | {new: value for key, value in part.items() if (new := renamed.get(key, key)) in calibration}
+            name: {new: value for key, value in part.items() if (new := renamed.get(key, key)) in calibration}
             for name, part in (("label", label), ("predict", predict))
         }
         own = {key: value for key, value in own.items() if key in choices}
@@ -65,19 +61,15 @@ def _competing(calibration: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def completed_modules(modules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The modules as they are written now, of a time when a module had one choice of a vote, for its predictions, and
-    none of scores that know the mask, of where its training begins, or of what a whole photograph shows."""
+    """The modules as they are written now, of a time when a module had one choice of a vote, for its predictions, or
+    none of what a choice above says."""
     found = []
     for number, module in enumerate(modules, 1):
-        segments = "mask_width" in module
-        own = {**(_FROM_THE_BACKBONE if segments else {}), **(_WITHOUT_TAGS if number == 1 else {}), **module}
-        own |= {name: {**_AS_SCORED, **_competing(module[name])} for name in ("label", "predict")}
-        if "vote" in own:
-            margin = _NO_MARGIN if segments else {}
-            before = {**_LATER, "vote": False}
-            own["label"] = before | own["label"]
-            own["predict"] = before | {"vote": own.pop("vote")} | own["predict"]
-            own |= margin
+        before = _BEFORE_OF_MODULE_1 if number == 1 else _BEFORE_OF_MASKS if "mask_width" in module else {}
+        own = {**before, **module}
+        voted = {"vote": own.pop("vote")} if "vote" in own else {}
+        own["label"] = _BEFORE | _competing(own["label"])
+        own["predict"] = _BEFORE | voted | _competing(own["predict"])
         found.append(own)
     return found
 
