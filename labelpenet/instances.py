@@ -75,9 +75,8 @@ class CompactMasks:
 
     def overlap(self, one: int, other: int) -> int:
         """The number of pixels that two of the masks share."""
-        (a, (ax, ay)), (b, (bx, by)) = (
-            (self.crops[one], self.corners[one]), (self.crops[other], self.corners[other])
-        )  # fmt: skip
+        (ax, ay), (bx, by) = self.corners[one], self.corners[other]
+        a, b = self.crops[one], self.crops[other]
         x1, y1 = max(ax, bx), max(ay, by)
         x2, y2 = min(ax + a.shape[1], bx + b.shape[1]), min(ay + a.shape[0], by + b.shape[0])
         if x1 >= x2 or y1 >= y2:
@@ -144,10 +143,9 @@ class Instances:
         height, width = self.image_size
         if self.boxes.ndim != 2 or self.boxes.shape[1] != 4:
             raise ValueError(f"boxes must be (N, 4), but got {tuple(self.boxes.shape)}")
-        if self.labels.shape != (n,):
-            raise ValueError(f"labels must be ({n},), but got {tuple(self.labels.shape)}")
-        if self.weights.shape != (n,):
-            raise ValueError(f"weights must be ({n},), but got {tuple(self.weights.shape)}")
+        for name, one in (("labels", self.labels), ("weights", self.weights)):
+            if one.shape != (n,):
+                raise ValueError(f"{name} must be ({n},), but got {tuple(one.shape)}")
         kept = self._kept
         if kept is not None:
             shape = (len(kept), *kept.image_size) if isinstance(kept, CompactMasks) else tuple(kept.shape)
@@ -212,11 +210,8 @@ class Instances:
         return Instances(self.boxes, self.labels, weights, self.image_size, self._kept)
 
     def validate(self, num_classes: int | None = None) -> Instances:
-        """Checks the values, not only the shapes, and returns self.
-
-        Raises:
-            InputError: a box that is not finite, has no area or leaves the image by more than a pixel; a label
-                outside [0, num_classes); a weight outside [0, 1].
+        """Checks the values, not only the shapes, and returns self; `InputError` for a box that is not finite, has no
+        area or leaves the image by more than a pixel, a label outside [0, num_classes), or a weight outside [0, 1].
         """
         height, width = self.image_size
         boxes, weights = self.boxes, self.weights
@@ -245,34 +240,27 @@ class Instances:
             One dict an instance: ``image_id, category_id, bbox`` (x, y, width, height), ``score`` and, where there are
             masks, ``segmentation`` (compressed RLE with ``counts`` as text).
         """
-        rows = []
         compact = self.compact_masks
-        encoded = [None] * len(self) if compact is None else compact.encode()
-        for box, label, weight, segmentation in zip(
-            self.boxes.tolist(), self.labels.tolist(), self.weights.tolist(), encoded, strict=True
-        ):
-            row: dict[str, Any] = {
+        masks = [{}] * len(self) if compact is None else [{"segmentation": one} for one in compact.encode()]
+        columns = self.boxes.tolist(), self.labels.tolist(), self.weights.tolist(), masks
+        return [
+            {
                 "image_id": image_id,
                 "category_id": label + 1 if category_ids is None else category_ids[label],
-                "bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]],
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
                 "score": weight,
+                **mask,
             }
-            if segmentation is not None:
-                row["segmentation"] = segmentation
-            rows.append(row)
-        return rows
+            for (x1, y1, x2, y2), label, weight, mask in zip(*columns, strict=True)
+        ]
 
     @classmethod
     def from_coco(
         cls, rows: Iterable[dict[str, Any]], image_size: tuple[int, int], category_ids: Sequence[int]
     ) -> Instances:
-        """The inverse of `to_coco`, for the rows of one image.
-
-        Masks are kept if every row has a ``segmentation`` (RLE, compressed or not, or polygons). A row without
-        ``bbox`` gets its mask's tight box.
-
-        Raises:
-            InputError: an unknown category, or a mask that does not fit the image.
+        """The inverse of `to_coco`, for the rows of one image; `InputError` for an unknown category, or a mask that
+        does not fit it. Masks are kept if every row has a ``segmentation`` (RLE, compressed or not, or polygons). A row
+        without ``bbox`` gets its mask's tight box.
         """
         rows = list(rows)
         index = {category: label for label, category in enumerate(category_ids)}

@@ -10,10 +10,13 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
+_FIGURES = {
+    "images_per_s": "{:.3g} images/s", "data_s": "data {:.2g} s", "memory_mb": "{:.0f} MB", "skipped": "{} skipped",
+}  # fmt: skip
 
 
 class Progress:
-    """One line that tells how a stage is doing: a live one on a terminal, a plain one every half minute elsewhere.
+    """The line of one stage.
 
     Args:
         steps: number of steps of the whole stage, of which ``start`` were finished before this session.
@@ -84,15 +87,7 @@ def describe(row: Mapping[str, Any]) -> str:
     if total is not None:
         terms = ", ".join(f"{key} {value:.3g}" for key, value in losses.items())
         parts.append(f"loss {total:.4g}" + (f" ({terms})" if len(losses) > 1 else ""))
-    if row.get("images_per_s"):
-        parts.append(f"{row['images_per_s']:.3g} images/s")
-    if row.get("data_s"):
-        parts.append(f"data {row['data_s']:.2g} s")
-    if row.get("memory_mb"):
-        parts.append(f"{row['memory_mb']:.0f} MB")
-    if row.get("skipped"):
-        parts.append(f"{row['skipped']} skipped")
-    return ", ".join(parts)
+    return ", ".join(parts + [form.format(row[key]) for key, form in _FIGURES.items() if row.get(key)])
 
 
 def duration(seconds: float) -> str:
@@ -108,12 +103,7 @@ def _live_bar(stage: str, steps: int, start: int) -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import Progress as Bar
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-    )
+    columns = TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[status]}")
     bar = Bar(*columns, console=Console(stderr=True))
     bar.add_task(stage, total=steps, completed=start, status="starting")
     return bar

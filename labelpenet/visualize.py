@@ -25,7 +25,7 @@ PALETTE = (
     (0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94, 0), (204, 121, 167), (86, 180, 233), (240, 228, 66),
 )  # fmt: skip
 _TINTS = (0.0, 0.45, -0.35)  # towards white, or black: what sets apart instances of one class
-_FILL = 0.45  # opacity of a mask
+_FILL, _HEAT = 0.45, 0.65  # opacity of a mask, of a map
 Box = tuple[int, int, int, int]
 
 
@@ -81,13 +81,13 @@ def draw_instances(
     return _write_labels(picture, boxes, texts, colours)
 
 
-def draw_mask(image: np.ndarray, mask: np.ndarray | Tensor, colour: Sequence[int] = PALETTE[0]) -> np.ndarray:
-    """One mask (H, W) bool on its photograph, translucent with a contour in a colour (RGB in [0, 255])."""
+def draw_mask(image: np.ndarray, mask: np.ndarray | Tensor) -> np.ndarray:
+    """One mask (H, W) bool on its photograph, translucent with a contour."""
     picture = _checked(image)
     array = mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
     if array.shape != picture.shape[:2]:
         raise ValueError(f"mask must be {picture.shape[:2]} as its image is, but is {array.shape}")
-    _fill(picture, array.astype(bool), np.array(colour, np.uint8), _line_width(picture))
+    _fill(picture, array.astype(bool), np.array(PALETTE[0], np.uint8), _line_width(picture))
     return picture
 
 
@@ -108,12 +108,9 @@ def draw_boxes(image: np.ndarray, boxes: np.ndarray | Tensor, limit: int = 60) -
     return picture
 
 
-def draw_map(image: np.ndarray, values: np.ndarray | Tensor, opacity: float = 0.65) -> np.ndarray:
-    """A map as colours (black, purple, orange, yellow from 0 to 1) over the greyed photograph.
-
-    Args:
-        values: (h, w) in [0, 1], of any size; resized bilinearly to the image. Values outside are clipped, NaN is 0.
-        opacity: of the colours, in [0, 1].
+def draw_map(image: np.ndarray, values: np.ndarray | Tensor) -> np.ndarray:
+    """A map (h, w) of any size as colours (black, purple, orange, yellow from 0 to 1) over the greyed photograph,
+    resized bilinearly to it. Values outside [0, 1] are clipped, NaN is 0.
     """
     picture = _checked(image)
     array = values.detach().float().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float32)
@@ -126,27 +123,22 @@ def draw_map(image: np.ndarray, values: np.ndarray | Tensor, opacity: float = 0.
     array = cv2.resize(np.ascontiguousarray(array), (width, height), interpolation=cv2.INTER_LINEAR).clip(0, 1)
     heat = _colour_map(np.round(array * 255).astype(np.uint8), cv2.COLORMAP_INFERNO).astype(np.float32)
     grey = (picture.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32))[..., None]
-    return np.round((1 - opacity) * grey + opacity * heat).clip(0, 255).astype(np.uint8)
+    return np.round((1 - _HEAT) * grey + _HEAT * heat).clip(0, 255).astype(np.uint8)
 
 
 def write_overlay(path: Path, image: np.ndarray, instances: Instances, classes: Sequence[str]) -> Path:
-    """Writes what `draw_instances` draws to a path of `overlay_paths`: PNG for ``.png``, else JPEG.
-
-    Raises:
-        InputError: the file cannot be written.
+    """Writes what `draw_instances` draws to a path of `overlay_paths`: PNG for ``.png``, else JPEG; `InputError` where
+    the file cannot be written.
     """
     kind = "PNG" if path.suffix.lower() == ".png" else "JPEG"
     return write_bytes(path, encode_picture(draw_instances(image, instances, classes), kind))
 
 
 def overlay_paths(folder: Path, image_ids: Iterable[str]) -> dict[str, Path]:
-    """Where the overlay of each image goes: a file of its own inside the folder.
+    """Where the overlay of each image goes: a file of its own inside the folder; `InputError` where a link leads out.
 
     An id with folders in it keeps them. One that names no JPEG or PNG file gets ``.jpg`` appended; one whose name is
     taken, also where only case differs, gets ``-2`` and so on.
-
-    Raises:
-        InputError: a link leads out of the folder.
     """
     taken: set[str] = set()
     paths: dict[str, Path] = {}
