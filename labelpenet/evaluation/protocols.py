@@ -73,8 +73,7 @@ def evaluate(
         result["mask"] = _masks(records, classes, protocol)
     if not boxes_only and counts.any():
         none = "no class" if "background" in classes else "background"
-        per_class = _by_name(class_ious(counts), [none, *classes])
-        result["semantic"] = {"mIoU": _mean(per_class), "per_class": per_class}
+        result["semantic"] = _figures(class_ious(counts), [none, *classes], "mIoU", "per_class")
     return result
 
 
@@ -85,19 +84,15 @@ def uncounted(result: Mapping[str, Any], classes: Sequence[str]) -> tuple[str, .
 
 
 def _boxes(records: Sequence[Record], classes: Sequence[str], protocol: Protocol) -> dict[str, Any]:
-    extra: dict[str, Any] = {}
-    if protocol == "coco":
-        precisions = coco_average_precisions(records, len(classes), "bbox")
-        values = average(precisions)
-        for key, threshold in (("AP50", 0.5), ("AP75", 0.75)):
-            extra[key] = _mean(_by_name(average(precisions, threshold=threshold), classes))
-        extra |= _by_area(precisions, classes)
-    else:
+    located = _figures(corloc(records, len(classes)), classes, "CorLoc", "CorLoc_per_class")
+    if protocol != "coco":
         values = class_average_precisions(match_boxes(records), len(classes), 0.5, protocol)
-    per_class = _by_name(values, classes)
-    corlocs = _by_name(corloc(records, len(classes)), classes)
-    result = {"mAP": _mean(per_class), "per_class": per_class, "CorLoc": _mean(corlocs), "CorLoc_per_class": corlocs}
-    return result | extra
+        return _figures(values, classes, "mAP", "per_class") | located
+    precisions = coco_average_precisions(records, len(classes), "bbox")
+    result = _figures(average(precisions), classes, "mAP", "per_class") | located
+    for key, threshold in (("AP50", 0.5), ("AP75", 0.75)):
+        result[key] = _mean(_by_name(average(precisions, threshold=threshold), classes))
+    return result | _by_area(precisions, classes)
 
 
 def _masks(records: Sequence[Record], classes: Sequence[str], protocol: Protocol) -> dict[str, Any]:
@@ -105,19 +100,14 @@ def _masks(records: Sequence[Record], classes: Sequence[str], protocol: Protocol
     if protocol == "coco":
         precisions = coco_average_precisions(records, len(classes), "segm")
         by_threshold = [average(precisions, threshold=threshold) for threshold in MASK_THRESHOLDS]
-        result["AP_per_class"] = _by_name(average(precisions), classes)
-        result["AP"] = _mean(result["AP_per_class"])
-        result |= _by_area(precisions, classes)
+        result = _figures(average(precisions), classes, "AP", "AP_per_class") | _by_area(precisions, classes)
     else:
         matches = match_masks(item if item.masks is not None else _nothing_found(item) for item in records)
         by_threshold = [class_average_precisions(matches, len(classes), threshold) for threshold in MASK_THRESHOLDS]
     for threshold, values in zip(MASK_THRESHOLDS, by_threshold, strict=True):
-        per_class = _by_name(values, classes)
-        result[f"mAP@{threshold}"] = _mean(per_class)
-        result["per_class" if threshold == 0.5 else f"per_class@{threshold}"] = per_class
-    result["ABO_per_class"] = _by_name(average_best_overlap(records, len(classes)), classes)
-    result["ABO"] = _mean(result["ABO_per_class"])
-    return result
+        key = "per_class" if threshold == 0.5 else f"per_class@{threshold}"
+        result |= _figures(values, classes, f"mAP@{threshold}", key)
+    return result | _figures(average_best_overlap(records, len(classes)), classes, "ABO", "ABO_per_class")
 
 
 def _nothing_found(item: Record) -> Record:
@@ -128,6 +118,12 @@ def _nothing_found(item: Record) -> Record:
 def _by_area(precisions: np.ndarray, classes: Sequence[str]) -> dict[str, float]:
     means = {size: _by_name(average(precisions, size), classes) for size in ("small", "medium", "large")}
     return {f"AP_{size}": _mean(per_class) for size, per_class in means.items() if per_class}
+
+
+def _figures(values: np.ndarray, names: Sequence[str], mean: str, by_class: str) -> dict[str, Any]:
+    """The figures of the classes that have one, and their mean, under two keys."""
+    per_class = _by_name(values, names)
+    return {mean: _mean(per_class), by_class: per_class}
 
 
 def _by_name(values: np.ndarray, names: Sequence[str]) -> dict[str, float]:

@@ -72,9 +72,7 @@ def record(prediction: Instances, truth: Truth, every_mask: bool = True) -> Reco
 def pairs(
     predictions: Mapping[str, Instances], truths: Mapping[str, Truth] | Iterable[tuple[str, Truth]], classes: int
 ) -> Iterator[tuple[Instances, Truth]]:
-    """Each image's prediction (empty where there is none) beside its truth, in the order of the truths.
-
-    Only one image is held at a time, so both may read lazily.
+    """Each image's prediction (empty where there is none) beside its truth, in the order of the truths, one at a time.
 
     Raises:
         InputError: no image has a prediction though there are predictions; a prediction of another size than its

@@ -29,9 +29,7 @@ def paint(instances: Instances, values: Sequence[int] | None = None) -> np.ndarr
 
 def confusion(predicted: np.ndarray, truth: np.ndarray, classes: int) -> np.ndarray:
     """Pixel counts, (C + 1, C + 1) int64, by true class (rows) and predicted class (columns); 255 in truth is left out.
-
-    Raises:
-        ValueError: the (H, W) shapes differ, or a value lies outside 0..C.
+    `ValueError` where the (H, W) shapes differ, or a value lies outside 0..C.
     """
     if predicted.shape != truth.shape:
         raise ValueError(f"class maps must have one shape, but got {predicted.shape} and {truth.shape}")

@@ -76,9 +76,9 @@ def cascade_table(train: Mapping[str, Result], val: Mapping[str, Result]) -> Tab
 
 def paper_table(number: int) -> Table:
     """One of the paper's tables 1 to 6, as printed; `InputError` for another number."""
-    if number not in _TITLES:
+    if number not in _TABLES:
         raise InputError(f"the paper has no table {number} of results; its tables are 1 to 6")
-    title, columns = _TITLES[number]
+    title, columns, _ = _TABLES[number]
     printed = Path(__file__).with_name("paper_tables.txt").read_text(encoding="utf-8")
     lines = printed.split(f"\nTable {number}\n")[1].partition("\n\n")[0].splitlines()
     rows = (
@@ -93,12 +93,10 @@ def beside_paper(number: int, ours: Mapping[str, Result]) -> Table:
 
     If ours measure other classes than VOC's twenty, the columns are ours, and the mean of the paper's rows is taken
     over the columns that they have numbers for. The images of the paper are those of its title, whatever ours were.
-
-    Raises:
-        InputError: another number; or a result without the part that the table is about.
+    `InputError` for another number, or a result without the part that the table is about.
     """
     table = paper_table(number)
-    part, key, mean = _MEASURES[number]
+    part, key, mean = _TABLES[number][2]
     for name, result in ours.items():
         if part not in result:
             raise InputError(f"{name} has no {part} result, which table {number} is about; {part} truth is missing")
@@ -108,9 +106,7 @@ def beside_paper(number: int, ours: Mapping[str, Result]) -> Table:
         return Table(table.title, table.columns, (*table.rows, *rows))
     full: tuple[str, ...] = ("background", *VOC_CLASSES) if number == 5 else VOC_CLASSES
     measured = dict.fromkeys(name for result in ours.values() for name in result[part][key])
-    columns: tuple[str, ...] = tuple(name for name in full if name in measured) + tuple(
-        name for name in measured if name not in full
-    )
+    columns = (*(name for name in full if name in measured), *(name for name in measured if name not in full))
     title, theirs = table.title, table.rows
     if columns == full:
         headings = table.columns
@@ -131,7 +127,7 @@ def paper_tables(result: Result, protocol: str) -> list[Table]:
     protocol that it was measured by.
     """
     numbers = {"voc07": (1, 3), "voc12": (2, 4, 5, 6)}.get(protocol, ())
-    return [beside_paper(number, {"ours": result}) for number in numbers if _MEASURES[number][0] in result]
+    return [beside_paper(number, {"ours": result}) for number in numbers if _TABLES[number][2][0] in result]
 
 
 def _chosen(values: Mapping[str, float | None], columns: Iterable[str]) -> tuple[float | None, ...]:
@@ -190,19 +186,16 @@ _SHORT = (
     *("aero", "bike", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
     *("table", "dog", "horse", "mbike", "person", "plant", "sheep", "sofa", "train", "tv"),
 )
-_TITLES: dict[int, tuple[str, tuple[str, ...]]] = {
-    1: ("average precision on the VOC 2007 detection test set", (*_SHORT, "mAP")),
-    2: ("average precision on the VOC 2012 detection test set", (*_SHORT, "mAP")),
-    3: ("CorLoc on the VOC 2007 detection trainval set", (*_SHORT, "mCorLoc")),
-    4: ("CorLoc on the VOC 2012 detection trainval set", (*_SHORT, "mCorLoc")),
-    5: ("IoU on the VOC 2012 segmentation test set", ("bg", *_SHORT, "mIoU")),
-    6: ("instance segmentation on the VOC 2012 validation set", ("mAP^r .25", "mAP^r .5", "mAP^r .75", "ABO")),
-}
-_MEASURES = {
-    1: ("box", "per_class", "mAP"),
-    2: ("box", "per_class", "mAP"),
-    3: ("box", "CorLoc_per_class", "CorLoc"),
-    4: ("box", "CorLoc_per_class", "CorLoc"),
-    5: ("semantic", "per_class", "mIoU"),
-    6: ("mask", "per_class", "mAP@0.5"),
+_AP, _CORLOC = ("box", "per_class", "mAP"), ("box", "CorLoc_per_class", "CorLoc")
+# Of each table title, headings, and where a result has its part, its figures by class and their mean.
+_TABLES: dict[int, tuple[str, tuple[str, ...], tuple[str, str, str]]] = {
+    1: ("average precision on the VOC 2007 detection test set", (*_SHORT, "mAP"), _AP),
+    2: ("average precision on the VOC 2012 detection test set", (*_SHORT, "mAP"), _AP),
+    3: ("CorLoc on the VOC 2007 detection trainval set", (*_SHORT, "mCorLoc"), _CORLOC),
+    4: ("CorLoc on the VOC 2012 detection trainval set", (*_SHORT, "mCorLoc"), _CORLOC),
+    5: ("IoU on the VOC 2012 segmentation test set", ("bg", *_SHORT, "mIoU"), ("semantic", "per_class", "mIoU")),
+    6: (
+        "instance segmentation on the VOC 2012 validation set",
+        *(("mAP^r .25", "mAP^r .5", "mAP^r .75", "ABO"), ("mask", "per_class", "mAP@0.5")),
+    ),
 }
