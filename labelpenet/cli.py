@@ -1,6 +1,6 @@
 """The command line: parses, calls, prints. Everything else lives in the rooms below.
 
-A command is a class, its options, and a function below (`COMMANDS`), which raises `InputError` for what cannot be used.
+A command is a class, which says what it does, and a function below (`COMMANDS`); `InputError` for what cannot be used.
 Exit status: 0 done; 2 the input cannot be used (one line on standard error says why and what to do); 130 interrupted.
 """
 
@@ -522,10 +522,8 @@ def _spelt(field: str) -> str:
 
 
 def _parsed(arguments: list[str]) -> Any:
-    """The command that is asked for, with its options.
-
-    Raises:
-        InputError: what tyro says of the arguments, in one line instead of its box; SystemExit: the help was printed.
+    """The command that is asked for, with its options; `InputError`: what tyro says of the arguments, in one line
+    instead of its box; SystemExit: the help was printed.
     """
     if any("\0" in one for one in arguments):
         raise InputError("an argument holds a NUL, which no path and no name can; leave it out")
@@ -578,7 +576,7 @@ def _say_trained(out: Path) -> None:
 def _open_training(
     args: Train | ForwardBackward | Distill | Review, classes: Sequence[str] | None
 ) -> tuple[TaggedImages, dict[str, Any]]:
-    """The photographs of a training and where they come from; says what there is to say of them."""
+    """The photographs of a training, and where they and given labels come from; says what there is to say of them."""
     from labelpenet.data.files import listing
     from labelpenet.formats import open_tagged, training_split
 
@@ -587,8 +585,9 @@ def _open_training(
     counts = Counter(tag for image in images.images for tag in image.tags)
     held = listing(f"{name} in {counts[label]}" for label, name in enumerate(images.classes))
     _say(*images.notes, f"{len(images.images)} photographs of {args.data}: {held}")
-    source = {"data": str(args.data), "split": split}
-    return images, source | ({"images": str(args.images)} if args.images else {})
+    labels = " ".join(map(str, getattr(args, "labels", ())))
+    more = {"images": str(args.images) if args.images else "", "labels": labels}
+    return images, {"data": str(args.data), "split": split} | {name: one for name, one in more.items() if one}
 
 
 def _check_out(args: Train | ForwardBackward | Distill) -> None:
@@ -610,7 +609,6 @@ def _open_held_out(args: Train | ForwardBackward, images: TaggedImages) -> Annot
 
 
 def train(args: Train) -> None:
-    """Trains the cascade, or with full supervision module 4 alone."""
     _check_out(args)
     recipe = _changed(config.recipe(args.recipe), args)
     images, source = _open_training(args, _names(args.classes))
@@ -637,7 +635,6 @@ def train(args: Train) -> None:
 
 
 def forward_backward(args: ForwardBackward) -> None:
-    """The second stage (section 3.3), from a trained cascade into a run folder of its own."""
     from labelpenet.models.cascade import read_cascade
     from labelpenet.training import curriculum
     from labelpenet.training.labels import read_labels
@@ -650,10 +647,8 @@ def forward_backward(args: ForwardBackward) -> None:
     # the modules' own schedules stay those that they were trained by
     shorter = replace(recipe, forward_backward=config.shorten(recipe, args.shorten).forward_backward)
     recipe = config.override(shorter, args.set)
-    stage = recipe.forward_backward
-    unused = ["drift"] if args.labels else []
-    unused += [] if args.labels or stage.labels != "inferred" else ["zoom", "colours"]
-    unused += [] if stage.labels == "validated" and not args.labels else ["enter", "doubt"]
+    learnt = "given" if args.labels else recipe.forward_backward.labels
+    unused = {"given": ("drift", "enter", "doubt"), "inferred": ("zoom", "colours", "enter", "doubt")}.get(learnt, ())
     for choice in args.set:
         name = choice.partition("=")[0]
         idle = re.match(r"warm_up\.|modules\..*\.schedule\.", name) or name in map("forward_backward.{}".format, unused)
@@ -663,8 +658,6 @@ def forward_backward(args: ForwardBackward) -> None:
     held_out = _open_held_out(args, images)
     labels, notes = read_labels(args.run, args.labels, images) if args.labels else (None, ())
     _say(*notes)
-    if args.labels:
-        source["labels"] = " ".join(map(str, args.labels))
     curriculum.forward_backward(
         images, args.run, args.out, recipe, labels=labels, source=source, held_out=held_out, options=args.training
     )
@@ -672,7 +665,6 @@ def forward_backward(args: ForwardBackward) -> None:
 
 
 def distill(args: Distill) -> None:
-    """Trains a student on a run's labels, on those of files, or on true objects."""
     from labelpenet.formats import open_annotated
     from labelpenet.models.cascade import read_run
     from labelpenet.training import distill as training
@@ -698,12 +690,7 @@ def distill(args: Distill) -> None:
         recipe,
         backbone=args.backbone or facts["backbone"],
         weights=args.weights,
-        source={
-            **source,
-            "teacher": str(args.run),
-            "teacher_supervision": facts.get("supervision", "tags"),
-            **({"labels": " ".join(map(str, args.labels))} if args.labels else {}),
-        },
+        source={**source, "teacher": str(args.run), "teacher_supervision": facts.get("supervision", "tags")},
         supervision=args.supervision,
         options=args.training,
     )
@@ -711,7 +698,6 @@ def distill(args: Distill) -> None:
 
 
 def predict(args: Predict) -> None:
-    """Predicts photographs or the photographs of a data set, whole or one shard of them; draws overlays."""
     from labelpenet.data import TaggedImage, read_image
     from labelpenet.data.files import check_outputs, real_path
     from labelpenet.data.images import find_images, unread
@@ -786,7 +772,6 @@ def predict(args: Predict) -> None:
 
 
 def merge(args: Merge) -> None:
-    """Puts the parts of ``predict --shard`` together."""
     from labelpenet.data.files import check_outputs
     from labelpenet.formats.parts import merge_parts
 
@@ -798,7 +783,6 @@ def merge(args: Merge) -> None:
 
 
 def evaluate(args: Evaluate) -> None:
-    """Prints what predictions measure against the true objects, by protocol; writes it as JSON."""
     from labelpenet.data.files import check_outputs, write_bytes
     from labelpenet.evaluation import evaluate as measure
     from labelpenet.evaluation import paper_tables, summary_table, uncounted
@@ -835,7 +819,6 @@ def evaluate(args: Evaluate) -> None:
 
 
 def proposals(args: Proposals) -> None:
-    """Computes and caches proposals; prints their recall."""
     from labelpenet.data.proposals import compute_proposals, default_cache
     from labelpenet.evaluation.recall import recall, recall_table
     from labelpenet.formats import open_annotated, open_tagged
@@ -861,7 +844,6 @@ def proposals(args: Proposals) -> None:
 
 
 def export(args: Export) -> None:
-    """Writes predictions or a run's labels for other tools, or a student as an ONNX file."""
     from labelpenet.data.dataset import AnnotatedImages, only_tagged
     from labelpenet.data.files import check_new_folder, check_outputs
     from labelpenet.formats import export as write
@@ -950,7 +932,6 @@ def _doubtful(args: Export, images: TaggedImages) -> TaggedImages:
 
 
 def measure(args: Measure) -> None:
-    """Measures what the modules of a run, or a student, predict for annotated photographs."""
     from labelpenet.training.measure import measure_run
 
     if not args.modules:
@@ -959,7 +940,6 @@ def measure(args: Measure) -> None:
 
 
 def review(args: Review) -> None:
-    """Serves the page on which a person accepts, corrects or drops a run's labels, until it is interrupted."""
     from labelpenet.data import run_folder
     from labelpenet.models.cascade import read_run
     from labelpenet.review import serve
@@ -969,7 +949,6 @@ def review(args: Review) -> None:
 
 
 def report(args: Report) -> None:
-    """Writes a run's report as one HTML file."""
     from labelpenet.data.dataset import only_tagged
     from labelpenet.data.files import check_outputs, real_path
     from labelpenet.formats.open import open_data
@@ -997,19 +976,16 @@ def report(args: Report) -> None:
     if data is not None and training is not None and args.split != source.get("split"):
         own = {image.path for image in only_tagged(training).images}
         try:
-            found = open_data(data, args.split, facts["classes"], images)
-            held_out = found.where(lambda image: image.path not in own)
+            held_out = open_data(data, args.split, facts["classes"], images).where(lambda image: image.path not in own)
             if not only_tagged(held_out).images:
                 raise InputError(f"{data}: has no photographs but those that the run was trained on")
         except InputError as error:
             _say(f"no held-out strips ({error})")
             held_out = None
-    page = write_report(args.run, args.out, training, held_out, images=args.images, predictions=args.predictions)
-    print(page)
+    print(write_report(args.run, args.out, training, held_out, images=args.images, predictions=args.predictions))
 
 
 def demo(args: Demo) -> None:
-    """Makes generated scenes and trains a small cascade on them."""
     # before torch is loaded: between the tiny layers, threads would spin longer than they compute
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from labelpenet.demo import run_demo
