@@ -10,7 +10,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from labelpenet.evaluation.records import Record
+from labelpenet.evaluation.records import Record, RunLengths
 
 THRESHOLDS = np.array([0.25, *np.linspace(0.5, 0.95, 10)])
 _AREAS = ("all", "small", "medium", "large")
@@ -31,8 +31,14 @@ def coco_average_precisions(records: Sequence[Record], classes: int, kind: Liter
         records = [item for item in records if item.truth_masks is not None]
     images = [{"id": i, "height": 0, "width": 0} for i in range(len(records))]  # the run lengths carry their size
     categories = [{"id": i} for i in range(classes)]
-    truths = [row for i, item in enumerate(records) for row in _truth_rows(i, item, kind)]
-    found = [row for i, item in enumerate(records) for row in _found_rows(i, item, kind)]
+    truths, found = [], []
+    for i, item in enumerate(records):
+        ignored = (item.difficult | item.crowd).astype(int).tolist()
+        truths += _rows(i, item.truth_boxes, item.truth_labels, item.truth_masks, kind, iscrowd=ignored)
+        # Found objects fall into an area by what is measured, true ones by their mask if they have one: as pycocotools
+        masks = item.masks if kind == "segm" else None
+        if kind == "bbox" or masks is not None:
+            found += _rows(i, item.boxes, item.labels, masks, kind, score=item.scores.tolist())
     with contextlib.redirect_stdout(io.StringIO()):
         measured = COCOeval(_coco(images, categories, truths), _coco(images, categories, found), kind)
         measured.params.iouThrs = THRESHOLDS
@@ -50,36 +56,17 @@ def average(precisions: np.ndarray, area: str = "all", threshold: float | None =
     return values[int(np.flatnonzero(np.isclose(THRESHOLDS, threshold))[0])]
 
 
-def _truth_rows(image: int, item: Record, kind: str) -> list[dict[str, Any]]:
-    rows = _rows(image, item.truth_boxes, item.truth_labels, item.truth_masks, kind)
-    for row, ignored in zip(rows, item.difficult | item.crowd, strict=True):
-        row["iscrowd"] = int(ignored)
-    return rows
-
-
-def _found_rows(image: int, item: Record, kind: str) -> list[dict[str, Any]]:
-    if kind == "segm" and item.masks is None:
-        return []
-    # Found objects fall into an area by what is measured, true ones by their mask if they have one (as pycocotools).
-    rows = _rows(image, item.boxes, item.labels, item.masks if kind == "segm" else None, kind)
-    for row, score in zip(rows, item.scores.tolist(), strict=True):
-        row["score"] = score
-    return rows
-
-
 def _rows(
-    image: int, boxes: np.ndarray, labels: np.ndarray, masks: list[dict[str, Any]] | None, kind: str
+    image: int, boxes: np.ndarray, labels: np.ndarray, masks: RunLengths | None, kind: str, **more: list[Any]
 ) -> list[dict[str, Any]]:
+    """Objects as COCO's rows, with ``more`` columns; their areas are those of their masks, if they have any."""
     sides = boxes[:, 2:] - boxes[:, :2]
     areas = rle.area(masks).tolist() if masks else sides.prod(1).tolist()
-    rows: list[dict[str, Any]] = [
-        {"image_id": image, "category_id": label, "bbox": box, "area": area, "iscrowd": 0}
-        for box, label, area in zip(np.hstack([boxes[:, :2], sides]).tolist(), labels.tolist(), areas, strict=True)
-    ]
+    columns = {"category_id": labels.tolist(), "bbox": np.hstack([boxes[:, :2], sides]).tolist(), "area": areas, **more}
     if kind == "segm":
-        for row, mask in zip(rows, masks or [], strict=True):
-            row["segmentation"] = mask
-    return rows
+        columns["segmentation"] = masks or []
+    rows = zip(*columns.values(), strict=True)
+    return [{"image_id": image, "iscrowd": 0, **dict(zip(columns, row, strict=True))} for row in rows]
 
 
 def _coco(images: list[dict], categories: list[dict], rows: list[dict]) -> COCO:

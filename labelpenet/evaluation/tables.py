@@ -51,11 +51,8 @@ def summary_table(result: Result, title: str = "by class") -> Table:
 
 
 def cascade_table(train: Mapping[str, Result], val: Mapping[str, Result]) -> Table:
-    """A cascade module by module (section 4.6 of the paper, and what it leaves out).
-
-    Args:
-        train: for each module the result of its instances on the training images, for CorLoc.
-        val: for each module the result of its predictions on held-out images, for everything else.
+    """A cascade module by module (section 4.6 of the paper, and what it leaves out): of each the result of its
+    instances on the training images, for CorLoc, and of its predictions on held-out images, for everything else.
     """
     columns = {
         "train CorLoc": (train, "box", "CorLoc"),
