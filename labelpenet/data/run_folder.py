@@ -147,7 +147,7 @@ def start_run(run: Path, given: Mapping[str, Any], resume: bool) -> None:
 
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In which values two configurations, as JSON holds them, differ: for each its key and both values, by key."""
-    before, after = _flat(saved), _flat(now)
+    before, after = flat(saved), flat(now)
     missing = object()
     return [
         f"{key} was {before.get(key, 'not set')}, is {after.get(key, 'not set')}"
@@ -263,13 +263,14 @@ def check_photographs(run: Path, contents: Mapping[str, str | None]) -> str:
     return f"{len(changed)} photographs have changed ({listing(changed, 3)}): taken as they are now" if changed else ""
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """What nested objects, and lists of them (from 1), hold, by dotted name, in order."""
+    found: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
             value = {str(number): one for number, one in enumerate(value, 1)}  # modules, as --set names them
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found

@@ -117,26 +117,26 @@ def write_report(
         given, read = (split.tagged, split.read) if isinstance(split, AnnotatedImages) else (split, None)
         if given is None:
             problems.append(f"{name} images: the data was not given, so no photograph of them is shown")
-        elif given.classes != classes:
+            continue
+        if given.classes != classes:
             problems.append(f"{name} images: their classes are not those of the run, so none of them is shown")
+            continue
+        training, proposed = name == "training", "proposals" in facts.run
+        if training:
+            given = _own(run, given, problems)
+            found = _labels(run, facts, given, problems)
+        elif predictions is None:
+            found = _predictions(run, facts, given, problems)
         else:
-            training = name == "training"
-            given = _own(run, given, problems) if training else given
-            if training:
-                found = _labels(run, facts, given, problems)
-            elif predictions is None:
-                found = _predictions(run, facts, given, problems)
-            else:
-                found = {facts.trained[-1]: _given(predictions, given, problems)}
-            used = training and "supervision" in facts.run
-            proposed = "proposals" in facts.run
-            if training and proposed:
-                problems.append(
-                    "training images: the run had another tool's proposals; these and module 1's maps are left out"
-                )
-            sources.append(Source(given, network, facts.trained, found, read, training, used, proposed))
-            if read is None:
-                problems.append(f"{name} images: no annotation was given, so their true objects are not shown")
+            found = {facts.trained[-1]: _given(predictions, given, problems)}
+        if training and proposed:
+            problems.append(
+                "training images: the run had another tool's proposals; these and module 1's maps are left out"
+            )
+        used = training and "supervision" in facts.run
+        sources.append(Source(given, network, facts.trained, found, read, training, used, proposed))
+        if read is None:
+            problems.append(f"{name} images: no annotation was given, so their true objects are not shown")
     sources = [replace(source, side=_panel_side(images * len(sources))) for source in sources]
     chosen = [choose_images(source.images, images) for source in sources]
     with Progress("report", sum(map(len, chosen)), 0) as progress:
@@ -170,9 +170,8 @@ def gather(run: Path) -> Facts:
             elif number not in labelled:
                 missing.append(f"module {number} ({name}) is trained but has not labelled all training images yet")
     environment = _optional(run_folder.environment(run), "the environment of the run is not known", missing)
-    results, notes = run_folder.up_to_date(
-        run, _optional(run_folder.results(run), "the run is not measured yet", missing)
-    )
+    measured = _optional(run_folder.results(run), "the run is not measured yet", missing)
+    results, notes = run_folder.up_to_date(run, measured)
     missing += notes
     if results.get("trained_on"):
         missing.append(
@@ -229,18 +228,12 @@ def _by_module(part: Any) -> dict[str, Any]:
 
 
 def _optional(path: Path, what: str, missing: list[str]) -> dict[str, Any]:
-    if not path.is_file():
-        missing.append(f"{path.name} is not there: {what}")
-        return {}
-    try:
-        content = read_json(path)
-    except InputError as error:
-        missing.append(str(error))
-        return {}
-    if not isinstance(content, dict):
-        missing.append(f"{path.name} holds no object: {what}")
-        return {}
-    return content
+    with collected(missing):
+        content = read_json(path) if path.is_file() else None
+        if isinstance(content, dict):
+            return content
+        missing.append(f"{path.name} {'holds no object' if path.is_file() else 'is not there'}: {what}")
+    return {}
 
 
 def _made(make: Callable[[T], S], items: Iterable[T], problems: list[str]) -> list[S]:
@@ -389,7 +382,16 @@ def _picture(panel: Panel) -> str:
 
 def _key_figures(facts: Facts) -> list[tuple[str, str]]:
     run, results = facts.run, facts.results
-    figures = [
+    measured = {number: result for number, result in _by_module(results.get("val")).items() if result}
+    last = max(measured, default="")
+    best, whose = measured.get(last, {}), "the student" if last == STUDENT else f"module {last}"
+    shares = [
+        (f"box mAP .5 of {whose}, %", run_folder.box_map_50(best)),
+        (f"mask mAP .5 of {whose}, %", (best.get("mask") or {}).get("mAP@0.5")),
+        ("classification mAP, %", results.get("classification_mAP")),
+    ]
+    return [
+        *((title, f"{100 * value:.1f}") for title, value in shares if isinstance(value, (int, float))),
         ("student", "torchvision's Mask R-CNN")
         if run.get("kind") == STUDENT
         else ("modules trained", f"{len(facts.trained)} of {len(MODULES)}"),
@@ -398,18 +400,6 @@ def _key_figures(facts: Facts) -> list[tuple[str, str]]:
         ("backbone", str(run["backbone"])),
         ("seed", str(run.get("seed", "?"))),
     ]
-    measured = {number: result for number, result in _by_module(results.get("val")).items() if result}
-    last = max(measured, default="")
-    best = measured.get(last, {})
-    masks = (best.get("mask") or {}).get("mAP@0.5")
-    for title, value in (("mask mAP .5", masks), ("box mAP .5", run_folder.box_map_50(best))):
-        if isinstance(value, (int, float)):
-            whose = "the student" if last == STUDENT else f"module {last}"
-            figures.insert(0, (f"{title} of {whose}, %", f"{100 * value:.1f}"))
-    accuracy = results.get("classification_mAP")
-    if isinstance(accuracy, (int, float)):
-        figures.insert(2, ("classification mAP, %", f"{100 * accuracy:.1f}"))
-    return figures
 
 
 def _learnt(classes: Sequence[str], limit: int = 6) -> str:
@@ -463,15 +453,9 @@ def _label_counts(run: Path, facts: Facts) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def flatten(content: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested dictionaries, and lists of them (from 1), as (dotted name, value as text) pairs, in order."""
-    if isinstance(content, list) and any(isinstance(one, Mapping) for one in content):
-        content = dict(enumerate(content, 1))
-    if isinstance(content, Mapping):
-        return [
-            pair for key, value in content.items() for pair in flatten(value, f"{prefix}.{key}" if prefix else str(key))
-        ]
-    return [(prefix, _value(content))]
+def flatten(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The dotted names of `run_folder.flat` with their values as text."""
+    return [(name, _value(value)) for name, value in run_folder.flat(content).items()]
 
 
 def _recipe_parts(recipe: Any) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -156,10 +156,8 @@ def make_strip(source: Source, image: TaggedImage) -> Strip:
 
 
 def make_short_strip(source: Source, image: TaggedImage, number: int, overlap: float) -> Strip:
-    """Photograph, what module ``number`` found and the truth, for an image with a mean best IoU of ``overlap``.
-
-    Raises:
-        InputError: the photograph cannot be read.
+    """Photograph, what module ``number`` found and the truth, for an image with a mean best IoU of ``overlap``;
+    `InputError` where the photograph cannot be read.
     """
     canvas = _canvas(read_image(image.path), source.side)
     names = tuple(source.images.classes[label] for label in image.tags)

@@ -76,10 +76,8 @@ class Review:
 
     @classmethod
     def open(cls, run: Path, images: TaggedImages, path: Path) -> Review:
-        """Reads a run's labels of the photographs, ranks them, and goes on with the file where it exists.
-
-        Raises:
-            InputError: no module has labelled the photographs, or the file belongs to something else.
+        """Reads a run's labels of the photographs, ranks them, and goes on with the file where it exists; `InputError`
+        where no module has labelled the photographs, or the file belongs to something else.
         """
         ranked, found = rank_run(run, images)
         one = cls(run.resolve().name, images.classes, ranked, images.images, found, path)
@@ -318,10 +316,7 @@ def serve(run: Path, images: TaggedImages, path: Path, port: int) -> None:
     """Serves the review of a run's labels of its training photographs until Ctrl-C.
 
     Every verdict is written to ``path`` at once; an earlier review is gone on with. ``port`` is of the loopback
-    address, 0 for any free one.
-
-    Raises:
-        InputError: there is nothing to review, the port is taken, or the file belongs to something else.
+    address, 0 for any free one. `InputError` as of `Review.open`, and where the port is taken.
     """
     say = partial(print, flush=True)  # or the address would wait in the buffer of a pipe until the end
     if path.exists() and not is_review(read_json(path)):
