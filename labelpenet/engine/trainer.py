@@ -9,6 +9,7 @@ import math
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ class _Trainer:
         self.averaged = 0  # updates that the average has seen, as skipped steps make none
         self.rows: list[Row] = []
         # Sums since the last row of metrics; in the checkpoint, so that a row does not depend on interruptions.
-        self.window: dict[str, float] = {}
+        self.window: Counter[str] = Counter()
         self.clock = {"steps": 0.0, "seconds": 0.0, "waited": 0.0}
 
     def restore(self, resume: bool) -> list[str]:
@@ -153,7 +154,7 @@ class _Trainer:
         self.step, self.skipped, self.rows = state["step"], state["skipped"], state["metrics"]
         self.averaged = state.get("averaged", self.step // self.stage.repeat)  # earlier versions did not say
         if self.machine.rank == 0:
-            self.window = state["window"]
+            self.window = Counter(state["window"])
         old, new = state["source"]["versions"], versions()
         changes = [f"{name} {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]]
         if changes:
@@ -175,7 +176,7 @@ class _Trainer:
             "kept": self.kept,
             "skipped": self.skipped,
             "averaged": self.averaged,
-            "window": self.window,
+            "window": dict(self.window),
             "metrics": self.rows,
             "config": self.config,
             "source": self.source,
@@ -253,7 +254,7 @@ class _Trainer:
             stop, save: asked once the gradient is there: whether this process wants to stop, to save.
         """
         self.optimiser.zero_grad(set_to_none=True)
-        terms: dict[str, float] = {}
+        terms: Counter[str] = Counter()
         problem = None
         unread: list[str] = []
         for micro_batch in share:
@@ -276,9 +277,9 @@ class _Trainer:
             scale = self.stage.batch_size / (self.stage.batch_size - missing)  # the mean is over those that were read
             norm = self._update(used, scale)
             if math.isfinite(norm):
-                _add(self.window, {f"loss/{name}": value * scale for name, value in terms.items()})
+                self.window.update({f"loss/{name}": value * scale for name, value in terms.items()})
                 if self.machine.rank == 0:
-                    _add(self.window, {"steps": 1.0, "gradient_norm": norm})
+                    self.window.update({"steps": 1.0, "gradient_norm": norm})
             elif self.machine.scaler.is_enabled():
                 overflow = True  # the usual way in which the scaler finds its scale: not worth a report
             else:
@@ -289,7 +290,7 @@ class _Trainer:
         self.step += 1
         return _Outcome(problems, stopping, saving, overflow, lost)
 
-    def _accumulate(self, micro_batch: MicroBatch, terms: dict[str, float], unread: list[str]) -> str | None:
+    def _accumulate(self, micro_batch: MicroBatch, terms: Counter[str], unread: list[str]) -> str | None:
         """Adds a micro-batch's gradient and loss terms, in proportion to its share of the batch; or says why not.
 
         A line for each image that cannot be read goes to ``unread``.
@@ -313,8 +314,7 @@ class _Trainer:
         share = len(loaded.indices) / self.stage.batch_size
         if total.requires_grad:  # it does not where nothing in these images can be learnt from
             self.machine.scaler.scale(total * share).backward()
-        for name, value in zip(["total", *losses], values, strict=True):
-            terms[name] = terms.get(name, 0.0) + value * share
+        terms.update({name: value * share for name, value in zip(["total", *losses], values, strict=True)})
         return None
 
     def _update(self, used: list[nn.Parameter], scale: float) -> float:
@@ -381,14 +381,14 @@ class _Trainer:
     def _gather_window(self) -> None:
         """Brings what all processes have summed up to the first one."""
         windows = gather(self.machine.world, self.window)
-        self.window = {}
+        self.window = Counter()
         for window in windows if self.machine.rank == 0 else ():
-            _add(self.window, window)
+            self.window.update(window)
 
     def _write_row(self, metrics: MetricsLog | None) -> None:
         self._gather_window()
         window, clock = self.window, self.clock
-        self.window, self.clock = {}, dict.fromkeys(clock, 0.0)
+        self.window, self.clock = Counter(), dict.fromkeys(clock, 0.0)
         if metrics is None:
             return
         learnt = window.pop("steps", 0.0)
@@ -442,8 +442,3 @@ def _hopeless(name: str, step: int, in_a_row: int, outcome: _Outcome) -> str:
         f"{name} stopped after step {step}: {in_a_row} steps in a row gave nothing to learn from (last: {last}); "
         "the state is saved; lower the learning rate, clip the gradient or repair the images"
     )
-
-
-def _add(sums: dict[str, float], more: Mapping[str, float]) -> None:
-    for key, value in more.items():
-        sums[key] = sums.get(key, 0.0) + value
