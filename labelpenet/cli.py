@@ -595,6 +595,9 @@ def _check_out(args: Train | ForwardBackward | Distill) -> None:
     from labelpenet.data import run_folder
 
     run_folder.check_out(args.out, args.training.resume)
+    asked = getattr(args, "backbone", None)
+    if asked and run_folder.facts(args.out).is_file():  # before the weights of another network are asked for
+        run_folder.check_same(args.out, {"backbone": asked})
 
 
 def _changed(recipe: R, args: Train | Distill) -> R:
@@ -700,7 +703,7 @@ def distill(args: Distill) -> None:
 def predict(args: Predict) -> None:
     from labelpenet.data import TaggedImage, read_image
     from labelpenet.data.files import check_outputs, real_path
-    from labelpenet.data.images import find_images, unread
+    from labelpenet.data.images import find_images, linked, unread
     from labelpenet.formats import open_tagged
     from labelpenet.formats.parts import parse_shard
     from labelpenet.instances import MIN_SCORE, Instances
@@ -732,7 +735,7 @@ def predict(args: Predict) -> None:
         images: Sequence[TaggedImage] = tagged.images
     else:
         images = [TaggedImage(name, path, ()) for name, path in find_images(args.images)]
-        _say(*(note for path in args.images for note in unread(path)))
+        _say(*(note for path in args.images for note in (*unread(path), *linked(path))))
     reads = [args.run, *([args.data] if args.data else args.images), *(image.path for image in images)]
     check_outputs([] if args.shard else [args.out], reads, args.overwrite)
     pictures = overlay_paths(args.overlays, [image.id for image in images]) if args.overlays else {}
@@ -856,7 +859,9 @@ def export(args: Export) -> None:
         plain = Export(args.predictions, out=args.out, to="onnx", size=args.size, overwrite=args.overwrite)
         of_labels = [name for name, value in vars(args).items() if value != getattr(plain, name)]
         if of_labels:
-            raise InputError(f"--to onnx writes a network, no labels; leave {_spelt(of_labels[0])} out")
+            raise InputError(
+                f"--to onnx writes a network, no labels; leave {'DATA' if args.data else _spelt(of_labels[0])} out"
+            )
         check_outputs([args.out], [args.predictions], args.overwrite)
         height, width = export_onnx(Student.from_run(args.predictions), args.out, parse_size(args.size))
         print(f"{args.out}: takes photographs of {height} x {width} pixels (height x width)")

@@ -332,6 +332,8 @@ def test_train_refuses_a_folder_in_use_and_changed_settings(
 ) -> None:
     assert "--resume" in one_line(train_arguments(kit, run), capsys)
     assert "recipe" in one_line(train_arguments(kit, run, "--resume", "--set", *SIDES, "modules.2.rois=7"), capsys)
+    line = one_line(train_arguments(kit, run, "--resume", "--backbone", "vgg16", "--weights", "none.pth"), capsys)
+    assert "backbone was tiny, is vgg16" in line  # not that the weights of another network are missing
     main(train_arguments(kit, run, "--resume"))  # finished: nothing left to do
 
 

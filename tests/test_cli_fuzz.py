@@ -269,7 +269,7 @@ def test_hostile_values_end_in_one_line_or_do_no_harm(
         ("predict RUN PHOTOS --data YEAR", "PHOTOS"),
         ("predict RUN PHOTOS --overlays PHOTOS/drawn", "PHOTOS/drawn"),
         ("export FOUND YEAR --size 64x64", "--size"),
-        ("export RUN YEAR --to onnx", "--data"),
+        ("export RUN YEAR --to onnx", "leave DATA out"),
         ("export RUN --to onnx --top 3", "--top"),
         ("export RUN --to onnx --out FOUND", "FOUND --overwrite"),
         ("export RUN --to onnx --out RUN/run.json --overwrite", "RUN/run.json"),

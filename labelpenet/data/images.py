@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, TiffImagePlugin, WebPImagePlugin
 
-from labelpenet.data.files import is_hidden, real_path
+from labelpenet.data.files import is_hidden, listing, real_path
 from labelpenet.errors import InputError, reason
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
@@ -289,6 +289,12 @@ def find_images(paths: Iterable[Path]) -> list[tuple[str, Path]]:
         times = Counter(ids)
         ids = [str(longer(file)) if times[one] > 1 else one for one, (_, file) in zip(ids, found, strict=True)]
     return [(one, file) for one, (_, file) in zip(ids, found, strict=True)]
+
+
+def linked(folder: Path) -> list[str]:
+    """A note on the links to folders below a folder whose photographs are looked for: they may lead anywhere."""
+    links = [Path(home, one) for home, folders, _ in os.walk(folder) for one in folders if Path(home, one).is_symlink()]
+    return [f"links to folders are not followed: {listing(sorted(map(str, links)), 5)}"] if links else []
 
 
 def unread(folder: Path) -> list[str]:

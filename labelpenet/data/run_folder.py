@@ -131,13 +131,19 @@ def start_run(run: Path, given: Mapping[str, Any], resume: bool) -> None:
         write_json(path, given, "choose another --out", indent=1)
         return
     check_out(run, resume)
+    check_same(run, {**given, **{key: given.get(key) for key in ("supervision", "proposals")}})
+
+
+def check_same(run: Path, given: Mapping[str, Any]) -> None:
+    """`InputError` where a run was started with other facts than those given, or its facts are damaged."""
     saved = read_facts(run)
     # where the images were read from may be spelt differently; which images they are may not differ
     # and a run on tags says nothing of its supervision, one on our own proposals nothing of those
-    compared = [key for key in dict.fromkeys([*given, "supervision", "proposals"]) if key != "source"]
-    differing = [key for key in compared if json.dumps(saved.get(key)) != json.dumps(given.get(key))]
+    given = json.loads(json.dumps({**given, "source": saved.get("source")}))
+    differing = [key for key in given if json.dumps(saved.get(key)) != json.dumps(given[key])]
     if differing:
-        chosen = changes(saved.get("recipe") or {}, json.loads(json.dumps(given.get("recipe") or {})))
+        old, new = ({key: one.get(key) for key in ("backbone", "recipe") if key in differing} for one in (saved, given))
+        chosen = [change.removeprefix("recipe.") for change in changes(old, new)]
         which = f" ({listing(chosen, 3)})" if chosen else ""
         raise InputError(
             f"{run}: was started with another {', '.join(differing)}{which}; resume with the same settings or choose "

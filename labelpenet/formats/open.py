@@ -7,7 +7,7 @@ from pathlib import Path
 
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, only_tagged
 from labelpenet.data.files import listing, nfc, read_json, read_text
-from labelpenet.data.images import find_images, unread
+from labelpenet.data.images import find_images, linked, unread
 from labelpenet.errors import InputError
 from labelpenet.formats import coco, folder, label_studio, labelme, voc, yolo
 
@@ -85,7 +85,7 @@ def open_photographs(
     files = dict(find_images([data]))
     names, notes = folder.restrict(files, data, data, split)
     found = tuple(TaggedImage(name, files[name], ()) for name in names)
-    notes = [f"{data}: no tags are known of its {len(found)} photographs", *unread(data), *notes]
+    notes = [f"{data}: no tags are known of its {len(found)} photographs", *unread(data), *linked(data), *notes]
     return TaggedImages(tuple(classes), found, tuple(notes))
 
 
@@ -169,7 +169,7 @@ def _recognise(data: Path, split: str | None, classes: Sequence[str] | None, ima
         )
     if held:
         _check_own(data, images)
-        return folder.open_class_folders(data, split, classes)
+        return _noted(folder.open_class_folders(data, split, classes), *linked(data))
     loose = folder.image_files(data)
     if loose:
         raise NotRecognised(

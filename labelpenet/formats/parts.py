@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from labelpenet.data.dataset import ByImage, TaggedImage
-from labelpenet.data.files import is_file, json_line, locked, sealed, write_bytes, writing
+from labelpenet.data.files import is_file, json_line, listing, locked, sealed, write_bytes, writing
 from labelpenet.data.images import image_size
 from labelpenet.errors import InputError
 from labelpenet.formats.parquet import write_parquet
@@ -262,7 +262,7 @@ def _in_order(paths: Sequence[Path]) -> tuple[list[Path], dict[str, Any]]:
             raise InputError(f"{file}: belongs to another prediction than {headers[min(headers)][0]}; merge them apart")
     missing = [i for i in range(1, first["shard"][1] + 1) if i not in headers]
     if missing:
-        named = ", ".join(map(str, missing[:20]))
+        named = listing(map(str, missing), 20)
         raise InputError(f"{len(missing)} of {first['shard'][1]} shards are missing ({named}); run them first")
     return [headers[index][0] for index in sorted(headers)], first
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from labelpenet.data.dataset import TaggedImage
-from labelpenet.data.files import safe_name, whole_folder, write_bytes
+from labelpenet.data.files import listing, safe_name, whole_folder, write_bytes
 from labelpenet.data.images import upright_file
 from labelpenet.errors import InputError
 from labelpenet.instances import MIN_SCORE, Instances
@@ -23,10 +23,12 @@ class Exported:
     Attributes:
         paths: the files, in the order of writing.
         notes: one line each about what the format cannot hold, as far as this data met it.
+        again: photographs whose copies were encoded again, and as what.
     """
 
     paths: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    again: list[str] = field(default_factory=list)
 
 
 @contextmanager
@@ -41,6 +43,8 @@ def new_export(
     with whole_folder(out, (image.path for image in images), overwrite, about, extend) as folder:
         yield folder, done
     done.paths = [Path(out) / path.relative_to(folder) for path in done.paths]
+    if done.again:
+        done.notes.append(f"stored again, upright: {listing(done.again, 10)}")
 
 
 def check_new_split(paths: Iterable[Path], out: Path | str, split: str) -> None:
@@ -154,7 +158,7 @@ def copy_photograph(image: TaggedImage, place: Path, done: Exported, jpeg: bool 
     """
     content, suffix, again = upright_file(image.path, jpeg)
     if again:
-        done.notes.append(f"{image.path.name} is stored again, upright, as {suffix.removeprefix('.').upper()}")
+        done.again.append(f"{image.path.name} as {suffix.removeprefix('.').upper()}")
     copy = write_bytes(place.with_name(place.name + suffix), content)
     done.paths.append(copy)
     return copy

@@ -329,4 +329,6 @@ def serve(run: Path, images: TaggedImages, path: Path, port: int) -> None:
             server.serve_forever()
         except KeyboardInterrupt:
             say(f"\n{path}: {len(review.reviewed)} photographs judged")
-            say(f"next: labelpenet train DATA --out NEW_RUN --supervision mixed --corrected {shlex.quote(str(path))}")
+            if review.reviewed:
+                corrected = shlex.quote(str(path))
+                say(f"next: labelpenet train DATA --out NEW_RUN --supervision mixed --corrected {corrected}")

@@ -13,6 +13,8 @@ from PIL import Image, ImageOps
 
 from labelpenet import InputError
 from labelpenet.data.images import as_pixels, find_images, image_size, read_image, read_index_map, voc_palette
+from labelpenet.formats import open_tagged
+from labelpenet.formats.open import open_photographs
 
 
 def gradient(height: int = 20, width: int = 30) -> np.ndarray:
@@ -236,3 +238,13 @@ def test_where_all_photographs_are_of_a_kind_that_is_not_read_that_is_said(tmp_p
         (tmp_path / name).touch()
     with pytest.raises(InputError, match=r"1 \.dng, 2 \.heic files are not read; convert them to JPEG"):
         find_images([tmp_path])
+
+
+def test_links_to_folders_are_told_of_where_photographs_are_looked_for(tmp_path):
+    for name in ("cat/a.png", "dog/b.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / "photos" / name)
+    (tmp_path / "photos" / "emu").symlink_to(tmp_path)
+    said = f"links to folders are not followed: {tmp_path / 'photos' / 'emu'}"
+    for images in (open_tagged(tmp_path / "photos"), open_photographs(tmp_path / "photos", ())):
+        assert len(images.images) == 2 and said in images.notes

@@ -41,6 +41,8 @@ def test_a_run_folder_in_use_is_left_alone(tmp_path):
         begin(tmp_path / "run")
     with pytest.raises(InputError, match="another seed, recipe"):
         begin(tmp_path / "run", FACTS | {"seed": 1, "recipe": {}}, resume=True)
+    with pytest.raises(InputError, match=r"another seed, backbone \(backbone was None, is vgg16\);"):
+        begin(tmp_path / "run", FACTS | {"seed": 1, "backbone": "vgg16"}, resume=True)
     assert (tmp_path / "run/run.json").read_bytes() == before
     modules = [{"steps": 1}, {"steps": 2, "vote": True}]
     begin(tmp_path / "four", FACTS | {"recipe": {"modules": modules}})

@@ -18,6 +18,7 @@ from labelpenet.errors import InputError
 from labelpenet.formats import (
     export,
     export_labelme,
+    export_voc,
     export_yolo,
     open_annotated,
     open_tagged,
@@ -149,6 +150,13 @@ def test_turned_photographs_are_copied_upright(tmp_path):
     export_yolo({"turned.jpg": Instances.empty((20, 10))}, [image], CLASSES, tmp_path / "out", copy_images=True)
     with Image.open(tmp_path / "out/images/train/turned.jpg") as copy:
         assert (copy.size, copy.getexif().get(0x0112, 1)) == ((10, 20), 1)
+
+
+def test_copies_that_are_encoded_again_are_told_in_one_line(tmp_path):
+    images = photographs(tmp_path / "photos", tuple(f"{index}.png" for index in range(12)))
+    done = export_voc(predictions(images), images.images, CLASSES, tmp_path / "out", copy_images=True)
+    again = [note for note in done.notes if "again" in note]
+    assert len(again) == 1 and "0.png as JPG" in again[0] and "(12 in all)" in again[0]
 
 
 def test_photographs_without_tags_are_exported_and_a_bare_list_of_theirs_is_refused(tmp_path, capsys):

@@ -313,10 +313,17 @@ def test_a_file_of_another_data_set_or_kind_is_not_taken_over(run: tuple[Path, T
 def test_the_next_command_can_be_copied_whatever_the_file_is_called(
     run: tuple[Path, TaggedImages], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(_: Server) -> None:
+    verdicts: list[Any] = []
+
+    def interrupted(server: Server) -> None:
+        for status in verdicts:
+            server.review.judge(0, status, {})
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Server, "serve_forever", interrupted)
+    serve(*run, tmp_path / "my review.json", 0)
+    assert "next: " not in capsys.readouterr().out  # there is no such file
+    verdicts.append("dropped")
     serve(*run, tmp_path / "my review.json", 0)
     command = shlex.split(capsys.readouterr().out.split("next: ")[1])
     assert command[-2:] == ["--corrected", str(tmp_path / "my review.json")]

@@ -104,6 +104,9 @@ def test_parts_that_do_not_belong_together_are_refused_by_name(tmp_path: Path) -
     out = tmp_path / "out.json"
     with pytest.raises(InputError, match="1 of 3 shards are missing"):
         merge_parts(parts[:2], out)
+    write(tmp_path / "few", photographs(30), 30)
+    with pytest.raises(InputError, match=r"22 of 30 shards are missing \(1, 2, .*, 20, \.\.\. \(22 in all\)\)"):
+        merge_parts(sorted((tmp_path / "few").iterdir())[22:], out)
     with pytest.raises(InputError, match="suffix"):
         merge_parts(parts, tmp_path / "out.csv")
     with pytest.raises(InputError, match="give each once"):
