@@ -472,6 +472,11 @@ def brief(problems: Sequence[str], what: str) -> list[str]:
     return [*notes, f"{len(problems)} {what}" + (f" (the first {len(notes)} are named above)" if more else "")]
 
 
+def counted(*notes: tuple[int, str]) -> list[str]:
+    """Of notes those with a number that is not 0, which comes first."""
+    return [f"{count} {what}" for count, what in notes if count]
+
+
 def listing(names: Iterable[str], limit: int = 30) -> str:
     """Names for an error message: comma-separated, in order, at most ``limit`` of them."""
     names = [one_line(name) for name in names]

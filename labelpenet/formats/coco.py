@@ -7,7 +7,7 @@ which no single object can be told, often at the edge of sight. In the truth it 
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -21,15 +21,14 @@ from labelpenet.data.dataset import (
     tag_images,
     with_truth,
 )
-from labelpenet.data.files import brief, excerpt, inside, is_file, listing, nfc, read_json, read_names, write_text
+from labelpenet.data.files import brief, excerpt, inside, is_file, listing, nfc, read_json, read_names
 from labelpenet.errors import InputError, collected
 from labelpenet.formats.folder import exists, list_file
 from labelpenet.formats.polygons import coco_polygons
 from labelpenet.formats.review import accepted
 from labelpenet.formats.rows import coco_annotation, file_names, image_numbers, name_numbers
-from labelpenet.formats.selection import Exported, copy_photograph, mask_arrays, new_export, selected, stems
+from labelpenet.formats.selection import Export, exporter, mask_arrays, stems
 from labelpenet.formats.shapes import PROBE, Shape, checked_size, image_folder, read_truth
-from labelpenet.instances import Instances
 
 # COCO, datumaro, CVAT and our own; Roboflow, FiftyOne (beside data), Label Studio's COCO export, our own of 0.1.
 _NAMES = (
@@ -313,19 +312,8 @@ def _is_key(value: Any) -> bool:
     return _is_id(value) or isinstance(value, str)
 
 
-def export_coco(
-    predictions: Mapping[str, Instances],
-    images: Sequence[TaggedImage],
-    classes: Sequence[str],
-    out: Path | str,
-    *,
-    category_ids: Sequence[int] | None = None,
-    polygons: bool = False,
-    copy_images: bool = False,
-    tolerance: float = 0.0,
-    min_score: float = 0.0,
-    overwrite: bool = False,
-) -> Exported:
+@exporter("coco")
+def export_coco(job: Export) -> None:
     """Writes ``out/annotations/instances_default.json``: images, categories and annotations with unique ids.
 
     That is where CVAT and datumaro look for it, datumaro only beside ``images`` (``copy_images``). CVAT takes the file
@@ -338,66 +326,51 @@ def export_coco(
     photographs lie in ``out/images``, and the file calls them as these. A score or box that is not finite is an
     `InputError`, too.
     """
-    numbers, names, plain = image_numbers(images), file_names(images), stems(images, folders=True)
-    ids = range(1, len(classes) + 1) if category_ids is None else category_ids
+    numbers, names, plain = image_numbers(job.images), file_names(job.images), stems(job.images, folders=True)
+    ids = range(1, len(job.classes) + 1) if job.category_ids is None else job.category_ids
     entries: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    with new_export(out, images, overwrite, {"format": "coco"}) as (folder, done):
-        for image, found in selected(predictions, images, min_score, done.notes, doubt=False):
-            height, width = found.image_size
-            number, name = numbers[image.id], names[image.id]
-            if copy_images:
-                copy = copy_photograph(image, folder / "images" / plain[image.id], done)
-                name = copy.relative_to(folder / "images").as_posix()
-            entries.append({"id": number, "file_name": name, "width": width, "height": height})
-            for row, mask in zip(found.to_coco(number, category_ids), mask_arrays(found), strict=True):
-                row.setdefault("segmentation", [])
-                whole = {"id": len(annotations) + 1, **coco_annotation(row)}
-                if polygons and mask is not None:
-                    whole["segmentation"] = coco_polygons(mask, tolerance)
-                annotations.append(whole)
-        content = {
-            "info": {"description": "pseudo-labels by Label-PEnet"},
-            "licenses": [],
-            "images": entries,
-            "categories": [{"id": i, "name": name, "supercategory": ""} for i, name in zip(ids, classes, strict=True)],
-            "annotations": annotations,
-        }
-        done.paths.append(write_text(folder / "annotations/instances_default.json", _finite_json(content, out)))
-    return done
+    for image, found in job.selected(doubt=False):
+        height, width = found.image_size
+        number, name = numbers[image.id], names[image.id]
+        if job.copy_images:
+            home = job.folder / "images"
+            name = job.copy(image, home / plain[image.id]).relative_to(home).as_posix()
+        entries.append({"id": number, "file_name": name, "width": width, "height": height})
+        for row, mask in zip(found.to_coco(number, job.category_ids), mask_arrays(found), strict=True):
+            row.setdefault("segmentation", [])
+            whole = {"id": len(annotations) + 1, **coco_annotation(row)}
+            if job.polygons and mask is not None:
+                whole["segmentation"] = coco_polygons(mask, job.tolerance)
+            annotations.append(whole)
+    content = {
+        "info": {"description": "pseudo-labels by Label-PEnet"},
+        "licenses": [],
+        "images": entries,
+        "categories": [{"id": i, "name": name, "supercategory": ""} for i, name in zip(ids, job.classes, strict=True)],
+        "annotations": annotations,
+    }
+    job.write("annotations/instances_default.json", _finite_json(content, job.out))
 
 
-def export_coco_results(
-    predictions: Mapping[str, Instances],
-    images: Sequence[TaggedImage],
-    classes: Sequence[str],
-    out: Path | str,
-    *,
-    category_ids: Sequence[int] | None = None,
-    min_score: float = 0.0,
-    overwrite: bool = False,
-) -> Exported:
+@exporter("coco-results")
+def export_coco_results(job: Export) -> None:
     """Writes ``out/results.json``: the bare list that pycocotools' ``loadRes`` and evaluation servers take.
 
     Arguments as `export`, errors as `export_coco`. What the list cannot hold: the names of images and classes.
     """
-    own = all(image.number is not None for image in images)
-    digits = {} if own else name_numbers(images)  # by which such a list is read, too
-    numbers = digits or image_numbers(images)
-    with new_export(out, images, overwrite, {"format": "coco-results"}) as (folder, done):
-        rows = [
-            row
-            for image, found in selected(predictions, images, min_score, done.notes, as_labels=False)
-            for row in found.to_coco(numbers[image.id], category_ids)
-        ]
-        done.paths.append(write_text(folder / "results.json", _finite_json(rows, out)))
-    if category_ids is None or not own:
+    own = all(image.number is not None for image in job.images)
+    digits = {} if own else name_numbers(job.images)  # by which such a list is read, too
+    numbers = digits or image_numbers(job.images)
+    found = job.selected(as_labels=False)
+    rows = [row for image, one in found for row in one.to_coco(numbers[image.id], job.category_ids)]
+    job.write("results.json", _finite_json(rows, job.out))
+    if job.category_ids is None or not own:
         counted = "images have the digits of their names, classes" if digits else "images and classes"
-        done.notes.append(f"the data set has no COCO ids of its own: {counted} are numbered from 1, in order")
-    return done
+        job.notes.append(f"the data set has no COCO ids of its own: {counted} are numbered from 1, in order")
 
 
-def _finite_json(content: Any, out: Path | str) -> str:
+def _finite_json(content: Any, out: Path) -> str:
     try:
         return json.dumps(content, allow_nan=False)
     except ValueError as error:

@@ -20,17 +20,16 @@ from xml.etree import ElementTree
 import numpy as np
 
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, Truth, with_truth
-from labelpenet.data.files import brief, excerpt, listing, read_json, read_text, write_text
+from labelpenet.data.files import brief, counted, excerpt, listing, read_json, read_text
 from labelpenet.data.images import SUFFIXES
 from labelpenet.errors import InputError
 from labelpenet.formats.folder import exists, tag_names, tag_set
 from labelpenet.formats.polygons import joined, outline
 from labelpenet.formats.rows import file_names
-from labelpenet.formats.selection import Exported, new_export, objects, selected
+from labelpenet.formats.selection import Export, exporter, objects
 from labelpenet.formats.shapes import Shape, checked_size, read_truth
-from labelpenet.instances import Instances
 
-LOCAL_FILES = "/data/local-files/?d="
+_LOCAL_FILES = "/data/local-files/?d="
 
 # Label Studio puts eight hexadecimal digits and a dash before the name of an uploaded file.
 _UPLOAD = re.compile(r"^[0-9a-f]{8}-")
@@ -131,13 +130,11 @@ def _read(path: Path, images: Path | None) -> _Tasks:
     if not tasks.tags:
         raise InputError(problems[0] if problems else f"{path}: no task has an annotation; annotate and export again")
     tasks.notes += brief(problems, "tasks are skipped")
-    for count, what in (
-        (waiting, "have no annotation yet; they are not used"),
-        (silent, "have neither choices nor shapes with labels; they are not used"),
-        (several, "have several annotations: their tags are put together, and the shapes of one are the truth"),
-    ):
-        if count:
-            tasks.notes.append(f"{count} tasks {what}")
+    tasks.notes += counted(
+        (waiting, "tasks have no annotation yet; they are not used"),
+        (silent, "tasks have neither choices nor shapes with labels; they are not used"),
+        (several, "tasks have several annotations: their tags are put together, and the shapes of one are the truth"),
+    )
     return tasks
 
 
@@ -339,48 +336,36 @@ def _names(address: str) -> list[str]:
     return [*names, plain] if plain and plain not in names else names
 
 
-def export_label_studio(
-    predictions: Mapping[str, Instances],
-    images: Sequence[TaggedImage],
-    classes: Sequence[str],
-    out: Path | str,
-    *,
-    url: str = LOCAL_FILES,
-    tolerance: float = 0.0,
-    min_score: float = 0.0,
-    overwrite: bool = False,
-) -> Exported:
+@exporter("label-studio")
+def export_label_studio(job: Export) -> None:
     """Writes ``out/tasks.json`` (import it) and ``out/labels.xml`` (the project's labelling interface).
 
     An instance with a mask becomes a polygon, one without or of score 0 a rectangle; each has its score. What a polygon
     cannot hold: several outlines (parts and holes are joined by bridges of no width).
 
-    Arguments and errors as `export`, and ``url``: what comes before an image's name (percent-encoded) in its task; by
-    default Label Studio's local storage.
+    Arguments and errors as `export`. Tasks address photographs, percent-encoded, in Label Studio's local storage.
     """
     tasks: list[dict[str, Any]] = []
-    bridged, names = 0, file_names(images)
-    with new_export(out, images, overwrite, {"format": "label-studio"}) as (folder, done):
-        for image, found in selected(predictions, images, min_score, done.notes):
-            results: list[dict[str, Any]] = []
-            for label, score, box, mask in objects(found):
-                parts = None if mask is None else outline(mask, tolerance=tolerance)
-                bridged += parts is not None and len(parts) > 1
-                name = f"instance{len(results) + 1}"
-                results.append(_shape(name, classes[label], score, parts, box, found.image_size))
-            prediction: dict[str, Any] = {"model_version": "Label-PEnet", "result": results}
-            if len(found):
-                prediction["score"] = float(found.weights.mean())
-            tasks.append({"data": {"image": url + quote(names[image.id])}, "predictions": [prediction]})
-        done.paths.append(write_text(folder / "tasks.json", json.dumps(tasks)))
-        done.paths.append(write_text(folder / "labels.xml", labelling_interface(classes)))
-    done.notes.append(f"photographs are addressed as {url}NAME; change the addresses if they are stored elsewhere")
-    if bridged:
-        done.notes.append(f"{bridged} masks of several parts or with holes became one outline with bridges")
-    return done
+    bridged, names = 0, file_names(job.images)
+    for image, found in job.selected():
+        results: list[dict[str, Any]] = []
+        for label, score, box, mask in objects(found):
+            parts = None if mask is None else outline(mask, tolerance=job.tolerance)
+            bridged += parts is not None and len(parts) > 1
+            name = f"instance{len(results) + 1}"
+            results.append(_shape(name, job.classes[label], score, parts, box, found.image_size))
+        prediction: dict[str, Any] = {"model_version": "Label-PEnet", "result": results}
+        if len(found):
+            prediction["score"] = float(found.weights.mean())
+        tasks.append({"data": {"image": _LOCAL_FILES + quote(names[image.id])}, "predictions": [prediction]})
+    job.write("tasks.json", json.dumps(tasks))
+    job.write("labels.xml", _labelling_interface(job.classes))
+    where = f"{_LOCAL_FILES}NAME; change the addresses if they are stored elsewhere"
+    job.notes.append(f"photographs are addressed as {where}")
+    job.notes += counted((bridged, "masks of several parts or with holes became one outline with bridges"))
 
 
-def labelling_interface(classes: Sequence[str]) -> str:
+def _labelling_interface(classes: Sequence[str]) -> str:
     """The labelling interface that the tasks belong to, as Label Studio's XML."""
     view = ElementTree.Element("View")
     ElementTree.SubElement(view, "Image", name="image", value="$image")

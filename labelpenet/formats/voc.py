@@ -8,7 +8,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache
@@ -29,22 +29,12 @@ from labelpenet.data.files import (
     read_text,
     read_xml,
     safe_name,
-    write_bytes,
-    write_text,
 )
 from labelpenet.data.images import SUFFIXES, palette_png, read_index_map, voc_palette
 from labelpenet.errors import InputError, collected
 from labelpenet.evaluation.semantic import IGNORE, paint
 from labelpenet.formats.folder import beside, image_files, known_beside, restrict
-from labelpenet.formats.selection import (
-    Exported,
-    check_new_split,
-    clipped_boxes,
-    copy_photograph,
-    new_export,
-    selected,
-    stems,
-)
+from labelpenet.formats.selection import Export, clipped_boxes, exporter, stems
 from labelpenet.formats.shapes import Shape, checked_size
 from labelpenet.formats.shapes import read_truth as read_shapes
 from labelpenet.instances import Instances
@@ -371,17 +361,8 @@ def _chosen_classes(class_map: np.ndarray, order: Sequence[str], classes: Sequen
     return table[class_map]
 
 
-def export_voc(
-    predictions: Mapping[str, Instances],
-    images: Sequence[TaggedImage],
-    classes: Sequence[str],
-    out: Path | str,
-    *,
-    split: str = "train",
-    copy_images: bool = False,
-    min_score: float = 0.0,
-    overwrite: bool = False,
-) -> Exported:
+@exporter("voc", extend=True)
+def export_voc(job: Export) -> None:
     """Writes the folders of a VOC year: Annotations, SegmentationClass, SegmentationObject and ImageSets.
 
     They lie in ``out/VOCdevkit/VOC2012``, where torchvision and the development kit look, or in ``out`` itself where
@@ -395,62 +376,58 @@ def export_voc(
     than 254 classes are an `InputError`, too.
     """
     listed: dict[str, list[str]] = {"Main": [], "Segmentation": []}
-    rounded = covered = 0
+    rounded, covered, classes = 0, 0, job.classes
     plain = [" ".join(name.split()) for name in classes]
     if twice := [name for name in plain if plain.count(name) > 1]:
         raise InputError(f"VOC tells no classes apart that differ in blanks alone, such as {twice[0]!r}; rename one")
-    with new_export(out, images, overwrite, {"format": "voc", "classes": list(classes)}, True) as (folder, done):
-        year = folder if re.fullmatch(r"VOC\d{4}", Path(out).name) else folder / "VOCdevkit" / "VOC2012"
-        lists = [year / "ImageSets" / name / f"{safe_name(split)}.txt" for name in listed]
-        check_new_split(lists, out, split)
-        names = stems(images, (path.stem for path in (year / "Annotations").glob("*.xml")))
-        home = Path(out).name if year == folder else year.name
-        masked = any(one.masks is not None and len(one) for one in predictions.values())
-        for image, found in selected(predictions, images, min_score, done.notes, doubt=False):
-            name = names[image.id]
-            if masked and not len(found):  # its maps say that it shows nothing
-                found = Instances.empty(found.image_size, with_masks=True)
-            if found.masks is not None and len(found) > 254:
-                done.notes.append(f"{image.id}: {len(found)} masks, of which the 254 of highest score are kept")
-                found = found[torch.sort(found.weights.argsort(descending=True, stable=True)[:254]).values]
-            boxes = voc_boxes(found)
-            rounded += int((found.boxes != found.boxes.round()).any(1).sum())
-            file = f"{name}{image.path.suffix}"
-            if copy_images:
-                file = copy_photograph(image, year / "JPEGImages" / name, done, jpeg=True).name
-            xml = annotation_xml(home, file, found, boxes, classes)
-            done.paths.append(write_bytes(year / "Annotations" / f"{name}.xml", xml))
-            if found.masks is not None:
-                if len(classes) > 254:
-                    raise InputError(
-                        f"{len(classes)} classes do not fit an 8-bit PNG, which holds 254; export fewer, or to coco"
-                    )
-                objects = paint(found, range(1, len(found) + 1))
-                covered += len(found) - len(np.unique(objects[objects > 0]))
-                for kind, pixels in (("SegmentationClass", paint(found)), ("SegmentationObject", objects)):
-                    done.paths.append(write_bytes(year / kind / f"{name}.png", palette_png(pixels)))
-                listed["Segmentation"].append(name)
-            listed["Main"].append(name)
-        for path, lines in zip(lists, listed.values(), strict=True):
-            if lines:
-                done.paths.append(write_text(path, "".join(f"{line}\n" for line in lines)))
-        if listed["Segmentation"]:
-            done.paths.append(write_text(year / "classes.txt", "".join(f"{name}\n" for name in plain)))
-            done.paths.append(write_text(year / "labelmap.txt", label_map(plain)))
-    if not copy_images:
-        done.notes.append(
+    year = job.folder if re.fullmatch(r"VOC\d{4}", job.out.name) else job.folder / "VOCdevkit" / "VOC2012"
+    lists = [year / "ImageSets" / name / f"{safe_name(job.split)}.txt" for name in listed]
+    job.check_new_split(lists)
+    names = stems(job.images, (path.stem for path in (year / "Annotations").glob("*.xml")))
+    home = job.out.name if year == job.folder else year.name
+    masked = any(one.masks is not None and len(one) for one in job.predictions.values())
+    for image, found in job.selected(doubt=False):
+        name = names[image.id]
+        if masked and not len(found):  # its maps say that it shows nothing
+            found = Instances.empty(found.image_size, with_masks=True)
+        if found.masks is not None and len(found) > 254:
+            job.notes.append(f"{image.id}: {len(found)} masks, of which the 254 of highest score are kept")
+            found = found[torch.sort(found.weights.argsort(descending=True, stable=True)[:254]).values]
+        rounded += int((found.boxes != found.boxes.round()).any(1).sum())
+        file = f"{name}{image.path.suffix}"
+        if job.copy_images:
+            file = job.copy(image, year / "JPEGImages" / name, jpeg=True).name
+        job.write(year / "Annotations" / f"{name}.xml", _annotation_xml(home, file, found, classes))
+        if found.masks is not None:
+            if len(classes) > 254:
+                raise InputError(
+                    f"{len(classes)} classes do not fit an 8-bit PNG, which holds 254; export fewer, or to coco"
+                )
+            objects = paint(found, range(1, len(found) + 1))
+            covered += len(found) - len(np.unique(objects[objects > 0]))
+            for kind, pixels in (("SegmentationClass", paint(found)), ("SegmentationObject", objects)):
+                job.write(year / kind / f"{name}.png", palette_png(pixels))
+            listed["Segmentation"].append(name)
+        listed["Main"].append(name)
+    for path, lines in zip(lists, listed.values(), strict=True):
+        if lines:
+            job.write(path, "".join(f"{line}\n" for line in lines))
+    if listed["Segmentation"]:
+        job.write(year / "classes.txt", "".join(f"{name}\n" for name in plain))
+        job.write(year / "labelmap.txt", _label_map(plain))
+    if not job.copy_images:
+        job.notes.append(
             "put the photographs into JPEGImages under the names of the XML files, as JPEG, or export with copies"
         )
     if colons := [name for name in classes if ":" in name]:
-        done.notes.append(
+        job.notes.append(
             f"labelmap.txt cannot hold the colon of {listing(colons)}: CVAT and datumaro know no such class"
         )
-    done.notes.append("VOC holds no scores")
+    job.notes.append("VOC holds no scores")
     if rounded:
-        done.notes.append(f"{rounded} boxes are rounded to whole pixels")
+        job.notes.append(f"{rounded} boxes are rounded to whole pixels")
     if listed["Segmentation"]:
-        done.notes.append(f"masks that overlap are cut by the one of higher score; {covered} are covered entirely")
-    return done
+        job.notes.append(f"masks that overlap are cut by the one of higher score; {covered} are covered entirely")
 
 
 def voc_boxes(instances: Instances) -> np.ndarray:
@@ -461,9 +438,7 @@ def voc_boxes(instances: Instances) -> np.ndarray:
     return np.concatenate([low, np.maximum(boxes[:, 2:], low)], 1)
 
 
-def annotation_xml(
-    folder: str, filename: str, instances: Instances, boxes: np.ndarray, classes: Sequence[str]
-) -> bytes:
+def _annotation_xml(folder: str, filename: str, instances: Instances, classes: Sequence[str]) -> bytes:
     """One image's annotation; the k-th object is the one with value k in the SegmentationObject PNG."""
     height, width = instances.image_size
     root = ElementTree.Element("annotation")
@@ -485,7 +460,7 @@ def annotation_xml(
     for tag, value in (("width", width), ("height", height), ("depth", 3)):
         add(size, tag, value)
     add(root, "segmented", int(instances.masks is not None))
-    for label, box in zip(instances.labels.tolist(), boxes.tolist(), strict=True):
+    for label, box in zip(instances.labels.tolist(), voc_boxes(instances).tolist(), strict=True):
         item = add(root, "object")
         add(item, "name", classes[label])
         for tag, default in (("pose", "Unspecified"), ("truncated", "0"), ("difficult", "0")):
@@ -497,7 +472,7 @@ def annotation_xml(
     return ElementTree.tostring(root, encoding="utf-8") + b"\n"
 
 
-def label_map(classes: Sequence[str]) -> str:
+def _label_map(classes: Sequence[str]) -> str:
     """CVAT's list of classes and their colours; a colon, which separates its fields, becomes a space."""
     colours = voc_palette().tolist()
     lines = ["# label:color_rgb:parts:actions"]
