@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from defusedxml import ElementTree
 
-from labelpenet.errors import InputError, one_line, reason
+from labelpenet.errors import InputError, one_line, reason, told
 
 try:
     import fcntl
@@ -53,17 +53,16 @@ def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
     Raises:
         InputError: the file is missing, is no regular file, has more than ``limit`` bytes or is not UTF-8.
     """
-    try:
+    with (
+        told(lambda error: f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8", UnicodeDecodeError),
+        told(lambda error: f"{path}: cannot be read ({reason(error)}); check the file", OSError),
+    ):
         if not path.is_file():
             raise InputError(f"{path}: no such file; check the path")
         size = path.stat().st_size
         if size > limit:
             raise InputError(f"{path}: {size} bytes are more than the {limit} that such a file may have")
         return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({reason(error)}); check the file") from error
 
 
 def read_json(path: Path, limit: int = 4 * 2**30) -> Any:
@@ -73,10 +72,10 @@ def read_json(path: Path, limit: int = 4 * 2**30) -> Any:
         InputError: as `read_text`, the text is not JSON, or its checksum is wrong.
     """
     text = read_text(path, limit)
-    try:
+    with told(
+        lambda error: f"{path}: not valid JSON ({error}); export or download it again", ValueError, RecursionError
+    ):
         content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); export or download it again") from error
     if not is_whole(text):
         raise InputError(
             f'{path}: damaged, its checksum is wrong; make it again (or take out the last entry, "checksum", if you '
@@ -158,12 +157,12 @@ def inside(root: Path, name: str) -> Path:
     if not name.isascii() and not os.path.lexists(path):  # which says no to a name that is too long, too
         forms = (root.joinpath(*(unicodedata.normalize(form, part) for part in parts.parts)) for form in ("NFC", "NFD"))
         path = next(filter(os.path.lexists, forms), path)
-    try:
-        resolved = path.resolve()
-        home = root.resolve()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"{name!r} cannot be followed in {root} ({error}); remove the link or the name") from error
-    if not resolved.is_relative_to(home):
+    said = "remove the link or the name"
+    with told(
+        lambda error: f"{name!r} cannot be followed in {root} ({error}); {said}", OSError, RuntimeError, ValueError
+    ):
+        within = path.resolve().is_relative_to(root.resolve())
+    if not within:
         raise InputError(f"{path} is a link that leaves {root}; copy the file into the folder")
     return path
 
@@ -206,7 +205,7 @@ def check_outputs(paths: Iterable[Path], reads: Iterable[Path] = (), overwrite: 
     folders = [real_path(path) for path in reads if path.is_dir()]
     probed: set[Path] = set()
     for path in paths:
-        try:
+        with writing(path, "choose another place", ValueError, RuntimeError):
             place, there = _place(path), os.path.lexists(path)
             if "\0" in str(path) or len(os.fsencode(path.name)) > 255:
                 raise InputError(f"{path}: is no name that a file can have; choose another")
@@ -225,10 +224,6 @@ def check_outputs(paths: Iterable[Path], reads: Iterable[Path] = (), overwrite: 
             if folder not in probed:
                 with tempfile.TemporaryFile(dir=folder):
                     probed.add(folder)
-        except (OSError, ValueError, RuntimeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path}: cannot be written ({reason(error)}); choose another place") from error
 
 
 def _place(path: Path) -> Path:
@@ -284,13 +279,9 @@ def write_bytes(path: Path, content: bytes | Callable[[BinaryIO], object], remed
     return path
 
 
-@contextlib.contextmanager
-def writing(path: Path, remedy: str = ROOM) -> Iterator[None]:
+def writing(path: Path, remedy: str = ROOM, *kinds: type[Exception]) -> contextlib.AbstractContextManager[None]:
     """For what is written piece by piece: an error of the system becomes an `InputError` about ``path``."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({reason(error)}); {remedy}") from error
+    return told(lambda error: f"{path}: cannot be written ({reason(error)}); {remedy}", OSError, *kinds)
 
 
 def write_text(path: Path, text: str, remedy: str = ROOM) -> Path:
@@ -618,11 +609,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: the folder was not made here, or a file was added or changed since.
     """
-    try:
+    said = f"{folder}: is not empty and no export of labelpenet; choose a new folder"
+    with told(said, OSError, ValueError, KeyError, TypeError):
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         about, digests = content["about"], dict(content["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}: is not empty and no export of labelpenet; choose a new folder") from error
     for path in _files(folder):
         name = path.relative_to(folder).as_posix()
         if name != MANIFEST and (name not in digests or path.is_symlink() or hash_file(path) != digests[name]):

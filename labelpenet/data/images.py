@@ -5,7 +5,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, TiffImagePlugin, WebPImagePlugin
 
 from labelpenet.data.files import is_hidden, real_path
-from labelpenet.errors import InputError, reason
+from labelpenet.errors import InputError, reason, told
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 # Only decoders that run in this process: Pillow would hand PostScript to an external interpreter. The last two
@@ -45,13 +45,10 @@ def read_image(path: Path | str) -> np.ndarray:
     """
     path = Path(path)
     with _quiet(), _open(path) as image:
-        try:
+        memory = f"{path}: not enough memory for {image.width} x {image.height} pixels"
+        with _decoded(path, "image"), told(memory, MemoryError):
             image.load()
             pixels = _rgb(image)
-        except MemoryError as error:
-            raise InputError(f"{path}: not enough memory for {image.width} x {image.height} pixels") from error
-        except Exception as error:  # a decoder meets damaged bytes with whatever it stumbles over
-            raise InputError(f"{path}: damaged or truncated image ({reason(error)}); replace the file") from error
         return _upright(pixels, _orientation(image))
 
 
@@ -116,10 +113,8 @@ def upright_file(path: Path, jpeg: bool = False) -> tuple[bytes, str, bool]:
         is_jpeg, upright = image.format in ("JPEG", "MPO"), _orientation(image) == 1
     suffix = ".jpg" if is_jpeg and path.suffix.lower() in (".jpeg", ".jfif") and jpeg else path.suffix.lower()
     if upright and (is_jpeg or not jpeg):
-        try:
+        with told(lambda error: f"{path}: cannot be read ({reason(error)}); check the file", OSError):
             return path.read_bytes(), suffix, False
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({reason(error)}); check the file") from error
     content = io.BytesIO()
     kind, suffix = ("JPEG", ".jpg") if is_jpeg or jpeg else ("PNG", ".png")
     Image.fromarray(read_image(path)).save(content, kind, quality=95)
@@ -132,6 +127,11 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _decoded(path: Path, what: str) -> AbstractContextManager[None]:
+    """A decoder meets damaged bytes with whatever it stumbles over."""
+    return told(lambda error: f"{path}: damaged or truncated {what} ({reason(error)}); replace the file", Exception)
 
 
 def _open(path: Path) -> Image.Image:
@@ -234,12 +234,9 @@ def read_index_map(path: Path | str) -> np.ndarray:
         InputError: the file cannot be read, has another mode, or a colour that is not in VOC's palette.
     """
     path = Path(path)
-    with _quiet(), _open(path) as image:
-        try:
-            image.load()
-            mode, pixels = image.mode, np.array(image)
-        except Exception as error:  # a decoder meets damaged bytes with whatever it stumbles over
-            raise InputError(f"{path}: damaged or truncated map ({reason(error)}); replace the file") from error
+    with _quiet(), _open(path) as image, _decoded(path, "map"):
+        image.load()
+        mode, pixels = image.mode, np.array(image)
     if mode in ("P", "L", "1"):
         return pixels.astype(np.uint8)
     if mode not in ("RGB", "RGBA"):

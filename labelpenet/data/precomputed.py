@@ -36,9 +36,10 @@ from labelpenet.data.files import brief, excerpt, listing, read_json
 from labelpenet.data.images import PIXEL_LIMIT, SUFFIXES, image_size
 from labelpenet.data.matlab import read_cells
 from labelpenet.data.proposals import Proposals, unique
-from labelpenet.errors import InputError, reason
+from labelpenet.errors import InputError, reason, told
 from labelpenet.instances import decode_mask, masks_to_boxes
 
+_NO_NUMBER = (TypeError, ValueError, OverflowError)  # what numpy and float say of it
 Raw = np.ndarray | list | Path  # boxes (R, 4), rows as in a COCO file, or a file or folder of masks
 
 
@@ -143,13 +144,12 @@ def _key(image: TaggedImage, raw: Mapping[str, Raw], lookup: Mapping[str, str], 
 
 
 def _read_npz(path: Path) -> dict[str, Raw]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:  # zip, zlib and numpy each raise their own
-        raise InputError(
-            f"{path}: no readable .npz archive of plain arrays ({reason(error)}); save it again"
-        ) from error
+    said = f"{path}: no readable .npz archive of plain arrays"
+    with (
+        told(lambda error: f"{said} ({reason(error)}); save it again", Exception),  # zip, zlib, numpy: each its own
+        np.load(path, allow_pickle=False) as archive,
+    ):
+        arrays = {name: archive[name] for name in archive.files}
     return {name: _numbers(boxes, path, name) for name, boxes in arrays.items()}
 
 
@@ -204,10 +204,8 @@ def _is_column(value: Any) -> bool:
 
 def _by_score(boxes: np.ndarray, scores: Any, path: Path) -> np.ndarray:
     """(R, 4) boxes by descending score, where there is one score a box."""
-    try:
+    with told(f"{path}: a score that is no number; correct it", *_NO_NUMBER):
         values = np.zeros(0) if scores is None else np.asarray(scores, np.float64).ravel()
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{path}: a score that is no number; correct it") from error
     if len(values) not in (0, len(boxes)):
         raise InputError(f"{path}: {len(values)} scores for {len(boxes)} boxes of an image; there must be one a box")
     return boxes[np.argsort(-values, kind="stable")] if len(values) else boxes
@@ -224,20 +222,16 @@ def _by_image(rows: list, files: Mapping[str, str], path: Path) -> dict[str, Raw
 
 
 def _sorted_rows(rows: list, path: Path) -> list:
-    try:
+    with told(f"{path}: a row whose score is no number; correct it", *_NO_NUMBER):
         return sorted(rows, key=lambda row: -float(row.get("score", row.get("predicted_iou", 0))))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{path}: a row whose score is no number; correct it") from error
 
 
 def _numbers(value: Any, path: Path, name: object) -> np.ndarray:
     """(R, 4) float64 from whatever a file holds for an image."""
-    try:
+    with told(f"{path}: the boxes of image {name} are no numbers; expected (R, 4)", *_NO_NUMBER):
         if isinstance(value, np.ndarray) and value.dtype.kind not in "biufO":
             raise TypeError
         boxes = np.asarray(value, np.float64)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{path}: the boxes of image {name} are no numbers; expected (R, 4)") from error
     boxes = boxes.reshape(0, 4) if boxes.size == 0 else boxes
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise InputError(f"{path}: the boxes of image {name} must be (R, 4), but are {boxes.shape}")
@@ -288,12 +282,9 @@ def _row_boxes(rows: list, size: tuple[int, int]) -> np.ndarray:
     boxes = np.zeros((len(rows), 4))
     for i, row in enumerate(rows):
         if row.get("bbox") is not None:
-            try:
+            said = f"a bbox must be four numbers x, y, width, height, but is {excerpt(row['bbox'])}"
+            with told(said, *_NO_NUMBER):
                 x, y, width, height = map(float, row["bbox"])
-            except (TypeError, ValueError, OverflowError) as error:
-                raise InputError(
-                    f"a bbox must be four numbers x, y, width, height, but is {excerpt(row['bbox'])}"
-                ) from error
             boxes[i] = x, y, x + width, y + height
         elif row.get("segmentation"):
             boxes[i] = masks_to_boxes(decode_mask(row["segmentation"], size)[None])[0].numpy()
@@ -304,15 +295,13 @@ def _row_boxes(rows: list, size: tuple[int, int]) -> np.ndarray:
 
 def _read_map(path: Path, size: tuple[int, int]) -> np.ndarray:
     """(H, W) int64 labels of a PNG: grey values or palette indices; of a coloured one, a number for each colour."""
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            if image.width * image.height > PIXEL_LIMIT:
-                raise InputError(f"{path}: more than {PIXEL_LIMIT // 10**6} million pixels; make it smaller")
-            values = np.asarray(image if len(image.getbands()) == 1 else image.convert("RGB")).astype(np.int64)
-    except InputError:
-        raise
-    except Exception as error:  # damaged files raise whatever the decoder stumbles over
-        raise InputError(f"{path}: no readable PNG mask ({reason(error)}); replace the file") from error
+    with (  # damaged files raise whatever the decoder stumbles over
+        told(lambda error: f"{path}: no readable PNG mask ({reason(error)}); replace the file", Exception),
+        Image.open(path, formats=("PNG",)) as image,
+    ):
+        if image.width * image.height > PIXEL_LIMIT:
+            raise InputError(f"{path}: more than {PIXEL_LIMIT // 10**6} million pixels; make it smaller")
+        values = np.asarray(image if len(image.getbands()) == 1 else image.convert("RGB")).astype(np.int64)
     if values.ndim == 3:
         grey = (values == values[:, :, :1]).all()
         values = values[:, :, 0] if grey else values @ np.array([1 << 24, 1 << 16, 1 << 8])
@@ -373,14 +362,12 @@ def unpickle_arrays(path: Path) -> Any:
     Raises:
         InputError: the file cannot be read, is damaged or asks for anything else.
     """
-    try:
+    said = "save the boxes as .npz instead"
+    # a damaged pickle raises nearly anything
+    with told(lambda error: f"{path}: not a pickle of plain arrays ({reason(error)}); {said}", Exception):
         content = Path(path).read_bytes()
         # No honest value takes less than a byte; lists that hold one another many times over do.
         return _plain(_ArraysOnly(io.BytesIO(content), encoding="latin1").load(), iter(range(len(content))))
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise InputError(
-            f"{path}: not a pickle of plain arrays ({reason(error)}); save the boxes as .npz instead"
-        ) from error
 
 
 class _ArraysOnly(pickle._Unpickler):

@@ -31,7 +31,7 @@ from labelpenet.config import Proposals as Settings
 from labelpenet.data.dataset import ByImage
 from labelpenet.data.files import brief, hash_file, hash_files, read_array, write_array, write_text
 from labelpenet.data.images import read_image
-from labelpenet.errors import InputError, reason
+from labelpenet.errors import InputError, reason, told
 from labelpenet.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -143,10 +143,8 @@ def _edge_boxes(image: np.ndarray, model: Path | None) -> np.ndarray:
 
 def _structured_edges(image: np.ndarray, model: Path) -> tuple[np.ndarray, np.ndarray]:
     """Edge strength in [0, 1] and the direction of its normal in [0, pi), (H, W) float32 each, from OpenCV's forest."""
-    try:
+    with told(lambda error: f"{model}: not a structured-edge model of OpenCV ({reason(error)})", cv2.error):
         detector = cv2.ximgproc.createStructuredEdgeDetection(str(model))
-    except cv2.error as error:
-        raise InputError(f"{model}: not a structured-edge model of OpenCV ({reason(error)})") from error
     edges = detector.detectEdges(np.ascontiguousarray(image[:, :, ::-1]).astype(np.float32) / 255)
     orientation = detector.computeOrientation(edges)
     return detector.edgesNms(edges, orientation), orientation
@@ -268,10 +266,9 @@ def default_cache() -> Path:
 
     `InputError` where the user, as one of a container may, has no home.
     """
-    try:
+    said = "this user has no home folder to cache proposals in; give one with --cache FOLDER"
+    with told(said, RuntimeError):
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "labelpenet" / "proposals"
-    except RuntimeError as error:
-        raise InputError("this user has no home folder to cache proposals in; give one with --cache FOLDER") from error
 
 
 def _check_method(settings: Settings, model: Path | None) -> None:

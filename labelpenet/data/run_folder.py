@@ -12,7 +12,7 @@ from typing import Any
 
 from labelpenet.config import MODULES
 from labelpenet.data.files import hash_file, hash_files, listing, locked, read_json, write_json, writing
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, told
 
 _LOCK = ".lock"
 
@@ -208,12 +208,9 @@ def check_photographs(run: Path, contents: Mapping[str, str | None]) -> str:
     path = photographs(run)
     before = {}
     if path.is_file():
-        try:
+        said = f"{path}: damaged; delete it if the photographs are still those that the run was started with"
+        with told(said, InputError):
             before = read_json(path)
-        except InputError as error:
-            raise InputError(
-                f"{path}: damaged; delete it if the photographs are still those that the run was started with"
-            ) from error
     changed = [name for name, content in contents.items() if before and before.get(name) != content]
     trained = [one for one in (run / "weights").glob("*.safetensors") if one != weights(run, "stem")]
     if changed and (trained or any((run / "checkpoints").glob("*/*.pt"))):

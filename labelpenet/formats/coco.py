@@ -22,7 +22,7 @@ from labelpenet.data.dataset import (
     with_truth,
 )
 from labelpenet.data.files import brief, excerpt, inside, is_file, listing, nfc, read_json, read_names
-from labelpenet.errors import InputError, collected
+from labelpenet.errors import InputError, collected, told
 from labelpenet.formats.folder import exists, list_file
 from labelpenet.formats.polygons import coco_polygons
 from labelpenet.formats.review import accepted
@@ -371,7 +371,5 @@ def export_coco_results(job: Export) -> None:
 
 
 def _finite_json(content: Any, out: Path) -> str:
-    try:
+    with told(f"{out}: a score or box is NaN or infinite; remove it from the predictions", ValueError):
         return json.dumps(content, allow_nan=False)
-    except ValueError as error:
-        raise InputError(f"{out}: a score or box is NaN or infinite; remove it from the predictions") from error

@@ -14,7 +14,7 @@ import torch
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, Truth
 from labelpenet.data.files import listing, read_json
 from labelpenet.data.images import image_size
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, told
 from labelpenet.formats.open import open_annotated
 from labelpenet.formats.review import is_review, read_review
 from labelpenet.formats.rows import copy_name, plain_name
@@ -179,7 +179,5 @@ def _checked(one: Instances, image: TaggedImage) -> Instances:
 
 def _named(read: Read, path: Path, name: str) -> Truth:
     """What ``read`` returns; its errors say which file and photograph they are about."""
-    try:
+    with told(lambda error: f"{path}: {name}: {error}; correct it again or take it out of the file", InputError):
         return read()
-    except InputError as error:
-        raise InputError(f"{path}: {name}: {error}; correct it again or take it out of the file") from error

@@ -23,7 +23,7 @@ from typing import Any
 from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImages, only_tagged, tag_images
 from labelpenet.data.files import brief, excerpt, inside, is_file, is_hidden, listing, nfc, read_json, read_text
 from labelpenet.data.images import SUFFIXES
-from labelpenet.errors import InputError, collected
+from labelpenet.errors import InputError, collected, told
 from labelpenet.formats.shapes import PROBE, image_folder
 
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "trainval")
@@ -289,10 +289,8 @@ def _read_csv(path: Path) -> _Table:
     text = read_text(path)
     delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-    try:
+    with told(lambda error: f"{path}: line {reader.line_num}: no valid CSV ({error}); save it again", csv.Error):
         rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    except csv.Error as error:
-        raise InputError(f"{path}: line {reader.line_num}: no valid CSV ({error}); save it again") from error
     header = [cell.strip() for cell in rows[0][1]] if rows else []
     file, tag = _columns(header, path)
     table, cells = _Table(), list[tuple[str, int, list[str]]]()

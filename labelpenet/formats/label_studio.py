@@ -22,7 +22,7 @@ import numpy as np
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, Truth, with_truth
 from labelpenet.data.files import brief, counted, excerpt, listing, read_json, read_text
 from labelpenet.data.images import SUFFIXES
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, told
 from labelpenet.formats.folder import exists, tag_names, tag_set
 from labelpenet.formats.polygons import joined, outline
 from labelpenet.formats.rows import file_names
@@ -144,12 +144,11 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
     delimiter = "\t" if "\t" in text.split("\n", 1)[0] else ","
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     rows = []
-    try:
+    kinds = (csv.Error, ValueError, RecursionError)
+    with told(lambda error: f"{path}: line {reader.line_num}: {error}; export the project again", *kinds):
         for row in reader:
             cells = {key: cell for key, cell in row.items() if isinstance(key, str) and isinstance(cell, str) and cell}
             rows.append({key: json.loads(cell) if cell[0] in "[{" else cell for key, cell in cells.items()})
-    except (csv.Error, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: line {reader.line_num}: {error}; export the project again") from error
     return rows
 
 

@@ -25,7 +25,7 @@ from PIL import Image
 from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImages, Truth, tag_images, with_truth
 from labelpenet.data.files import MANIFEST, changed, inside, is_file, is_hidden, listing, nfc, read_json
 from labelpenet.data.images import SUFFIXES
-from labelpenet.errors import InputError, collected
+from labelpenet.errors import InputError, collected, told
 from labelpenet.formats.folder import beside, image_files, known_beside, restrict
 from labelpenet.formats.polygons import drawn, joined, outline, signed_area, straight
 from labelpenet.formats.rows import file_names
@@ -275,10 +275,10 @@ def _drawn(shape: Mapping[str, Any], size: tuple[int, int], path: Path) -> np.nd
 
 
 def _mask(shape: Mapping[str, Any], path: Path) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(base64.b64decode(str(shape.get("mask")), validate=True)), formats=["PNG"]) as image:
+    said = f"{path}: the mask of a {shape['label']} is no PNG; draw it again"
+    with told(said, Exception):  # damaged bytes raise whatever the decoder stumbles over
+        png = io.BytesIO(base64.b64decode(str(shape.get("mask")), validate=True))
+        with Image.open(png, formats=["PNG"]) as image:
             if image.width * image.height > 10**8:
                 raise ValueError("too large")
             return np.asarray(image.convert("L")) > 0
-    except Exception as error:  # damaged bytes raise whatever the decoder stumbles over
-        raise InputError(f"{path}: the mask of a {shape['label']} is no PNG; draw it again") from error

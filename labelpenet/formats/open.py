@@ -1,14 +1,14 @@
 """Opens every kind of data set: DATA is recognised by what it holds."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, only_tagged
 from labelpenet.data.files import listing, nfc, read_json, read_text
 from labelpenet.data.images import find_images, unread
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, told
 from labelpenet.formats import coco, folder, label_studio, labelme, voc, yolo
 
 KINDS = (
@@ -96,15 +96,11 @@ def training_split(data: Path | str) -> str | None:
         return "train" if year is not None and "train" in voc.splits(year) else None
 
 
-@contextmanager
-def _readable(data: Path | str) -> Iterator[None]:
+def _readable(data: Path | str) -> AbstractContextManager[None]:
     """Says of a folder that may not be read, or a disk that fails, what the user can do."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{error.filename or data}: cannot be read ({error.strerror}); check its permissions"
-        ) from error
+    return told(
+        lambda error: f"{error.filename or data}: cannot be read ({error.strerror}); check its permissions", OSError
+    )
 
 
 def _recognise(data: Path, split: str | None, classes: Sequence[str] | None, images: Path | None) -> _Opened:

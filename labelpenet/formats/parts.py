@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from labelpenet.data.dataset import ByImage, TaggedImage
 from labelpenet.data.files import is_file, json_line, locked, sealed, write_bytes, writing
 from labelpenet.data.images import image_size
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, reason, told
 from labelpenet.formats.parquet import write_parquet
 from labelpenet.formats.rows import (
     Predictions,
@@ -354,12 +354,12 @@ def _row_at(part: Path, place: int) -> dict[str, Any] | None:
     """What `_row` makes of the line that begins at a place of a part; of what is no part it reads no more than 2^27
     bytes.
     """
-    try:
-        with part.open("rb") as file:
-            file.seek(place)
-            return _row(file.readline(2**27))
-    except OSError as error:
-        raise InputError(f"{part}: cannot be read ({error.strerror or error}); check the path") from error
+    with (
+        told(lambda error: f"{part}: cannot be read ({reason(error)}); check the path", OSError),
+        part.open("rb") as file,
+    ):
+        file.seek(place)
+        return _row(file.readline(2**27))
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ import numpy as np
 from labelpenet.data.dataset import ByImage, TaggedImage, TaggedImages
 from labelpenet.data.files import brief, listing, read_json, write_text
 from labelpenet.data.images import image_size
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, told
 from labelpenet.formats.parquet import Groups, parquet_lists
 from labelpenet.formats.parts import part_classes, read_parts
 from labelpenet.formats.review import accepted
@@ -101,12 +101,10 @@ def coco_text(
     for name, (height, width), rows in found:
         entry = {"id": numbers[name], "file_name": files[name], "width": width, "height": height}
         entries.append(json.dumps({**entry, "image": name} if with_ids else entry))
-        try:
+        with told(f"{name}: a score or box is NaN or infinite; remove it", ValueError):
             for row in rows:
                 whole = {"id": len(annotations) + 1, **coco_annotation(row), "image_id": numbers[name]}
                 annotations.append(json.dumps(whole, allow_nan=False))
-        except ValueError as error:
-            raise InputError(f"{name}: a score or box is NaN or infinite; remove it") from error
     ids = category_ids or range(1, len(classes) + 1)
     categories = [json.dumps({"id": i, "name": name}) for i, name in zip(ids, classes, strict=True)]
     return "".join(coco_file({"images": entries, "categories": categories, "annotations": annotations}))

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, told
 from labelpenet.instances import Instances
 
 
@@ -16,10 +16,8 @@ def to_supervision(instances: Instances, classes: Sequence[str]) -> Any:
     Raises:
         InputError: supervision is not installed.
     """
-    try:
+    with told("supervision is not installed; pip install supervision", ImportError):
         from supervision import Detections  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
-        raise InputError("supervision is not installed; pip install supervision") from error
     labels = instances.labels.cpu().numpy()
     return Detections(
         xyxy=instances.boxes.cpu().numpy(),

@@ -15,7 +15,7 @@ import yaml
 from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImage, Truth, tag_images, with_truth
 from labelpenet.data.files import counted, inside, is_file, listing, nfc, read_text, safe_name
 from labelpenet.data.images import find_images
-from labelpenet.errors import InputError, collected
+from labelpenet.errors import InputError, collected, reason, told
 from labelpenet.formats.folder import beside, disk_form, exists, image_files, plain_split
 from labelpenet.formats.polygons import contours, joined, outline, straight
 from labelpenet.formats.selection import Export, exporter, objects, stems
@@ -193,10 +193,9 @@ def _class_lines(path: Path) -> list[str]:
 
 
 def _yaml(path: Path, images: Path | None) -> tuple[list[str], dict[str, list[str]], bool]:
-    try:
+    kinds = (yaml.YAMLError, ValueError, RecursionError, OverflowError)
+    with told(lambda error: f"{path}: no valid YAML ({reason(error)[:160]}); mend it", *kinds):
         content = yaml.safe_load(read_text(path, 2**18))
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
-        raise InputError(f"{path}: no valid YAML ({' '.join(str(error).split())[:160]}); mend it") from error
     names = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, dict) and set(names) == set(range(len(names))):
         names = [names[index] for index in range(len(names))]
@@ -239,10 +238,8 @@ def _photographs(root: Path, place: str, source: Path) -> list[Path]:
     names = [line.strip().replace("\\", "/").removeprefix("./") for line in read_text(path).splitlines()]
     found = []
     for name in filter(None, names):  # darknet's and CVAT's lists begin with data/, which is the data set's folder
-        try:
+        with told(lambda error: f"{path}: {error}", InputError):
             tried = [inside(root, name), inside(root, name.removeprefix("data/"))]
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
         found.append(next(filter(is_file, tried), tried[-1]))
     return found
 
