@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from labelpenet.data.dataset import ByImage, TaggedImage
+from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import is_file, json_line, locked, sealed, write_bytes, writing
 from labelpenet.data.images import image_size
 from labelpenet.errors import InputError, reason, told
@@ -217,31 +217,25 @@ def read_parts(folder: Path, images: Sequence[TaggedImage], classes: Sequence[st
     """
     parts, header = _in_order([folder])
     notes: list[str] = []
-    named = {"categories": [{"id": number, "name": name} for number, name in enumerate(header["classes"], 1)]}
+    named = [{"id": number, "name": name} for number, name in enumerate(header["classes"], 1)]
     found = [(part, place, row["file_name"]) for part in parts for place, row in _photographs(part)]
     entries = [{"id": number, "file_name": name} for number, (_, _, name) in enumerate(found)]
     names = match_images(folder, images, entries, notes)
     labels = match_categories(folder, classes, (), named, notes)
     lines = {names[number]: (part, place) for number, (part, place, _) in enumerate(found)}
     asked = {image.id: (image, *lines[image.id]) for image in images if image.id in lines}
-    return Predictions(tuple(classes), tuple(notes), _Lines(asked, labels))
 
-
-class _Lines(ByImage[Rows]):
-    """The rows of each image by id, read when asked for, of the categories that have a label."""
-
-    def __init__(self, places: dict[str, tuple[TaggedImage, Path, int]], labels: Mapping[Any, int | None]) -> None:
-        self._known, self._labels = places, labels
-
-    def __getitem__(self, name: str) -> Rows:
-        image, part, place = self._known[name]
+    def read(name: str, known: tuple[TaggedImage, Path, int]) -> Rows:
+        image, part, place = known
         row = _row_at(part, place)
         if row is None or row.get("file_name") is None:
             raise InputError(f"{part}: has changed while it was read; start again")
         size = check_size(row["height"], row["width"], str(part))
         check_same_size(part, image, size, image_size(image.path))
-        asked = [one for one in enumerate(row["instances"]) if self._labels.get(one[1]["category_id"]) is not None]
-        return read_rows(part, asked, self._labels, name, size)
+        asked = [one for one in enumerate(row["instances"]) if labels.get(one[1]["category_id"]) is not None]
+        return read_rows(part, asked, labels, name, size)
+
+    return Predictions(tuple(classes), tuple(notes), asked, read)
 
 
 def _in_order(paths: Sequence[Path]) -> tuple[list[Path], dict[str, Any]]:
