@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from labelpenet.data.files import brief, listing, nfc
+from labelpenet.data.files import brief, counted, listing, nfc
 from labelpenet.errors import InputError
 
 if TYPE_CHECKING:  # torch would make every process that computes proposals start 2 seconds later
@@ -177,8 +177,7 @@ class AnnotatedImages:
             raise InputError(problems[0] if problems else "the data set holds no image")
         notes += brief(problems, "images are left out because their annotation is damaged")
         notes += brief(remarks, "objects or masks are cut or left out")
-        if masked and boxed:
-            notes.append(f"{boxed} images have no true masks: what needs masks is measured on the others")
+        notes += counted((masked * boxed, "images have no true masks: what needs masks is measured on the others"))
 
 
 def only_tagged(images: AnnotatedImages | TaggedImages) -> TaggedImages:
@@ -255,8 +254,7 @@ def tag_images(
     )
     notes = brief(problems, f"of {len(found) + len(problems)} images are skipped")
     negatives = sum(not image.tags for image in images)
-    if negatives:
-        notes.append(f"{negatives} of {len(images)} images show none of the classes; they serve as negatives")
+    notes += counted((negatives, f"of {len(images)} images show none of the classes; they serve as negatives"))
     present = {tag for image in images for tag in image.tags}
     absent = [name for name in classes if label[name] not in present]
     if absent:

@@ -21,12 +21,12 @@ from labelpenet.data.dataset import (
     tag_images,
     with_truth,
 )
-from labelpenet.data.files import brief, excerpt, inside, is_file, listing, nfc, read_json, read_names
+from labelpenet.data.files import brief, counted, excerpt, inside, is_file, listing, nfc, read_json, read_names
 from labelpenet.errors import InputError, collected, told
 from labelpenet.formats.folder import exists, list_file
 from labelpenet.formats.polygons import coco_polygons
 from labelpenet.formats.review import accepted
-from labelpenet.formats.rows import coco_annotation, file_names, image_numbers, name_numbers
+from labelpenet.formats.rows import Row, coco_annotation, file_names, image_numbers, name_numbers
 from labelpenet.formats.selection import Export, exporter, mask_arrays, stems
 from labelpenet.formats.shapes import PROBE, Shape, checked_size, image_folder, read_truth
 
@@ -43,23 +43,15 @@ _LISTS = ("images", "annotations", "categories")
 
 
 @dataclass(frozen=True)
-class CocoFile:
-    """What an ``instances.json`` says, checked as far as tags need it.
-
-    Attributes:
-        names: category names by category id.
-        images: the image rows by id, in the order of the file; each has a ``file_name``.
-        annotations: the annotation rows of each image, each with a known ``category_id``.
-        problems: one line for each row that cannot be used.
-        notes: what else there is to say of it.
-    """
+class _File:
+    """What an ``instances.json`` says, checked as far as tags need it."""
 
     path: Path
-    names: dict[int, str]
-    images: dict[int | str, dict[str, Any]]
-    annotations: dict[int | str, list[dict[str, Any]]]
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
+    names: dict[int, str]  # of the categories
+    images: dict[int | str, Row]  # in the order of the file; each has a ``file_name``
+    annotations: dict[int | str, list[Row]]  # of each image; each has a known ``category_id``
+    problems: list[str]  # one line for each row that cannot be used
+    notes: list[str]
 
 
 def is_coco(content: Any) -> bool:
@@ -131,7 +123,7 @@ def open_annotated(
     return replace(with_truth(tagged, path, truth, own), others=others)
 
 
-def _read(path: Path, content: Any) -> CocoFile:
+def _read(path: Path, content: Any) -> _File:
     content, notes = accepted(path, read_json(path) if content is None else content)
     lacking = [key for key in _LISTS if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if lacking:
@@ -155,7 +147,7 @@ def _read(path: Path, content: Any) -> CocoFile:
             raise InputError(f"{path}: category {row['id']} {name!r} stands there twice; merge the two")
         taken.add(name)
         names[row["id"]] = name
-    images: dict[int | str, dict[str, Any]] = {}
+    images: dict[int | str, Row] = {}
     seen: dict[str, int | str] = {}
     same: dict[int | str, int | str] = {}  # the second id of an image that is listed under two
     called = Counter(_image_id(row) for row in content["images"] if _is_image(row))
@@ -173,7 +165,7 @@ def _read(path: Path, content: Any) -> CocoFile:
         else:
             seen[_image_id(row)] = key
             images[key] = row
-    annotations: dict[int | str, list[dict[str, Any]]] = defaultdict(list)
+    annotations: dict[int | str, list[Row]] = defaultdict(list)
     by_datumaro = content.get("licenses") == [{"name": "", "id": 0, "url": ""}]
     painted = 0
     for row in content["annotations"]:
@@ -191,15 +183,12 @@ def _read(path: Path, content: Any) -> CocoFile:
             single = by_datumaro and _is_crowd(row)
             painted += single
             annotations[image].append({**row, "iscrowd": 0} if single else row)
-    if painted:
-        notes.append(
-            f"{painted} masks with iscrowd 1 are taken for single objects: CVAT and datumaro, which wrote {path.name}, "
-            "write every mask so"
-        )
-    return CocoFile(path, names, images, dict(annotations), tuple(problems), tuple(notes))
+    writers = f"CVAT and datumaro, which wrote {path.name}, write every mask so"
+    notes += counted((painted, f"masks with iscrowd 1 are taken for single objects: {writers}"))
+    return _File(path, names, images, dict(annotations), problems, notes)
 
 
-def _tagged(content: CocoFile, split: str | None, classes: Sequence[str] | None, images: Path | None) -> TaggedImages:
+def _tagged(content: _File, split: str | None, classes: Sequence[str] | None, images: Path | None) -> TaggedImages:
     chosen, notes = _chosen(content, split)
     folder, said = _image_folder(content, images)
     notes += said
@@ -216,20 +205,18 @@ def _tagged(content: CocoFile, split: str | None, classes: Sequence[str] | None,
             found.append(NamedImage(_image_id(content.images[key]), path, single, number))
     notes += [*brief(content.problems, "rows are skipped"), *content.notes]
     out = sum(_leads_out(content.images[key]["file_name"]) for key in chosen)
-    if out:
-        notes.append(
-            f"{out} names of {content.path.name} lead elsewhere; the files of these names in {folder} are used"
-        )
+    notes += counted(
+        (out, f"names of {content.path.name} lead elsewhere; the files of these names in {folder} are used")
+    )
     if only_crowd and not any(one.names for one in found):
         raise InputError(f"{content.path}: holds crowds alone; set iscrowd to 0 where they are single objects")
-    if only_crowd:
-        notes.append(f"{only_crowd} images show a class only as a crowd, which gives no tag")
+    notes += counted((only_crowd, "images show a class only as a crowd, which gives no tag"))
     occurring = {name for one in found for name in one.names}
     known = content.names.values() if classes is not None else occurring
     return tag_images(found, classes, known, problems, content.path, notes)
 
 
-def _chosen(content: CocoFile, split: str | None) -> tuple[list[int | str], list[str]]:
+def _chosen(content: _File, split: str | None) -> tuple[list[int | str], list[str]]:
     """The ids of the images of a split, and notes. One file is one split, so only a text file restricts it."""
     if split is None:
         return list(content.images), []
@@ -251,13 +238,13 @@ def _chosen(content: CocoFile, split: str | None) -> tuple[list[int | str], list
         if not ids:
             raise InputError(f"{path}: names no image of {content.path}; give image ids or file names")
         absent = len(wanted.difference(*(names[key] for key in ids)))
-        return ids, [f"{absent} lines of {path.name} name no image of {content.path.name}"] * bool(absent)
+        return ids, counted((absent, f"lines of {path.name} name no image of {content.path.name}"))
     if split in (_split_of(content.path), *re.split(r"[\W\d_]+", content.path.stem)):
         return list(content.images), []
     return list(content.images), [f"{content.path.name} has no splits: all its images are used as {split!r}"]
 
 
-def _image_folder(content: CocoFile, images: Path | None) -> tuple[Path, list[str]]:
+def _image_folder(content: _File, images: Path | None) -> tuple[Path, list[str]]:
     """The folder that holds most of the first images, and notes; errors as `image_folder`."""
     home, own = content.path.parent, _split_of(content.path) or "images"
     homes = [home, home.parent] if home.name == "annotations" else [home]
@@ -328,8 +315,8 @@ def export_coco(job: Export) -> None:
     """
     numbers, names, plain = image_numbers(job.images), file_names(job.images), stems(job.images, folders=True)
     ids = range(1, len(job.classes) + 1) if job.category_ids is None else job.category_ids
-    entries: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
+    entries: list[Row] = []
+    annotations: list[Row] = []
     for image, found in job.selected(doubt=False):
         height, width = found.image_size
         number, name = numbers[image.id], names[image.id]

@@ -74,12 +74,9 @@ def _read_review(path: Path, images: TaggedImages) -> tuple[dict[str, Read], set
         none = torch.zeros(len(one.rows), dtype=torch.bool)
         return Truth(_checked(one.instances(len(images.classes)), by_id[name]), none, none)
 
-    accepted: dict[str, Read] = {
-        name: partial(_named, partial(read, name), path, name)
-        for name, one in reviewed.items()
-        if one.status == "accepted"
-    }
-    return accepted, {name for name, one in reviewed.items() if one.status == "dropped"}, notes
+    accepted = [name for name, one in reviewed.items() if one.status == "accepted"]
+    readers = {name: _named(partial(read, name), path, name) for name in accepted}
+    return readers, {name for name, one in reviewed.items() if one.status == "dropped"}, notes
 
 
 def _read_annotated(path: Path, images: TaggedImages) -> tuple[dict[str, Read], set[str], list[str]]:
@@ -107,10 +104,8 @@ def _read_annotated(path: Path, images: TaggedImages) -> tuple[dict[str, Read], 
     absent = len(tagged.images) - len(pairs)
     if absent:
         notes.append(f"{path}: {absent} of its {len(tagged.images)} photographs are not trained on, or several fit")
-
-    readers: dict[str, Read] = {
-        ours.id: partial(_named, partial(_renamed, annotated, theirs, ours, labels), path, ours.id)
-        for theirs, ours in pairs
+    readers = {
+        ours.id: _named(partial(_renamed, annotated, theirs, ours, labels), path, ours.id) for theirs, ours in pairs
     }
     return readers, set(), [*tagged.notes, *notes]
 
@@ -177,7 +172,6 @@ def _checked(one: Instances, image: TaggedImage) -> Instances:
     return one
 
 
-def _named(read: Read, path: Path, name: str) -> Truth:
-    """What ``read`` returns; its errors say which file and photograph they are about."""
-    with told(lambda error: f"{path}: {name}: {error}; correct it again or take it out of the file", InputError):
-        return read()
+def _named(read: Read, path: Path, name: str) -> Read:
+    """The same, but its errors say which file and photograph they are about."""
+    return told(lambda error: f"{path}: {name}: {error}; correct it again or take it out of the file", InputError)(read)

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImages, Truth, tag_images, with_truth
-from labelpenet.data.files import MANIFEST, changed, inside, is_file, is_hidden, listing, nfc, read_json
+from labelpenet.data.files import MANIFEST, changed, counted, inside, is_file, is_hidden, listing, nfc, read_json
 from labelpenet.data.images import SUFFIXES
 from labelpenet.errors import InputError, collected, told
 from labelpenet.formats.folder import beside, image_files, known_beside, restrict
@@ -172,9 +172,8 @@ def open_data(
     by_name = {one.id: one for one in found}
     shown = frozenset().union(*(one.names for one in found))
     found = [by_name[name] for name in asked]
-    notes = [*said]
-    if waiting:
-        notes.append(f"{waiting} files are neither checked nor known to be changed since their export; left out")
+    left = "files are neither checked nor known to be changed since their export; left out"
+    notes = [*said, *counted((waiting, left))]
     flags = frozenset().union(*flagged.values())
     if flags and not drawn_on:
         found = [replace(one, names=flagged[one.id]) for one in found]

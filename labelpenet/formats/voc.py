@@ -21,6 +21,7 @@ import torch
 from labelpenet.data.dataset import VOC_CLASSES, AnnotatedImages, NamedImage, TaggedImage, Truth, tag_images, with_truth
 from labelpenet.data.files import (
     bare_name,
+    counted,
     inside,
     is_file,
     listing,
@@ -115,10 +116,8 @@ def open_annotated(year: Path, split: str | None = None, classes: Sequence[str] 
     if bare or (classes is not None and not set(classes) <= occurring):
         # A class may be missing from a small split and yet be known; a folder of test images alone knows none.
         occurring |= _all_names(year) or set(classes or ())
-    notes = []
-    if bare:
-        notes = [f"{bare} images of {split} have no annotation; they can be predicted, not measured"]
-    elif split is None and splits(year):
+    notes = counted((bare, f"images of {split} have no annotation; they can be predicted, not measured"))
+    if split is None and splits(year):
         notes = [f"no split is named: the images of all lists but test are used; available are {listing(splits(year))}"]
     if numbered := [name for name in ids if bare_name(name) != name and _is_photograph(year, bare_name(name))]:
         notes.append(
@@ -153,8 +152,8 @@ def open_beside(data: Path, split: str | None = None, classes: Sequence[str] | N
                 raise InputError(f"{path}: no annotation as VOC writes it; take it out of the folder")
             found[own[0]] = NamedImage(own[0], inside(data, own[0]), frozenset(object_names(path)))
     chosen, notes = restrict(found, data, data, split) if found else ([], [])
-    if photographs:
-        notes.append(f"{sum(map(len, photographs.values()))} photographs have no XML beside them; they are not used")
+    bare = sum(map(len, photographs.values()))
+    notes += counted((bare, "photographs have no XML beside them; they are not used"))
     known = known_beside(data, classes, {name for one in found.values() for name in one.names}, open_beside)
     tagged = tag_images([found[name] for name in chosen], classes, known, problems, data, notes)
 
@@ -423,9 +422,7 @@ def export_voc(job: Export) -> None:
         job.notes.append(
             f"labelmap.txt cannot hold the colon of {listing(colons)}: CVAT and datumaro know no such class"
         )
-    job.notes.append("VOC holds no scores")
-    if rounded:
-        job.notes.append(f"{rounded} boxes are rounded to whole pixels")
+    job.notes += ["VOC holds no scores", *counted((rounded, "boxes are rounded to whole pixels"))]
     if listed["Segmentation"]:
         job.notes.append(f"masks that overlap are cut by the one of higher score; {covered} are covered entirely")
 

@@ -139,7 +139,7 @@ def open_annotated(
     occurring = {name for one in found for name in one.names}
     if problems and not occurring:
         raise InputError(problems[0])
-    notes = [f"{len(bare)} images have no label file; as in YOLO, they show none of the classes"] if bare else []
+    notes = counted((len(bare), "images have no label file; as in YOLO, they show none of the classes"))
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         notes.append(f"{path.name} names {listing(twice)} more than once; taken for one class")
     if split is None and len(places) > 1:
