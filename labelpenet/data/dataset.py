@@ -196,10 +196,8 @@ class NamedImage:
 
 
 def choose_classes(classes: Sequence[str] | None, known: Iterable[str], source: Path) -> tuple[str, ...]:
-    """The classes of a run: those asked for, in their order, or all ``known`` ones in alphabetical order.
-
-    Raises:
-        InputError: a class that ``source`` does not know (the known ones are listed), one named twice, or none.
+    """The classes of a run: those asked for, in their order, or all ``known`` ones in alphabetical order. `InputError`:
+    a class that ``source`` does not know (the known ones are listed), one named twice, or none.
     """
     names = sorted(set(known))
     for name in names:

@@ -48,10 +48,8 @@ _MARK = b"\nlabelpenet crc32:"  # with four more bytes of an odd length, so that
 
 
 def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
-    """The text of a UTF-8 file (with or without byte order mark).
-
-    Raises:
-        InputError: the file is missing, is no regular file, has more than ``limit`` bytes or is not UTF-8.
+    """The text of a UTF-8 file (with or without byte order mark). `InputError`: the file is missing, is no regular
+    file, has more than ``limit`` bytes or is not UTF-8.
     """
     with (
         told(lambda error: f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8", UnicodeDecodeError),
@@ -66,10 +64,8 @@ def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
 
 
 def read_json(path: Path, limit: int = 4 * 2**30) -> Any:
-    """The content of a JSON file, without the checksum of those that `write_json` made.
-
-    Raises:
-        InputError: as `read_text`, the text is not JSON, or its checksum is wrong.
+    """The content of a JSON file, without the checksum of those that `write_json` made. `InputError`: as `read_text`,
+    the text is not JSON, or its checksum is wrong.
     """
     text = read_text(path, limit)
     with told(
@@ -104,9 +100,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 def read_xml(path: Path) -> Any:
     """The root element of an XML file; document types and entities are refused, so that none can be expanded.
-
-    Raises:
-        InputError: as `read_text`, or the text is not XML or declares a document type.
+    `InputError`: as `read_text`, or the text is not XML or declares a document type.
     """
     text = read_text(path, XML_LIMIT)
     try:
@@ -122,10 +116,7 @@ def read_names(path: Path, known: Callable[[str], object]) -> list[str]:
     """The name on every line that is neither empty nor a comment (``#``), in order, each once.
 
     A name may hold blanks; the numbers that VOC's lists write behind it are no part of it (`bare_name`), but where a
-    name with one or more of them is ``known``, the longest such is taken.
-
-    Raises:
-        InputError: as `read_text`.
+    name with one or more of them is ``known``, the longest such is taken. `InputError`: as `read_text`.
     """
 
     def name(line: str) -> str:
@@ -145,10 +136,8 @@ def inside(root: Path, name: str) -> Path:
     """The path of ``name``, as a file of the data set calls it, inside the folder ``root``.
 
     Links are followed before the check, so neither ``..`` nor an absolute path nor a link leads out of ``root``. A name
-    with accents is also found where the disk has it in Unicode's other form, as macOS writes it.
-
-    Raises:
-        InputError: the name is empty, absolute, holds ``..`` or a NUL, or leads out of the folder.
+    with accents is also found where the disk has it in Unicode's other form, as macOS writes it. `InputError`: the name
+    is empty, absolute, holds ``..`` or a NUL, or leads out of the folder.
     """
     parts = PureWindowsPath(name)  # knows both kinds of slash, and drives
     if not parts.parts or parts.anchor or ".." in parts.parts or "\0" in name:
@@ -576,11 +565,7 @@ def unfinished(out: Path) -> Path:
 
 
 def check_new_folder(out: Path, reads: Iterable[Path]) -> None:
-    """Refuses a folder to write that holds, or lies in, what is read. Links are followed.
-
-    Raises:
-        InputError: names the two.
-    """
+    """`InputError` where a folder to write holds, or lies in, what is read. Links are followed."""
     home = real_path(out)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError(f"{out}: there is a file or link of that name; choose another folder")
@@ -604,10 +589,8 @@ def changed(folder: Path) -> set[Path]:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """What is remembered of a folder that `whole_folder` made; refuses one that holds anything else.
-
-    Raises:
-        InputError: the folder was not made here, or a file was added or changed since.
+    """What is remembered of a folder that `whole_folder` made; refuses one that holds anything else. `InputError`: the
+    folder was not made here, or a file was added or changed since.
     """
     said = f"{folder}: is not empty and no export of labelpenet; choose a new folder"
     with told(said, OSError, ValueError, KeyError, TypeError):

@@ -329,9 +329,7 @@ def _map_boxes(labels: np.ndarray) -> np.ndarray:
 
 def _checked(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """(R, 4) float32 boxes inside the image of ``size`` (H, W), without repetitions and boxes without area.
-
-    Raises:
-        InputError: a box is not finite or leaves the image by more than a pixel.
+    `InputError`: a box is not finite or leaves the image by more than a pixel.
     """
     height, width = size
     low, high = boxes.min(1, initial=0.0), (boxes - [width, height, width, height]).max(1, initial=0.0)

@@ -57,9 +57,7 @@ def origin(predictions: Path) -> Path:
 @contextlib.contextmanager
 def claimed(run: Path) -> Iterator[None]:
     """The folder, made where it is missing, for this process alone; the claim ends with the process at the latest.
-
-    Raises:
-        InputError: it holds something else than a run, cannot be made, or another process works on it.
+    `InputError`: it holds something else than a run, cannot be made, or another process works on it.
     """
     check_out(run, True)
     with writing(run, "choose another --out"):
@@ -85,9 +83,7 @@ def check_out(run: Path, resume: bool) -> None:
 
 def start_run(run: Path, given: Mapping[str, Any], resume: bool) -> None:
     """Writes the facts of a new run, or checks that the run there has the same; the caller has `claimed` the folder.
-
-    Raises:
-        InputError: there is a run and ``resume`` is not asked for, it has other facts, or its facts are damaged.
+    `InputError`: there is a run and ``resume`` is not asked for, it has other facts, or its facts are damaged.
     """
     path = facts(run)
     if not path.is_file():

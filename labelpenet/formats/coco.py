@@ -73,10 +73,8 @@ def json_files(data: Path) -> list[Path]:
 
 
 def choose_file(files: Sequence[Path], split: str | None, data: Path) -> Path:
-    """Of a folder's instances files the one of a split: ``val`` chooses ``instances_val2017.json``.
-
-    Raises:
-        InputError: not just one fits (all are listed).
+    """Of a folder's instances files the one of a split: ``val`` chooses ``instances_val2017.json``. `InputError`: not
+    just one fits (all are listed).
     """
     if len(files) == 1:
         return files[0]

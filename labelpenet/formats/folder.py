@@ -227,10 +227,8 @@ def tag_names(
 
 
 def _doubts(known: set[str], classes: Sequence[str], source: Path) -> Iterator[str]:
-    """Notes on tags that may not be meant as they stand.
-
-    Raises:
-        InputError: a tag may be several (``cat dog``, beside ``cat`` and ``dog``) and is none of ``classes``.
+    """Notes on tags that may not be meant as they stand. `InputError`: a tag may be several (``cat dog``, beside
+    ``cat`` and ``dog``) and is none of ``classes``.
     """
     for tag in sorted(known - set(classes)):
         parts = [part for part in re.split(r"[\s/+&,;|]+", tag) if part.lower() != "and"]
@@ -278,9 +276,7 @@ def plain_split(name: str) -> str:
 
 def list_file(split: str, folders: Iterable[Path], source: Path) -> Path | None:
     """The list of a split: ``SPLIT.txt`` in one of the folders, or a text file of the user's; None: there is none.
-
-    Raises:
-        InputError: the split can only be meant as a file, and is none.
+    `InputError`: the split can only be meant as a file, and is none.
     """
     own = Path(os.path.expanduser(split))  # noqa: PTH111 the shell leaves the ~ of --split=~/few.txt; no home, no error
     for path in (*(folder / f"{split}.txt" for folder in folders), own):
@@ -358,9 +354,7 @@ def _marked(header: Sequence[str], file: int, row: Sequence[str], where: str) ->
 
 def _add_cells(table: _Table, path: Path) -> None:
     """Adds the tags that stand together in cells: ``cat;dog``, ``cat|dog``, ``cat, dog`` or a list ``["cat", "dog"]``.
-
-    Raises:
-        InputError: different marks stand between the tags.
+    `InputError`: different marks stand between the tags.
     """
     joined = [(text, number) for _, number, texts in table.cells for text in texts if not text.strip().startswith("[")]
     lines = {mark: next((number for text, number in joined if mark in text), 0) for mark in ";|,"}

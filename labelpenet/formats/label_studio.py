@@ -180,9 +180,7 @@ def _annotations(task: dict[str, Any], column: str | None) -> list[list[dict[str
 
 def _text_column(content: Sequence[dict[str, Any]], path: Path) -> str | None:
     """JSON-MIN writes a single choice as plain text, beside whatever else the project's data holds as text.
-
-    Raises:
-        InputError: several columns could be the choice.
+    `InputError`: several columns could be the choice.
     """
     texts = {
         key
@@ -270,10 +268,8 @@ def _brush(numbers: Any, size: tuple[int, int]) -> np.ndarray:
     """(H, W) bool of a brush: the opacity of RGBA pixels, packed as runs.
 
     After 32 bits for the number of bytes follow the width of a byte and of four kinds of counts, less 1; then for each
-    run whether it repeats one byte, the kind of its count, its count less 1, and the byte or bytes.
-
-    Raises:
-        ValueError: the runs are damaged or of another size.
+    run whether it repeats one byte, the kind of its count, its count less 1, and the byte or bytes. `ValueError`: the
+    runs are damaged or of another size.
     """
     bits = "".join(f"{value:08b}" for value in bytes(numbers))
     place = 0

@@ -74,10 +74,8 @@ def open_data(
 def open_photographs(
     data: Path, classes: Sequence[str], split: str | None = None, images: Path | None = None
 ) -> TaggedImages:
-    """A photograph, or all in a folder and below, without tags, as `labelpenet predict` takes them.
-
-    Raises:
-        InputError: as `find_images`; an unknown ``split``; ``images``, as the folder is that of its photographs.
+    """A photograph, or all in a folder and below, without tags, as `labelpenet predict` takes them. `InputError`: as
+    `find_images`; an unknown ``split``; ``images``, as the folder is that of its photographs.
     """
     _check_own(data, images)
     if split is not None and (data / split).is_dir():

@@ -54,10 +54,7 @@ def write_parquet(out: Path, rows: Iterable[dict[str, Any]], classes: Sequence[s
 
 def parquet_lists(path: Path) -> dict[str, Any]:
     """The lists of COCO's that such a file holds, the annotations as `Groups`; photographs and classes have their names
-    as ids.
-
-    Raises:
-        InputError: pyarrow is missing, `write_parquet` has not written the file, or it is damaged.
+    as ids. `InputError`: pyarrow is missing, `write_parquet` has not written the file, or it is damaged.
     """
     pa, pq = _pyarrow(path)
     if not is_file(path):

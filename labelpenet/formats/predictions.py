@@ -120,10 +120,8 @@ def read_content(path: Path) -> Any:
 
 
 def class_names(path: Path) -> list[str]:
-    """The names of the categories that a predictions file lists, in its order.
-
-    Raises:
-        InputError: it cannot be read or names none, as a bare results list.
+    """The names of the categories that a predictions file lists, in its order. `InputError`: it cannot be read or names
+    none, as a bare results list.
     """
     if path.is_dir():
         return part_classes(path)

@@ -97,9 +97,7 @@ def read_review(
     path: Path, images: Sequence[TaggedImage], classes: Sequence[str]
 ) -> tuple[dict[str, Reviewed], list[str]]:
     """What was said of the photographs, by image id; and notes on what belongs to no photograph or class of ours.
-
-    Raises:
-        InputError: the review page does not write such a file.
+    `InputError`: the review page does not write such a file.
     """
     content = read_json(path)
     if not is_review(content):

@@ -11,10 +11,8 @@ from labelpenet.instances import Instances
 
 
 def to_supervision(instances: Instances, classes: Sequence[str]) -> Any:
-    """The instances of one image as `supervision.Detections`, class names in ``data["class_name"]``.
-
-    Raises:
-        InputError: supervision is not installed.
+    """The instances of one image as `supervision.Detections`, class names in ``data["class_name"]``. `InputError`:
+    supervision is not installed.
     """
     with told("supervision is not installed; pip install supervision", ImportError):
         from supervision import Detections  # type: ignore[import-not-found, unused-ignore]
@@ -29,10 +27,8 @@ def to_supervision(instances: Instances, classes: Sequence[str]) -> Any:
 
 
 def from_supervision(detections: Any, image_size: tuple[int, int]) -> Instances:
-    """`supervision.Detections` of one image of size (H, W) as instances; without confidence they weigh 1.
-
-    Raises:
-        InputError: there are detections, but no ``class_id``, which counts our classes from 0.
+    """`supervision.Detections` of one image of size (H, W) as instances; without confidence they weigh 1. `InputError`:
+    there are detections, but no ``class_id``, which counts our classes from 0.
     """
     count = len(detections.xyxy)
     if detections.class_id is None and count:

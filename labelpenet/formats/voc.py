@@ -43,9 +43,7 @@ from labelpenet.instances import Instances
 
 def year_folder(data: Path) -> Path | None:
     """The year folder that ``data`` is or holds (``VOCdevkit`` with one year, or a folder with such a VOCdevkit).
-
-    Raises:
-        InputError: ``data`` holds several years.
+    `InputError`: ``data`` holds several years.
     """
     if (data / "Annotations").is_dir() and ((data / "JPEGImages").is_dir() or (data / "ImageSets").is_dir()):
         return data
@@ -174,9 +172,7 @@ def read_objects(path: Path) -> tuple[list[Shape], tuple[int | None, int | None]
     """The objects of an annotation, in the order of the file, and the (height, width) that it says of its image.
 
     VOC's ``xmin..xmax`` (1-based, inclusive) becomes the interval ``[xmin - 1, xmax]``; what are no four numbers, NaN.
-
-    Raises:
-        InputError: the XML cannot be read, or an object has no name.
+    `InputError`: the XML cannot be read, or an object has no name.
     """
     objects, root = [], read_xml(path)
     for number, one in enumerate(root.findall("object"), 1):
@@ -232,9 +228,7 @@ def map_classes(year: Path) -> tuple[str, ...]:
 
     From ``classes.txt`` (a name a line) or ``labelmap.txt`` (as CVAT writes it) in the year folder; without these,
     VOC's twenty where all annotations use only those, else the names of all annotations in alphabetical order.
-
-    Raises:
-        InputError: the file is damaged or holds more than 254 classes.
+    `InputError`: the file is damaged or holds more than 254 classes.
     """
     if (year / "classes.txt").is_file():
         lines = [nfc(line.strip()) for line in read_text(year / "classes.txt").splitlines()]

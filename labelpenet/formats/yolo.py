@@ -275,10 +275,8 @@ def _label_file(image: Path) -> Path:
 
 
 def _rows(path: Path, classes: int, pose: bool) -> dict[int, tuple[int, np.ndarray]]:
-    """By line number the class and (2, 2) centre and sides, or (P, 2) corners, as fractions of the image.
-
-    Raises:
-        InputError: a line is not of that form; it costs its image, lest a tag be lost unseen.
+    """By line number the class and (2, 2) centre and sides, or (P, 2) corners, as fractions of the image. `InputError`:
+    a line is not of that form; it costs its image, lest a tag be lost unseen.
     """
     found = {}
     for number, line in enumerate(read_text(path).splitlines() if is_file(path) else (), 1):
