@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # torch would make every process that computes proposals star
     from labelpenet.instances import Instances
 
 T = TypeVar("T")
+Classes = Sequence[str] | None  # those that are asked for, in label order; None for all
 
 # Index i + 1 in VOC's class maps.
 VOC_CLASSES = (
@@ -180,7 +181,10 @@ class AnnotatedImages:
         notes += counted((masked * boxed, "images have no true masks: what needs masks is measured on the others"))
 
 
-def only_tagged(images: AnnotatedImages | TaggedImages) -> TaggedImages:
+Opened = AnnotatedImages | TaggedImages  # the latter where only tags are known
+
+
+def only_tagged(images: Opened) -> TaggedImages:
     """The images without their truth, if they have any."""
     return images.tagged if isinstance(images, AnnotatedImages) else images
 
@@ -195,7 +199,7 @@ class NamedImage:
     number: int | None = None
 
 
-def choose_classes(classes: Sequence[str] | None, known: Iterable[str], source: Path) -> tuple[str, ...]:
+def choose_classes(classes: Classes, known: Iterable[str], source: Path) -> tuple[str, ...]:
     """The classes of a run: those asked for, in their order, or all ``known`` ones in alphabetical order. `InputError`:
     a class that ``source`` does not know (the known ones are listed), one named twice, or none.
     """
@@ -224,7 +228,7 @@ def choose_classes(classes: Sequence[str] | None, known: Iterable[str], source: 
 
 def tag_images(
     found: Sequence[NamedImage],
-    classes: Sequence[str] | None,
+    classes: Classes,
     known: Iterable[str],
     problems: Sequence[str],
     source: Path,

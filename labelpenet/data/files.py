@@ -589,9 +589,7 @@ def changed(folder: Path) -> set[Path]:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """What is remembered of a folder that `whole_folder` made; refuses one that holds anything else. `InputError`: the
-    folder was not made here, or a file was added or changed since.
-    """
+    """What is remembered of a folder that `whole_folder` made; `InputError` where it holds anything else."""
     said = f"{folder}: is not empty and no export of labelpenet; choose a new folder"
     with told(said, OSError, ValueError, KeyError, TypeError):
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ from typing import Any
 
 from labelpenet.data.dataset import (
     AnnotatedImages,
+    Classes,
     NamedImage,
     TaggedImage,
     TaggedImages,
@@ -73,9 +74,7 @@ def json_files(data: Path) -> list[Path]:
 
 
 def choose_file(files: Sequence[Path], split: str | None, data: Path) -> Path:
-    """Of a folder's instances files the one of a split: ``val`` chooses ``instances_val2017.json``. `InputError`: not
-    just one fits (all are listed).
-    """
+    """Of instances files the one of a split, as ``instances_val2017.json`` of ``val``; `InputError` where none is."""
     if len(files) == 1:
         return files[0]
     splits = {path: _split_of(path) for path in files}
@@ -89,11 +88,7 @@ def choose_file(files: Sequence[Path], split: str | None, data: Path) -> Path:
 
 
 def open_annotated(
-    path: Path,
-    split: str | None = None,
-    classes: Sequence[str] | None = None,
-    images: Path | None = None,
-    content: Any = None,
+    path: Path, split: str | None = None, classes: Classes = None, images: Path | None = None, content: Any = None
 ) -> AnnotatedImages:
     """The images of an instances file, with a tag for each category of their annotations that are no crowds, and truth.
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImages, only_tagged, tag_images
+from labelpenet.data.dataset import Classes, NamedImage, Opened, TaggedImages, only_tagged, tag_images
 from labelpenet.data.files import (
     brief,
     counted,
@@ -153,12 +153,7 @@ def open_class_folders(data: Path, split: str | None = None, classes: Sequence[s
     return tag_names(tags, data, data, split, classes, notes, known)
 
 
-def known_beside(
-    data: Path,
-    classes: Sequence[str] | None,
-    known: Iterable[str],
-    opened: Callable[[Path], AnnotatedImages | TaggedImages],
-) -> set[str]:
+def known_beside(data: Path, classes: Classes, known: Iterable[str], opened: Callable[[Path], Opened]) -> set[str]:
     """The ``known`` class names and, where one that is asked for is none of them, those of the data set's other parts:
     a small ``val`` beside ``train`` need not show every class. ``opened`` reads a part.
     """
@@ -172,9 +167,7 @@ def known_beside(
 
 
 def _copies(data: Path, tags: Mapping[str, frozenset[str]]) -> Iterator[list[str]]:
-    """Names of files of one content and file name with different tags: a photograph of several classes, as CVAT and
-    datumaro write it, in the folder of each.
-    """
+    """Names of files of one content and file name with different tags, as CVAT and datumaro write several classes."""
     named: dict[str, list[str]] = {}
     for name in tags:
         named.setdefault(name.rsplit("/", 1)[-1], []).append(name)
@@ -227,9 +220,7 @@ def tag_names(
 
 
 def _doubts(known: set[str], classes: Sequence[str], source: Path) -> Iterator[str]:
-    """Notes on tags that may not be meant as they stand. `InputError`: a tag may be several (``cat dog``, beside
-    ``cat`` and ``dog``) and is none of ``classes``.
-    """
+    """Notes on tags that may be none; `InputError` where one may be several and is none of ``classes``."""
     for tag in sorted(known - set(classes)):
         parts = [part for part in re.split(r"[\s/+&,;|]+", tag) if part.lower() != "and"]
         if len(parts) > 1 and known.issuperset(parts):
@@ -353,9 +344,7 @@ def _marked(header: Sequence[str], file: int, row: Sequence[str], where: str) ->
 
 
 def _add_cells(table: _Table, path: Path) -> None:
-    """Adds the tags that stand together in cells: ``cat;dog``, ``cat|dog``, ``cat, dog`` or a list ``["cat", "dog"]``.
-    `InputError`: different marks stand between the tags.
-    """
+    """Adds the tags of cells: ``cat;dog``, ``cat|dog``, ``cat, dog`` (one mark in a file) or ``["cat", "dog"]``."""
     joined = [(text, number) for _, number, texts in table.cells for text in texts if not text.strip().startswith("[")]
     lines = {mark: next((number for text, number in joined if mark in text), 0) for mark in ";|,"}
     marks = {mark: number for mark, number in lines.items() if number}

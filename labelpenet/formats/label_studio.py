@@ -19,7 +19,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, Truth, with_truth
+from labelpenet.data.dataset import Classes, Opened, TaggedImage, Truth, with_truth
 from labelpenet.data.files import brief, counted, excerpt, listing, read_json, read_text
 from labelpenet.data.images import SUFFIXES
 from labelpenet.errors import InputError, told
@@ -63,9 +63,7 @@ def is_csv(text: str) -> bool:
     return {"annotation_id", "lead_time"} <= {name.strip('"\r') for name in re.split("[,\t]", text.split("\n", 1)[0])}
 
 
-def open_data(
-    path: Path, split: str | None = None, classes: Sequence[str] | None = None, images: Path | None = None
-) -> AnnotatedImages | TaggedImages:
+def open_data(path: Path, split: str | None = None, classes: Classes = None, images: Path | None = None) -> Opened:
     """The images of an export (JSON or CSV) with the shapes that were drawn on them; tags alone where there is no
     shape.
 
@@ -179,9 +177,7 @@ def _annotations(task: dict[str, Any], column: str | None) -> list[list[dict[str
 
 
 def _text_column(content: Sequence[dict[str, Any]], path: Path) -> str | None:
-    """JSON-MIN writes a single choice as plain text, beside whatever else the project's data holds as text.
-    `InputError`: several columns could be the choice.
-    """
+    """Where JSON-MIN has a single choice, among other texts of the project; `InputError` where it may be in several."""
     texts = {
         key
         for task in content

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImages, Truth, tag_images, with_truth
+from labelpenet.data.dataset import Classes, NamedImage, Opened, Truth, tag_images, with_truth
 from labelpenet.data.files import MANIFEST, changed, counted, inside, is_file, is_hidden, listing, nfc, read_json
 from labelpenet.data.images import SUFFIXES
 from labelpenet.errors import InputError, collected, told
@@ -109,9 +109,7 @@ def lies_beside(data: Path) -> bool:
 
 
 def lies_in(data: Path, parts: Sequence[str]) -> bool:
-    """Whether all JSON of a folder lies in these sub-folders for splits. In an export of ours they mean nothing: its
-    folders are those of the photographs.
-    """
+    """Whether all JSON of a folder lies in these sub-folders for splits, which in an export of ours are none."""
     files = (path.relative_to(data).parts[0] for path in json_files(data))
     return not (data / MANIFEST).is_file() and set(parts).issuperset(files)
 
@@ -127,9 +125,7 @@ def is_labelme(content: Any) -> bool:
     return isinstance(content, dict) and isinstance(content.get("shapes"), list) and "imagePath" in content
 
 
-def open_data(
-    data: Path, split: str | None = None, classes: Sequence[str] | None = None, images: Path | None = None
-) -> AnnotatedImages | TaggedImages:
+def open_data(data: Path, split: str | None = None, classes: Classes = None, images: Path | None = None) -> Opened:
     """The photographs of a folder of such files; tags are the labels of their shapes, and ours' flags.
 
     Of an export of ours only the files that were checked or changed are used. Where no file has a shape, the flags that

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, only_tagged
+from labelpenet.data.dataset import AnnotatedImages, Opened, TaggedImage, TaggedImages, only_tagged
 from labelpenet.data.files import listing, nfc, read_json, read_text
 from labelpenet.data.images import find_images, unread
 from labelpenet.errors import InputError, told
@@ -16,7 +16,6 @@ KINDS = (
     "(data.yaml, obj.data, or classes.txt beside labels), tags.csv (file,tags), tags.json, metadata.jsonl, one "
     "sub-folder of images per class, Labelme or X-AnyLabeling files, or a Label Studio export; docs/data.md shows each"
 )
-_Opened = AnnotatedImages | TaggedImages  # the latter where only tags are known
 _TAGS = ("tags.csv", "tags.json", "metadata.csv", "metadata.jsonl")
 
 
@@ -101,7 +100,7 @@ def _readable(data: Path | str) -> AbstractContextManager[None]:
     )
 
 
-def _recognise(data: Path, split: str | None, classes: Sequence[str] | None, images: Path | None) -> _Opened:
+def _recognise(data: Path, split: str | None, classes: Sequence[str] | None, images: Path | None) -> Opened:
     if data.is_file():
         return _recognise_file(data, split, classes, images)
     if not data.is_dir():
@@ -173,7 +172,7 @@ def _recognise(data: Path, split: str | None, classes: Sequence[str] | None, ima
     raise NotRecognised("; ".join([f"{data}: no data set recognised", *unread(data), f"looked for {KINDS}"]))
 
 
-def _recognise_file(path: Path, split: str | None, classes: Sequence[str] | None, images: Path | None) -> _Opened:
+def _recognise_file(path: Path, split: str | None, classes: Sequence[str] | None, images: Path | None) -> Opened:
     suffix = path.suffix.lower()
     if suffix in (".yaml", ".yml") or path.name in ("obj.data", "obj.names", "classes.txt"):
         return yolo.open_annotated(path, split, classes, images)
@@ -196,7 +195,7 @@ def _check_not_predicted(path: Path) -> None:
         )
 
 
-def _noted(found: _Opened, *notes: str) -> _Opened:
+def _noted(found: Opened, *notes: str) -> Opened:
     if isinstance(found, AnnotatedImages):
         return replace(found, tagged=replace(found.tagged, notes=(*notes, *found.tagged.notes)))
     return replace(found, notes=(*notes, *found.notes))

@@ -345,9 +345,7 @@ def _flat(parts: Sequence[Path], classes: Sequence[str], counts: list[int]) -> I
 
 
 def _row_at(part: Path, place: int) -> dict[str, Any] | None:
-    """What `_row` makes of the line that begins at a place of a part; of what is no part it reads no more than 2^27
-    bytes.
-    """
+    """What `_row` makes of the line at a place of a part; of what is no part it reads no more than 2^27 bytes."""
     with (
         told(lambda error: f"{part}: cannot be read ({reason(error)}); check the path", OSError),
         part.open("rb") as file,

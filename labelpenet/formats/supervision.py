@@ -11,9 +11,7 @@ from labelpenet.instances import Instances
 
 
 def to_supervision(instances: Instances, classes: Sequence[str]) -> Any:
-    """The instances of one image as `supervision.Detections`, class names in ``data["class_name"]``. `InputError`:
-    supervision is not installed.
-    """
+    """The instances of one image as `supervision.Detections` (else `InputError`), names in ``data["class_name"]``."""
     with told("supervision is not installed; pip install supervision", ImportError):
         from supervision import Detections  # type: ignore[import-not-found, unused-ignore]
     labels = instances.labels.cpu().numpy()

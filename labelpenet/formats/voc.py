@@ -432,35 +432,34 @@ def voc_boxes(instances: Instances) -> np.ndarray:
 def _annotation_xml(folder: str, filename: str, instances: Instances, classes: Sequence[str]) -> bytes:
     """One image's annotation; the k-th object is the one with value k in the SegmentationObject PNG."""
     height, width = instances.image_size
-    root = ElementTree.Element("annotation")
-
-    def add(parent: ElementTree.Element, tag: str, text: object = None) -> ElementTree.Element:
-        element = ElementTree.SubElement(parent, tag)
-        # XML has no way to write control characters.
-        element.text = (
-            None if text is None else re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", str(text))
-        )
-        return element
-
-    add(root, "folder", folder)
-    add(root, "filename", filename)
-    source = add(root, "source")  # the development kit's reader asks for it
-    for tag in ("database", "annotation", "image"):
-        add(source, tag, "Label-PEnet" if tag != "image" else "unknown")
-    size = add(root, "size")
-    for tag, value in (("width", width), ("height", height), ("depth", 3)):
-        add(size, tag, value)
-    add(root, "segmented", int(instances.masks is not None))
-    for label, box in zip(instances.labels.tolist(), voc_boxes(instances).tolist(), strict=True):
-        item = add(root, "object")
-        add(item, "name", classes[label])
-        for tag, default in (("pose", "Unspecified"), ("truncated", "0"), ("difficult", "0")):
-            add(item, tag, default)
-        corners = add(item, "bndbox")
-        for tag, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True):
-            add(corners, tag, value)
+    objects = [
+        [
+            ("name", classes[label]),
+            *(("pose", "Unspecified"), ("truncated", 0), ("difficult", 0)),
+            ("bndbox", list(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))),
+        ]
+        for label, box in zip(instances.labels.tolist(), voc_boxes(instances).tolist(), strict=True)
+    ]
+    content = [
+        *(("folder", folder), ("filename", filename)),
+        # the development kit's reader asks for it
+        ("source", [("database", "Label-PEnet"), ("annotation", "Label-PEnet"), ("image", "unknown")]),
+        ("size", [("width", width), ("height", height), ("depth", 3)]),
+        ("segmented", int(instances.masks is not None)),
+        *(("object", one) for one in objects),
+    ]
+    root = _element("annotation", content)
     ElementTree.indent(root, "\t")
     return ElementTree.tostring(root, encoding="utf-8") + b"\n"
+
+
+def _element(tag: str, content: object) -> ElementTree.Element:
+    element = ElementTree.Element(tag)
+    if isinstance(content, list):
+        element.extend(_element(*one) for one in content)
+    else:  # XML has no way to write control characters
+        element.text = re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", str(content))
+    return element
 
 
 def _label_map(classes: Sequence[str]) -> str:
