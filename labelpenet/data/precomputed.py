@@ -35,7 +35,7 @@ from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import brief, excerpt, listing, read_json
 from labelpenet.data.images import PIXEL_LIMIT, SUFFIXES, image_size
 from labelpenet.data.matlab import read_cells
-from labelpenet.data.proposals import Proposals, unique
+from labelpenet.data.proposals import Proposals, within
 from labelpenet.errors import InputError, reason, told
 from labelpenet.instances import decode_mask, masks_to_boxes
 
@@ -316,32 +316,21 @@ def _map_boxes(labels: np.ndarray) -> np.ndarray:
     """(R, 4) tight boxes of the values other than 0 in an (H, W) map, in ascending order of value."""
     y, x = np.nonzero(labels)
     values, group = np.unique(labels[y, x], return_inverse=True)
-    boxes = np.tile([np.inf, np.inf, 0, 0], (len(values), 1))
-    for column, position, reduce in (
-        (0, x, np.minimum),
-        (1, y, np.minimum),
-        (2, x + 1, np.maximum),
-        (3, y + 1, np.maximum),
-    ):
-        reduce.at(boxes[:, column], group, position)
+    pixels, boxes = np.stack([x, y], 1), np.tile([np.inf, np.inf, 0, 0], (len(values), 1))
+    np.minimum.at(boxes[:, :2], group, pixels)
+    np.maximum.at(boxes[:, 2:], group, pixels + 1)
     return boxes
 
 
 def _checked(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(R, 4) float32 boxes inside the image of ``size`` (H, W), without repetitions and boxes without area.
-    `InputError`: a box is not finite or leaves the image by more than a pixel.
-    """
+    """The boxes as `within` has them; `InputError` where one is not finite or leaves the image by more than a pixel."""
     height, width = size
     low, high = boxes.min(1, initial=0.0), (boxes - [width, height, width, height]).max(1, initial=0.0)
     wrong = np.flatnonzero(~np.isfinite(boxes).all(1) | (low < -1) | (high > 1))
     if len(wrong):
         box = [round(float(value), 2) for value in boxes[wrong[0]]]
         raise InputError(f"box {box} leaves its {width} x {height} pixels; check the order of the coordinates")
-    clipped = np.clip(boxes, 0, [width, height, width, height]).astype(np.float32)
-    clipped = clipped[(clipped[:, 2:] > clipped[:, :2]).all(1)]
-    if not len(clipped):
-        return np.array([[0, 0, width, height]], np.float32)
-    return unique(clipped)
+    return within(boxes, size)
 
 
 # --- Pickles ---

@@ -98,16 +98,19 @@ def _read(path: Path, images: Path | None) -> _Tasks:
     if not is_label_studio(content):
         raise InputError(f"{path}: no Label Studio export; export the project as JSON, JSON-MIN or CSV")
     home = images or (path.parent / "images" if (path.parent / "images").is_dir() else path.parent)
-    tasks, addresses = _Tasks(home), dict[str, str]()
+    tasks, found = _Tasks(home), dict[str, str]()
     problems, waiting, silent, several = [], 0, 0, 0
     column = _text_column(content, path)
     entries: dict[str, str] = {}
     for task in content:
         where = f"{path}: task {excerpt(task.get('id'), 40)}"
-        address, others = _address(task), _addresses(task)
+        addresses = _addresses(task)
+        alike = len({_names(value)[-1] for value in addresses.values()}) < 2
+        # of several the one that is called image, for only the labelling interface, which no export holds, tells them
+        address = next(iter(addresses.values()), None) if alike else addresses.get("image")
         if address is None:
-            several_images = f"has several images ({listing(sorted(others))}); export tasks of one image each"
-            problems.append(f"{where} {several_images if others else 'names no image'}")
+            several_images = f"has several images ({listing(sorted(addresses))}); export tasks of one image each"
+            problems.append(f"{where} {several_images if addresses else 'names no image'}")
             continue
         annotations = _annotations(task, column)
         if not annotations:
@@ -118,8 +121,8 @@ def _read(path: Path, images: Path | None) -> _Tasks:
             silent += 1
             continue
         name = next((name for name in _names(address) if exists(home, name)), None)
-        if name is None or addresses.setdefault(name, address) != address:
-            reason = f"may be {name}, as may be {addresses[name][:80]}" if name else f"is not in {home}"
+        if name is None or found.setdefault(name, address) != address:
+            reason = f"may be {name}, as may be {found[name][:80]}" if name else f"is not in {home}"
             problems.append(f"{where}: its image ({address[:80]}) {reason}")
             continue
         several += len(annotations) > 1 or name in tasks.tags
@@ -185,17 +188,15 @@ def _text_column(content: Sequence[dict[str, Any]], path: Path) -> str | None:
         for key, value in task.items()
         if isinstance(value, str) and key not in _ABOUT | set(_addresses(task)) and "://" not in value
     }
-    answers = {key for task in content for key, value in task.items() if _is_answer(value)}
+    # columns with shapes, taxonomy entries or several choices
+    cells = [(key, value) for task in content for key, value in task.items()]
+    lists = {key for key, value in cells if isinstance(value, list) and value}
+    answers = lists | {key for key, value in cells if isinstance(value, dict) and "choices" in value}
     # where there are other answers, a text is one only by its name, or where other tasks have several choices there
     chosen = texts & (_TAG_COLUMNS | answers) if len(texts) > 1 or answers else texts
     if len(chosen) > 1 or (len(texts) > 1 and not chosen and not answers):
         raise InputError(f"{path}: {listing(sorted(texts))} could each be the tag; export the project as JSON")
     return next(iter(chosen), None)
-
-
-def _is_answer(value: Any) -> bool:
-    """Whether a cell of JSON-MIN holds shapes, taxonomy entries or several choices."""
-    return (isinstance(value, list) and bool(value)) or (isinstance(value, dict) and "choices" in value)
 
 
 def _words(result: Mapping[str, Any], entries: dict[str, str], where: str) -> list[str]:
@@ -290,15 +291,6 @@ def _brush(numbers: Any, size: tuple[int, int]) -> np.ndarray:
         parts.append(np.full(count, values[0], np.uint8) if repeats else np.array(values, np.uint8))
         done += count
     return np.concatenate(parts).reshape(*size, 4)[..., 3] > 0
-
-
-def _address(task: dict[str, Any]) -> str | None:
-    """The address of a task's image; of several the one that is called ``image``, else None, for only the labelling
-    interface, which no export holds, says on which of them the results lie.
-    """
-    found = _addresses(task)
-    several = len({_names(value)[-1] for value in found.values()}) > 1
-    return found.get("image") if several else next(iter(found.values()), None)
 
 
 def _addresses(task: dict[str, Any]) -> dict[str, str]:

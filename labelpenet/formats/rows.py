@@ -138,8 +138,9 @@ def name_numbers(images: Sequence[TaggedImage]) -> dict[str, int]:
     """For each image id the digits of its file's name, as 2008000001 of 2008_000001.jpg, which VOC converters use as a
     number; of images that do not all have different ones, none.
     """
-    digits = {image.id: _digits(image.path.stem) for image in images}
-    numbers = {one: int(text) for one, text in digits.items() if text}
+    digits = {image.id: image.path.stem.replace("_", "") for image in images}
+    plain = {one: text for one, text in digits.items() if text.isascii() and text.isdigit() and len(text) < 19}
+    numbers = {one: int(text) for one, text in plain.items()}
     return numbers if len(set(numbers.values())) == len(images) else {}
 
 
@@ -401,9 +402,3 @@ def plain_name(name: str) -> str:
 
 def _doubles(values: Sequence[Any]) -> list[Any]:
     return [value for value, count in Counter(values).items() if count > 1]
-
-
-def _digits(stem: str) -> str:
-    """The digits of a stem such as 2008_000001, which VOC converters use as a number."""
-    digits = stem.replace("_", "")
-    return digits if digits.isascii() and digits.isdigit() and len(digits) < 19 else ""

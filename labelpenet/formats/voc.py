@@ -4,14 +4,13 @@ Tags come from the names of an image's objects alone (difficult ones included). 
 `open_annotated` only, when the truth of an image is asked for.
 """
 
-import itertools
 import math
 import os
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -86,8 +85,8 @@ def split_ids(year: Path, split: str | None) -> list[str]:
         chosen = ["train", "val"]
     else:
         chosen = [split]
-    lists = [read_names(_list_file(year, one, known), lambda name: _is_photograph(year, name)) for one in chosen]
-    ids = list(dict.fromkeys(itertools.chain.from_iterable(lists)))
+    files = [_list_file(year, one, known) for one in chosen]
+    ids = list(dict.fromkeys(one for file in files for one in read_names(file, partial(_is_photograph, year))))
     if not ids:
         raise InputError(f"{year}: the list {split or listing(chosen)} names no image; available are {listing(known)}")
     return ids
@@ -464,8 +463,6 @@ def _element(tag: str, content: object) -> ElementTree.Element:
 
 def _label_map(classes: Sequence[str]) -> str:
     """CVAT's list of classes and their colours; a colon, which separates its fields, becomes a space."""
-    colours = voc_palette().tolist()
-    lines = ["# label:color_rgb:parts:actions"]
-    for name, colour in zip(["background", *classes], colours, strict=False):
-        lines.append(f"{name.replace(':', ' ')}:{','.join(map(str, colour))}::")
-    return "\n".join(lines) + "\n"
+    colours = zip(["background", *classes], voc_palette().tolist(), strict=False)
+    lines = (f"{name.replace(':', ' ')}:{','.join(map(str, colour))}::\n" for name, colour in colours)
+    return "".join(["# label:color_rgb:parts:actions\n", *lines])
