@@ -106,7 +106,7 @@ def start_run(run: Path, given: Mapping[str, Any], resume: bool) -> None:
 
 def changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In which values two configurations, as JSON holds them, differ: for each its key and both values, by key."""
-    before, after = _flat(saved), _flat(now)
+    before, after = flat(saved), flat(now)
     missing = object()
     return [
         f"{key} was {before.get(key, 'not set')}, is {after.get(key, 'not set')}"
@@ -219,13 +219,11 @@ def check_photographs(run: Path, contents: Mapping[str, str | None]) -> str:
     return f"{len(changed)} photographs have changed ({listing(changed, 3)}): taken as they are now" if changed else ""
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
-            value = {str(number): one for number, one in enumerate(value, 1)}  # modules, as --set names them
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of nested dictionaries, and of lists of them (from 1, as --set counts modules), by dotted name."""
+    if isinstance(content, list) and any(isinstance(one, Mapping) for one in content):
+        content = dict(enumerate(content, 1))
+    if not isinstance(content, Mapping):
+        return {prefix: content}
+    parts = (flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in content.items())
+    return {name: value for part in parts for name, value in part.items()}

@@ -463,15 +463,9 @@ def _label_counts(run: Path, facts: Facts) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def flatten(content: Any, prefix: str = "") -> list[tuple[str, str]]:
+def flatten(content: Any) -> list[tuple[str, str]]:
     """Nested dictionaries, and lists of them (from 1), as (dotted name, value as text) pairs, in order."""
-    if isinstance(content, list) and any(isinstance(one, Mapping) for one in content):
-        content = dict(enumerate(content, 1))
-    if isinstance(content, Mapping):
-        return [
-            pair for key, value in content.items() for pair in flatten(value, f"{prefix}.{key}" if prefix else str(key))
-        ]
-    return [(prefix, _value(content))]
+    return [(name, _value(value)) for name, value in run_folder.flat(content).items()]
 
 
 def _recipe_parts(recipe: Any) -> list[tuple[str, list[tuple[str, str]]]]:
