@@ -11,7 +11,6 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -25,7 +24,7 @@ from labelpenet.data.images import SUFFIXES
 from labelpenet.errors import InputError, told
 from labelpenet.formats.folder import exists, tag_names, tag_set
 from labelpenet.formats.polygons import joined, outline
-from labelpenet.formats.rows import file_names
+from labelpenet.formats.rows import Row, file_names
 from labelpenet.formats.selection import Export, exporter, objects
 from labelpenet.formats.shapes import Shape, checked_size, read_truth
 
@@ -36,16 +35,6 @@ _UPLOAD = re.compile(r"^[0-9a-f]{8}-")
 # Columns of JSON-MIN that are about the work, not the answer.
 _ABOUT = {"id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time"}
 _TAG_COLUMNS = {"choice", "choices", "label", "labels", "tag", "tags", "class", "category"}
-
-
-@dataclass
-class _Tasks:
-    """What an export says: by image name its tags and the results that are its truth."""
-
-    home: Path
-    tags: dict[str, frozenset[str]] = field(default_factory=dict)
-    results: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 def is_label_studio(content: Any) -> bool:
@@ -72,13 +61,13 @@ def open_data(path: Path, split: str | None = None, classes: Classes = None, ima
         split: a name for which ``SPLIT.txt`` lies beside the images, or a text file of file names.
         images: the folder with the images; None: ``images`` beside the file, or the file's own folder.
     """
-    tasks = _read(path, images)
-    tagged = tag_names(tasks.tags, tasks.home, path, split, classes, tasks.notes)
-    if not any(_drawn(result) for results in tasks.results.values() for result in results):
+    home, tags, found, notes = _read(path, images)
+    tagged = tag_names(tags, home, path, split, classes, notes)
+    if not any(_drawn(result) for results in found.values() for result in results):
         return tagged
 
     def truth(image: TaggedImage) -> Truth:
-        results = [result for result in tasks.results[image.id] if _drawn(result)]
+        results = [result for result in found[image.id] if _drawn(result)]
         source = f"{path}: image {image.id}"
         size = checked_size(image.path, (None, None), source)
         for result in results:
@@ -93,12 +82,13 @@ def open_data(path: Path, split: str | None = None, classes: Classes = None, ima
     return with_truth(tagged, path, truth)
 
 
-def _read(path: Path, images: Path | None) -> _Tasks:
+def _read(path: Path, images: Path | None) -> tuple[Path, dict[str, frozenset[str]], dict[str, list[Row]], list[str]]:
+    """The folder of the images, by image name its tags and the results that are its truth, and notes."""
     content = _csv_rows(path) if path.suffix.lower() != ".json" else read_json(path)
     if not is_label_studio(content):
         raise InputError(f"{path}: no Label Studio export; export the project as JSON, JSON-MIN or CSV")
     home = images or (path.parent / "images" if (path.parent / "images").is_dir() else path.parent)
-    tasks, found = _Tasks(home), dict[str, str]()
+    tagged, found, called = dict[str, frozenset[str]](), dict[str, list[Row]](), dict[str, str]()
     problems, waiting, silent, several = [], 0, 0, 0
     column = _text_column(content, path)
     entries: dict[str, str] = {}
@@ -121,25 +111,24 @@ def _read(path: Path, images: Path | None) -> _Tasks:
             silent += 1
             continue
         name = next((name for name in _names(address) if exists(home, name)), None)
-        if name is None or found.setdefault(name, address) != address:
-            reason = f"may be {name}, as may be {found[name][:80]}" if name else f"is not in {home}"
+        if name is None or called.setdefault(name, address) != address:
+            reason = f"may be {name}, as may be {called[name][:80]}" if name else f"is not in {home}"
             problems.append(f"{where}: its image ({address[:80]}) {reason}")
             continue
-        several += len(annotations) > 1 or name in tasks.tags
-        tasks.tags[name] = tasks.tags.get(name, frozenset()) | tags
-        tasks.results[name] = annotations[-1]
-    if not tasks.tags:
+        several += len(annotations) > 1 or name in tagged
+        tagged[name] = tagged.get(name, frozenset()) | tags
+        found[name] = annotations[-1]
+    if not tagged:
         raise InputError(problems[0] if problems else f"{path}: no task has an annotation; annotate and export again")
-    tasks.notes += brief(problems, "tasks are skipped")
-    tasks.notes += counted(
+    notes = brief(problems, "tasks are skipped") + counted(
         (waiting, "tasks have no annotation yet; they are not used"),
         (silent, "tasks have neither choices nor shapes with labels; they are not used"),
         (several, "tasks have several annotations: their tags are put together, and the shapes of one are the truth"),
     )
-    return tasks
+    return home, tagged, found, notes
 
 
-def _csv_rows(path: Path) -> list[dict[str, Any]]:
+def _csv_rows(path: Path) -> list[Row]:
     """The rows of a CSV export as those of JSON-MIN: cells that hold JSON are read, empty ones are left out."""
     text = read_text(path)
     delimiter = "\t" if "\t" in text.split("\n", 1)[0] else ","
@@ -153,7 +142,7 @@ def _csv_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _annotations(task: dict[str, Any], column: str | None) -> list[list[dict[str, Any]]]:
+def _annotations(task: dict[str, Any], column: str | None) -> list[list[Row]]:
     """The results of each annotation of a task, that of the truth last; none where nobody has annotated it."""
     if "annotations" in task or "data" in task:
         rows = task.get("annotations")
@@ -328,10 +317,10 @@ def export_label_studio(job: Export) -> None:
 
     Arguments and errors as `export`. Tasks address photographs, percent-encoded, in Label Studio's local storage.
     """
-    tasks: list[dict[str, Any]] = []
+    tasks: list[Row] = []
     bridged, names = 0, file_names(job.images)
     for image, found in job.selected():
-        results: list[dict[str, Any]] = []
+        results: list[Row] = []
         for label, score, box, mask in objects(found):
             parts = None if mask is None else outline(mask, tolerance=job.tolerance)
             bridged += parts is not None and len(parts) > 1
