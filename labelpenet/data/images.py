@@ -136,21 +136,18 @@ def _decoded(path: Path, what: str) -> AbstractContextManager[None]:
 
 def _open(path: Path) -> Image.Image:
     """The image, not yet decoded, once its size is known to be harmless."""
-    try:
+    bomb = f"{path}: more than {PIXEL_LIMIT // 10**6} million pixels; make it smaller"
+    none, remedy = "no JPEG, PNG, BMP, WebP, TIFF, GIF or PPM image", "replace or remove it"
+    with (  # damaged headers raise whatever the parser stumbles over
+        told(lambda error: f"{path}: damaged image header ({reason(error)}); replace the file", Exception),
+        told(lambda error: f"{path}: cannot be read as an image ({error.strerror or none}); {remedy}", OSError),
+        told(bomb, Image.DecompressionBombError),
+    ):
         if not path.exists():
             raise InputError(f"{path}: no such image; check the path")
         if not path.is_file():
             raise InputError(f"{path}: not a file; give an image file")
         image = Image.open(path, formats=FORMATS)
-    except InputError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: more than {PIXEL_LIMIT // 10**6} million pixels; make it smaller") from error
-    except OSError as error:
-        why = error.strerror or "no JPEG, PNG, BMP, WebP, TIFF, GIF or PPM image"
-        raise InputError(f"{path}: cannot be read as an image ({why}); replace or remove it") from error
-    except Exception as error:  # damaged headers raise whatever the parser stumbles over
-        raise InputError(f"{path}: damaged image header ({reason(error)}); replace the file") from error
     if image.width * image.height > PIXEL_LIMIT:
         size = f"{image.width} x {image.height} pixels"
         image.close()

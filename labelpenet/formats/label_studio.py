@@ -28,8 +28,6 @@ from labelpenet.formats.rows import Row, file_names
 from labelpenet.formats.selection import Export, exporter, objects
 from labelpenet.formats.shapes import Shape, checked_size, read_truth
 
-_LOCAL_FILES = "/data/local-files/?d="
-
 # Label Studio puts eight hexadecimal digits and a dash before the name of an uploaded file.
 _UPLOAD = re.compile(r"^[0-9a-f]{8}-")
 # Columns of JSON-MIN that are about the work, not the answer.
@@ -315,7 +313,8 @@ def export_label_studio(job: Export) -> None:
     An instance with a mask becomes a polygon, one without or of score 0 a rectangle; each has its score. What a polygon
     cannot hold: several outlines (parts and holes are joined by bridges of no width).
 
-    Arguments and errors as `export`. Tasks address photographs, percent-encoded, in Label Studio's local storage.
+    Arguments and errors as `export`, and ``url``: what comes before an image's name (percent-encoded) in its task; by
+    default Label Studio's local storage.
     """
     tasks: list[Row] = []
     bridged, names = 0, file_names(job.images)
@@ -329,11 +328,10 @@ def export_label_studio(job: Export) -> None:
         prediction: dict[str, Any] = {"model_version": "Label-PEnet", "result": results}
         if len(found):
             prediction["score"] = float(found.weights.mean())
-        tasks.append({"data": {"image": _LOCAL_FILES + quote(names[image.id])}, "predictions": [prediction]})
+        tasks.append({"data": {"image": job.url + quote(names[image.id])}, "predictions": [prediction]})
     job.write("tasks.json", json.dumps(tasks))
     job.write("labels.xml", _labelling_interface(job.classes))
-    where = f"{_LOCAL_FILES}NAME; change the addresses if they are stored elsewhere"
-    job.notes.append(f"photographs are addressed as {where}")
+    job.notes.append(f"photographs are addressed as {job.url}NAME; change the addresses if they are stored elsewhere")
     job.notes += counted((bridged, "masks of several parts or with holes became one outline with bridges"))
 
 

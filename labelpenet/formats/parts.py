@@ -191,7 +191,7 @@ def merge_parts(paths: Sequence[Path], out: Path) -> tuple[int, int]:
     Raises:
         InputError: a part is missing, twice, unfinished, damaged or of another prediction; nothing is written then.
     """
-    parts, header = _in_order(paths)
+    parts, header = in_order(paths)
     if out.suffix not in (".json", ".parquet"):
         raise InputError(f"{out}: the suffix must be .json or .parquet")
     counts = [0, 0]
@@ -204,18 +204,13 @@ def merge_parts(paths: Sequence[Path], out: Path) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-def part_classes(folder: Path) -> list[str]:
-    """The names of the classes that the parts of a folder predict."""
-    return _in_order([folder])[1]["classes"]
-
-
 def read_parts(folder: Path, images: Sequence[TaggedImage], classes: Sequence[str]) -> Predictions:
     """The predictions of a folder of parts, of which memory holds nothing but where each photograph's line begins.
 
     Arguments, matching and errors are those of `read_predictions`; a photograph of another size than it was predicted
     with is refused when it is asked for.
     """
-    parts, header = _in_order([folder])
+    parts, header = in_order([folder])
     notes: list[str] = []
     named = [{"id": number, "name": name} for number, name in enumerate(header["classes"], 1)]
     found = [(part, place, row["file_name"]) for part in parts for place, row in _photographs(part)]
@@ -238,7 +233,7 @@ def read_parts(folder: Path, images: Sequence[TaggedImage], classes: Sequence[st
     return Predictions(tuple(classes), tuple(notes), asked, read)
 
 
-def _in_order(paths: Sequence[Path]) -> tuple[list[Path], dict[str, Any]]:
+def in_order(paths: Sequence[Path]) -> tuple[list[Path], dict[str, Any]]:
     """The parts by shard, and the first one's header."""
     files = [file for path in paths for file in (sorted(path.glob("part-*.jsonl")) if path.is_dir() else [path])]
     if not files:

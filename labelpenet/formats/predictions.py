@@ -24,7 +24,7 @@ from labelpenet.data.files import brief, listing, read_json, write_text
 from labelpenet.data.images import image_size
 from labelpenet.errors import InputError, told
 from labelpenet.formats.parquet import Groups, parquet_lists
-from labelpenet.formats.parts import part_classes, read_parts
+from labelpenet.formats.parts import in_order, read_parts
 from labelpenet.formats.review import accepted
 from labelpenet.formats.rows import (
     Lines,
@@ -124,7 +124,7 @@ def class_names(path: Path) -> list[str]:
     none, as a bare results list.
     """
     if path.is_dir():
-        return part_classes(path)
+        return in_order([path])[1]["classes"]
     content = read_content(path)
     entries = read_entries(path, content, "categories") if isinstance(content, dict) else None
     if not entries or not all(isinstance(entry.get("name"), str) for entry in entries):

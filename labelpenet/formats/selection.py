@@ -33,7 +33,7 @@ class Exported:
 class Export:
     """What is to be exported, as `export.export` takes it, and the ``folder`` that gets it.
 
-    ``polygons`` and ``outside_data`` are for one format each, which says what they are.
+    ``polygons``, ``outside_data`` and ``url`` are for one format each, which says what they are.
     """
 
     predictions: Mapping[str, Instances]
@@ -48,6 +48,7 @@ class Export:
     tolerance: float = 0.0
     polygons: bool = False
     outside_data: bool = False
+    url: str = "/data/local-files/?d="
     paths: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
