@@ -48,9 +48,7 @@ _MARK = b"\nlabelpenet crc32:"  # with four more bytes of an odd length, so that
 
 
 def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
-    """The text of a UTF-8 file (with or without byte order mark). `InputError`: the file is missing, is no regular
-    file, has more than ``limit`` bytes or is not UTF-8.
-    """
+    """The text of a file of at most ``limit`` bytes; `InputError` where it is none, or no UTF-8 (mark or not)."""
     with (
         told(lambda error: f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8", UnicodeDecodeError),
         told(lambda error: f"{path}: cannot be read ({reason(error)}); check the file", OSError),
@@ -64,9 +62,7 @@ def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
 
 
 def read_json(path: Path, limit: int = 4 * 2**30) -> Any:
-    """The content of a JSON file, without the checksum of those that `write_json` made. `InputError`: as `read_text`,
-    the text is not JSON, or its checksum is wrong.
-    """
+    """The content of a JSON file, without `write_json`'s checksum; `InputError` as `read_text`, or of damage."""
     text = read_text(path, limit)
     with told(
         lambda error: f"{path}: not valid JSON ({error}); export or download it again", ValueError, RecursionError
@@ -99,9 +95,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_xml(path: Path) -> Any:
-    """The root element of an XML file; document types and entities are refused, so that none can be expanded.
-    `InputError`: as `read_text`, or the text is not XML or declares a document type.
-    """
+    """The root of an XML file; `InputError` as `read_text`, or where it is damaged or has a document type or entity."""
     text = read_text(path, XML_LIMIT)
     try:
         return ElementTree.fromstring(text, forbid_dtd=True)
@@ -237,8 +231,7 @@ def write_bytes(path: Path, content: bytes | Callable[[BinaryIO], object], remed
     killed process left is overwritten, and processes that write the same file wait for one another. A link is replaced.
 
     Args:
-        content: the bytes, or what writes them to an open file.
-        remedy: what the user can do where it fails.
+        content: the bytes, or what writes them to an open file; remedy: what the user can do where that fails.
 
     Raises:
         InputError: full disk, no permission, a folder of that name; KeyboardInterrupt: it was interrupted.
@@ -578,9 +571,7 @@ def check_new_folder(out: Path, reads: Iterable[Path]) -> None:
 
 
 def changed(folder: Path) -> set[Path]:
-    """The files of a folder that `whole_folder` made which somebody has changed since; none of another folder, of which
-    that is not known.
-    """
+    """The files of a folder that `whole_folder` made which somebody has changed since; none of another folder."""
     try:
         digests = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
         return {path for path in _files(folder) if digests.get(path.relative_to(folder).as_posix()) != hash_file(path)}

@@ -286,9 +286,7 @@ def find_images(paths: Iterable[Path]) -> list[tuple[str, Path]]:
 
 
 def unread(folder: Path) -> list[str]:
-    """A note on the photographs in a folder and below that cannot be read, such as HEIC, if there are any: of those
-    without a file of the same name beside them that can.
-    """
+    """A note on a folder's photographs that cannot be read, such as HEIC, but for those with one beside that can."""
     counts: Counter[str] = Counter()
     for _, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not is_hidden(name)]

@@ -21,9 +21,7 @@ _CELL, _CHAR, _DENSE = 1, 4, range(6, 16)
 
 
 def read_cells(path: Path, names: tuple[str, ...]) -> dict[str, list[Any]]:
-    """The cell arrays of these names: for each cell a number array, a text, or a list for a cell within it.
-    `InputError`: the file is damaged, of another version, or lacks one of them.
-    """
+    """The cell arrays of these names (else `InputError`): for each cell a number array, a text, or a list of cells."""
     kinds = (OSError, ValueError, LookupError, StopIteration, struct.error, zlib.error, RecursionError)
     with told(lambda error: f"{path}: no readable MATLAB file ({reason(error)}); download it again", *kinds):
         data = path.read_bytes()

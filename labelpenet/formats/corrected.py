@@ -112,8 +112,7 @@ def _read_annotated(path: Path, images: TaggedImages) -> tuple[dict[str, Read], 
 
 def _matched(theirs: Sequence[TaggedImage], ours: Sequence[TaggedImage]) -> list[tuple[TaggedImage, TaggedImage]]:
     """Pairs of the same photograph: the same file, else the only one of its name on both sides, else of the name that
-    an export gives a copy. Of two photographs that differ in their suffix, or whose copies may have one name, a copy is
-    known by its content alone.
+    an export gives a copy. Where two differ in their suffix, or their copies in nothing, content alone tells a copy.
     """
     files = {os.path.realpath(image.path): image for image in ours}
     stems = Counter(image.path.stem.casefold() for image in ours)

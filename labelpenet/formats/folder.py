@@ -154,8 +154,8 @@ def open_class_folders(data: Path, split: str | None = None, classes: Sequence[s
 
 
 def known_beside(data: Path, classes: Classes, known: Iterable[str], opened: Callable[[Path], Opened]) -> set[str]:
-    """The ``known`` class names and, where one that is asked for is none of them, those of the data set's other parts:
-    a small ``val`` beside ``train`` need not show every class. ``opened`` reads a part.
+    """The ``known`` class names and, where one that is asked for is none, those of the data set's other parts (read by
+    ``opened``): a small ``val`` beside ``train`` need not show every class.
     """
     names = set(known)
     if data.resolve().name.lower() in SPLIT_NAMES and not names.issuperset(classes or ()):
@@ -200,10 +200,7 @@ def tag_names(
     notes: Sequence[str],
     more: Iterable[str] = (),
 ) -> TaggedImages:
-    """Tagged images from tags by file name relative to ``home``; ids are these names. Errors as `tag_images`.
-
-    ``more`` are names of classes that are known besides.
-    """
+    """Tagged images from tags by their id, a name in ``home``; ``more`` classes are known. Errors as `tag_images`."""
     chosen, split_notes = restrict(tags, home, source, split)
     found, problems = [], list[str]()
     for name in chosen:
@@ -266,9 +263,7 @@ def plain_split(name: str) -> str:
 
 
 def list_file(split: str, folders: Iterable[Path], source: Path) -> Path | None:
-    """The list of a split: ``SPLIT.txt`` in one of the folders, or a text file of the user's; None: there is none.
-    `InputError`: the split can only be meant as a file, and is none.
-    """
+    """A split's ``SPLIT.txt`` in one of the folders, or its text file; `InputError` where it names one that is not there."""
     own = Path(os.path.expanduser(split))  # noqa: PTH111 the shell leaves the ~ of --split=~/few.txt; no home, no error
     for path in (*(folder / f"{split}.txt" for folder in folders), own):
         if path.suffix and is_file(path):

@@ -270,9 +270,8 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def _photographs(part: Path, check: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The photographs of a part that could be read, in order, each with the place of its line in the file.
-
-    ``check`` is False where their content was checked before; their checksums are looked at all the same.
+    """The photographs of a part that could be read, in order, each with the place of its line in the file. Without
+    ``check``, as their content was checked before, their checksums are looked at all the same.
     """
     header = _header(part)
     (i, n), total, number = header["shard"], header["images"], 1

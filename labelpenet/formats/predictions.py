@@ -120,9 +120,7 @@ def read_content(path: Path) -> Any:
 
 
 def class_names(path: Path) -> list[str]:
-    """The names of the categories that a predictions file lists, in its order. `InputError`: it cannot be read or names
-    none, as a bare results list.
-    """
+    """The categories that a predictions file names, in its order; `InputError` where it has none, as a bare list."""
     if path.is_dir():
         return in_order([path])[1]["classes"]
     content = read_content(path)

@@ -50,9 +50,7 @@ def is_review(content: Any) -> bool:
 
 
 def accepted(path: Path, content: Any) -> tuple[Any, list[str]]:
-    """Parsed JSON, of a review without the photographs that were not accepted: that they list no object says nothing of
-    them. With a note on these.
-    """
+    """Parsed JSON, of a review without photographs that were not accepted, of which it says nothing; and notes."""
     if not is_review(content) or not isinstance(content.get("images"), list):
         return content, []
     images = [one for one in content["images"] if isinstance(one, dict) and one.get("status") == "accepted"]
@@ -96,9 +94,7 @@ def write_review(
 def read_review(
     path: Path, images: Sequence[TaggedImage], classes: Sequence[str]
 ) -> tuple[dict[str, Reviewed], list[str]]:
-    """What was said of the photographs, by image id; and notes on what belongs to no photograph or class of ours.
-    `InputError`: the review page does not write such a file.
-    """
+    """What was said, by image id, and notes on what is not ours; `InputError` of what no review page writes."""
     content = read_json(path)
     if not is_review(content):
         raise InputError(f"{path}: not written by the review page; choose another file")

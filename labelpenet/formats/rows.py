@@ -102,10 +102,7 @@ def coco_lists(path: Path) -> dict[str, Any] | None:
 
 
 def _entries(file: BinaryIO, key: str) -> Iterator[tuple[int, Row]]:
-    """Each entry of the list that begins here and the place of its line; a ValueError where it is laid out otherwise.
-
-    The file is then behind the last entry.
-    """
+    """Each entry, to the last, of the list that begins here and the place of its line; ValueError: no such layout."""
     more = file.readline(99) == f'"{key}": [\n'.encode()
     if not more:
         raise ValueError(f"no list of {key}")
@@ -205,9 +202,8 @@ class Predictions(ByImage[Instances]):
 def read_rows(
     path: Path, rows: list[tuple[int, Row]], labels: Mapping[Any, int | None], image_id: str, size: tuple[int, int]
 ) -> Rows:
-    """The numbered rows of one image of size (H, W), checked; an `InputError` names file, row and fault.
-
-    ``labels`` are those of each ``category_id`` of the file ``path``.
+    """The numbered rows of one image of size (H, W), checked: an `InputError` names file, row and fault. ``labels``
+    are those of each ``category_id``.
     """
     boxes, scores, segmentations = np.zeros((len(rows), 4)), np.ones(len(rows)), []
     for i, (index, row) in enumerate(rows):

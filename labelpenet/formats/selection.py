@@ -183,10 +183,8 @@ def mask_arrays(instances: Instances) -> list[np.ndarray | None]:
 
 
 def objects(instances: Instances) -> Iterator[tuple[int, float, np.ndarray, np.ndarray | None]]:
-    """For each instance its label, its score, its box (4,) as `clipped_boxes` has it, and its (H, W) bool mask.
-
-    One of score 0, which is doubtful, has none: its mask may be nothing but its box, which a person would take for an
-    outline.
+    """For each instance its label, its score, its box (4,) as `clipped_boxes` has it, and its (H, W) bool mask, which
+    one of score 0, doubtful, lacks: its mask may be nothing but its box, which a person would take for an outline.
     """
     labels, scores = instances.labels.tolist(), instances.weights.tolist()
     masks = [mask if score else None for mask, score in zip(mask_arrays(instances), scores, strict=True)]

@@ -41,9 +41,7 @@ from labelpenet.instances import Instances
 
 
 def year_folder(data: Path) -> Path | None:
-    """The year folder that ``data`` is or holds (``VOCdevkit`` with one year, or a folder with such a VOCdevkit).
-    `InputError`: ``data`` holds several years.
-    """
+    """The year folder that ``data`` is, or holds also in a VOCdevkit; `InputError` where it holds several."""
     if (data / "Annotations").is_dir() and ((data / "JPEGImages").is_dir() or (data / "ImageSets").is_dir()):
         return data
     years = sorted(path.parent for path in data.glob("*/Annotations") if (path.parent / "JPEGImages").is_dir())

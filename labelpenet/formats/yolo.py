@@ -245,9 +245,7 @@ def _photographs(root: Path, place: str, source: Path) -> list[Path]:
 
 
 def _labels(path: Path, photograph: Path, images: Path | None, own: bool) -> Path:
-    """The label file of a photograph, beside it; where photographs lie in ``images`` and any has ``own`` labels beside
-    the file ``path``, there.
-    """
+    """The label file of a photograph, beside it; where any has ``own`` labels beside the file ``path``, there."""
     if own:
         tried = _own_labels(path, photograph, images)
     else:
