@@ -263,7 +263,7 @@ def plain_split(name: str) -> str:
 
 
 def list_file(split: str, folders: Iterable[Path], source: Path) -> Path | None:
-    """A split's ``SPLIT.txt`` in one of the folders, or its text file; `InputError` where it names one that is not there."""
+    """A split's ``SPLIT.txt`` in one of the folders, or a text file; `InputError` where there is no such file."""
     own = Path(os.path.expanduser(split))  # noqa: PTH111 the shell leaves the ~ of --split=~/few.txt; no home, no error
     for path in (*(folder / f"{split}.txt" for folder in folders), own):
         if path.suffix and is_file(path):
