@@ -368,24 +368,20 @@ class _ArraysOnly(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         # Functions made anew, never a class: attributes that a file may set on what it is given end with the file.
-        if re.fullmatch(r"numpy(\._?core\.(multiarray|numeric))?", module):
-            if name == "_reconstruct":
-                return lambda *_: _Array()
-            if name == "dtype":
-                return lambda code, *_: _Dtype(code)
-            if name == "scalar":
-                return lambda dtype, raw: _scalar(dtype, raw)
-            if name == "_frombuffer":
-                return lambda raw, dtype, shape, order: _from_buffer(raw, dtype, shape, order)
-            if name == "ndarray":
-                return "ndarray"  # only ever an argument of _reconstruct
-        if (module, name) == ("_codecs", "encode"):
-            return lambda text, encoding: _bytes(text) if encoding in ("latin1", "latin-1") else _refuse(encoding)
-        if (module, name) == ("collections", "OrderedDict"):
-            return lambda: {}
-        if (module, name) in (("builtins", "bytes"), ("__builtin__", "bytes")):
-            return lambda: b""  # how the old protocols write it
-        return _refuse(f"{module}.{name}")
+        numpy = re.fullmatch(r"numpy(\._?core\.(multiarray|numeric))?", module)
+        made: dict[tuple[str, str], Any] = {
+            ("numpy", "_reconstruct"): lambda *_: _Array(),
+            ("numpy", "dtype"): lambda code, *_: _Dtype(code),
+            ("numpy", "scalar"): lambda dtype, raw: _scalar(dtype, raw),
+            ("numpy", "_frombuffer"): lambda raw, dtype, shape, order: _from_buffer(raw, dtype, shape, order),
+            ("numpy", "ndarray"): "ndarray",  # only ever an argument of _reconstruct
+            ("_codecs", "encode"): lambda text, code: _bytes(text) if code in ("latin1", "latin-1") else _refuse(code),
+            ("collections", "OrderedDict"): lambda: {},
+            ("builtins", "bytes"): lambda: b"",  # how the old protocols write it
+            ("__builtin__", "bytes"): lambda: b"",
+        }
+        known = ("numpy" if numpy else module, name)
+        return made[known] if known in made else _refuse(f"{module}.{name}")
 
 
 def _refuse(what: object) -> Any:
@@ -415,8 +411,8 @@ class _Dtype:
 class _Array:
     """Stands for an array that is still without values (numpy's ``_reconstruct``)."""
 
-    def __init__(self) -> None:
-        self.values: np.ndarray = np.zeros(0)
+    def __init__(self, values: np.ndarray | None = None) -> None:
+        self.values = np.zeros(0) if values is None else values
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, raw = state
@@ -426,9 +422,7 @@ class _Array:
 def _from_buffer(raw: Any, dtype: Any, shape: Any, order: Any = "C") -> _Array:
     if not isinstance(dtype, _Dtype) or order not in ("C", "F"):
         _refuse("an array without a type")
-    array = _Array()
-    array.values = dtype.decode(raw).reshape(shape, order=order)
-    return array
+    return _Array(dtype.decode(raw).reshape(shape, order=order))
 
 
 def _scalar(dtype: Any, raw: Any) -> Any:
