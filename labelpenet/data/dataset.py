@@ -216,11 +216,13 @@ def choose_classes(classes: Classes, known: Iterable[str], source: Path) -> tupl
     chosen = tuple(classes)
     if not chosen:
         raise InputError(f"{source}: no class is asked for; known are {listing(names)}")
-    for index, name in enumerate(chosen):
-        if name not in names:
+    known, asked = set(names), set[str]()
+    for name in chosen:
+        if name not in known:
             raise InputError(f"{source}: unknown class {name!r}; known are {listing(names)}")
-        if name in chosen[:index]:
+        if name in asked:
             raise InputError(f"{source}: class {name!r} is asked for twice; name each once")
+        asked.add(name)
     return chosen
 
 
