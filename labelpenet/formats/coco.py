@@ -112,7 +112,8 @@ def open_annotated(
         return read_truth(shapes, size, tagged.classes, source)
 
     own = [number[name] for name in tagged.classes]
-    others = tuple(category for category in instances.names if category not in own)
+    asked = set(own)
+    others = tuple(category for category in instances.names if category not in asked)
     return replace(with_truth(tagged, path, truth, own), others=others)
 
 
