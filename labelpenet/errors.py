@@ -1,7 +1,8 @@
 """The one exception that a user is meant to read."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class InputError(ValueError):
@@ -25,6 +26,19 @@ def collected(problems: list[str]) -> Iterator[None]:
         yield
     except InputError as error:
         problems.append(str(error))
+
+
+@contextmanager
+def told(said: str | Callable[[Any], str], *kinds: type[Exception]) -> Iterator[None]:
+    """An error of these kinds becomes an `InputError` with what is ``said`` of it; what is one already stays as it is,
+    but where ``kinds`` name it.
+    """
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, InputError) and InputError not in kinds:
+            raise
+        raise InputError(said if isinstance(said, str) else said(error)) from error
 
 
 def reason(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from labelpenet.data.files import brief, listing, nfc
+from labelpenet.data.files import brief, counted, listing, nfc
 from labelpenet.errors import InputError
 
 if TYPE_CHECKING:  # torch would make every process that computes proposals start 2 seconds later
@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # torch would make every process that computes proposals star
     from labelpenet.instances import Instances
 
 T = TypeVar("T")
+Classes = Sequence[str] | None  # those that are asked for, in label order; None for all
 
 # Index i + 1 in VOC's class maps.
 VOC_CLASSES = (
@@ -177,11 +178,13 @@ class AnnotatedImages:
             raise InputError(problems[0] if problems else "the data set holds no image")
         notes += brief(problems, "images are left out because their annotation is damaged")
         notes += brief(remarks, "objects or masks are cut or left out")
-        if masked and boxed:
-            notes.append(f"{boxed} images have no true masks: what needs masks is measured on the others")
+        notes += counted((masked * boxed, "images have no true masks: what needs masks is measured on the others"))
 
 
-def only_tagged(images: AnnotatedImages | TaggedImages) -> TaggedImages:
+Opened = AnnotatedImages | TaggedImages  # the latter where only tags are known
+
+
+def only_tagged(images: Opened) -> TaggedImages:
     """The images without their truth, if they have any."""
     return images.tagged if isinstance(images, AnnotatedImages) else images
 
@@ -196,11 +199,9 @@ class NamedImage:
     number: int | None = None
 
 
-def choose_classes(classes: Sequence[str] | None, known: Iterable[str], source: Path) -> tuple[str, ...]:
-    """The classes of a run: those asked for, in their order, or all ``known`` ones in alphabetical order.
-
-    Raises:
-        InputError: a class that ``source`` does not know (the known ones are listed), one named twice, or none.
+def choose_classes(classes: Classes, known: Iterable[str], source: Path) -> tuple[str, ...]:
+    """The classes of a run: those asked for, in their order, or all ``known`` ones in alphabetical order. `InputError`:
+    a class that ``source`` does not know (the known ones are listed), one named twice, or none.
     """
     names = sorted(set(known))
     for name in names:
@@ -227,7 +228,7 @@ def choose_classes(classes: Sequence[str] | None, known: Iterable[str], source: 
 
 def tag_images(
     found: Sequence[NamedImage],
-    classes: Sequence[str] | None,
+    classes: Classes,
     known: Iterable[str],
     problems: Sequence[str],
     source: Path,
@@ -255,8 +256,7 @@ def tag_images(
     )
     notes = brief(problems, f"of {len(found) + len(problems)} images are skipped")
     negatives = sum(not image.tags for image in images)
-    if negatives:
-        notes.append(f"{negatives} of {len(images)} images show none of the classes; they serve as negatives")
+    notes += counted((negatives, f"of {len(images)} images show none of the classes; they serve as negatives"))
     present = {tag for image in images for tag in image.tags}
     absent = [name for name in classes if label[name] not in present]
     if absent:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 from defusedxml import ElementTree
 
-from labelpenet.errors import InputError, one_line, reason
+from labelpenet.errors import InputError, one_line, reason, told
 
 try:
     import fcntl
@@ -48,35 +48,26 @@ _MARK = b"\nlabelpenet crc32:"  # with four more bytes of an odd length, so that
 
 
 def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
-    """The text of a UTF-8 file (with or without byte order mark).
-
-    Raises:
-        InputError: the file is missing, is no regular file, has more than ``limit`` bytes or is not UTF-8.
-    """
-    try:
+    """The text of a file of at most ``limit`` bytes; `InputError` where it is none, or no UTF-8 (mark or not)."""
+    with (
+        told(lambda error: f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8", UnicodeDecodeError),
+        told(lambda error: f"{path}: cannot be read ({reason(error)}); check the file", OSError),
+    ):
         if not path.is_file():
             raise InputError(f"{path}: no such file; check the path")
         size = path.stat().st_size
         if size > limit:
             raise InputError(f"{path}: {size} bytes are more than the {limit} that such a file may have")
         return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({reason(error)}); check the file") from error
 
 
 def read_json(path: Path, limit: int = 4 * 2**30) -> Any:
-    """The content of a JSON file, without the checksum of those that `write_json` made.
-
-    Raises:
-        InputError: as `read_text`, the text is not JSON, or its checksum is wrong.
-    """
+    """The content of a JSON file, without `write_json`'s checksum; `InputError` as `read_text`, or of damage."""
     text = read_text(path, limit)
-    try:
+    with told(
+        lambda error: f"{path}: not valid JSON ({error}); export or download it again", ValueError, RecursionError
+    ):
         content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}); export or download it again") from error
     if not is_whole(text):
         raise InputError(
             f'{path}: damaged, its checksum is wrong; make it again (or take out the last entry, "checksum", if you '
@@ -104,11 +95,7 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_xml(path: Path) -> Any:
-    """The root element of an XML file; document types and entities are refused, so that none can be expanded.
-
-    Raises:
-        InputError: as `read_text`, or the text is not XML or declares a document type.
-    """
+    """The root of an XML file; `InputError` as `read_text`, or where it is damaged or has a document type or entity."""
     text = read_text(path, XML_LIMIT)
     try:
         return ElementTree.fromstring(text, forbid_dtd=True)
@@ -123,10 +110,7 @@ def read_names(path: Path, known: Callable[[str], object]) -> list[str]:
     """The name on every line that is neither empty nor a comment (``#``), in order, each once.
 
     A name may hold blanks; the numbers that VOC's lists write behind it are no part of it (`bare_name`), but where a
-    name with one or more of them is ``known``, the longest such is taken.
-
-    Raises:
-        InputError: as `read_text`.
+    name with one or more of them is ``known``, the longest such is taken. `InputError`: as `read_text`.
     """
 
     def name(line: str) -> str:
@@ -146,10 +130,8 @@ def inside(root: Path, name: str) -> Path:
     """The path of ``name``, as a file of the data set calls it, inside the folder ``root``.
 
     Links are followed before the check, so neither ``..`` nor an absolute path nor a link leads out of ``root``. A name
-    with accents is also found where the disk has it in Unicode's other form, as macOS writes it.
-
-    Raises:
-        InputError: the name is empty, absolute, holds ``..`` or a NUL, or leads out of the folder.
+    with accents is also found where the disk has it in Unicode's other form, as macOS writes it. `InputError`: the name
+    is empty, absolute, holds ``..`` or a NUL, or leads out of the folder.
     """
     parts = PureWindowsPath(name)  # knows both kinds of slash, and drives
     if not parts.parts or parts.anchor or ".." in parts.parts or "\0" in name:
@@ -158,12 +140,12 @@ def inside(root: Path, name: str) -> Path:
     if not name.isascii() and not os.path.lexists(path):  # which says no to a name that is too long, too
         forms = (root.joinpath(*(unicodedata.normalize(form, part) for part in parts.parts)) for form in ("NFC", "NFD"))
         path = next(filter(os.path.lexists, forms), path)
-    try:
-        resolved = path.resolve()
-        home = root.resolve()
-    except (OSError, RuntimeError, ValueError) as error:
-        raise InputError(f"{name!r} cannot be followed in {root} ({error}); remove the link or the name") from error
-    if not resolved.is_relative_to(home):
+    said = "remove the link or the name"
+    with told(
+        lambda error: f"{name!r} cannot be followed in {root} ({error}); {said}", OSError, RuntimeError, ValueError
+    ):
+        within = path.resolve().is_relative_to(root.resolve())
+    if not within:
         raise InputError(f"{path} is a link that leaves {root}; copy the file into the folder")
     return path
 
@@ -206,7 +188,7 @@ def check_outputs(paths: Iterable[Path], reads: Iterable[Path] = (), overwrite: 
     folders = [real_path(path) for path in reads if path.is_dir()]
     probed: set[Path] = set()
     for path in paths:
-        try:
+        with writing(path, "choose another place", ValueError, RuntimeError):
             place, there = _place(path), os.path.lexists(path)
             if "\0" in str(path) or len(os.fsencode(path.name)) > 255:
                 raise InputError(f"{path}: is no name that a file can have; choose another")
@@ -225,10 +207,6 @@ def check_outputs(paths: Iterable[Path], reads: Iterable[Path] = (), overwrite: 
             if folder not in probed:
                 with tempfile.TemporaryFile(dir=folder):
                     probed.add(folder)
-        except (OSError, ValueError, RuntimeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{path}: cannot be written ({reason(error)}); choose another place") from error
 
 
 def _place(path: Path) -> Path:
@@ -253,8 +231,7 @@ def write_bytes(path: Path, content: bytes | Callable[[BinaryIO], object], remed
     killed process left is overwritten, and processes that write the same file wait for one another. A link is replaced.
 
     Args:
-        content: the bytes, or what writes them to an open file.
-        remedy: what the user can do where it fails.
+        content: the bytes, or what writes them to an open file; remedy: what the user can do where that fails.
 
     Raises:
         InputError: full disk, no permission, a folder of that name; KeyboardInterrupt: it was interrupted.
@@ -284,13 +261,9 @@ def write_bytes(path: Path, content: bytes | Callable[[BinaryIO], object], remed
     return path
 
 
-@contextlib.contextmanager
-def writing(path: Path, remedy: str = ROOM) -> Iterator[None]:
+def writing(path: Path, remedy: str = ROOM, *kinds: type[Exception]) -> contextlib.AbstractContextManager[None]:
     """For what is written piece by piece: an error of the system becomes an `InputError` about ``path``."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({reason(error)}); {remedy}") from error
+    return told(lambda error: f"{path}: cannot be written ({reason(error)}); {remedy}", OSError, *kinds)
 
 
 def write_text(path: Path, text: str, remedy: str = ROOM) -> Path:
@@ -472,6 +445,11 @@ def brief(problems: Sequence[str], what: str) -> list[str]:
     return [*notes, f"{len(problems)} {what}" + (f" (the first {len(notes)} are named above)" if more else "")]
 
 
+def counted(*notes: tuple[int, str]) -> list[str]:
+    """Of notes those with a number that is not 0, which comes first."""
+    return [f"{count} {what}" for count, what in notes if count]
+
+
 def listing(names: Iterable[str], limit: int = 30) -> str:
     """Names for an error message: comma-separated, in order, at most ``limit`` of them."""
     names = [one_line(name) for name in names]
@@ -580,11 +558,7 @@ def unfinished(out: Path) -> Path:
 
 
 def check_new_folder(out: Path, reads: Iterable[Path]) -> None:
-    """Refuses a folder to write that holds, or lies in, what is read. Links are followed.
-
-    Raises:
-        InputError: names the two.
-    """
+    """`InputError` where a folder to write holds, or lies in, what is read. Links are followed."""
     home = real_path(out)
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise InputError(f"{out}: there is a file or link of that name; choose another folder")
@@ -597,9 +571,7 @@ def check_new_folder(out: Path, reads: Iterable[Path]) -> None:
 
 
 def changed(folder: Path) -> set[Path]:
-    """The files of a folder that `whole_folder` made which somebody has changed since; none of another folder, of which
-    that is not known.
-    """
+    """The files of a folder that `whole_folder` made which somebody has changed since; none of another folder."""
     try:
         digests = dict(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"])
         return {path for path in _files(folder) if digests.get(path.relative_to(folder).as_posix()) != hash_file(path)}
@@ -608,16 +580,11 @@ def changed(folder: Path) -> set[Path]:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """What is remembered of a folder that `whole_folder` made; refuses one that holds anything else.
-
-    Raises:
-        InputError: the folder was not made here, or a file was added or changed since.
-    """
-    try:
+    """What is remembered of a folder that `whole_folder` made; `InputError` where it holds anything else."""
+    said = f"{folder}: is not empty and no export of labelpenet; choose a new folder"
+    with told(said, OSError, ValueError, KeyError, TypeError):
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         about, digests = content["about"], dict(content["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}: is not empty and no export of labelpenet; choose a new folder") from error
     for path in _files(folder):
         name = path.relative_to(folder).as_posix()
         if name != MANIFEST and (name not in digests or path.is_symlink() or hash_file(path) != digests[name]):

@@ -5,7 +5,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, TiffImagePlugin, WebPImagePlugin
 
 from labelpenet.data.files import is_hidden, listing, real_path
-from labelpenet.errors import InputError, reason
+from labelpenet.errors import InputError, reason, told
 
 SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 # Only decoders that run in this process: Pillow would hand PostScript to an external interpreter. The last two
@@ -45,13 +45,10 @@ def read_image(path: Path | str) -> np.ndarray:
     """
     path = Path(path)
     with _quiet(), _open(path) as image:
-        try:
+        memory = f"{path}: not enough memory for {image.width} x {image.height} pixels"
+        with _decoded(path, "image"), told(memory, MemoryError):
             image.load()
             pixels = _rgb(image)
-        except MemoryError as error:
-            raise InputError(f"{path}: not enough memory for {image.width} x {image.height} pixels") from error
-        except Exception as error:  # a decoder meets damaged bytes with whatever it stumbles over
-            raise InputError(f"{path}: damaged or truncated image ({reason(error)}); replace the file") from error
         return _upright(pixels, _orientation(image))
 
 
@@ -116,10 +113,8 @@ def upright_file(path: Path, jpeg: bool = False) -> tuple[bytes, str, bool]:
         is_jpeg, upright = image.format in ("JPEG", "MPO"), _orientation(image) == 1
     suffix = ".jpg" if is_jpeg and path.suffix.lower() in (".jpeg", ".jfif") and jpeg else path.suffix.lower()
     if upright and (is_jpeg or not jpeg):
-        try:
+        with told(lambda error: f"{path}: cannot be read ({reason(error)}); check the file", OSError):
             return path.read_bytes(), suffix, False
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read ({reason(error)}); check the file") from error
     content = io.BytesIO()
     kind, suffix = ("JPEG", ".jpg") if is_jpeg or jpeg else ("PNG", ".png")
     Image.fromarray(read_image(path)).save(content, kind, quality=95)
@@ -134,23 +129,25 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def _decoded(path: Path, what: str) -> AbstractContextManager[None]:
+    """A decoder meets damaged bytes with whatever it stumbles over."""
+    return told(lambda error: f"{path}: damaged or truncated {what} ({reason(error)}); replace the file", Exception)
+
+
 def _open(path: Path) -> Image.Image:
     """The image, not yet decoded, once its size is known to be harmless."""
-    try:
+    bomb = f"{path}: more than {PIXEL_LIMIT // 10**6} million pixels; make it smaller"
+    none, remedy = "no JPEG, PNG, BMP, WebP, TIFF, GIF or PPM image", "replace or remove it"
+    with (  # damaged headers raise whatever the parser stumbles over
+        told(lambda error: f"{path}: damaged image header ({reason(error)}); replace the file", Exception),
+        told(lambda error: f"{path}: cannot be read as an image ({error.strerror or none}); {remedy}", OSError),
+        told(bomb, Image.DecompressionBombError),
+    ):
         if not path.exists():
             raise InputError(f"{path}: no such image; check the path")
         if not path.is_file():
             raise InputError(f"{path}: not a file; give an image file")
         image = Image.open(path, formats=FORMATS)
-    except InputError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise InputError(f"{path}: more than {PIXEL_LIMIT // 10**6} million pixels; make it smaller") from error
-    except OSError as error:
-        why = error.strerror or "no JPEG, PNG, BMP, WebP, TIFF, GIF or PPM image"
-        raise InputError(f"{path}: cannot be read as an image ({why}); replace or remove it") from error
-    except Exception as error:  # damaged headers raise whatever the parser stumbles over
-        raise InputError(f"{path}: damaged image header ({reason(error)}); replace the file") from error
     if image.width * image.height > PIXEL_LIMIT:
         size = f"{image.width} x {image.height} pixels"
         image.close()
@@ -234,12 +231,9 @@ def read_index_map(path: Path | str) -> np.ndarray:
         InputError: the file cannot be read, has another mode, or a colour that is not in VOC's palette.
     """
     path = Path(path)
-    with _quiet(), _open(path) as image:
-        try:
-            image.load()
-            mode, pixels = image.mode, np.array(image)
-        except Exception as error:  # a decoder meets damaged bytes with whatever it stumbles over
-            raise InputError(f"{path}: damaged or truncated map ({reason(error)}); replace the file") from error
+    with _quiet(), _open(path) as image, _decoded(path, "map"):
+        image.load()
+        mode, pixels = image.mode, np.array(image)
     if mode in ("P", "L", "1"):
         return pixels.astype(np.uint8)
     if mode not in ("RGB", "RGBA"):
@@ -298,9 +292,7 @@ def linked(folder: Path) -> list[str]:
 
 
 def unread(folder: Path) -> list[str]:
-    """A note on the photographs in a folder and below that cannot be read, such as HEIC, if there are any: of those
-    without a file of the same name beside them that can.
-    """
+    """A note on a folder's photographs that cannot be read, such as HEIC, but for those with one beside that can."""
     counts: Counter[str] = Counter()
     for _, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not is_hidden(name)]

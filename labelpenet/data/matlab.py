@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from labelpenet.errors import InputError, reason
+from labelpenet.errors import InputError, reason, told
 
 _LIMIT = 2**31  # bytes of a variable: 2,000 proposals of each of VOC 2012's photographs take 0.7 GB
 _NUMBERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8",
@@ -21,12 +21,9 @@ _CELL, _CHAR, _DENSE = 1, 4, range(6, 16)
 
 
 def read_cells(path: Path, names: tuple[str, ...]) -> dict[str, list[Any]]:
-    """The cell arrays of these names: for each cell a number array, a text, or a list for a cell within it.
-
-    Raises:
-        InputError: the file is damaged, of another version, or lacks one of them.
-    """
-    try:
+    """The cell arrays of these names (else `InputError`): for each cell a number array, a text, or a list of cells."""
+    kinds = (OSError, ValueError, LookupError, StopIteration, struct.error, zlib.error, RecursionError)
+    with told(lambda error: f"{path}: no readable MATLAB file ({reason(error)}); download it again", *kinds):
         data = path.read_bytes()
         if data.startswith(b"MATLAB 7.3"):
             raise InputError(f"{path}: a MATLAB 7.3 file; save it with save(.., '-v7')")
@@ -42,19 +39,6 @@ def read_cells(path: Path, names: tuple[str, ...]) -> dict[str, list[Any]]:
             if kind == _MATRIX:
                 name, value = _variable(content, order, names)
                 found[name] = value
-    except InputError:
-        raise
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        IndexError,
-        StopIteration,
-        struct.error,
-        zlib.error,
-        RecursionError,
-    ) as error:
-        raise InputError(f"{path}: no readable MATLAB file ({reason(error)}); download it again") from error
     for name in names:
         if not isinstance(found.get(name), list):
             raise InputError(f"{path}: has no cell array {name!r}; expected {' and '.join(map(repr, names))}")

@@ -35,10 +35,11 @@ from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import brief, excerpt, listing, read_json
 from labelpenet.data.images import PIXEL_LIMIT, SUFFIXES, image_size
 from labelpenet.data.matlab import read_cells
-from labelpenet.data.proposals import Proposals, unique
-from labelpenet.errors import InputError, reason
+from labelpenet.data.proposals import Proposals, within
+from labelpenet.errors import InputError, reason, told
 from labelpenet.instances import decode_mask, masks_to_boxes
 
+_NO_NUMBER = (TypeError, ValueError, OverflowError)  # what numpy and float say of it
 Raw = np.ndarray | list | Path  # boxes (R, 4), rows as in a COCO file, or a file or folder of masks
 
 
@@ -143,13 +144,12 @@ def _key(image: TaggedImage, raw: Mapping[str, Raw], lookup: Mapping[str, str], 
 
 
 def _read_npz(path: Path) -> dict[str, Raw]:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except Exception as error:  # zip, zlib and numpy each raise their own
-        raise InputError(
-            f"{path}: no readable .npz archive of plain arrays ({reason(error)}); save it again"
-        ) from error
+    said = f"{path}: no readable .npz archive of plain arrays"
+    with (
+        told(lambda error: f"{said} ({reason(error)}); save it again", Exception),  # zip, zlib, numpy: each its own
+        np.load(path, allow_pickle=False) as archive,
+    ):
+        arrays = {name: archive[name] for name in archive.files}
     return {name: _numbers(boxes, path, name) for name, boxes in arrays.items()}
 
 
@@ -204,10 +204,8 @@ def _is_column(value: Any) -> bool:
 
 def _by_score(boxes: np.ndarray, scores: Any, path: Path) -> np.ndarray:
     """(R, 4) boxes by descending score, where there is one score a box."""
-    try:
+    with told(f"{path}: a score that is no number; correct it", *_NO_NUMBER):
         values = np.zeros(0) if scores is None else np.asarray(scores, np.float64).ravel()
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{path}: a score that is no number; correct it") from error
     if len(values) not in (0, len(boxes)):
         raise InputError(f"{path}: {len(values)} scores for {len(boxes)} boxes of an image; there must be one a box")
     return boxes[np.argsort(-values, kind="stable")] if len(values) else boxes
@@ -224,20 +222,16 @@ def _by_image(rows: list, files: Mapping[str, str], path: Path) -> dict[str, Raw
 
 
 def _sorted_rows(rows: list, path: Path) -> list:
-    try:
+    with told(f"{path}: a row whose score is no number; correct it", *_NO_NUMBER):
         return sorted(rows, key=lambda row: -float(row.get("score", row.get("predicted_iou", 0))))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{path}: a row whose score is no number; correct it") from error
 
 
 def _numbers(value: Any, path: Path, name: object) -> np.ndarray:
     """(R, 4) float64 from whatever a file holds for an image."""
-    try:
+    with told(f"{path}: the boxes of image {name} are no numbers; expected (R, 4)", *_NO_NUMBER):
         if isinstance(value, np.ndarray) and value.dtype.kind not in "biufO":
             raise TypeError
         boxes = np.asarray(value, np.float64)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{path}: the boxes of image {name} are no numbers; expected (R, 4)") from error
     boxes = boxes.reshape(0, 4) if boxes.size == 0 else boxes
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise InputError(f"{path}: the boxes of image {name} must be (R, 4), but are {boxes.shape}")
@@ -288,12 +282,9 @@ def _row_boxes(rows: list, size: tuple[int, int]) -> np.ndarray:
     boxes = np.zeros((len(rows), 4))
     for i, row in enumerate(rows):
         if row.get("bbox") is not None:
-            try:
+            said = f"a bbox must be four numbers x, y, width, height, but is {excerpt(row['bbox'])}"
+            with told(said, *_NO_NUMBER):
                 x, y, width, height = map(float, row["bbox"])
-            except (TypeError, ValueError, OverflowError) as error:
-                raise InputError(
-                    f"a bbox must be four numbers x, y, width, height, but is {excerpt(row['bbox'])}"
-                ) from error
             boxes[i] = x, y, x + width, y + height
         elif row.get("segmentation"):
             boxes[i] = masks_to_boxes(decode_mask(row["segmentation"], size)[None])[0].numpy()
@@ -304,15 +295,13 @@ def _row_boxes(rows: list, size: tuple[int, int]) -> np.ndarray:
 
 def _read_map(path: Path, size: tuple[int, int]) -> np.ndarray:
     """(H, W) int64 labels of a PNG: grey values or palette indices; of a coloured one, a number for each colour."""
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            if image.width * image.height > PIXEL_LIMIT:
-                raise InputError(f"{path}: more than {PIXEL_LIMIT // 10**6} million pixels; make it smaller")
-            values = np.asarray(image if len(image.getbands()) == 1 else image.convert("RGB")).astype(np.int64)
-    except InputError:
-        raise
-    except Exception as error:  # damaged files raise whatever the decoder stumbles over
-        raise InputError(f"{path}: no readable PNG mask ({reason(error)}); replace the file") from error
+    with (  # damaged files raise whatever the decoder stumbles over
+        told(lambda error: f"{path}: no readable PNG mask ({reason(error)}); replace the file", Exception),
+        Image.open(path, formats=("PNG",)) as image,
+    ):
+        if image.width * image.height > PIXEL_LIMIT:
+            raise InputError(f"{path}: more than {PIXEL_LIMIT // 10**6} million pixels; make it smaller")
+        values = np.asarray(image if len(image.getbands()) == 1 else image.convert("RGB")).astype(np.int64)
     if values.ndim == 3:
         grey = (values == values[:, :, :1]).all()
         values = values[:, :, 0] if grey else values @ np.array([1 << 24, 1 << 16, 1 << 8])
@@ -327,34 +316,21 @@ def _map_boxes(labels: np.ndarray) -> np.ndarray:
     """(R, 4) tight boxes of the values other than 0 in an (H, W) map, in ascending order of value."""
     y, x = np.nonzero(labels)
     values, group = np.unique(labels[y, x], return_inverse=True)
-    boxes = np.tile([np.inf, np.inf, 0, 0], (len(values), 1))
-    for column, position, reduce in (
-        (0, x, np.minimum),
-        (1, y, np.minimum),
-        (2, x + 1, np.maximum),
-        (3, y + 1, np.maximum),
-    ):
-        reduce.at(boxes[:, column], group, position)
+    pixels, boxes = np.stack([x, y], 1), np.tile([np.inf, np.inf, 0, 0], (len(values), 1))
+    np.minimum.at(boxes[:, :2], group, pixels)
+    np.maximum.at(boxes[:, 2:], group, pixels + 1)
     return boxes
 
 
 def _checked(boxes: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(R, 4) float32 boxes inside the image of ``size`` (H, W), without repetitions and boxes without area.
-
-    Raises:
-        InputError: a box is not finite or leaves the image by more than a pixel.
-    """
+    """The boxes as `within` has them; `InputError` where one is not finite or leaves the image by more than a pixel."""
     height, width = size
     low, high = boxes.min(1, initial=0.0), (boxes - [width, height, width, height]).max(1, initial=0.0)
     wrong = np.flatnonzero(~np.isfinite(boxes).all(1) | (low < -1) | (high > 1))
     if len(wrong):
         box = [round(float(value), 2) for value in boxes[wrong[0]]]
         raise InputError(f"box {box} leaves its {width} x {height} pixels; check the order of the coordinates")
-    clipped = np.clip(boxes, 0, [width, height, width, height]).astype(np.float32)
-    clipped = clipped[(clipped[:, 2:] > clipped[:, :2]).all(1)]
-    if not len(clipped):
-        return np.array([[0, 0, width, height]], np.float32)
-    return unique(clipped)
+    return within(boxes, size)
 
 
 # --- Pickles ---
@@ -373,14 +349,12 @@ def unpickle_arrays(path: Path) -> Any:
     Raises:
         InputError: the file cannot be read, is damaged or asks for anything else.
     """
-    try:
+    said = "save the boxes as .npz instead"
+    # a damaged pickle raises nearly anything
+    with told(lambda error: f"{path}: not a pickle of plain arrays ({reason(error)}); {said}", Exception):
         content = Path(path).read_bytes()
         # No honest value takes less than a byte; lists that hold one another many times over do.
         return _plain(_ArraysOnly(io.BytesIO(content), encoding="latin1").load(), iter(range(len(content))))
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise InputError(
-            f"{path}: not a pickle of plain arrays ({reason(error)}); save the boxes as .npz instead"
-        ) from error
 
 
 class _ArraysOnly(pickle._Unpickler):
@@ -394,24 +368,20 @@ class _ArraysOnly(pickle._Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         # Functions made anew, never a class: attributes that a file may set on what it is given end with the file.
-        if re.fullmatch(r"numpy(\._?core\.(multiarray|numeric))?", module):
-            if name == "_reconstruct":
-                return lambda *_: _Array()
-            if name == "dtype":
-                return lambda code, *_: _Dtype(code)
-            if name == "scalar":
-                return lambda dtype, raw: _scalar(dtype, raw)
-            if name == "_frombuffer":
-                return lambda raw, dtype, shape, order: _from_buffer(raw, dtype, shape, order)
-            if name == "ndarray":
-                return "ndarray"  # only ever an argument of _reconstruct
-        if (module, name) == ("_codecs", "encode"):
-            return lambda text, encoding: _bytes(text) if encoding in ("latin1", "latin-1") else _refuse(encoding)
-        if (module, name) == ("collections", "OrderedDict"):
-            return lambda: {}
-        if (module, name) in (("builtins", "bytes"), ("__builtin__", "bytes")):
-            return lambda: b""  # how the old protocols write it
-        return _refuse(f"{module}.{name}")
+        numpy = re.fullmatch(r"numpy(\._?core\.(multiarray|numeric))?", module)
+        made: dict[tuple[str, str], Any] = {
+            ("numpy", "_reconstruct"): lambda *_: _Array(),
+            ("numpy", "dtype"): lambda code, *_: _Dtype(code),
+            ("numpy", "scalar"): lambda dtype, raw: _scalar(dtype, raw),
+            ("numpy", "_frombuffer"): lambda raw, dtype, shape, order: _from_buffer(raw, dtype, shape, order),
+            ("numpy", "ndarray"): "ndarray",  # only ever an argument of _reconstruct
+            ("_codecs", "encode"): lambda text, code: _bytes(text) if code in ("latin1", "latin-1") else _refuse(code),
+            ("collections", "OrderedDict"): lambda: {},
+            ("builtins", "bytes"): lambda: b"",  # how the old protocols write it
+            ("__builtin__", "bytes"): lambda: b"",
+        }
+        known = ("numpy" if numpy else module, name)
+        return made[known] if known in made else _refuse(f"{module}.{name}")
 
 
 def _refuse(what: object) -> Any:
@@ -441,8 +411,8 @@ class _Dtype:
 class _Array:
     """Stands for an array that is still without values (numpy's ``_reconstruct``)."""
 
-    def __init__(self) -> None:
-        self.values: np.ndarray = np.zeros(0)
+    def __init__(self, values: np.ndarray | None = None) -> None:
+        self.values = np.zeros(0) if values is None else values
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, raw = state
@@ -452,9 +422,7 @@ class _Array:
 def _from_buffer(raw: Any, dtype: Any, shape: Any, order: Any = "C") -> _Array:
     if not isinstance(dtype, _Dtype) or order not in ("C", "F"):
         _refuse("an array without a type")
-    array = _Array()
-    array.values = dtype.decode(raw).reshape(shape, order=order)
-    return array
+    return _Array(dtype.decode(raw).reshape(shape, order=order))
 
 
 def _scalar(dtype: Any, raw: Any) -> Any:

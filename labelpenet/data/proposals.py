@@ -31,7 +31,7 @@ from labelpenet.config import Proposals as Settings
 from labelpenet.data.dataset import ByImage
 from labelpenet.data.files import brief, hash_file, hash_files, read_array, write_array, write_text
 from labelpenet.data.images import read_image
-from labelpenet.errors import InputError, reason
+from labelpenet.errors import InputError, reason, told
 from labelpenet.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -77,12 +77,7 @@ def propose(image: np.ndarray, settings: Settings, model: Path | None = None) ->
     else:
         corners = _rank(_selective_search(working, settings.method))
     scale = np.array([width / working.shape[1], height / working.shape[0]] * 2)
-    boxes = np.clip(corners * scale, 0, [width, height, width, height]).astype(np.float32)
-    shortest = max(MIN_SIZE * max(height, width), np.finfo(np.float32).tiny)
-    boxes = boxes[(boxes[:, 2:] - boxes[:, :2]).min(1) >= shortest]
-    if not len(boxes):
-        return np.array([[0, 0, width, height]], np.float32)
-    return unique(boxes)[:MOST]
+    return within(corners * scale, (height, width), MIN_SIZE * max(height, width))[:MOST]
 
 
 def _working_image(image: np.ndarray, side: int | None) -> np.ndarray:
@@ -116,7 +111,7 @@ def _rank(corners: np.ndarray) -> np.ndarray:
     the platform. The set of boxes does not: it is ranked anew here, by the position in descending order of area times a
     number from a generator with a fixed seed; boxes that overlap a better one by more than 0.8 then move to the end.
     """
-    area = (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
+    area = (corners[:, 2:] - corners[:, :2]).prod(1)
     corners = corners[np.lexsort((*corners.T, -area))]
     corners = corners[np.argsort(np.arange(len(corners)) * np.random.default_rng(0).random(len(corners)))]
     rectangles = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1)
@@ -143,10 +138,8 @@ def _edge_boxes(image: np.ndarray, model: Path | None) -> np.ndarray:
 
 def _structured_edges(image: np.ndarray, model: Path) -> tuple[np.ndarray, np.ndarray]:
     """Edge strength in [0, 1] and the direction of its normal in [0, pi), (H, W) float32 each, from OpenCV's forest."""
-    try:
+    with told(lambda error: f"{model}: not a structured-edge model of OpenCV ({reason(error)})", cv2.error):
         detector = cv2.ximgproc.createStructuredEdgeDetection(str(model))
-    except cv2.error as error:
-        raise InputError(f"{model}: not a structured-edge model of OpenCV ({reason(error)})") from error
     edges = detector.detectEdges(np.ascontiguousarray(image[:, :, ::-1]).astype(np.float32) / 255)
     orientation = detector.computeOrientation(edges)
     return detector.edgesNms(edges, orientation), orientation
@@ -185,10 +178,15 @@ def _corners(rectangles: Any) -> np.ndarray:
     return np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
 
 
-def unique(boxes: np.ndarray) -> np.ndarray:
-    """(R, 4) boxes without repetitions, in order of first occurrence."""
-    _, first = np.unique(boxes, axis=0, return_index=True)
-    return boxes[np.sort(first)]
+def within(boxes: np.ndarray, size: tuple[int, int], shortest: float = 0.0) -> np.ndarray:
+    """(R, 4) float32 boxes cut to an image of ``size`` (H, W), no two alike, in order of first occurrence: those with
+    an area whose sides are ``shortest`` at least, else the whole image.
+    """
+    height, width = size
+    boxes = np.clip(boxes, 0, [width, height, width, height]).astype(np.float32)
+    boxes = boxes[(boxes[:, 2:] - boxes[:, :2]).min(1, initial=np.inf) >= max(shortest, np.finfo(np.float32).tiny)]
+    boxes = boxes if len(boxes) else np.array([[0, 0, width, height]], np.float32)
+    return boxes[np.sort(np.unique(boxes, axis=0, return_index=True)[1])]
 
 
 class Proposals(ByImage[np.ndarray]):
@@ -268,10 +266,9 @@ def default_cache() -> Path:
 
     `InputError` where the user, as one of a container may, has no home.
     """
-    try:
+    said = "this user has no home folder to cache proposals in; give one with --cache FOLDER"
+    with told(said, RuntimeError):
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "labelpenet" / "proposals"
-    except RuntimeError as error:
-        raise InputError("this user has no home folder to cache proposals in; give one with --cache FOLDER") from error
 
 
 def _check_method(settings: Settings, model: Path | None) -> None:
@@ -287,14 +284,8 @@ def _prepare(cache: Path, settings: Settings, model: Path | None) -> Path:
     _check_method(settings, model)
     if model is not None and not model.is_file():
         raise InputError(f"{model}: no such structured-edge model; give OpenCV's model.yml.gz, or none")
-    key: dict[str, Any] = {
-        "method": settings.method,
-        "side": settings.side,
-        "scale": SCALE,
-        "limit": MOST,
-        "min_size": MIN_SIZE,
-    }
-    key |= {"model": model and hash_file(model), "version": _VERSION, "opencv": cv2.__version__}
+    key: dict[str, Any] = {"method": settings.method, "side": settings.side, "model": model and hash_file(model)}
+    key |= {"scale": SCALE, "limit": MOST, "min_size": MIN_SIZE, "version": _VERSION, "opencv": cv2.__version__}
     text = json.dumps(key, indent=1, sort_keys=True)
     folder = cache / f"{settings.method}-{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
     described = folder / "settings.json"

@@ -6,13 +6,13 @@ It lies this low in the house because everyone reads from it: a network its weig
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from labelpenet.config import MODULES
 from labelpenet.data.files import hash_file, hash_files, listing, locked, read_json, write_json, writing
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, told
 
 _LOCK = ".lock"
 
@@ -20,34 +20,27 @@ TAGS, PIXELS = FITTED = ("tags", "pixels")
 """A student's linear classifiers, each in a file of its own (`models.tags`, `models.pixels`)."""
 
 
-def facts(run: Path) -> Path:
-    """Classes, backbone, recipe and all else that a resumed run must share."""
-    return run / "run.json"
+def _path(below: str) -> Callable[..., Path]:
+    """What gives a path in a run folder, with the name of a part, module or stage where it has a place for one."""
+    return lambda run, *name: run / below.format(*name)
 
 
-def photographs(run: Path) -> Path:
-    """The content hash of each training photograph."""
-    return run / "images.json"
-
-
-def weights(run: Path, part: str) -> Path:
-    """The weights of the stem or a module."""
-    return run / "weights" / f"{part}.safetensors"
-
-
-def instances(run: Path, module: str) -> Path:
-    """What a module inferred for the training photographs."""
-    return run / "instances" / f"{module}.json"
+facts = _path("run.json")  # classes, backbone, recipe and all else that a resumed run must share
+photographs = _path("images.json")  # the content hash of each training photograph
+weights = _path("weights/{}.safetensors")  # of the stem or a module
+instances = _path("instances/{}.json")  # what a module inferred for the training photographs
+review = _path("review.json")  # what a person said of the labels on the review page
+features = _path("cache/features")  # the folder of module 1's RoI features
+checkpoints = _path("checkpoints/{}")  # the folder of a stage's checkpoints
+tensorboard = _path("tensorboard/{}")  # the folder of a stage's scalars and pictures
+metrics = _path("metrics.jsonl")  # the rows of all stages
+environment = _path("environment.json")  # versions, machine and command line
+results = _path("results.json")  # what `measure` found
 
 
 def labelled(run: Path) -> list[int]:
     """The numbers of the modules that have labelled the training photographs."""
     return [number for number in range(1, len(MODULES) + 1) if instances(run, f"module{number}").is_file()]
-
-
-def review(run: Path) -> Path:
-    """What a person said of the labels on the review page."""
-    return run / "review.json"
 
 
 def predictions(run: Path, split: str, number: int) -> Path:
@@ -61,42 +54,10 @@ def origin(predictions: Path) -> Path:
     return predictions.with_suffix(".made-from.json")
 
 
-def features(run: Path) -> Path:
-    """The folder of module 1's RoI features."""
-    return run / "cache" / "features"
-
-
-def checkpoints(run: Path, stage: str) -> Path:
-    """The folder of a stage's checkpoints."""
-    return run / "checkpoints" / stage
-
-
-def tensorboard(run: Path, stage: str) -> Path:
-    """The folder of a stage's scalars and pictures."""
-    return run / "tensorboard" / stage
-
-
-def metrics(run: Path) -> Path:
-    """The rows of all stages."""
-    return run / "metrics.jsonl"
-
-
-def environment(run: Path) -> Path:
-    """Versions, machine and command line."""
-    return run / "environment.json"
-
-
-def results(run: Path) -> Path:
-    """What `measure` found."""
-    return run / "results.json"
-
-
 @contextlib.contextmanager
 def claimed(run: Path) -> Iterator[None]:
     """The folder, made where it is missing, for this process alone; the claim ends with the process at the latest.
-
-    Raises:
-        InputError: it holds something else than a run, cannot be made, or another process works on it.
+    `InputError`: it holds something else than a run, cannot be made, or another process works on it.
     """
     check_out(run, True)
     with writing(run, "choose another --out"):
@@ -122,9 +83,7 @@ def check_out(run: Path, resume: bool) -> None:
 
 def start_run(run: Path, given: Mapping[str, Any], resume: bool) -> None:
     """Writes the facts of a new run, or checks that the run there has the same; the caller has `claimed` the folder.
-
-    Raises:
-        InputError: there is a run and ``resume`` is not asked for, it has other facts, or its facts are damaged.
+    `InputError`: there is a run and ``resume`` is not asked for, it has other facts, or its facts are damaged.
     """
     path = facts(run)
     if not path.is_file():
@@ -142,7 +101,8 @@ def check_same(run: Path, given: Mapping[str, Any]) -> None:
     given = json.loads(json.dumps({**given, "source": saved.get("source")}))
     differing = [key for key in given if json.dumps(saved.get(key)) != json.dumps(given[key])]
     if differing:
-        old, new = ({key: one.get(key) for key in ("backbone", "recipe") if key in differing} for one in (saved, given))
+        told = [key for key in differing if key in ("backbone", "recipe")]
+        old, new = ({key: one.get(key) for key in told} for one in (saved, given))
         chosen = [change.removeprefix("recipe.") for change in changes(old, new)]
         which = f" ({listing(chosen, 3)})" if chosen else ""
         raise InputError(
@@ -251,12 +211,9 @@ def check_photographs(run: Path, contents: Mapping[str, str | None]) -> str:
     path = photographs(run)
     before = {}
     if path.is_file():
-        try:
+        said = f"{path}: damaged; delete it if the photographs are still those that the run was started with"
+        with told(said, InputError):
             before = read_json(path)
-        except InputError as error:
-            raise InputError(
-                f"{path}: damaged; delete it if the photographs are still those that the run was started with"
-            ) from error
     changed = [name for name, content in contents.items() if before and before.get(name) != content]
     trained = [one for one in (run / "weights").glob("*.safetensors") if one != weights(run, "stem")]
     if changed and (trained or any((run / "checkpoints").glob("*/*.pt"))):

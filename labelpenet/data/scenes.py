@@ -313,17 +313,13 @@ def _write_kit(year: Path, counts: dict[str, int], size: tuple[int, int], seed: 
         names = [f"{split}_{index:05d}" for index in range(count)]
         for index, name in enumerate(names):
             scene = render_scene(np.random.default_rng([seed, number, index]), size)
-            _write_scene(year, name, scene)
+            classes = np.array([0, *(label + 1 for label in scene.labels)], np.uint8)[scene.instances]
+            Image.fromarray(scene.image).save(year / "JPEGImages" / f"{name}.jpg", quality=92)
+            (year / "SegmentationObject" / f"{name}.png").write_bytes(palette_png(scene.instances))
+            (year / "SegmentationClass" / f"{name}.png").write_bytes(palette_png(classes))
+            (year / "Annotations" / f"{name}.xml").write_text(_annotation(name, scene))
         for folder in ("Main", "Segmentation"):
             (year / "ImageSets" / folder / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
-
-
-def _write_scene(year: Path, name: str, scene: Scene) -> None:
-    Image.fromarray(scene.image).save(year / "JPEGImages" / f"{name}.jpg", quality=92)
-    classes = np.array([0, *(label + 1 for label in scene.labels)], np.uint8)[scene.instances]
-    (year / "SegmentationObject" / f"{name}.png").write_bytes(palette_png(scene.instances))
-    (year / "SegmentationClass" / f"{name}.png").write_bytes(palette_png(classes))
-    (year / "Annotations" / f"{name}.xml").write_text(_annotation(name, scene))
 
 
 def _annotation(name: str, scene: Scene) -> str:

@@ -7,13 +7,14 @@ which no single object can be told, often at the edge of sight. In the truth it 
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from labelpenet.data.dataset import (
     AnnotatedImages,
+    Classes,
     NamedImage,
     TaggedImage,
     TaggedImages,
@@ -21,15 +22,14 @@ from labelpenet.data.dataset import (
     tag_images,
     with_truth,
 )
-from labelpenet.data.files import brief, excerpt, inside, is_file, listing, nfc, read_json, read_names, write_text
-from labelpenet.errors import InputError, collected
+from labelpenet.data.files import brief, counted, excerpt, inside, is_file, listing, nfc, read_json, read_names
+from labelpenet.errors import InputError, collected, told
 from labelpenet.formats.folder import exists, list_file
 from labelpenet.formats.polygons import coco_polygons
 from labelpenet.formats.review import accepted
-from labelpenet.formats.rows import coco_annotation, file_names, image_numbers, name_numbers
-from labelpenet.formats.selection import Exported, copy_photograph, mask_arrays, new_export, selected, stems
+from labelpenet.formats.rows import Row, coco_annotation, file_names, image_numbers, name_numbers
+from labelpenet.formats.selection import Export, exporter, mask_arrays, stems
 from labelpenet.formats.shapes import PROBE, Shape, checked_size, image_folder, read_truth
-from labelpenet.instances import Instances
 
 # COCO, datumaro, CVAT and our own; Roboflow, FiftyOne (beside data), Label Studio's COCO export, our own of 0.1.
 _NAMES = (
@@ -44,23 +44,15 @@ _LISTS = ("images", "annotations", "categories")
 
 
 @dataclass(frozen=True)
-class CocoFile:
-    """What an ``instances.json`` says, checked as far as tags need it.
-
-    Attributes:
-        names: category names by category id.
-        images: the image rows by id, in the order of the file; each has a ``file_name``.
-        annotations: the annotation rows of each image, each with a known ``category_id``.
-        problems: one line for each row that cannot be used.
-        notes: what else there is to say of it.
-    """
+class _File:
+    """What an ``instances.json`` says, checked as far as tags need it."""
 
     path: Path
-    names: dict[int, str]
-    images: dict[int | str, dict[str, Any]]
-    annotations: dict[int | str, list[dict[str, Any]]]
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
+    names: dict[int, str]  # of the categories
+    images: dict[int | str, Row]  # in the order of the file; each has a ``file_name``
+    annotations: dict[int | str, list[Row]]  # of each image; each has a known ``category_id``
+    problems: list[str]  # one line for each row that cannot be used
+    notes: list[str]
 
 
 def is_coco(content: Any) -> bool:
@@ -82,11 +74,7 @@ def json_files(data: Path) -> list[Path]:
 
 
 def choose_file(files: Sequence[Path], split: str | None, data: Path) -> Path:
-    """Of a folder's instances files the one of a split: ``val`` chooses ``instances_val2017.json``.
-
-    Raises:
-        InputError: not just one fits (all are listed).
-    """
+    """Of instances files the one of a split, as ``instances_val2017.json`` of ``val``; `InputError` where none is."""
     if len(files) == 1:
         return files[0]
     splits = {path: _split_of(path) for path in files}
@@ -100,11 +88,7 @@ def choose_file(files: Sequence[Path], split: str | None, data: Path) -> Path:
 
 
 def open_annotated(
-    path: Path,
-    split: str | None = None,
-    classes: Sequence[str] | None = None,
-    images: Path | None = None,
-    content: Any = None,
+    path: Path, split: str | None = None, classes: Classes = None, images: Path | None = None, content: Any = None
 ) -> AnnotatedImages:
     """The images of an instances file, with a tag for each category of their annotations that are no crowds, and truth.
 
@@ -128,11 +112,12 @@ def open_annotated(
         return read_truth(shapes, size, tagged.classes, source)
 
     own = [number[name] for name in tagged.classes]
-    others = tuple(category for category in instances.names if category not in own)
+    asked = set(own)
+    others = tuple(category for category in instances.names if category not in asked)
     return replace(with_truth(tagged, path, truth, own), others=others)
 
 
-def _read(path: Path, content: Any) -> CocoFile:
+def _read(path: Path, content: Any) -> _File:
     content, notes = accepted(path, read_json(path) if content is None else content)
     lacking = [key for key in _LISTS if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if lacking:
@@ -156,7 +141,7 @@ def _read(path: Path, content: Any) -> CocoFile:
             raise InputError(f"{path}: category {row['id']} {name!r} stands there twice; merge the two")
         taken.add(name)
         names[row["id"]] = name
-    images: dict[int | str, dict[str, Any]] = {}
+    images: dict[int | str, Row] = {}
     seen: dict[str, int | str] = {}
     same: dict[int | str, int | str] = {}  # the second id of an image that is listed under two
     called = Counter(_image_id(row) for row in content["images"] if _is_image(row))
@@ -174,7 +159,7 @@ def _read(path: Path, content: Any) -> CocoFile:
         else:
             seen[_image_id(row)] = key
             images[key] = row
-    annotations: dict[int | str, list[dict[str, Any]]] = defaultdict(list)
+    annotations: dict[int | str, list[Row]] = defaultdict(list)
     by_datumaro = content.get("licenses") == [{"name": "", "id": 0, "url": ""}]
     painted = 0
     for row in content["annotations"]:
@@ -192,15 +177,12 @@ def _read(path: Path, content: Any) -> CocoFile:
             single = by_datumaro and _is_crowd(row)
             painted += single
             annotations[image].append({**row, "iscrowd": 0} if single else row)
-    if painted:
-        notes.append(
-            f"{painted} masks with iscrowd 1 are taken for single objects: CVAT and datumaro, which wrote {path.name}, "
-            "write every mask so"
-        )
-    return CocoFile(path, names, images, dict(annotations), tuple(problems), tuple(notes))
+    writers = f"CVAT and datumaro, which wrote {path.name}, write every mask so"
+    notes += counted((painted, f"masks with iscrowd 1 are taken for single objects: {writers}"))
+    return _File(path, names, images, dict(annotations), problems, notes)
 
 
-def _tagged(content: CocoFile, split: str | None, classes: Sequence[str] | None, images: Path | None) -> TaggedImages:
+def _tagged(content: _File, split: str | None, classes: Sequence[str] | None, images: Path | None) -> TaggedImages:
     chosen, notes = _chosen(content, split)
     folder, said = _image_folder(content, images)
     notes += said
@@ -217,20 +199,18 @@ def _tagged(content: CocoFile, split: str | None, classes: Sequence[str] | None,
             found.append(NamedImage(_image_id(content.images[key]), path, single, number))
     notes += [*brief(content.problems, "rows are skipped"), *content.notes]
     out = sum(_leads_out(content.images[key]["file_name"]) for key in chosen)
-    if out:
-        notes.append(
-            f"{out} names of {content.path.name} lead elsewhere; the files of these names in {folder} are used"
-        )
+    notes += counted(
+        (out, f"names of {content.path.name} lead elsewhere; the files of these names in {folder} are used")
+    )
     if only_crowd and not any(one.names for one in found):
         raise InputError(f"{content.path}: holds crowds alone; set iscrowd to 0 where they are single objects")
-    if only_crowd:
-        notes.append(f"{only_crowd} images show a class only as a crowd, which gives no tag")
+    notes += counted((only_crowd, "images show a class only as a crowd, which gives no tag"))
     occurring = {name for one in found for name in one.names}
     known = content.names.values() if classes is not None else occurring
     return tag_images(found, classes, known, problems, content.path, notes)
 
 
-def _chosen(content: CocoFile, split: str | None) -> tuple[list[int | str], list[str]]:
+def _chosen(content: _File, split: str | None) -> tuple[list[int | str], list[str]]:
     """The ids of the images of a split, and notes. One file is one split, so only a text file restricts it."""
     if split is None:
         return list(content.images), []
@@ -252,13 +232,13 @@ def _chosen(content: CocoFile, split: str | None) -> tuple[list[int | str], list
         if not ids:
             raise InputError(f"{path}: names no image of {content.path}; give image ids or file names")
         absent = len(wanted.difference(*(names[key] for key in ids)))
-        return ids, [f"{absent} lines of {path.name} name no image of {content.path.name}"] * bool(absent)
+        return ids, counted((absent, f"lines of {path.name} name no image of {content.path.name}"))
     if split in (_split_of(content.path), *re.split(r"[\W\d_]+", content.path.stem)):
         return list(content.images), []
     return list(content.images), [f"{content.path.name} has no splits: all its images are used as {split!r}"]
 
 
-def _image_folder(content: CocoFile, images: Path | None) -> tuple[Path, list[str]]:
+def _image_folder(content: _File, images: Path | None) -> tuple[Path, list[str]]:
     """The folder that holds most of the first images, and notes; errors as `image_folder`."""
     home, own = content.path.parent, _split_of(content.path) or "images"
     homes = [home, home.parent] if home.name == "annotations" else [home]
@@ -313,19 +293,8 @@ def _is_key(value: Any) -> bool:
     return _is_id(value) or isinstance(value, str)
 
 
-def export_coco(
-    predictions: Mapping[str, Instances],
-    images: Sequence[TaggedImage],
-    classes: Sequence[str],
-    out: Path | str,
-    *,
-    category_ids: Sequence[int] | None = None,
-    polygons: bool = False,
-    copy_images: bool = False,
-    tolerance: float = 0.0,
-    min_score: float = 0.0,
-    overwrite: bool = False,
-) -> Exported:
+@exporter("coco")
+def export_coco(job: Export) -> None:
     """Writes ``out/annotations/instances_default.json``: images, categories and annotations with unique ids.
 
     That is where CVAT and datumaro look for it, datumaro only beside ``images`` (``copy_images``). CVAT takes the file
@@ -338,67 +307,50 @@ def export_coco(
     photographs lie in ``out/images``, and the file calls them as these. A score or box that is not finite is an
     `InputError`, too.
     """
-    numbers, names, plain = image_numbers(images), file_names(images), stems(images, folders=True)
-    ids = range(1, len(classes) + 1) if category_ids is None else category_ids
-    entries: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    with new_export(out, images, overwrite, {"format": "coco"}) as (folder, done):
-        for image, found in selected(predictions, images, min_score, done.notes, doubt=False):
-            height, width = found.image_size
-            number, name = numbers[image.id], names[image.id]
-            if copy_images:
-                copy = copy_photograph(image, folder / "images" / plain[image.id], done)
-                name = copy.relative_to(folder / "images").as_posix()
-            entries.append({"id": number, "file_name": name, "width": width, "height": height})
-            for row, mask in zip(found.to_coco(number, category_ids), mask_arrays(found), strict=True):
-                row.setdefault("segmentation", [])
-                whole = {"id": len(annotations) + 1, **coco_annotation(row)}
-                if polygons and mask is not None:
-                    whole["segmentation"] = coco_polygons(mask, tolerance)
-                annotations.append(whole)
-        content = {
-            "info": {"description": "pseudo-labels by Label-PEnet"},
-            "licenses": [],
-            "images": entries,
-            "categories": [{"id": i, "name": name, "supercategory": ""} for i, name in zip(ids, classes, strict=True)],
-            "annotations": annotations,
-        }
-        done.paths.append(write_text(folder / "annotations/instances_default.json", _finite_json(content, out)))
-    return done
+    numbers, names, plain = image_numbers(job.images), file_names(job.images), stems(job.images, folders=True)
+    ids = range(1, len(job.classes) + 1) if job.category_ids is None else job.category_ids
+    entries: list[Row] = []
+    annotations: list[Row] = []
+    for image, found in job.selected(doubt=False):
+        height, width = found.image_size
+        number, name = numbers[image.id], names[image.id]
+        if job.copy_images:
+            home = job.folder / "images"
+            name = job.copy(image, home / plain[image.id]).relative_to(home).as_posix()
+        entries.append({"id": number, "file_name": name, "width": width, "height": height})
+        for row, mask in zip(found.to_coco(number, job.category_ids), mask_arrays(found), strict=True):
+            row.setdefault("segmentation", [])
+            whole = {"id": len(annotations) + 1, **coco_annotation(row)}
+            if job.polygons and mask is not None:
+                whole["segmentation"] = coco_polygons(mask, job.tolerance)
+            annotations.append(whole)
+    content = {
+        "info": {"description": "pseudo-labels by Label-PEnet"},
+        "licenses": [],
+        "images": entries,
+        "categories": [{"id": i, "name": name, "supercategory": ""} for i, name in zip(ids, job.classes, strict=True)],
+        "annotations": annotations,
+    }
+    job.write("annotations/instances_default.json", _finite_json(content, job.out))
 
 
-def export_coco_results(
-    predictions: Mapping[str, Instances],
-    images: Sequence[TaggedImage],
-    classes: Sequence[str],
-    out: Path | str,
-    *,
-    category_ids: Sequence[int] | None = None,
-    min_score: float = 0.0,
-    overwrite: bool = False,
-) -> Exported:
+@exporter("coco-results")
+def export_coco_results(job: Export) -> None:
     """Writes ``out/results.json``: the bare list that pycocotools' ``loadRes`` and evaluation servers take.
 
     Arguments as `export`, errors as `export_coco`. What the list cannot hold: the names of images and classes.
     """
-    own = all(image.number is not None for image in images)
-    digits = {} if own else name_numbers(images)  # by which such a list is read, too
-    numbers = digits or image_numbers(images)
-    with new_export(out, images, overwrite, {"format": "coco-results"}) as (folder, done):
-        rows = [
-            row
-            for image, found in selected(predictions, images, min_score, done.notes, as_labels=False)
-            for row in found.to_coco(numbers[image.id], category_ids)
-        ]
-        done.paths.append(write_text(folder / "results.json", _finite_json(rows, out)))
-    if category_ids is None or not own:
+    own = all(image.number is not None for image in job.images)
+    digits = {} if own else name_numbers(job.images)  # by which such a list is read, too
+    numbers = digits or image_numbers(job.images)
+    found = job.selected(as_labels=False)
+    rows = [row for image, one in found for row in one.to_coco(numbers[image.id], job.category_ids)]
+    job.write("results.json", _finite_json(rows, job.out))
+    if job.category_ids is None or not own:
         counted = "images have the digits of their names, classes" if digits else "images and classes"
-        done.notes.append(f"the data set has no COCO ids of its own: {counted} are numbered from 1, in order")
-    return done
+        job.notes.append(f"the data set has no COCO ids of its own: {counted} are numbered from 1, in order")
 
 
-def _finite_json(content: Any, out: Path | str) -> str:
-    try:
+def _finite_json(content: Any, out: Path) -> str:
+    with told(f"{out}: a score or box is NaN or infinite; remove it from the predictions", ValueError):
         return json.dumps(content, allow_nan=False)
-    except ValueError as error:
-        raise InputError(f"{out}: a score or box is NaN or infinite; remove it from the predictions") from error

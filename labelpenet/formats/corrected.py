@@ -14,7 +14,7 @@ import torch
 from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, Truth
 from labelpenet.data.files import listing, read_json
 from labelpenet.data.images import image_size
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, told
 from labelpenet.formats.open import open_annotated
 from labelpenet.formats.review import is_review, read_review
 from labelpenet.formats.rows import copy_name, plain_name
@@ -74,12 +74,9 @@ def _read_review(path: Path, images: TaggedImages) -> tuple[dict[str, Read], set
         none = torch.zeros(len(one.rows), dtype=torch.bool)
         return Truth(_checked(one.instances(len(images.classes)), by_id[name]), none, none)
 
-    accepted: dict[str, Read] = {
-        name: partial(_named, partial(read, name), path, name)
-        for name, one in reviewed.items()
-        if one.status == "accepted"
-    }
-    return accepted, {name for name, one in reviewed.items() if one.status == "dropped"}, notes
+    accepted = [name for name, one in reviewed.items() if one.status == "accepted"]
+    readers = {name: _named(partial(read, name), path, name) for name in accepted}
+    return readers, {name for name, one in reviewed.items() if one.status == "dropped"}, notes
 
 
 def _read_annotated(path: Path, images: TaggedImages) -> tuple[dict[str, Read], set[str], list[str]]:
@@ -107,18 +104,15 @@ def _read_annotated(path: Path, images: TaggedImages) -> tuple[dict[str, Read], 
     absent = len(tagged.images) - len(pairs)
     if absent:
         notes.append(f"{path}: {absent} of its {len(tagged.images)} photographs are not trained on, or several fit")
-
-    readers: dict[str, Read] = {
-        ours.id: partial(_named, partial(_renamed, annotated, theirs, ours, labels), path, ours.id)
-        for theirs, ours in pairs
+    readers = {
+        ours.id: _named(partial(_renamed, annotated, theirs, ours, labels), path, ours.id) for theirs, ours in pairs
     }
     return readers, set(), [*tagged.notes, *notes]
 
 
 def _matched(theirs: Sequence[TaggedImage], ours: Sequence[TaggedImage]) -> list[tuple[TaggedImage, TaggedImage]]:
     """Pairs of the same photograph: the same file, else the only one of its name on both sides, else of the name that
-    an export gives a copy. Of two photographs that differ in their suffix, or whose copies may have one name, a copy is
-    known by its content alone.
+    an export gives a copy. Where two differ in their suffix, or their copies in nothing, content alone tells a copy.
     """
     files = {os.path.realpath(image.path): image for image in ours}
     stems = Counter(image.path.stem.casefold() for image in ours)
@@ -177,9 +171,6 @@ def _checked(one: Instances, image: TaggedImage) -> Instances:
     return one
 
 
-def _named(read: Read, path: Path, name: str) -> Truth:
-    """What ``read`` returns; its errors say which file and photograph they are about."""
-    try:
-        return read()
-    except InputError as error:
-        raise InputError(f"{path}: {name}: {error}; correct it again or take it out of the file") from error
+def _named(read: Read, path: Path, name: str) -> Read:
+    """The same, but its errors say which file and photograph they are about."""
+    return told(lambda error: f"{path}: {name}: {error}; correct it again or take it out of the file", InputError)(read)

@@ -16,16 +16,15 @@ from labelpenet.formats.voc_submission import export_voc_submission
 from labelpenet.formats.yolo import export_yolo
 from labelpenet.instances import Instances
 
-_FEW = {"min_score", "overwrite"}
-_WRITERS: dict[str, tuple[Callable[..., Exported], set[str]]] = {  # what writes each format, and its options
-    "coco": (export_coco, _FEW | {"category_ids", "copy_images"}),
-    "coco-polygons": (partial(export_coco, polygons=True), _FEW | {"category_ids", "copy_images", "tolerance"}),
-    "coco-results": (export_coco_results, _FEW | {"category_ids"}),
-    "voc": (export_voc, _FEW | {"split", "copy_images"}),
-    "yolo": (export_yolo, _FEW | {"split", "copy_images", "tolerance"}),
-    "labelme": (export_labelme, _FEW | {"copy_images", "tolerance"}),
-    "label-studio": (export_label_studio, _FEW | {"tolerance"}),
-    "voc-submission": (export_voc_submission, {"overwrite"}),
+_WRITERS: dict[str, tuple[Callable[..., Exported], set[str]]] = {  # what writes each format, and what it can do
+    "coco": (export_coco, {"copy_images"}),
+    "coco-polygons": (partial(export_coco, polygons=True), {"copy_images", "tolerance"}),
+    "coco-results": (export_coco_results, set()),
+    "voc": (export_voc, {"copy_images"}),
+    "yolo": (export_yolo, {"copy_images", "tolerance"}),
+    "labelme": (export_labelme, {"copy_images", "tolerance"}),
+    "label-studio": (export_label_studio, {"tolerance"}),
+    "voc-submission": (export_voc_submission, set()),
 }
 
 
@@ -77,11 +76,10 @@ def export(
         raise InputError(f"{to} holds no polygons; a tolerance is for {_taking('tolerance')}")
     if not 0 <= tolerance < 1000:
         raise InputError(f"a tolerance is a number of pixels from 0 on, but got {tolerance}")
-    if min_score and "min_score" not in takes:
+    if min_score and to == "voc-submission":
         raise InputError("a submission takes every score; leave the minimum away")
     options = {"category_ids": category_ids, "split": split, "min_score": min_score, "copy_images": copy_images}
-    options |= {"tolerance": tolerance, "overwrite": overwrite}
-    return write(predictions, photographs, classes, out, **{name: options[name] for name in takes})
+    return write(predictions, photographs, classes, out, overwrite, tolerance=tolerance, **options)
 
 
 def _taking(option: str) -> str:

@@ -20,10 +20,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImages, only_tagged, tag_images
-from labelpenet.data.files import brief, excerpt, inside, is_file, is_hidden, listing, nfc, read_json, read_text
+from labelpenet.data.dataset import Classes, NamedImage, Opened, TaggedImages, only_tagged, tag_images
+from labelpenet.data.files import (
+    brief,
+    counted,
+    excerpt,
+    inside,
+    is_file,
+    is_hidden,
+    listing,
+    nfc,
+    read_json,
+    read_text,
+)
 from labelpenet.data.images import SUFFIXES
-from labelpenet.errors import InputError, collected
+from labelpenet.errors import InputError, collected, told
 from labelpenet.formats.shapes import PROBE, image_folder
 
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "test", "trainval")
@@ -46,9 +57,11 @@ _REMEDY = (
 
 @dataclass
 class _Table:
-    """What a tags file says: tags by file as written there, what looked odd, and what is to be said once."""
+    """What a tags file says: tags by file as written there, or the cells (name, line, texts) in which they stand
+    together, what looked odd, and what is to be said once."""
 
     tags: dict[str, frozenset[str]] = field(default_factory=dict)
+    cells: list[tuple[str, int, list[str]]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -69,6 +82,7 @@ def open_tags_file(
     """
     suffix = path.suffix.lower()
     table = _read_lines(path) if suffix == ".jsonl" else _read_json(path) if suffix == ".json" else _read_csv(path)
+    _add_cells(table, path)
     stemless = any(Path(name).suffix.lower() not in SUFFIXES for name in table.tags)
     folders = [images] if images else [path.parent, *(path.parent / name for name in ("images", "data", path.stem))]
     stems = {folder: _stems(folder) if stemless else {} for folder in folders if folder.is_dir()}
@@ -92,8 +106,7 @@ def open_tags_file(
         notes.append(f"{path.name} calls the classes by numbers: {listing(numbers)}")
     named = set(map(nfc, tags))
     untagged = sum(nfc(name) not in named for name in _all_images(home))
-    if untagged:
-        notes.append(f"{untagged} images of {home} do not stand in {path.name}; they are not used")
+    notes += counted((untagged, f"images of {home} do not stand in {path.name}; they are not used"))
     known = known_beside(path.parent, classes, occurring, lambda part: open_tags_file(part / path.name))
     return tag_names(tags, home, path, split, classes, notes, known)
 
@@ -119,18 +132,14 @@ def open_class_folders(data: Path, split: str | None = None, classes: Sequence[s
                 f"({listing(sorted(upper), 5)}) or of the lower ones ({listing(sorted(lower), 5)})"
             )
         level = fits.index(True)
-    if deep:
-        notes.append(f"{deep} images lie deeper; their class is the {'lower' if level else 'upper'} folder's name")
+    notes += counted((deep, f"images lie deeper; their class is the {'lower' if level else 'upper'} folder's name"))
     tags = {"/".join(parts): frozenset({nfc(parts[level])}) for parts in files}
     for copies in _copies(data, tags):
         tags[copies[0]] = frozenset().union(*(tags[name] for name in copies))
         for name in copies[1:]:
             del tags[name]
-    copied = len(files) - len(tags)
-    if copied:
-        notes.append(
-            f"{copied} images are copies of one of the same name in another class's folder: it has all the tags"
-        )
+    same = "images are copies of one of the same name in another class's folder: it has all the tags"
+    notes += counted((len(files) - len(tags), same))
     empty = {path.name for path in data.iterdir() if path.is_dir()} - {parts[0] for parts in files} - set(_UNLABELLED)
     if empty := {name for name in empty if not _is_passed_over(name)}:
         notes.append(f"no photograph lies in {listing(sorted(empty))}: no class of that name")
@@ -139,21 +148,14 @@ def open_class_folders(data: Path, split: str | None = None, classes: Sequence[s
             f"{unread} images have an XML file beside them, which is not read: the sub-folders are taken as classes; "
             "for what the XML says give a folder whose photographs lie in no sub-folder"
         )
-    loose = len(image_files(data))
-    if loose:
-        notes.append(f"{loose} images lie in no class's sub-folder; they are not used")
+    notes += counted((len(image_files(data)), "images lie in no class's sub-folder; they are not used"))
     known = known_beside(data, classes, set().union(*tags.values()), open_class_folders)
     return tag_names(tags, data, data, split, classes, notes, known)
 
 
-def known_beside(
-    data: Path,
-    classes: Sequence[str] | None,
-    known: Iterable[str],
-    opened: Callable[[Path], AnnotatedImages | TaggedImages],
-) -> set[str]:
-    """The ``known`` class names and, where one that is asked for is none of them, those of the data set's other parts:
-    a small ``val`` beside ``train`` need not show every class. ``opened`` reads a part.
+def known_beside(data: Path, classes: Classes, known: Iterable[str], opened: Callable[[Path], Opened]) -> set[str]:
+    """The ``known`` class names and, where one that is asked for is none, those of the data set's other parts (read by
+    ``opened``): a small ``val`` beside ``train`` need not show every class.
     """
     names = set(known)
     if data.resolve().name.lower() in SPLIT_NAMES and not names.issuperset(classes or ()):
@@ -165,9 +167,7 @@ def known_beside(
 
 
 def _copies(data: Path, tags: Mapping[str, frozenset[str]]) -> Iterator[list[str]]:
-    """Names of files of one content and file name with different tags: a photograph of several classes, as CVAT and
-    datumaro write it, in the folder of each.
-    """
+    """Names of files of one content and file name with different tags, as CVAT and datumaro write several classes."""
     named: dict[str, list[str]] = {}
     for name in tags:
         named.setdefault(name.rsplit("/", 1)[-1], []).append(name)
@@ -200,10 +200,7 @@ def tag_names(
     notes: Sequence[str],
     more: Iterable[str] = (),
 ) -> TaggedImages:
-    """Tagged images from tags by file name relative to ``home``; ids are these names. Errors as `tag_images`.
-
-    ``more`` are names of classes that are known besides.
-    """
+    """Tagged images from tags by their id, a name in ``home``; ``more`` classes are known. Errors as `tag_images`."""
     chosen, split_notes = restrict(tags, home, source, split)
     found, problems = [], list[str]()
     for name in chosen:
@@ -220,11 +217,7 @@ def tag_names(
 
 
 def _doubts(known: set[str], classes: Sequence[str], source: Path) -> Iterator[str]:
-    """Notes on tags that may not be meant as they stand.
-
-    Raises:
-        InputError: a tag may be several (``cat dog``, beside ``cat`` and ``dog``) and is none of ``classes``.
-    """
+    """Notes on tags that may be none; `InputError` where one may be several and is none of ``classes``."""
     for tag in sorted(known - set(classes)):
         parts = [part for part in re.split(r"[\s/+&,;|]+", tag) if part.lower() != "and"]
         if len(parts) > 1 and known.issuperset(parts):
@@ -270,11 +263,7 @@ def plain_split(name: str) -> str:
 
 
 def list_file(split: str, folders: Iterable[Path], source: Path) -> Path | None:
-    """The list of a split: ``SPLIT.txt`` in one of the folders, or a text file of the user's; None: there is none.
-
-    Raises:
-        InputError: the split can only be meant as a file, and is none.
-    """
+    """A split's ``SPLIT.txt`` in one of the folders, or a text file; `InputError` where there is no such file."""
     own = Path(os.path.expanduser(split))  # noqa: PTH111 the shell leaves the ~ of --split=~/few.txt; no home, no error
     for path in (*(folder / f"{split}.txt" for folder in folders), own):
         if path.suffix and is_file(path):
@@ -289,14 +278,11 @@ def _read_csv(path: Path) -> _Table:
     text = read_text(path)
     delimiter = max(",;\t", key=text.split("\n", 1)[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True)
-    try:
+    with told(lambda error: f"{path}: line {reader.line_num}: no valid CSV ({error}); save it again", csv.Error):
         rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
-    except csv.Error as error:
-        raise InputError(f"{path}: line {reader.line_num}: no valid CSV ({error}); save it again") from error
     header = [cell.strip() for cell in rows[0][1]] if rows else []
     file, tag = _columns(header, path)
-    table, cells = _Table(), list[tuple[str, int, list[str]]]()
-    extra = 0
+    table, extra = _Table(), 0
     for number, row in rows[1:]:
         name = _name(row[file]) if len(row) > file else ""
         if not name:
@@ -310,18 +296,17 @@ def _read_csv(path: Path) -> _Table:
         if "\n" in "".join([row[file], *row[tag : tag + 1], *more] if tag is not None else []):
             raise InputError(f"{path}: line {number}: a name or tag goes on in the next line; close its quotation mark")
         extra += bool(more)
-        cells.append((name, number, [*row[tag : tag + 1], *more] if tag is not None else row))
-    again = len(cells) - len({name for name, _, _ in cells})
-    if again:
-        table.notes.append(f"{again} rows of {path.name} name a file again; the tags of a file are put together")
+        table.cells.append((name, number, [*row[tag : tag + 1], *more] if tag is not None else row))
+    again = len(table.cells) - len({name for name, _, _ in table.cells})
+    table.notes += counted((again, f"rows of {path.name} name a file again; the tags of a file are put together"))
     if tag is None:
-        for name, number, row in cells:
+        for name, number, row in table.cells:
             table.add(name, _marked(header, file, row, f"{path}: line {number}"))
+        table.cells = []
         return table
-    _add_cells(table, cells, path)
-    if extra:
-        table.notes.append(f"{extra} lines of {path.name} are longer than the first; all that follows is taken as tags")
+    longer = f"lines of {path.name} are longer than the first; all that follows is taken as tags"
     unread = [one for index, one in enumerate(header) if one and index not in (file, tag)]
+    table.notes += counted((extra, longer))
     if unread:
         table.notes.append(f"{path.name}: the columns {listing(unread, 8)} are not read")
     return table
@@ -353,13 +338,9 @@ def _marked(header: Sequence[str], file: int, row: Sequence[str], where: str) ->
     return tag_set(found)
 
 
-def _add_cells(table: _Table, cells: Sequence[tuple[str, int, list[str]]], path: Path) -> None:
-    """Adds tags that stand together in cells: ``cat;dog``, ``cat|dog``, ``cat, dog`` or a list ``["cat", "dog"]``.
-
-    Raises:
-        InputError: different marks stand between the tags.
-    """
-    joined = [(text, number) for _, number, texts in cells for text in texts if not text.strip().startswith("[")]
+def _add_cells(table: _Table, path: Path) -> None:
+    """Adds the tags of cells: ``cat;dog``, ``cat|dog``, ``cat, dog`` (one mark in a file) or ``["cat", "dog"]``."""
+    joined = [(text, number) for _, number, texts in table.cells for text in texts if not text.strip().startswith("[")]
     lines = {mark: next((number for text, number in joined if mark in text), 0) for mark in ";|,"}
     marks = {mark: number for mark, number in lines.items() if number}
     if len(marks) > 1:
@@ -368,7 +349,7 @@ def _add_cells(table: _Table, cells: Sequence[tuple[str, int, list[str]]], path:
     mark = next(iter(marks), ";")
     if mark != ";":
         table.notes.append(f"{path.name}: tags are separated by {mark!r}")
-    for name, number, texts in cells:
+    for name, number, texts in table.cells:
         found: list[Any] = []
         for text in texts:
             if not text.strip().startswith("["):
@@ -392,7 +373,7 @@ def _plain_list(value: Any, where: str) -> list[str]:
 
 def _read_lines(path: Path) -> _Table:
     """JSON lines: ``{"file_name": "a.jpg", "labels": ["cat"]}``, or with ``objects`` and their ``categories``."""
-    table, cells = _Table(), list[tuple[str, int, list[str]]]()
+    table = _Table()
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -410,10 +391,9 @@ def _read_lines(path: Path) -> _Table:
         if not isinstance(name, str) or len(values) != 1:
             raise InputError(f"{where}: it must name one file and its tags once; {_REMEDY}")
         if isinstance(values[0], str):
-            cells.append((_name(name), number, [values[0]]))
+            table.cells.append((_name(name), number, [values[0]]))
         else:
             table.add(_name(name), tag_set(_plain_list(values[0], where)))
-    _add_cells(table, cells, path)
     return table
 
 
@@ -421,21 +401,19 @@ def _read_json(path: Path) -> _Table:
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f'{path}: expected {{"file": ["tag", ...], ...}}; write one object with a list for each file')
-    table, cells = _Table(), list[tuple[str, int, list[str]]]()
+    table = _Table()
     # in pairs, for of a name that stands there twice an object has the last tags alone
     pairs = [pair for pair in json.loads(read_text(path), object_pairs_hook=list) if pair[0] in content]
-    if len(pairs) > len(content):
-        again = len(pairs) - len(content)
-        table.notes.append(f"{again} entries of {path.name} name a file again; the tags of a file are put together")
+    again = len(pairs) - len(content)
+    table.notes += counted((again, f"entries of {path.name} name a file again; the tags of a file are put together"))
     for number, (name, values) in enumerate(pairs, 1):
         if isinstance(values, str):
             table.add(_name(name), frozenset())  # its place among the others
-            cells.append((_name(name), number, [values]))
+            table.cells.append((_name(name), number, [values]))
         elif not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             table.problems.append(f"{path}: the tags of {name[:80]} are no list of names; it is skipped")
         else:
             table.add(_name(name), tag_set(values))
-    _add_cells(table, cells, path)
     return table
 
 

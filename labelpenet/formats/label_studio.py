@@ -11,7 +11,6 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
@@ -19,34 +18,21 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, Truth, with_truth
-from labelpenet.data.files import brief, excerpt, listing, read_json, read_text, write_text
+from labelpenet.data.dataset import Classes, Opened, TaggedImage, Truth, with_truth
+from labelpenet.data.files import brief, counted, excerpt, listing, read_json, read_text
 from labelpenet.data.images import SUFFIXES
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, told
 from labelpenet.formats.folder import exists, tag_names, tag_set
 from labelpenet.formats.polygons import joined, outline
-from labelpenet.formats.rows import file_names
-from labelpenet.formats.selection import Exported, new_export, objects, selected
+from labelpenet.formats.rows import Row, file_names
+from labelpenet.formats.selection import Export, exporter, objects
 from labelpenet.formats.shapes import Shape, checked_size, read_truth
-from labelpenet.instances import Instances
-
-LOCAL_FILES = "/data/local-files/?d="
 
 # Label Studio puts eight hexadecimal digits and a dash before the name of an uploaded file.
 _UPLOAD = re.compile(r"^[0-9a-f]{8}-")
 # Columns of JSON-MIN that are about the work, not the answer.
 _ABOUT = {"id", "annotator", "annotation_id", "created_at", "updated_at", "lead_time"}
 _TAG_COLUMNS = {"choice", "choices", "label", "labels", "tag", "tags", "class", "category"}
-
-
-@dataclass
-class _Tasks:
-    """What an export says: by image name its tags and the results that are its truth."""
-
-    home: Path
-    tags: dict[str, frozenset[str]] = field(default_factory=dict)
-    results: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 def is_label_studio(content: Any) -> bool:
@@ -64,9 +50,7 @@ def is_csv(text: str) -> bool:
     return {"annotation_id", "lead_time"} <= {name.strip('"\r') for name in re.split("[,\t]", text.split("\n", 1)[0])}
 
 
-def open_data(
-    path: Path, split: str | None = None, classes: Sequence[str] | None = None, images: Path | None = None
-) -> AnnotatedImages | TaggedImages:
+def open_data(path: Path, split: str | None = None, classes: Classes = None, images: Path | None = None) -> Opened:
     """The images of an export (JSON or CSV) with the shapes that were drawn on them; tags alone where there is no
     shape.
 
@@ -75,13 +59,13 @@ def open_data(
         split: a name for which ``SPLIT.txt`` lies beside the images, or a text file of file names.
         images: the folder with the images; None: ``images`` beside the file, or the file's own folder.
     """
-    tasks = _read(path, images)
-    tagged = tag_names(tasks.tags, tasks.home, path, split, classes, tasks.notes)
-    if not any(_drawn(result) for results in tasks.results.values() for result in results):
+    home, tags, found, notes = _read(path, images)
+    tagged = tag_names(tags, home, path, split, classes, notes)
+    if not any(_drawn(result) for results in found.values() for result in results):
         return tagged
 
     def truth(image: TaggedImage) -> Truth:
-        results = [result for result in tasks.results[image.id] if _drawn(result)]
+        results = [result for result in found[image.id] if _drawn(result)]
         source = f"{path}: image {image.id}"
         size = checked_size(image.path, (None, None), source)
         for result in results:
@@ -96,21 +80,25 @@ def open_data(
     return with_truth(tagged, path, truth)
 
 
-def _read(path: Path, images: Path | None) -> _Tasks:
+def _read(path: Path, images: Path | None) -> tuple[Path, dict[str, frozenset[str]], dict[str, list[Row]], list[str]]:
+    """The folder of the images, by image name its tags and the results that are its truth, and notes."""
     content = _csv_rows(path) if path.suffix.lower() != ".json" else read_json(path)
     if not is_label_studio(content):
         raise InputError(f"{path}: no Label Studio export; export the project as JSON, JSON-MIN or CSV")
     home = images or (path.parent / "images" if (path.parent / "images").is_dir() else path.parent)
-    tasks, addresses = _Tasks(home), dict[str, str]()
+    tagged, found, called = dict[str, frozenset[str]](), dict[str, list[Row]](), dict[str, str]()
     problems, waiting, silent, several = [], 0, 0, 0
     column = _text_column(content, path)
     entries: dict[str, str] = {}
     for task in content:
         where = f"{path}: task {excerpt(task.get('id'), 40)}"
-        address, others = _address(task), _addresses(task)
+        addresses = _addresses(task)
+        alike = len({_names(value)[-1] for value in addresses.values()}) < 2
+        # of several the one that is called image, for only the labelling interface, which no export holds, tells them
+        address = next(iter(addresses.values()), None) if alike else addresses.get("image")
         if address is None:
-            several_images = f"has several images ({listing(sorted(others))}); export tasks of one image each"
-            problems.append(f"{where} {several_images if others else 'names no image'}")
+            several_images = f"has several images ({listing(sorted(addresses))}); export tasks of one image each"
+            problems.append(f"{where} {several_images if addresses else 'names no image'}")
             continue
         annotations = _annotations(task, column)
         if not annotations:
@@ -121,42 +109,38 @@ def _read(path: Path, images: Path | None) -> _Tasks:
             silent += 1
             continue
         name = next((name for name in _names(address) if exists(home, name)), None)
-        if name is None or addresses.setdefault(name, address) != address:
-            reason = f"may be {name}, as may be {addresses[name][:80]}" if name else f"is not in {home}"
+        if name is None or called.setdefault(name, address) != address:
+            reason = f"may be {name}, as may be {called[name][:80]}" if name else f"is not in {home}"
             problems.append(f"{where}: its image ({address[:80]}) {reason}")
             continue
-        several += len(annotations) > 1 or name in tasks.tags
-        tasks.tags[name] = tasks.tags.get(name, frozenset()) | tags
-        tasks.results[name] = annotations[-1]
-    if not tasks.tags:
+        several += len(annotations) > 1 or name in tagged
+        tagged[name] = tagged.get(name, frozenset()) | tags
+        found[name] = annotations[-1]
+    if not tagged:
         raise InputError(problems[0] if problems else f"{path}: no task has an annotation; annotate and export again")
-    tasks.notes += brief(problems, "tasks are skipped")
-    for count, what in (
-        (waiting, "have no annotation yet; they are not used"),
-        (silent, "have neither choices nor shapes with labels; they are not used"),
-        (several, "have several annotations: their tags are put together, and the shapes of one are the truth"),
-    ):
-        if count:
-            tasks.notes.append(f"{count} tasks {what}")
-    return tasks
+    notes = brief(problems, "tasks are skipped") + counted(
+        (waiting, "tasks have no annotation yet; they are not used"),
+        (silent, "tasks have neither choices nor shapes with labels; they are not used"),
+        (several, "tasks have several annotations: their tags are put together, and the shapes of one are the truth"),
+    )
+    return home, tagged, found, notes
 
 
-def _csv_rows(path: Path) -> list[dict[str, Any]]:
+def _csv_rows(path: Path) -> list[Row]:
     """The rows of a CSV export as those of JSON-MIN: cells that hold JSON are read, empty ones are left out."""
     text = read_text(path)
     delimiter = "\t" if "\t" in text.split("\n", 1)[0] else ","
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     rows = []
-    try:
+    kinds = (csv.Error, ValueError, RecursionError)
+    with told(lambda error: f"{path}: line {reader.line_num}: {error}; export the project again", *kinds):
         for row in reader:
             cells = {key: cell for key, cell in row.items() if isinstance(key, str) and isinstance(cell, str) and cell}
             rows.append({key: json.loads(cell) if cell[0] in "[{" else cell for key, cell in cells.items()})
-    except (csv.Error, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: line {reader.line_num}: {error}; export the project again") from error
     return rows
 
 
-def _annotations(task: dict[str, Any], column: str | None) -> list[list[dict[str, Any]]]:
+def _annotations(task: dict[str, Any], column: str | None) -> list[list[Row]]:
     """The results of each annotation of a task, that of the truth last; none where nobody has annotated it."""
     if "annotations" in task or "data" in task:
         rows = task.get("annotations")
@@ -183,11 +167,7 @@ def _annotations(task: dict[str, Any], column: str | None) -> list[list[dict[str
 
 
 def _text_column(content: Sequence[dict[str, Any]], path: Path) -> str | None:
-    """JSON-MIN writes a single choice as plain text, beside whatever else the project's data holds as text.
-
-    Raises:
-        InputError: several columns could be the choice.
-    """
+    """Where JSON-MIN has a single choice, among other texts of the project; `InputError` where it may be in several."""
     texts = {
         key
         for task in content
@@ -195,17 +175,15 @@ def _text_column(content: Sequence[dict[str, Any]], path: Path) -> str | None:
         for key, value in task.items()
         if isinstance(value, str) and key not in _ABOUT | set(_addresses(task)) and "://" not in value
     }
-    answers = {key for task in content for key, value in task.items() if _is_answer(value)}
+    # columns with shapes, taxonomy entries or several choices
+    cells = [(key, value) for task in content for key, value in task.items()]
+    lists = {key for key, value in cells if isinstance(value, list) and value}
+    answers = lists | {key for key, value in cells if isinstance(value, dict) and "choices" in value}
     # where there are other answers, a text is one only by its name, or where other tasks have several choices there
     chosen = texts & (_TAG_COLUMNS | answers) if len(texts) > 1 or answers else texts
     if len(chosen) > 1 or (len(texts) > 1 and not chosen and not answers):
         raise InputError(f"{path}: {listing(sorted(texts))} could each be the tag; export the project as JSON")
     return next(iter(chosen), None)
-
-
-def _is_answer(value: Any) -> bool:
-    """Whether a cell of JSON-MIN holds shapes, taxonomy entries or several choices."""
-    return (isinstance(value, list) and bool(value)) or (isinstance(value, dict) and "choices" in value)
 
 
 def _words(result: Mapping[str, Any], entries: dict[str, str], where: str) -> list[str]:
@@ -274,10 +252,8 @@ def _brush(numbers: Any, size: tuple[int, int]) -> np.ndarray:
     """(H, W) bool of a brush: the opacity of RGBA pixels, packed as runs.
 
     After 32 bits for the number of bytes follow the width of a byte and of four kinds of counts, less 1; then for each
-    run whether it repeats one byte, the kind of its count, its count less 1, and the byte or bytes.
-
-    Raises:
-        ValueError: the runs are damaged or of another size.
+    run whether it repeats one byte, the kind of its count, its count less 1, and the byte or bytes. `ValueError`: the
+    runs are damaged or of another size.
     """
     bits = "".join(f"{value:08b}" for value in bytes(numbers))
     place = 0
@@ -302,15 +278,6 @@ def _brush(numbers: Any, size: tuple[int, int]) -> np.ndarray:
         parts.append(np.full(count, values[0], np.uint8) if repeats else np.array(values, np.uint8))
         done += count
     return np.concatenate(parts).reshape(*size, 4)[..., 3] > 0
-
-
-def _address(task: dict[str, Any]) -> str | None:
-    """The address of a task's image; of several the one that is called ``image``, else None, for only the labelling
-    interface, which no export holds, says on which of them the results lie.
-    """
-    found = _addresses(task)
-    several = len({_names(value)[-1] for value in found.values()}) > 1
-    return found.get("image") if several else next(iter(found.values()), None)
 
 
 def _addresses(task: dict[str, Any]) -> dict[str, str]:
@@ -339,17 +306,8 @@ def _names(address: str) -> list[str]:
     return [*names, plain] if plain and plain not in names else names
 
 
-def export_label_studio(
-    predictions: Mapping[str, Instances],
-    images: Sequence[TaggedImage],
-    classes: Sequence[str],
-    out: Path | str,
-    *,
-    url: str = LOCAL_FILES,
-    tolerance: float = 0.0,
-    min_score: float = 0.0,
-    overwrite: bool = False,
-) -> Exported:
+@exporter("label-studio")
+def export_label_studio(job: Export) -> None:
     """Writes ``out/tasks.json`` (import it) and ``out/labels.xml`` (the project's labelling interface).
 
     An instance with a mask becomes a polygon, one without or of score 0 a rectangle; each has its score. What a polygon
@@ -358,29 +316,26 @@ def export_label_studio(
     Arguments and errors as `export`, and ``url``: what comes before an image's name (percent-encoded) in its task; by
     default Label Studio's local storage.
     """
-    tasks: list[dict[str, Any]] = []
-    bridged, names = 0, file_names(images)
-    with new_export(out, images, overwrite, {"format": "label-studio"}) as (folder, done):
-        for image, found in selected(predictions, images, min_score, done.notes):
-            results: list[dict[str, Any]] = []
-            for label, score, box, mask in objects(found):
-                parts = None if mask is None else outline(mask, tolerance=tolerance)
-                bridged += parts is not None and len(parts) > 1
-                name = f"instance{len(results) + 1}"
-                results.append(_shape(name, classes[label], score, parts, box, found.image_size))
-            prediction: dict[str, Any] = {"model_version": "Label-PEnet", "result": results}
-            if len(found):
-                prediction["score"] = float(found.weights.mean())
-            tasks.append({"data": {"image": url + quote(names[image.id])}, "predictions": [prediction]})
-        done.paths.append(write_text(folder / "tasks.json", json.dumps(tasks)))
-        done.paths.append(write_text(folder / "labels.xml", labelling_interface(classes)))
-    done.notes.append(f"photographs are addressed as {url}NAME; change the addresses if they are stored elsewhere")
-    if bridged:
-        done.notes.append(f"{bridged} masks of several parts or with holes became one outline with bridges")
-    return done
+    tasks: list[Row] = []
+    bridged, names = 0, file_names(job.images)
+    for image, found in job.selected():
+        results: list[Row] = []
+        for label, score, box, mask in objects(found):
+            parts = None if mask is None else outline(mask, tolerance=job.tolerance)
+            bridged += parts is not None and len(parts) > 1
+            name = f"instance{len(results) + 1}"
+            results.append(_shape(name, job.classes[label], score, parts, box, found.image_size))
+        prediction: dict[str, Any] = {"model_version": "Label-PEnet", "result": results}
+        if len(found):
+            prediction["score"] = float(found.weights.mean())
+        tasks.append({"data": {"image": job.url + quote(names[image.id])}, "predictions": [prediction]})
+    job.write("tasks.json", json.dumps(tasks))
+    job.write("labels.xml", _labelling_interface(job.classes))
+    job.notes.append(f"photographs are addressed as {job.url}NAME; change the addresses if they are stored elsewhere")
+    job.notes += counted((bridged, "masks of several parts or with holes became one outline with bridges"))
 
 
-def labelling_interface(classes: Sequence[str]) -> str:
+def _labelling_interface(classes: Sequence[str]) -> str:
     """The labelling interface that the tasks belong to, as Label Studio's XML."""
     view = ElementTree.Element("View")
     ElementTree.SubElement(view, "Image", name="image", value="$image")

@@ -22,22 +22,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from labelpenet.data.dataset import (
-    AnnotatedImages,
-    NamedImage,
-    TaggedImage,
-    TaggedImages,
-    Truth,
-    tag_images,
-    with_truth,
-)
-from labelpenet.data.files import MANIFEST, changed, inside, is_file, is_hidden, listing, nfc, read_json, write_text
+from labelpenet.data.dataset import Classes, NamedImage, Opened, Truth, tag_images, with_truth
+from labelpenet.data.files import MANIFEST, changed, counted, inside, is_file, is_hidden, listing, nfc, read_json
 from labelpenet.data.images import SUFFIXES
-from labelpenet.errors import InputError, collected
+from labelpenet.errors import InputError, collected, told
 from labelpenet.formats.folder import beside, image_files, known_beside, restrict
 from labelpenet.formats.polygons import drawn, joined, outline, signed_area, straight
 from labelpenet.formats.rows import file_names
-from labelpenet.formats.selection import Exported, copy_photograph, new_export, objects, selected, stems
+from labelpenet.formats.selection import Export, exporter, objects, stems
 from labelpenet.formats.shapes import Shape, checked_size, read_truth
 from labelpenet.instances import Instances, masks_to_boxes
 
@@ -45,17 +37,8 @@ CHECKED = "checked"
 _OURS = "labelpenet"  # the key by which an exported file is known: the photograph's name in the data set
 
 
-def export_labelme(
-    predictions: Mapping[str, Instances],
-    images: Sequence[TaggedImage],
-    classes: Sequence[str],
-    out: Path | str,
-    *,
-    copy_images: bool = False,
-    tolerance: float = 0.0,
-    min_score: float = 0.0,
-    overwrite: bool = False,
-) -> Exported:
+@exporter("labelme")
+def export_labelme(job: Export) -> None:
     """Writes ``out/<image>.json`` for each photograph, in the sub-folders that the photographs lie in.
 
     Polygons run through the outermost pixels, as Labelme draws them. What they cannot hold: holes (they
@@ -64,31 +47,26 @@ def export_labelme(
     A class that is called ``checked`` is an `InputError`: its flag would be the person's. Other arguments and errors as
     `export`; copies of the photographs lie beside the files, where both programs look for them.
     """
-    if CHECKED in classes:
+    if CHECKED in job.classes:
         raise InputError(f"the class {CHECKED!r} has the name of the flag by which a person accepts a file; rename it")
-    with new_export(out, images, overwrite, {"format": "labelme"}) as (folder, done):
-        names, files = stems(images, folders=True), file_names(images)
-        for image, found in selected(predictions, images, min_score, done.notes):
-            path = folder / names[image.id]
-            photograph = image.path.name
-            if copy_images:
-                photograph = copy_photograph(image, path, done).name
-            flags = {CHECKED: False} | {name: label in image.tags for label, name in enumerate(classes)}
-            content = {
-                "version": "5.5.0",
-                "flags": flags,
-                "shapes": _shapes(found, classes, tolerance),
-                "imagePath": photograph,
-                "imageData": None,
-                "imageHeight": found.image_size[0],
-                "imageWidth": found.image_size[1],
-                _OURS: files[image.id],
-            }
-            text = json.dumps(content, ensure_ascii=False, indent=1)
-            done.paths.append(write_text(path.with_name(path.name + ".json"), text))
-    if not copy_images:
-        done.notes.append("Labelme and X-AnyLabeling look for the photographs beside the files: export with copies")
-    return done
+    names, files = stems(job.images, folders=True), file_names(job.images)
+    for image, found in job.selected():
+        photograph = image.path.name
+        if job.copy_images:
+            photograph = job.copy(image, job.folder / names[image.id]).name
+        content = {
+            "version": "5.5.0",
+            "flags": {CHECKED: False} | {name: label in image.tags for label, name in enumerate(job.classes)},
+            "shapes": _shapes(found, job.classes, job.tolerance),
+            "imagePath": photograph,
+            "imageData": None,
+            "imageHeight": found.image_size[0],
+            "imageWidth": found.image_size[1],
+            _OURS: files[image.id],
+        }
+        job.write(f"{names[image.id]}.json", json.dumps(content, ensure_ascii=False, indent=1))
+    if not job.copy_images:
+        job.notes.append("Labelme and X-AnyLabeling look for the photographs beside the files: export with copies")
 
 
 def _shapes(found: Instances, classes: Sequence[str], tolerance: float) -> list[dict[str, Any]]:
@@ -131,9 +109,7 @@ def lies_beside(data: Path) -> bool:
 
 
 def lies_in(data: Path, parts: Sequence[str]) -> bool:
-    """Whether all JSON of a folder lies in these sub-folders for splits. In an export of ours they mean nothing: its
-    folders are those of the photographs.
-    """
+    """Whether all JSON of a folder lies in these sub-folders for splits, which in an export of ours are none."""
     files = (path.relative_to(data).parts[0] for path in json_files(data))
     return not (data / MANIFEST).is_file() and set(parts).issuperset(files)
 
@@ -149,9 +125,7 @@ def is_labelme(content: Any) -> bool:
     return isinstance(content, dict) and isinstance(content.get("shapes"), list) and "imagePath" in content
 
 
-def open_data(
-    data: Path, split: str | None = None, classes: Sequence[str] | None = None, images: Path | None = None
-) -> AnnotatedImages | TaggedImages:
+def open_data(data: Path, split: str | None = None, classes: Classes = None, images: Path | None = None) -> Opened:
     """The photographs of a folder of such files; tags are the labels of their shapes, and ours' flags.
 
     Of an export of ours only the files that were checked or changed are used. Where no file has a shape, the flags that
@@ -194,9 +168,8 @@ def open_data(
     by_name = {one.id: one for one in found}
     shown = frozenset().union(*(one.names for one in found))
     found = [by_name[name] for name in asked]
-    notes = [*said]
-    if waiting:
-        notes.append(f"{waiting} files are neither checked nor known to be changed since their export; left out")
+    left = "files are neither checked nor known to be changed since their export; left out"
+    notes = [*said, *counted((waiting, left))]
     flags = frozenset().union(*flagged.values())
     if flags and not drawn_on:
         found = [replace(one, names=flagged[one.id]) for one in found]
@@ -297,10 +270,10 @@ def _drawn(shape: Mapping[str, Any], size: tuple[int, int], path: Path) -> np.nd
 
 
 def _mask(shape: Mapping[str, Any], path: Path) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(base64.b64decode(str(shape.get("mask")), validate=True)), formats=["PNG"]) as image:
+    said = f"{path}: the mask of a {shape['label']} is no PNG; draw it again"
+    with told(said, Exception):  # damaged bytes raise whatever the decoder stumbles over
+        png = io.BytesIO(base64.b64decode(str(shape.get("mask")), validate=True))
+        with Image.open(png, formats=["PNG"]) as image:
             if image.width * image.height > 10**8:
                 raise ValueError("too large")
             return np.asarray(image.convert("L")) > 0
-    except Exception as error:  # damaged bytes raise whatever the decoder stumbles over
-        raise InputError(f"{path}: the mask of a {shape['label']} is no PNG; draw it again") from error

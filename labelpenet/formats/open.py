@@ -1,14 +1,14 @@
 """Opens every kind of data set: DATA is recognised by what it holds."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
-from labelpenet.data.dataset import AnnotatedImages, TaggedImage, TaggedImages, only_tagged
+from labelpenet.data.dataset import AnnotatedImages, Opened, TaggedImage, TaggedImages, only_tagged
 from labelpenet.data.files import listing, nfc, read_json, read_text
 from labelpenet.data.images import find_images, linked, unread
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, told
 from labelpenet.formats import coco, folder, label_studio, labelme, voc, yolo
 
 KINDS = (
@@ -16,7 +16,6 @@ KINDS = (
     "(data.yaml, obj.data, or classes.txt beside labels), tags.csv (file,tags), tags.json, metadata.jsonl, one "
     "sub-folder of images per class, Labelme or X-AnyLabeling files, or a Label Studio export; docs/data.md shows each"
 )
-_Opened = AnnotatedImages | TaggedImages  # the latter where only tags are known
 _TAGS = ("tags.csv", "tags.json", "metadata.csv", "metadata.jsonl")
 
 
@@ -74,10 +73,8 @@ def open_data(
 def open_photographs(
     data: Path, classes: Sequence[str], split: str | None = None, images: Path | None = None
 ) -> TaggedImages:
-    """A photograph, or all in a folder and below, without tags, as `labelpenet predict` takes them.
-
-    Raises:
-        InputError: as `find_images`; an unknown ``split``; ``images``, as the folder is that of its photographs.
+    """A photograph, or all in a folder and below, without tags, as `labelpenet predict` takes them. `InputError`: as
+    `find_images`; an unknown ``split``; ``images``, as the folder is that of its photographs.
     """
     _check_own(data, images)
     if split is not None and (data / split).is_dir():
@@ -96,18 +93,14 @@ def training_split(data: Path | str) -> str | None:
         return "train" if year is not None and "train" in voc.splits(year) else None
 
 
-@contextmanager
-def _readable(data: Path | str) -> Iterator[None]:
+def _readable(data: Path | str) -> AbstractContextManager[None]:
     """Says of a folder that may not be read, or a disk that fails, what the user can do."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(
-            f"{error.filename or data}: cannot be read ({error.strerror}); check its permissions"
-        ) from error
+    return told(
+        lambda error: f"{error.filename or data}: cannot be read ({error.strerror}); check its permissions", OSError
+    )
 
 
-def _recognise(data: Path, split: str | None, classes: Sequence[str] | None, images: Path | None) -> _Opened:
+def _recognise(data: Path, split: str | None, classes: Sequence[str] | None, images: Path | None) -> Opened:
     if data.is_file():
         return _recognise_file(data, split, classes, images)
     if not data.is_dir():
@@ -179,7 +172,7 @@ def _recognise(data: Path, split: str | None, classes: Sequence[str] | None, ima
     raise NotRecognised("; ".join([f"{data}: no data set recognised", *unread(data), f"looked for {KINDS}"]))
 
 
-def _recognise_file(path: Path, split: str | None, classes: Sequence[str] | None, images: Path | None) -> _Opened:
+def _recognise_file(path: Path, split: str | None, classes: Sequence[str] | None, images: Path | None) -> Opened:
     suffix = path.suffix.lower()
     if suffix in (".yaml", ".yml") or path.name in ("obj.data", "obj.names", "classes.txt"):
         return yolo.open_annotated(path, split, classes, images)
@@ -202,7 +195,7 @@ def _check_not_predicted(path: Path) -> None:
         )
 
 
-def _noted(found: _Opened, *notes: str) -> _Opened:
+def _noted(found: Opened, *notes: str) -> Opened:
     if isinstance(found, AnnotatedImages):
         return replace(found, tagged=replace(found.tagged, notes=(*notes, *found.tagged.notes)))
     return replace(found, notes=(*notes, *found.notes))

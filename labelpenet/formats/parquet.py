@@ -10,12 +10,12 @@ import json
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from labelpenet.data.files import is_file, write_bytes
-from labelpenet.errors import InputError, reason
+from labelpenet.errors import InputError, reason, told
 
 ROWS_A_GROUP = 1_000  # what a reader holds at a time: about 1 MB
 _PHOTOGRAPH = {"image": "string", "file_name": "string", "width": "int32", "height": "int32"}
@@ -38,16 +38,15 @@ def write_parquet(out: Path, rows: Iterable[dict[str, Any]], classes: Sequence[s
     pa, pq = _pyarrow(out)
     schema = _schema(pa).with_metadata({"labelpenet": json.dumps({"classes": list(classes)})})
 
+    def said(error: UnicodeEncodeError) -> str:
+        return f"{out}: {error.object} is no UTF-8, as Parquet's text is; merge into .json"
+
     def write(file: BinaryIO) -> None:
         with pq.ParquetWriter(file, schema, write_page_checksum=True) as writer:
             left = iter(rows)
             while group := list(itertools.islice(left, ROWS_A_GROUP)):
-                try:
+                with told(said, UnicodeEncodeError):
                     table = pa.Table.from_pylist(group, schema)
-                except UnicodeEncodeError as error:
-                    raise InputError(
-                        f"{out}: {error.object} is no UTF-8, as Parquet's text is; merge into .json"
-                    ) from error
                 writer.write_table(table)
 
     write_bytes(out, write)
@@ -55,10 +54,7 @@ def write_parquet(out: Path, rows: Iterable[dict[str, Any]], classes: Sequence[s
 
 def parquet_lists(path: Path) -> dict[str, Any]:
     """The lists of COCO's that such a file holds, the annotations as `Groups`; photographs and classes have their names
-    as ids.
-
-    Raises:
-        InputError: pyarrow is missing, `write_parquet` has not written the file, or it is damaged.
+    as ids. `InputError`: pyarrow is missing, `write_parquet` has not written the file, or it is damaged.
     """
     pa, pq = _pyarrow(path)
     if not is_file(path):
@@ -123,11 +119,9 @@ class Groups:
 
 
 def _pyarrow(path: Path) -> tuple[Any, Any]:
-    try:
+    with told(f"{path}: Parquet needs pyarrow; pip install 'labelpenet[parquet]'", ImportError):
         import pyarrow
         import pyarrow.parquet
-    except ImportError as error:
-        raise InputError(f"{path}: Parquet needs pyarrow; pip install 'labelpenet[parquet]'") from error
     return pyarrow, pyarrow.parquet
 
 
@@ -136,12 +130,7 @@ def _schema(pa: Any) -> Any:
     return pa.schema([*columns, *_FOUND.items(), ("counts", "string")])
 
 
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def _readable(path: Path) -> AbstractContextManager[None]:
     """What pyarrow says of a file that it cannot read becomes an `InputError`."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError, RecursionError, MemoryError, _pyarrow(path)[0].ArrowException) as error:
-        raise InputError(f"{path}: damaged ({reason(error)}); merge the parts again") from error
+    kinds = (OSError, ValueError, RecursionError, MemoryError, _pyarrow(path)[0].ArrowException)
+    return told(lambda error: f"{path}: damaged ({reason(error)}); merge the parts again", *kinds)

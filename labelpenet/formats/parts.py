@@ -17,10 +17,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from labelpenet.data.dataset import ByImage, TaggedImage
+from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import is_file, json_line, listing, locked, sealed, write_bytes, writing
 from labelpenet.data.images import image_size
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, reason, told
 from labelpenet.formats.parquet import write_parquet
 from labelpenet.formats.rows import (
     Predictions,
@@ -191,7 +191,7 @@ def merge_parts(paths: Sequence[Path], out: Path) -> tuple[int, int]:
     Raises:
         InputError: a part is missing, twice, unfinished, damaged or of another prediction; nothing is written then.
     """
-    parts, header = _in_order(paths)
+    parts, header = in_order(paths)
     if out.suffix not in (".json", ".parquet"):
         raise InputError(f"{out}: the suffix must be .json or .parquet")
     counts = [0, 0]
@@ -204,47 +204,36 @@ def merge_parts(paths: Sequence[Path], out: Path) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
-def part_classes(folder: Path) -> list[str]:
-    """The names of the classes that the parts of a folder predict."""
-    return _in_order([folder])[1]["classes"]
-
-
 def read_parts(folder: Path, images: Sequence[TaggedImage], classes: Sequence[str]) -> Predictions:
     """The predictions of a folder of parts, of which memory holds nothing but where each photograph's line begins.
 
     Arguments, matching and errors are those of `read_predictions`; a photograph of another size than it was predicted
     with is refused when it is asked for.
     """
-    parts, header = _in_order([folder])
+    parts, header = in_order([folder])
     notes: list[str] = []
-    named = {"categories": [{"id": number, "name": name} for number, name in enumerate(header["classes"], 1)]}
+    named = [{"id": number, "name": name} for number, name in enumerate(header["classes"], 1)]
     found = [(part, place, row["file_name"]) for part in parts for place, row in _photographs(part)]
     entries = [{"id": number, "file_name": name} for number, (_, _, name) in enumerate(found)]
     names = match_images(folder, images, entries, notes)
     labels = match_categories(folder, classes, (), named, notes)
     lines = {names[number]: (part, place) for number, (part, place, _) in enumerate(found)}
     asked = {image.id: (image, *lines[image.id]) for image in images if image.id in lines}
-    return Predictions(tuple(classes), tuple(notes), _Lines(asked, labels))
 
-
-class _Lines(ByImage[Rows]):
-    """The rows of each image by id, read when asked for, of the categories that have a label."""
-
-    def __init__(self, places: dict[str, tuple[TaggedImage, Path, int]], labels: Mapping[Any, int | None]) -> None:
-        self._known, self._labels = places, labels
-
-    def __getitem__(self, name: str) -> Rows:
-        image, part, place = self._known[name]
+    def read(name: str, known: tuple[TaggedImage, Path, int]) -> Rows:
+        image, part, place = known
         row = _row_at(part, place)
         if row is None or row.get("file_name") is None:
             raise InputError(f"{part}: has changed while it was read; start again")
         size = check_size(row["height"], row["width"], str(part))
         check_same_size(part, image, size, image_size(image.path))
-        asked = [one for one in enumerate(row["instances"]) if self._labels.get(one[1]["category_id"]) is not None]
-        return read_rows(part, asked, self._labels, name, size)
+        asked = [one for one in enumerate(row["instances"]) if labels.get(one[1]["category_id"]) is not None]
+        return read_rows(part, asked, labels, name, size)
+
+    return Predictions(tuple(classes), tuple(notes), asked, read)
 
 
-def _in_order(paths: Sequence[Path]) -> tuple[list[Path], dict[str, Any]]:
+def in_order(paths: Sequence[Path]) -> tuple[list[Path], dict[str, Any]]:
     """The parts by shard, and the first one's header."""
     files = [file for path in paths for file in (sorted(path.glob("part-*.jsonl")) if path.is_dir() else [path])]
     if not files:
@@ -281,9 +270,8 @@ def _header(path: Path) -> dict[str, Any]:
 
 
 def _photographs(part: Path, check: bool = True) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The photographs of a part that could be read, in order, each with the place of its line in the file.
-
-    ``check`` is False where their content was checked before; their checksums are looked at all the same.
+    """The photographs of a part that could be read, in order, each with the place of its line in the file. Without
+    ``check``, as their content was checked before, their checksums are looked at all the same.
     """
     header = _header(part)
     (i, n), total, number = header["shard"], header["images"], 1
@@ -351,15 +339,13 @@ def _flat(parts: Sequence[Path], classes: Sequence[str], counts: list[int]) -> I
 
 
 def _row_at(part: Path, place: int) -> dict[str, Any] | None:
-    """What `_row` makes of the line that begins at a place of a part; of what is no part it reads no more than 2^27
-    bytes.
-    """
-    try:
-        with part.open("rb") as file:
-            file.seek(place)
-            return _row(file.readline(2**27))
-    except OSError as error:
-        raise InputError(f"{part}: cannot be read ({error.strerror or error}); check the path") from error
+    """What `_row` makes of the line at a place of a part; of what is no part it reads no more than 2^27 bytes."""
+    with (
+        told(lambda error: f"{part}: cannot be read ({reason(error)}); check the path", OSError),
+        part.open("rb") as file,
+    ):
+        file.seek(place)
+        return _row(file.readline(2**27))
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

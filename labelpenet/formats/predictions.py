@@ -11,7 +11,7 @@ Shape letters: ``N`` instances, ``C`` classes.
 import json
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,16 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from labelpenet.data.dataset import ByImage, TaggedImage, TaggedImages
+from labelpenet.data.dataset import TaggedImage, TaggedImages
 from labelpenet.data.files import brief, listing, read_json, write_text
 from labelpenet.data.images import image_size
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, told
 from labelpenet.formats.parquet import Groups, parquet_lists
-from labelpenet.formats.parts import part_classes, read_parts
+from labelpenet.formats.parts import in_order, read_parts
 from labelpenet.formats.review import accepted
 from labelpenet.formats.rows import (
     Lines,
     Predictions,
+    Row,
     Rows,
     check_id,
     check_same_size,
@@ -72,7 +73,7 @@ def write_predictions(
     known = {image.id for image in images}
     pairs = predictions.items() if isinstance(predictions, Mapping) else predictions
 
-    def rows() -> Iterator[tuple[str, tuple[int, int], list[dict[str, Any]]]]:
+    def rows() -> Iterator[tuple[str, tuple[int, int], list[Row]]]:
         for name, instances in pairs:
             if name not in known:
                 raise ValueError(f"prediction for {name!r}, which is not among the {len(known)} images")
@@ -82,7 +83,7 @@ def write_predictions(
 
 
 def coco_text(
-    found: Iterable[tuple[str, tuple[int, int], list[dict[str, Any]]]],
+    found: Iterable[tuple[str, tuple[int, int], list[Row]]],
     images: Sequence[TaggedImage],
     classes: Sequence[str],
     category_ids: Sequence[int] | None = None,
@@ -101,12 +102,10 @@ def coco_text(
     for name, (height, width), rows in found:
         entry = {"id": numbers[name], "file_name": files[name], "width": width, "height": height}
         entries.append(json.dumps({**entry, "image": name} if with_ids else entry))
-        try:
+        with told(f"{name}: a score or box is NaN or infinite; remove it", ValueError):
             for row in rows:
                 whole = {"id": len(annotations) + 1, **coco_annotation(row), "image_id": numbers[name]}
                 annotations.append(json.dumps(whole, allow_nan=False))
-        except ValueError as error:
-            raise InputError(f"{name}: a score or box is NaN or infinite; remove it") from error
     ids = category_ids or range(1, len(classes) + 1)
     categories = [json.dumps({"id": i, "name": name}) for i, name in zip(ids, classes, strict=True)]
     return "".join(coco_file({"images": entries, "categories": categories, "annotations": annotations}))
@@ -121,13 +120,9 @@ def read_content(path: Path) -> Any:
 
 
 def class_names(path: Path) -> list[str]:
-    """The names of the categories that a predictions file lists, in its order.
-
-    Raises:
-        InputError: it cannot be read or names none, as a bare results list.
-    """
+    """The categories that a predictions file names, in its order; `InputError` where it has none, as a bare list."""
     if path.is_dir():
-        return part_classes(path)
+        return in_order([path])[1]["classes"]
     content = read_content(path)
     entries = read_entries(path, content, "categories") if isinstance(content, dict) else None
     if not entries or not all(isinstance(entry.get("name"), str) for entry in entries):
@@ -183,8 +178,9 @@ def read_predictions(
     take = rows.take if stored else partial(map, rows.__getitem__)
     entries = read_entries(path, content, "images") if listed else None
     names = match_images(path, images, entries, notes)
-    labels = match_categories(path, classes, category_ids, content if listed else None, notes)
-    if not listed or content.get("categories") is None:
+    categories = read_entries(path, content, "categories") if listed else None
+    labels = match_categories(path, classes, category_ids, categories, notes)
+    if categories is None:
         labels |= dict.fromkeys(set(others) - set(labels))
     kept: dict[str, array[int]] = defaultdict(lambda: array("Q"))  # numbers of rows
     known = listing(map(str, labels))
@@ -220,35 +216,16 @@ def read_predictions(
     if outside:
         notes.append(f"{path}: {outside} boxes leave their photograph; is their bbox x, y, width, height?")
     scaled = _rescaled(np.array(scores), notes)
-    return Predictions(tuple(classes), tuple(notes), _Listed(path, take, labels, asked, scaled))
+
+    def read(name: str, known: tuple[Sequence[int], tuple[int, int], int]) -> Rows:
+        own, size, first = known
+        found = read_rows(path, list(zip(own, take(own), strict=True)), labels, name, size)
+        return replace(found, scores=scaled[first : first + len(own)])
+
+    return Predictions(tuple(classes), tuple(notes), asked, read)
 
 
-class _Listed(ByImage[Rows]):
-    """The rows of each image by id, taken from all when asked for.
-
-    ``take`` gives the rows of some numbers; ``known`` has those of each image, its size, and which of ``scores`` is its
-    first.
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        take: Callable[[Iterable[int]], Iterable[dict[str, Any]]],
-        labels: Mapping[Any, int | None],
-        known: Mapping[str, tuple[Sequence[int], tuple[int, int], int]],
-        scores: np.ndarray,
-    ) -> None:
-        self._path, self._take, self._labels, self._known, self._scores = path, take, labels, known, scores
-
-    def __getitem__(self, name: str) -> Rows:
-        own, size, first = self._known[name]
-        found = read_rows(self._path, list(zip(own, self._take(own), strict=True)), self._labels, name, size)
-        return replace(found, scores=self._scores[first : first + len(own)])
-
-
-def _sizes(
-    path: Path, entries: list[dict[str, Any]] | None, names: Mapping[Any, str | None]
-) -> dict[str, tuple[int, int] | None]:
+def _sizes(path: Path, entries: list[Row] | None, names: Mapping[Any, str | None]) -> dict[str, tuple[int, int] | None]:
     """The size (H, W) of each image that the file lists, None where it gives no size."""
     sizes: dict[str, tuple[int, int] | None] = {}
     for entry in entries or []:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from labelpenet.data.dataset import TaggedImage
 from labelpenet.data.files import listing, nfc, read_json, write_text
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, told
 from labelpenet.formats.rows import check_size, coco_annotation, file_names, image_numbers, read_rows
 from labelpenet.instances import Instances
 
@@ -50,9 +50,7 @@ def is_review(content: Any) -> bool:
 
 
 def accepted(path: Path, content: Any) -> tuple[Any, list[str]]:
-    """Parsed JSON, of a review without the photographs that were not accepted: that they list no object says nothing of
-    them. With a note on these.
-    """
+    """Parsed JSON, of a review without photographs that were not accepted, of which it says nothing; and notes."""
     if not is_review(content) or not isinstance(content.get("images"), list):
         return content, []
     images = [one for one in content["images"] if isinstance(one, dict) and one.get("status") == "accepted"]
@@ -96,11 +94,7 @@ def write_review(
 def read_review(
     path: Path, images: Sequence[TaggedImage], classes: Sequence[str]
 ) -> tuple[dict[str, Reviewed], list[str]]:
-    """What was said of the photographs, by image id; and notes on what belongs to no photograph or class of ours.
-
-    Raises:
-        InputError: the review page does not write such a file.
-    """
+    """What was said, by image id, and notes on what is not ours; `InputError` of what no review page writes."""
     content = read_json(path)
     if not is_review(content):
         raise InputError(f"{path}: not written by the review page; choose another file")
@@ -108,7 +102,13 @@ def read_review(
     label = {nfc(name): number for number, name in enumerate(classes, 1)}
     found: dict[str, Reviewed] = {}
     strangers: set[str] = set()
-    try:
+
+    def again(error: InputError) -> str:  # its remedy is one for predictions
+        return f"{str(error).rpartition('; ')[0] or error}; correct it again or take it out of the file"
+
+    said = f"{path}: damaged"
+    kinds = (KeyError, TypeError, ValueError, AttributeError)
+    with told(lambda error: f"{said} ({type(error).__name__} {error}); restore it or review again", *kinds):
         category = {row["id"]: label.get(nfc(row["name"])) for row in content["categories"]}
         strangers = {row["name"] for row in content["categories"] if category[row["id"]] is None}
         rows: dict[Any, list[tuple[int, dict[str, Any]]]] = {}
@@ -124,16 +124,9 @@ def read_review(
                 raise ValueError(f"unknown status {str(entry['status'])[:40]!r} of {entry['image']!r}")
             name, own_rows = str(entry["image"]), rows.get(entry["id"], [])
             size = check_size(entry["height"], entry["width"], f"{path}: image {name}")
-            try:  # refuses what is no box or mask
-                read_rows(path, own_rows, labels, name, size)
-            except InputError as error:  # whose remedy is one for predictions
-                what = str(error).rpartition("; ")[0] or str(error)
-                raise InputError(f"{what}; correct it again or take it out of the file") from error
+            with told(again, InputError):
+                read_rows(path, own_rows, labels, name, size)  # refuses what is no box or mask
             found[name] = Reviewed(entry["status"], size, [row for _, row in own_rows])
-    except InputError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path}: damaged ({type(error).__name__} {error}); restore it or review again") from error
     notes = [f"{path}: its classes {listing(sorted(strangers))} are not asked for"] if strangers else []
     absent = [name for name in found if name not in known]
     if absent:

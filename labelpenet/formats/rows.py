@@ -9,7 +9,7 @@ import os
 import weakref
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,10 +24,11 @@ from labelpenet.data.images import PIXEL_LIMIT
 from labelpenet.errors import InputError
 from labelpenet.instances import Instances, check_segmentation, decode_mask, masks_to_boxes
 
+Row = dict[str, Any]  # an entry of one of COCO's lists
 _COORDINATE_LIMIT = 1e6  # pixels; beyond, float32 loses whole pixels
 
 
-def coco_annotation(row: Mapping[str, Any]) -> dict[str, Any]:
+def coco_annotation(row: Mapping[str, Any]) -> Row:
     """A row of a COCO results list with what readers of annotations ask for, too: ``area`` and ``iscrowd``."""
     mask = row.get("segmentation")
     area = int(rle.area(mask)) if mask else row["bbox"][2] * row["bbox"][3]
@@ -67,10 +68,10 @@ class Lines:
         self._file = os.dup(file.fileno())
         weakref.finalize(self, os.close, self._file)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Row]:
         return self.take(range(len(self._places) - 1))
 
-    def take(self, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+    def take(self, numbers: Iterable[int]) -> Iterator[Row]:
         """The entries of these numbers, read now; `InputError` where the file has been written to since."""
         for number in numbers:
             first, end = self._places[number], self._places[number + 1]
@@ -100,11 +101,8 @@ def coco_lists(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _entries(file: BinaryIO, key: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each entry of the list that begins here and the place of its line; a ValueError where it is laid out otherwise.
-
-    The file is then behind the last entry.
-    """
+def _entries(file: BinaryIO, key: str) -> Iterator[tuple[int, Row]]:
+    """Each entry, to the last, of the list that begins here and the place of its line; ValueError: no such layout."""
     more = file.readline(99) == f'"{key}": [\n'.encode()
     if not more:
         raise ValueError(f"no list of {key}")
@@ -137,8 +135,9 @@ def name_numbers(images: Sequence[TaggedImage]) -> dict[str, int]:
     """For each image id the digits of its file's name, as 2008000001 of 2008_000001.jpg, which VOC converters use as a
     number; of images that do not all have different ones, none.
     """
-    digits = {image.id: _digits(image.path.stem) for image in images}
-    numbers = {one: int(text) for one, text in digits.items() if text}
+    digits = {image.id: image.path.stem.replace("_", "") for image in images}
+    plain = {one: text for one, text in digits.items() if text.isascii() and text.isdigit() and len(text) < 19}
+    numbers = {one: int(text) for one, text in plain.items()}
     return numbers if len(set(numbers.values())) == len(images) else {}
 
 
@@ -180,14 +179,15 @@ class Predictions(ByImage[Instances]):
 
     classes: tuple[str, ...]
     notes: tuple[str, ...]
-    _known: Mapping[str, Rows] = field(repr=False)
+    _known: Mapping[str, Any] = field(repr=False)  # where the rows of each image are
+    _read: Callable[[str, Any], Rows] = field(repr=False)  # these, by the image's id and that
 
     def labels(self, image: str) -> np.ndarray:
         """(N,) int64 class indices of an image's instances, without decoding their masks."""
-        return self._known[image].labels
+        return self._read(image, self._known[image]).labels
 
     def __getitem__(self, image: str) -> Instances:
-        rows = self._known[image]
+        rows = self._read(image, self._known[image])
         masks = None
         if any(segmentation is not None for segmentation in rows.segmentations):
             empty = torch.zeros(rows.size, dtype=torch.bool)
@@ -200,15 +200,10 @@ class Predictions(ByImage[Instances]):
 
 
 def read_rows(
-    path: Path,
-    rows: list[tuple[int, dict[str, Any]]],
-    labels: Mapping[Any, int | None],
-    image_id: str,
-    size: tuple[int, int],
+    path: Path, rows: list[tuple[int, Row]], labels: Mapping[Any, int | None], image_id: str, size: tuple[int, int]
 ) -> Rows:
-    """The numbered rows of one image of size (H, W), checked; an `InputError` names file, row and fault.
-
-    ``labels`` are those of each ``category_id`` of the file ``path``.
+    """The numbered rows of one image of size (H, W), checked: an `InputError` names file, row and fault. ``labels``
+    are those of each ``category_id``.
     """
     boxes, scores, segmentations = np.zeros((len(rows), 4)), np.ones(len(rows)), []
     for i, (index, row) in enumerate(rows):
@@ -241,7 +236,7 @@ def check_same_size(path: Path, image: TaggedImage, size: tuple[int, int], true:
         )
 
 
-def read_entries(path: Path, content: dict[str, Any], key: str) -> list[dict[str, Any]] | None:
+def read_entries(path: Path, content: dict[str, Any], key: str) -> list[Row] | None:
     """The images or categories that the file lists, None if it does not."""
     entries = content.get(key)
     if entries is None:
@@ -255,7 +250,7 @@ def read_entries(path: Path, content: dict[str, Any], key: str) -> list[dict[str
 
 
 def match_images(
-    path: Path, images: Sequence[TaggedImage], entries: list[dict[str, Any]] | None, notes: list[str]
+    path: Path, images: Sequence[TaggedImage], entries: list[Row] | None, notes: list[str]
 ) -> dict[Any, str | None]:
     """For every ``image_id`` that a row may carry the image it means; None for one that is not asked for."""
     by_id = {image.id: image for image in images}
@@ -313,14 +308,9 @@ def match_images(
 
 
 def match_categories(
-    path: Path,
-    classes: Sequence[str],
-    category_ids: Sequence[int] | None,
-    content: dict[str, Any] | None,
-    notes: list[str],
+    path: Path, classes: Sequence[str], category_ids: Sequence[int] | None, entries: list[Row] | None, notes: list[str]
 ) -> dict[Any, int | None]:
     """For every ``category_id`` that a row may carry the label it means; None for one that is not asked for."""
-    entries = None if content is None else read_entries(path, content, "categories")
     ids = range(1, len(classes) + 1) if category_ids is None else category_ids
     by_id = {category: label for label, category in enumerate(ids)}
     if entries is None:
@@ -408,9 +398,3 @@ def plain_name(name: str) -> str:
 
 def _doubles(values: Sequence[Any]) -> list[Any]:
     return [value for value, count in Counter(values).items() if count > 1]
-
-
-def _digits(stem: str) -> str:
-    """The digits of a stem such as 2008_000001, which VOC converters use as a number."""
-    digits = stem.replace("_", "")
-    return digits if digits.isascii() and digits.isdigit() and len(digits) < 19 else ""

@@ -108,11 +108,7 @@ def read_truth(
 
 
 def _box(box: Any, mask: torch.Tensor | None, size: tuple[int, int]) -> tuple[np.ndarray, str]:
-    """(4,) float32 within the image, and what was done to it.
-
-    Raises:
-        InputError: no box of any area can be made of it.
-    """
+    """(4,) float32 within the image, and what was done to it. `InputError`: no box of any area can be made of it."""
     try:
         if isinstance(box, list) and any(isinstance(side, (str, bool)) for side in box):
             raise ValueError  # of text, numpy would make numbers

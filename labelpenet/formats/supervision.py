@@ -6,20 +6,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from labelpenet.errors import InputError
+from labelpenet.errors import InputError, told
 from labelpenet.instances import Instances
 
 
 def to_supervision(instances: Instances, classes: Sequence[str]) -> Any:
-    """The instances of one image as `supervision.Detections`, class names in ``data["class_name"]``.
-
-    Raises:
-        InputError: supervision is not installed.
-    """
-    try:
+    """The instances of one image as `supervision.Detections` (else `InputError`), names in ``data["class_name"]``."""
+    with told("supervision is not installed; pip install supervision", ImportError):
         from supervision import Detections  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
-        raise InputError("supervision is not installed; pip install supervision") from error
     labels = instances.labels.cpu().numpy()
     return Detections(
         xyxy=instances.boxes.cpu().numpy(),
@@ -31,10 +25,8 @@ def to_supervision(instances: Instances, classes: Sequence[str]) -> Any:
 
 
 def from_supervision(detections: Any, image_size: tuple[int, int]) -> Instances:
-    """`supervision.Detections` of one image of size (H, W) as instances; without confidence they weigh 1.
-
-    Raises:
-        InputError: there are detections, but no ``class_id``, which counts our classes from 0.
+    """`supervision.Detections` of one image of size (H, W) as instances; without confidence they weigh 1. `InputError`:
+    there are detections, but no ``class_id``, which counts our classes from 0.
     """
     count = len(detections.xyxy)
     if detections.class_id is None and count:

@@ -4,14 +4,13 @@ Tags come from the names of an image's objects alone (difficult ones included). 
 `open_annotated` only, when the truth of an image is asked for.
 """
 
-import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -21,6 +20,7 @@ import torch
 from labelpenet.data.dataset import VOC_CLASSES, AnnotatedImages, NamedImage, TaggedImage, Truth, tag_images, with_truth
 from labelpenet.data.files import (
     bare_name,
+    counted,
     inside,
     is_file,
     listing,
@@ -29,33 +29,19 @@ from labelpenet.data.files import (
     read_text,
     read_xml,
     safe_name,
-    write_bytes,
-    write_text,
 )
 from labelpenet.data.images import SUFFIXES, palette_png, read_index_map, voc_palette
 from labelpenet.errors import InputError, collected
 from labelpenet.evaluation.semantic import IGNORE, paint
 from labelpenet.formats.folder import beside, image_files, known_beside, restrict
-from labelpenet.formats.selection import (
-    Exported,
-    check_new_split,
-    clipped_boxes,
-    copy_photograph,
-    new_export,
-    selected,
-    stems,
-)
+from labelpenet.formats.selection import Export, clipped_boxes, exporter, stems
 from labelpenet.formats.shapes import Shape, checked_size
 from labelpenet.formats.shapes import read_truth as read_shapes
 from labelpenet.instances import Instances
 
 
 def year_folder(data: Path) -> Path | None:
-    """The year folder that ``data`` is or holds (``VOCdevkit`` with one year, or a folder with such a VOCdevkit).
-
-    Raises:
-        InputError: ``data`` holds several years.
-    """
+    """The year folder that ``data`` is, or holds also in a VOCdevkit; `InputError` where it holds several."""
     if (data / "Annotations").is_dir() and ((data / "JPEGImages").is_dir() or (data / "ImageSets").is_dir()):
         return data
     years = sorted(path.parent for path in data.glob("*/Annotations") if (path.parent / "JPEGImages").is_dir())
@@ -97,8 +83,8 @@ def split_ids(year: Path, split: str | None) -> list[str]:
         chosen = ["train", "val"]
     else:
         chosen = [split]
-    lists = [read_names(_list_file(year, one, known), lambda name: _is_photograph(year, name)) for one in chosen]
-    ids = list(dict.fromkeys(itertools.chain.from_iterable(lists)))
+    files = [_list_file(year, one, known) for one in chosen]
+    ids = list(dict.fromkeys(one for file in files for one in read_names(file, partial(_is_photograph, year))))
     if not ids:
         raise InputError(f"{year}: the list {split or listing(chosen)} names no image; available are {listing(known)}")
     return ids
@@ -125,10 +111,8 @@ def open_annotated(year: Path, split: str | None = None, classes: Sequence[str] 
     if bare or (classes is not None and not set(classes) <= occurring):
         # A class may be missing from a small split and yet be known; a folder of test images alone knows none.
         occurring |= _all_names(year) or set(classes or ())
-    notes = []
-    if bare:
-        notes = [f"{bare} images of {split} have no annotation; they can be predicted, not measured"]
-    elif split is None and splits(year):
+    notes = counted((bare, f"images of {split} have no annotation; they can be predicted, not measured"))
+    if split is None and splits(year):
         notes = [f"no split is named: the images of all lists but test are used; available are {listing(splits(year))}"]
     if numbered := [name for name in ids if bare_name(name) != name and _is_photograph(year, bare_name(name))]:
         notes.append(
@@ -163,8 +147,8 @@ def open_beside(data: Path, split: str | None = None, classes: Sequence[str] | N
                 raise InputError(f"{path}: no annotation as VOC writes it; take it out of the folder")
             found[own[0]] = NamedImage(own[0], inside(data, own[0]), frozenset(object_names(path)))
     chosen, notes = restrict(found, data, data, split) if found else ([], [])
-    if photographs:
-        notes.append(f"{sum(map(len, photographs.values()))} photographs have no XML beside them; they are not used")
+    bare = sum(map(len, photographs.values()))
+    notes += counted((bare, "photographs have no XML beside them; they are not used"))
     known = known_beside(data, classes, {name for one in found.values() for name in one.names}, open_beside)
     tagged = tag_images([found[name] for name in chosen], classes, known, problems, data, notes)
 
@@ -185,9 +169,7 @@ def read_objects(path: Path) -> tuple[list[Shape], tuple[int | None, int | None]
     """The objects of an annotation, in the order of the file, and the (height, width) that it says of its image.
 
     VOC's ``xmin..xmax`` (1-based, inclusive) becomes the interval ``[xmin - 1, xmax]``; what are no four numbers, NaN.
-
-    Raises:
-        InputError: the XML cannot be read, or an object has no name.
+    `InputError`: the XML cannot be read, or an object has no name.
     """
     objects, root = [], read_xml(path)
     for number, one in enumerate(root.findall("object"), 1):
@@ -243,9 +225,7 @@ def map_classes(year: Path) -> tuple[str, ...]:
 
     From ``classes.txt`` (a name a line) or ``labelmap.txt`` (as CVAT writes it) in the year folder; without these,
     VOC's twenty where all annotations use only those, else the names of all annotations in alphabetical order.
-
-    Raises:
-        InputError: the file is damaged or holds more than 254 classes.
+    `InputError`: the file is damaged or holds more than 254 classes.
     """
     if (year / "classes.txt").is_file():
         lines = [nfc(line.strip()) for line in read_text(year / "classes.txt").splitlines()]
@@ -371,17 +351,8 @@ def _chosen_classes(class_map: np.ndarray, order: Sequence[str], classes: Sequen
     return table[class_map]
 
 
-def export_voc(
-    predictions: Mapping[str, Instances],
-    images: Sequence[TaggedImage],
-    classes: Sequence[str],
-    out: Path | str,
-    *,
-    split: str = "train",
-    copy_images: bool = False,
-    min_score: float = 0.0,
-    overwrite: bool = False,
-) -> Exported:
+@exporter("voc", extend=True)
+def export_voc(job: Export) -> None:
     """Writes the folders of a VOC year: Annotations, SegmentationClass, SegmentationObject and ImageSets.
 
     They lie in ``out/VOCdevkit/VOC2012``, where torchvision and the development kit look, or in ``out`` itself where
@@ -395,62 +366,56 @@ def export_voc(
     than 254 classes are an `InputError`, too.
     """
     listed: dict[str, list[str]] = {"Main": [], "Segmentation": []}
-    rounded = covered = 0
+    rounded, covered, classes = 0, 0, job.classes
     plain = [" ".join(name.split()) for name in classes]
     if twice := [name for name in plain if plain.count(name) > 1]:
         raise InputError(f"VOC tells no classes apart that differ in blanks alone, such as {twice[0]!r}; rename one")
-    with new_export(out, images, overwrite, {"format": "voc", "classes": list(classes)}, True) as (folder, done):
-        year = folder if re.fullmatch(r"VOC\d{4}", Path(out).name) else folder / "VOCdevkit" / "VOC2012"
-        lists = [year / "ImageSets" / name / f"{safe_name(split)}.txt" for name in listed]
-        check_new_split(lists, out, split)
-        names = stems(images, (path.stem for path in (year / "Annotations").glob("*.xml")))
-        home = Path(out).name if year == folder else year.name
-        masked = any(one.masks is not None and len(one) for one in predictions.values())
-        for image, found in selected(predictions, images, min_score, done.notes, doubt=False):
-            name = names[image.id]
-            if masked and not len(found):  # its maps say that it shows nothing
-                found = Instances.empty(found.image_size, with_masks=True)
-            if found.masks is not None and len(found) > 254:
-                done.notes.append(f"{image.id}: {len(found)} masks, of which the 254 of highest score are kept")
-                found = found[torch.sort(found.weights.argsort(descending=True, stable=True)[:254]).values]
-            boxes = voc_boxes(found)
-            rounded += int((found.boxes != found.boxes.round()).any(1).sum())
-            file = f"{name}{image.path.suffix}"
-            if copy_images:
-                file = copy_photograph(image, year / "JPEGImages" / name, done, jpeg=True).name
-            xml = annotation_xml(home, file, found, boxes, classes)
-            done.paths.append(write_bytes(year / "Annotations" / f"{name}.xml", xml))
-            if found.masks is not None:
-                if len(classes) > 254:
-                    raise InputError(
-                        f"{len(classes)} classes do not fit an 8-bit PNG, which holds 254; export fewer, or to coco"
-                    )
-                objects = paint(found, range(1, len(found) + 1))
-                covered += len(found) - len(np.unique(objects[objects > 0]))
-                for kind, pixels in (("SegmentationClass", paint(found)), ("SegmentationObject", objects)):
-                    done.paths.append(write_bytes(year / kind / f"{name}.png", palette_png(pixels)))
-                listed["Segmentation"].append(name)
-            listed["Main"].append(name)
-        for path, lines in zip(lists, listed.values(), strict=True):
-            if lines:
-                done.paths.append(write_text(path, "".join(f"{line}\n" for line in lines)))
-        if listed["Segmentation"]:
-            done.paths.append(write_text(year / "classes.txt", "".join(f"{name}\n" for name in plain)))
-            done.paths.append(write_text(year / "labelmap.txt", label_map(plain)))
-    if not copy_images:
-        done.notes.append(
+    year = job.folder if re.fullmatch(r"VOC\d{4}", job.out.name) else job.folder / "VOCdevkit" / "VOC2012"
+    lists = [year / "ImageSets" / name / f"{safe_name(job.split)}.txt" for name in listed]
+    job.check_new_split(lists)
+    names = stems(job.images, (path.stem for path in (year / "Annotations").glob("*.xml")))
+    home = job.out.name if year == job.folder else year.name
+    masked = any(one.masks is not None and len(one) for one in job.predictions.values())
+    for image, found in job.selected(doubt=False):
+        name = names[image.id]
+        if masked and not len(found):  # its maps say that it shows nothing
+            found = Instances.empty(found.image_size, with_masks=True)
+        if found.masks is not None and len(found) > 254:
+            job.notes.append(f"{image.id}: {len(found)} masks, of which the 254 of highest score are kept")
+            found = found[torch.sort(found.weights.argsort(descending=True, stable=True)[:254]).values]
+        rounded += int((found.boxes != found.boxes.round()).any(1).sum())
+        file = f"{name}{image.path.suffix}"
+        if job.copy_images:
+            file = job.copy(image, year / "JPEGImages" / name, jpeg=True).name
+        job.write(year / "Annotations" / f"{name}.xml", _annotation_xml(home, file, found, classes))
+        if found.masks is not None:
+            if len(classes) > 254:
+                raise InputError(
+                    f"{len(classes)} classes do not fit an 8-bit PNG, which holds 254; export fewer, or to coco"
+                )
+            objects = paint(found, range(1, len(found) + 1))
+            covered += len(found) - len(np.unique(objects[objects > 0]))
+            for kind, pixels in (("SegmentationClass", paint(found)), ("SegmentationObject", objects)):
+                job.write(year / kind / f"{name}.png", palette_png(pixels))
+            listed["Segmentation"].append(name)
+        listed["Main"].append(name)
+    for path, lines in zip(lists, listed.values(), strict=True):
+        if lines:
+            job.write(path, "".join(f"{line}\n" for line in lines))
+    if listed["Segmentation"]:
+        job.write(year / "classes.txt", "".join(f"{name}\n" for name in plain))
+        job.write(year / "labelmap.txt", _label_map(plain))
+    if not job.copy_images:
+        job.notes.append(
             "put the photographs into JPEGImages under the names of the XML files, as JPEG, or export with copies"
         )
     if colons := [name for name in classes if ":" in name]:
-        done.notes.append(
+        job.notes.append(
             f"labelmap.txt cannot hold the colon of {listing(colons)}: CVAT and datumaro know no such class"
         )
-    done.notes.append("VOC holds no scores")
-    if rounded:
-        done.notes.append(f"{rounded} boxes are rounded to whole pixels")
+    job.notes += ["VOC holds no scores", *counted((rounded, "boxes are rounded to whole pixels"))]
     if listed["Segmentation"]:
-        done.notes.append(f"masks that overlap are cut by the one of higher score; {covered} are covered entirely")
-    return done
+        job.notes.append(f"masks that overlap are cut by the one of higher score; {covered} are covered entirely")
 
 
 def voc_boxes(instances: Instances) -> np.ndarray:
@@ -461,46 +426,41 @@ def voc_boxes(instances: Instances) -> np.ndarray:
     return np.concatenate([low, np.maximum(boxes[:, 2:], low)], 1)
 
 
-def annotation_xml(
-    folder: str, filename: str, instances: Instances, boxes: np.ndarray, classes: Sequence[str]
-) -> bytes:
+def _annotation_xml(folder: str, filename: str, instances: Instances, classes: Sequence[str]) -> bytes:
     """One image's annotation; the k-th object is the one with value k in the SegmentationObject PNG."""
     height, width = instances.image_size
-    root = ElementTree.Element("annotation")
-
-    def add(parent: ElementTree.Element, tag: str, text: object = None) -> ElementTree.Element:
-        element = ElementTree.SubElement(parent, tag)
-        # XML has no way to write control characters.
-        element.text = (
-            None if text is None else re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", str(text))
-        )
-        return element
-
-    add(root, "folder", folder)
-    add(root, "filename", filename)
-    source = add(root, "source")  # the development kit's reader asks for it
-    for tag in ("database", "annotation", "image"):
-        add(source, tag, "Label-PEnet" if tag != "image" else "unknown")
-    size = add(root, "size")
-    for tag, value in (("width", width), ("height", height), ("depth", 3)):
-        add(size, tag, value)
-    add(root, "segmented", int(instances.masks is not None))
-    for label, box in zip(instances.labels.tolist(), boxes.tolist(), strict=True):
-        item = add(root, "object")
-        add(item, "name", classes[label])
-        for tag, default in (("pose", "Unspecified"), ("truncated", "0"), ("difficult", "0")):
-            add(item, tag, default)
-        corners = add(item, "bndbox")
-        for tag, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True):
-            add(corners, tag, value)
+    objects = [
+        [
+            ("name", classes[label]),
+            *(("pose", "Unspecified"), ("truncated", 0), ("difficult", 0)),
+            ("bndbox", list(zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))),
+        ]
+        for label, box in zip(instances.labels.tolist(), voc_boxes(instances).tolist(), strict=True)
+    ]
+    content = [
+        *(("folder", folder), ("filename", filename)),
+        # the development kit's reader asks for it
+        ("source", [("database", "Label-PEnet"), ("annotation", "Label-PEnet"), ("image", "unknown")]),
+        ("size", [("width", width), ("height", height), ("depth", 3)]),
+        ("segmented", int(instances.masks is not None)),
+        *(("object", one) for one in objects),
+    ]
+    root = _element("annotation", content)
     ElementTree.indent(root, "\t")
     return ElementTree.tostring(root, encoding="utf-8") + b"\n"
 
 
-def label_map(classes: Sequence[str]) -> str:
+def _element(tag: str, content: object) -> ElementTree.Element:
+    element = ElementTree.Element(tag)
+    if isinstance(content, list):
+        element.extend(_element(*one) for one in content)
+    else:  # XML has no way to write control characters
+        element.text = re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "", str(content))
+    return element
+
+
+def _label_map(classes: Sequence[str]) -> str:
     """CVAT's list of classes and their colours; a colon, which separates its fields, becomes a space."""
-    colours = voc_palette().tolist()
-    lines = ["# label:color_rgb:parts:actions"]
-    for name, colour in zip(["background", *classes], colours, strict=False):
-        lines.append(f"{name.replace(':', ' ')}:{','.join(map(str, colour))}::")
-    return "\n".join(lines) + "\n"
+    colours = zip(["background", *classes], voc_palette().tolist(), strict=False)
+    lines = (f"{name.replace(':', ' ')}:{','.join(map(str, colour))}::\n" for name, colour in colours)
+    return "".join(["# label:color_rgb:parts:actions\n", *lines])

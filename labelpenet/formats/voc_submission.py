@@ -4,29 +4,20 @@ import gzip
 import io
 import itertools
 import tarfile
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
 
-from labelpenet.data.dataset import VOC_CLASSES, TaggedImage
-from labelpenet.data.files import brief, safe_name, write_bytes
+from labelpenet.data.dataset import VOC_CLASSES
+from labelpenet.data.files import brief, safe_name
 from labelpenet.data.images import palette_png
 from labelpenet.errors import InputError
 from labelpenet.evaluation.semantic import paint
-from labelpenet.formats.selection import Exported, new_export, stems
-from labelpenet.instances import Instances
+from labelpenet.formats.selection import Export, exporter, stems
 
 
-def export_voc_submission(
-    predictions: Mapping[str, Instances],
-    images: Sequence[TaggedImage],
-    classes: Sequence[str],
-    out: Path | str,
-    *,
-    outside_data: bool = False,
-    overwrite: bool = False,
-) -> Exported:
+@exporter("voc-submission")
+def export_voc_submission(job: Export) -> None:
     """Writes ``out/results.tar.gz`` for the VOC 2012 test server, and the same files unpacked under ``out/results``.
 
     ``results/VOC2012/Main/comp3_det_test_<class>.txt`` holds a line a detection, ``image score xmin ymin xmax ymax``
@@ -37,11 +28,12 @@ def export_voc_submission(
     ``outside_data`` enters the competitions for methods that learned from more than VOC's own images: comp4 and comp6
     instead of comp3 and comp5.
     """
-    detection, segmentation = ("comp4", "comp6") if outside_data else ("comp3", "comp5")
+    classes = job.classes
+    detection, segmentation = ("comp4", "comp6") if job.outside_data else ("comp3", "comp5")
     for name, other in itertools.combinations(classes, 2):
         if safe_name(name) == safe_name(other):
             raise InputError(f"the classes {name!r} and {other!r} would share the file {safe_name(name)}; rename one")
-    names = stems(images)
+    names = stems(job.images)
     lines: dict[int, list[str]] = {label: [] for label in range(len(classes))}
     files: dict[str, bytes] = {}
     # VOC's class maps count the twenty classes in their own order, whatever order the labels have.
@@ -49,8 +41,8 @@ def export_voc_submission(
     class_maps: dict[str, bytes] = {}
     missing_images: list[str] = []
     with_masks = False
-    for image in images:
-        found = predictions.get(image.id)
+    for image in job.images:
+        found = job.predictions.get(image.id)
         if found is None:
             missing_images.append(f"{image.id}: no prediction")
             continue
@@ -66,17 +58,15 @@ def export_voc_submission(
     if with_masks:
         files |= class_maps
     files = {f"results/VOC2012/{path}": content for path, content in sorted(files.items())}
-    with new_export(out, images, overwrite, {"format": "voc-submission"}) as (folder, done):
-        done.paths += [write_bytes(folder / path, content) for path, content in files.items()]
-        done.paths.append(write_bytes(folder / "results.tar.gz", _tar_gz(files)))
-    done.notes += brief(missing_images, "images without a prediction")
+    for path, content in {**files, "results.tar.gz": _tar_gz(files)}.items():
+        job.write(path, content)
+    job.notes += brief(missing_images, "images without a prediction")
     strangers = [name for name in classes if name not in VOC_CLASSES]
     if strangers:
-        done.notes.append(f"the server knows no class {', '.join(strangers)}")
+        job.notes.append(f"the server knows no class {', '.join(strangers)}")
     missing = [name for name in VOC_CLASSES if name not in classes]
     if missing:
-        done.notes.append(f"the server expects {', '.join(missing)} too")
-    return done
+        job.notes.append(f"the server expects {', '.join(missing)} too")
 
 
 def _tar_gz(files: Mapping[str, bytes]) -> bytes:

@@ -3,7 +3,7 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,36 +13,17 @@ import numpy as np
 import yaml
 
 from labelpenet.data.dataset import AnnotatedImages, NamedImage, TaggedImage, Truth, tag_images, with_truth
-from labelpenet.data.files import inside, is_file, listing, nfc, read_text, safe_name, write_text
+from labelpenet.data.files import counted, inside, is_file, listing, nfc, read_text, safe_name
 from labelpenet.data.images import find_images
-from labelpenet.errors import InputError, collected
+from labelpenet.errors import InputError, collected, reason, told
 from labelpenet.formats.folder import beside, disk_form, exists, image_files, plain_split
 from labelpenet.formats.polygons import contours, joined, outline, straight
-from labelpenet.formats.selection import (
-    Exported,
-    check_new_split,
-    copy_photograph,
-    new_export,
-    objects,
-    selected,
-    stems,
-)
+from labelpenet.formats.selection import Export, exporter, objects, stems
 from labelpenet.formats.shapes import Shape, checked_size, read_truth
-from labelpenet.instances import Instances
 
 
-def export_yolo(
-    predictions: Mapping[str, Instances],
-    images: Sequence[TaggedImage],
-    classes: Sequence[str],
-    out: Path | str,
-    *,
-    split: str = "train",
-    copy_images: bool = False,
-    tolerance: float = 0.0,
-    min_score: float = 0.0,
-    overwrite: bool = False,
-) -> Exported:
+@exporter("yolo", extend=True)
+def export_yolo(job: Export) -> None:
     """Writes ``out/labels/<split>/<image>.txt`` and ``out/data.yaml``.
 
     A line is ``class x1 y1 x2 y2 ...`` (the outline of a mask) or, where there are no masks, ``class x y width height``
@@ -54,38 +35,30 @@ def export_yolo(
     A folder that holds the same classes already gets the split beside those that it has. Arguments and errors as
     `export`.
     """
-    bridged, split = 0, safe_name(split)
-    with new_export(out, images, overwrite, {"format": "yolo", "classes": list(classes)}, True) as (folder, done):
-        labels = folder / "labels" / split
-        check_new_split([labels], out, split)
-        labels.mkdir(parents=True)
-        names = stems(images)
-        for image, found in selected(predictions, images, min_score, done.notes, doubt=False):
-            lines = []
-            scale = np.array([found.image_size[1], found.image_size[0]], np.float64)
-            for label, _, box, mask in objects(found):
-                if mask is None:
-                    values = np.concatenate([(box[:2] + box[2:]) / 2 / scale, (box[2:] - box[:2]) / scale])
-                else:
-                    parts = outline(mask, centres=True, single=True, tolerance=tolerance)
-                    bridged += len(parts) > 1 or len(contours(mask)) > 1
-                    values = (_with_sides(straight(joined(parts))) / scale).flatten()
-                lines.append(" ".join([str(label), *(f"{value:.6f}" for value in values.tolist())]) + "\n")
-            done.paths.append(write_text(labels / f"{names[image.id]}.txt", "".join(lines)))
-            if copy_images:
-                copy_photograph(image, folder / "images" / split / names[image.id], done)
-        done.paths.append(write_text(folder / "data.yaml", _settings(folder, classes)))
-    if not copy_images:
-        done.notes.append(
-            f"put the photographs into images/{split} under the names of the labels, or export with copies"
-        )
-    done.notes.append("YOLO labels hold no scores")
-    if bridged:
-        done.notes.append(
-            f"{bridged} masks of several parts or with holes became one outline with bridges, without what has fewer "
-            "pixels than its bridge"
-        )
-    return done
+    bridged, split, names = 0, safe_name(job.split), stems(job.images)
+    labels = job.folder / "labels" / split
+    job.check_new_split([labels])
+    labels.mkdir(parents=True)
+    for image, found in job.selected(doubt=False):
+        lines = []
+        scale = np.array([found.image_size[1], found.image_size[0]], np.float64)
+        for label, _, box, mask in objects(found):
+            if mask is None:
+                values = np.concatenate([(box[:2] + box[2:]) / 2 / scale, (box[2:] - box[:2]) / scale])
+            else:
+                parts = outline(mask, centres=True, single=True, tolerance=job.tolerance)
+                bridged += len(parts) > 1 or len(contours(mask)) > 1
+                values = (_with_sides(straight(joined(parts))) / scale).flatten()
+            lines.append(" ".join([str(label), *(f"{value:.6f}" for value in values.tolist())]) + "\n")
+        job.write(labels / f"{names[image.id]}.txt", "".join(lines))
+        if job.copy_images:
+            job.copy(image, job.folder / "images" / split / names[image.id])
+    job.write("data.yaml", _settings(job.folder, job.classes))
+    if not job.copy_images:
+        place = f"images/{split} under the names of the labels"
+        job.notes.append(f"put the photographs into {place}, or export with copies")
+    bridges = "became one outline with bridges, without what has fewer pixels than its bridge"
+    job.notes += ["YOLO labels hold no scores", *counted((bridged, f"masks of several parts or with holes {bridges}"))]
 
 
 def _with_sides(ring: np.ndarray) -> np.ndarray:
@@ -166,7 +139,7 @@ def open_annotated(
     occurring = {name for one in found for name in one.names}
     if problems and not occurring:
         raise InputError(problems[0])
-    notes = [f"{len(bare)} images have no label file; as in YOLO, they show none of the classes"] if bare else []
+    notes = counted((len(bare), "images have no label file; as in YOLO, they show none of the classes"))
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         notes.append(f"{path.name} names {listing(twice)} more than once; taken for one class")
     if split is None and len(places) > 1:
@@ -220,10 +193,9 @@ def _class_lines(path: Path) -> list[str]:
 
 
 def _yaml(path: Path, images: Path | None) -> tuple[list[str], dict[str, list[str]], bool]:
-    try:
+    kinds = (yaml.YAMLError, ValueError, RecursionError, OverflowError)
+    with told(lambda error: f"{path}: no valid YAML ({reason(error)[:160]}); mend it", *kinds):
         content = yaml.safe_load(read_text(path, 2**18))
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError) as error:
-        raise InputError(f"{path}: no valid YAML ({' '.join(str(error).split())[:160]}); mend it") from error
     names = content.get("names") if isinstance(content, dict) else None
     if isinstance(names, dict) and set(names) == set(range(len(names))):
         names = [names[index] for index in range(len(names))]
@@ -266,18 +238,14 @@ def _photographs(root: Path, place: str, source: Path) -> list[Path]:
     names = [line.strip().replace("\\", "/").removeprefix("./") for line in read_text(path).splitlines()]
     found = []
     for name in filter(None, names):  # darknet's and CVAT's lists begin with data/, which is the data set's folder
-        try:
+        with told(lambda error: f"{path}: {error}", InputError):
             tried = [inside(root, name), inside(root, name.removeprefix("data/"))]
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from error
         found.append(next(filter(is_file, tried), tried[-1]))
     return found
 
 
 def _labels(path: Path, photograph: Path, images: Path | None, own: bool) -> Path:
-    """The label file of a photograph, beside it; where photographs lie in ``images`` and any has ``own`` labels beside
-    the file ``path``, there.
-    """
+    """The label file of a photograph, beside it; where any has ``own`` labels beside the file ``path``, there."""
     if own:
         tried = _own_labels(path, photograph, images)
     else:
@@ -305,10 +273,8 @@ def _label_file(image: Path) -> Path:
 
 
 def _rows(path: Path, classes: int, pose: bool) -> dict[int, tuple[int, np.ndarray]]:
-    """By line number the class and (2, 2) centre and sides, or (P, 2) corners, as fractions of the image.
-
-    Raises:
-        InputError: a line is not of that form; it costs its image, lest a tag be lost unseen.
+    """By line number the class and (2, 2) centre and sides, or (P, 2) corners, as fractions of the image. `InputError`:
+    a line is not of that form; it costs its image, lest a tag be lost unseen.
     """
     found = {}
     for number, line in enumerate(read_text(path).splitlines() if is_file(path) else (), 1):

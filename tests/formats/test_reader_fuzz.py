@@ -504,6 +504,25 @@ def test_fifty_thousand_classes_take_no_more_than_linear_time(tmp_path: Path) ->
     assert Name.compared < 20 * count
 
 
+def test_numbers_of_categories_are_compared_no_more_often_than_names(tmp_path: Path) -> None:
+    class Number(int):
+        compared = 0
+        __hash__ = int.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            Number.compared += 1
+            return int.__eq__(self, other)
+
+    count = 1_000
+    content = coco_content()
+    content["categories"] = [{"id": Number(i), "name": f"class {i}"} for i in range(1, count + 1)]
+    annotated = coco.open_annotated(coco_set(tmp_path), None, None, None, content)
+    assert len(annotated.tagged.classes) + len(annotated.others) == count
+    classes = [row["name"] for row in content["categories"]]
+    assert coco.open_annotated(coco_set(tmp_path), None, classes, None, content).others == ()
+    assert Number.compared < 20 * count
+
+
 SEGMENTATIONS = st.one_of(
     st.lists(
         st.lists(st.one_of(st.floats(), st.floats(-50, 100), st.integers(-(2**40), 2**40)), max_size=12), max_size=3
