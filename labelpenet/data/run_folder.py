@@ -101,8 +101,8 @@ def check_same(run: Path, given: Mapping[str, Any]) -> None:
     given = json.loads(json.dumps({**given, "source": saved.get("source")}))
     differing = [key for key in given if json.dumps(saved.get(key)) != json.dumps(given[key])]
     if differing:
-        told = [key for key in differing if key in ("backbone", "recipe")]
-        old, new = ({key: one.get(key) for key in told} for one in (saved, given))
+        shown = [key for key in differing if key in ("backbone", "recipe")]
+        old, new = ({key: one.get(key) for key in shown} for one in (saved, given))
         chosen = [change.removeprefix("recipe.") for change in changes(old, new)]
         which = f" ({listing(chosen, 3)})" if chosen else ""
         raise InputError(
