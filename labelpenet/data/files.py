@@ -501,7 +501,7 @@ def whole_folder(
     """
     out = Path(os.path.abspath(out))  # noqa: PTH100 resolving would follow a link at the end
     part, old = unfinished(out), out.with_name(f".{out.name}.old")
-    about, ours = dict(about or {}), False
+    about, ours, homes = dict(about or {}), False, list[Path]()
     try:
         _end_swap(out, old)
         check_new_folder(out, reads)
@@ -510,6 +510,7 @@ def whole_folder(
             raise InputError(f"{out}: already holds an export; choose another, or replace it (--overwrite)")
         if part.is_symlink():
             raise InputError(f"{part}: is a link; remove it")
+        homes = [home for home in part.parents if not home.exists()]
         part.mkdir(parents=True, exist_ok=True)
         with locked(part) as alone:
             if not alone:
@@ -534,6 +535,9 @@ def whole_folder(
             with contextlib.suppress(OSError):
                 _end_swap(out, old)
             shutil.rmtree(part, ignore_errors=True)
+            with contextlib.suppress(OSError):  # where something came of the work, they are not empty
+                for home in homes:
+                    home.rmdir()
 
 
 def _end_swap(out: Path, old: Path) -> None:

@@ -266,3 +266,13 @@ def test_what_cannot_be_written_is_found_before_any_work(photos: Path, target: s
     with pytest.raises(InputError):
         check_outputs([photos.parent / target], [], overwrite=True)
     assert sorted(path.name for path in photos.iterdir()) == ["a.jpg", "b.jpg"]
+
+
+def test_a_folder_that_was_never_filled_leaves_no_folders_above_it(tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(InputError, match="no"), whole_folder(tmp_path / "there/new/deep/out"):
+        raise InputError("no")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "there"]
+    with whole_folder(tmp_path / "there/new/deep/out") as folder:
+        (folder / "a").write_text("a")
+    assert (tmp_path / "there/new/deep/out/a").is_file()
