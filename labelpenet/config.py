@@ -34,7 +34,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "iterations": (0, 1000), "min_component": _SHARE, "mask_nms": _SHARE, "rescore": (0, 1000),
     "max_attention": _COUNT, "max_masks": _COUNT,
     "steps": (1, 1e9), "lr": (0, 100), "momentum": _SHARE, "weight_decay": (0, 100), "decay": (0, 100),
-    "warmup": (0, 1e9), "clip": (1e-9, 1e9), "batch_size": (1, 100_000), "anchor_sides": (1, 20_000), "rois": _COUNT,
+    "warmup": (0, 1e9), "clip": (1e-9, 1e9), "batch_size": (1, 100_000), "anchor_sides": (1, 20_000), "rois": _COUNT, "roi_cells": (2, 28),
     "rpn_pre_nms_top_n_train": _COUNT, "rpn_pre_nms_top_n_test": _COUNT, "rpn_post_nms_top_n_train": _COUNT,
     "rpn_post_nms_top_n_test": _COUNT, "cells": (1, 28), "score_threshold": _SHARE, "mask_width": (1, 8192),
     "mask_depth": (0, 64), "mask_margin": (0, 4), "beta": _SHARE, "ema": _SHARE, "share": (1e-6, 1),
@@ -284,6 +284,7 @@ class Detector(_Ranged):
     rpn_post_nms_top_n_test: int = 300
     pool: Pool = "max"
     cells: int = 1
+    roi_cells: int = 14
     weighted: bool = True
     score_threshold: float = 0.05
     schedule: Schedule = Schedule()
@@ -316,6 +317,7 @@ class Segmentation(Detector):
     mask_width: int = 256
     mask_depth: int = 4
     mask_margin: float = 0.0
+    pyramid: bool = False
     start: typing.Literal["backbone", "before"] = "backbone"
     label: MaskCalibration = MaskCalibration()
     predict: MaskCalibration = MaskCalibration(min_score=0.05, box="proposal", compete="background")
@@ -554,8 +556,8 @@ def best() -> Recipe:
     # Answers teach nothing, so a mask that lies on a better one may stay, if its score says so.
     answer = replace(masks, mask_nms=0.8, rescore=4.0)
     segmenter: dict[str, Any] = {
-        **detector, "mask_width": 128, "mask_depth": 2, "mask_margin": 0.15, "start": "before",
-        "schedule": replace(schedule, steps=800),
+        **detector, "roi_cells": 8, "pyramid": True, "mask_width": 128, "mask_depth": 2, "mask_margin": 0.15,
+        "start": "before", "schedule": replace(schedule, steps=1600),
         # lower than module 3's: legs come back, and with them the boxes around the masks
         "label": replace(masks, **sure | {"threshold": 0.25}), "predict": replace(answer, threshold=0.2),
     }  # fmt: skip

@@ -27,7 +27,8 @@ import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from functools import cached_property
+from typing import Any, Self, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +76,19 @@ class Backbone:
     def __init__(self, network: Any) -> None:
         self._network = network
 
+    @cached_property
+    def fine(self) -> tuple[int, Part]:
+        """The stem's layer behind which its last map of stride 8 lies, and the stem up to there."""
+        x, last = torch.zeros(1, 3, 64, 64), (0, 0)
+        layers = cast(nn.Sequential, self.stem.module)
+        with torch.no_grad():
+            for index, layer in enumerate(layers):
+                x = layer(x)
+                if x.shape[-1] == 8:
+                    last = index, x.shape[1]
+        part = layers[: last[0] + 1]
+        return last[0], Part(part, last[1], 8, cell_offset(part, torch.zeros(1, 3, 64, 64)))
+
     def region_tail(self) -> Part:
         """From the stem to the map that modules 1 and 2 pool RoIs from (here the stem's own); ``stride`` is relative to
         the image."""
@@ -86,6 +100,10 @@ class Backbone:
 
     def mask_tail(self) -> Part:
         """From the stem to the map that the mask branch's spatial pyramid reads."""
+        raise NotImplementedError
+
+    def late(self) -> Part:
+        """The pretrained stages behind the stem as they are, to the coarsest map that a feature pyramid reads."""
         raise NotImplementedError
 
     def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
@@ -123,6 +141,9 @@ class VGG16(Backbone):
     def mask_tail(self) -> Part:
         return self.region_tail()
 
+    def late(self) -> Part:
+        return Part(copy.deepcopy(self._network.features[23:30]), 512, 16)
+
     def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
         layers = copy.deepcopy(self._network.classifier[:6])
         for layer in layers:
@@ -153,6 +174,10 @@ class MobileNetV2(Backbone):
             if number > 0:  # the first block's input is still at the stem's resolution
                 depthwise.dilation = depthwise.padding = (2, 2)
         return Part(replace(blocks, for_training), 320, 16, self.stem.offset)
+
+    def late(self) -> Part:
+        stages, seen = copy.deepcopy(self._network.features[14:18]), torch.zeros(1, self.stem.channels, 4, 4)
+        return Part(stages, 320, 32, self.stem.offset + self.stem.stride * cell_offset(stages, seen))
 
     def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
         blocks = copy.deepcopy(self._network.features[14:19])
@@ -195,6 +220,9 @@ class Tiny(Backbone):
 
     def mask_tail(self) -> Part:
         return Part(copy.deepcopy(self._network.last), self._network.channels, 8, self.stem.offset)
+
+    def late(self) -> Part:
+        return self.mask_tail()
 
     def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
         head = nn.Sequential(*copy.deepcopy(self._network.last), nn.AdaptiveAvgPool2d(cells), nn.Flatten())

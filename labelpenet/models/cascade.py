@@ -32,7 +32,7 @@ from labelpenet.models.build import build_backbone
 from labelpenet.models.classification import Classification
 from labelpenet.models.detection import Detection
 from labelpenet.models.layers import evaluating
-from labelpenet.models.segmentation import Segmentation
+from labelpenet.models.segmentation import Segmentation, segmenter
 from labelpenet.models.tags import weigh
 from labelpenet.models.weights import check_weights
 
@@ -133,11 +133,12 @@ class LabelPEnet(Network):
         self.classes, self.recipe, self.backbone_name = tuple(classes), recipe, backbone.name
         c = len(self.classes)
         one, two, three, four = recipe.modules
-        self.stem = backbone.stem.module
+        self.stem = cast(nn.Sequential, backbone.stem.module)
+        self._fine = backbone.fine[0]
         self.classification = Classification(backbone, c, one)
         self.detection = Detection(backbone, c, two)
-        self.refinement = Segmentation(backbone, c, three)
-        self.segmentation = Segmentation(backbone, c, four)
+        self.refinement = segmenter(backbone, c, three)
+        self.segmentation = segmenter(backbone, c, four)
         self._check_attention(backbone)
         self.to(memory_format=torch.channels_last)
         self.register_buffer("_mean", torch.tensor(backbone.mean).view(1, 3, 1, 1) * 255, persistent=False)
@@ -179,11 +180,16 @@ class LabelPEnet(Network):
         pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].to(self.device)
         return View((pixels.float() - self._mean) / self._std, (w / width, h / height), flip)
 
-    def stem_map(self, *views: View) -> Tensor:
-        """The shared stem's map (N, D, h, w) of views; without gradients where the stem is frozen."""
+    def stem_maps(self, *views: View) -> tuple[Tensor, Tensor]:
+        """The shared stem's map (N, D, h, w) of views, and its last one of stride 8 (N, K, h', w'); without gradients
+        where the stem is frozen."""
         frozen = not any(p.requires_grad for p in self.stem.parameters())
         with torch.no_grad() if frozen else contextlib.nullcontext():
-            return self.stem(stack(views).contiguous(memory_format=torch.channels_last))
+            fine = x = stack(views).contiguous(memory_format=torch.channels_last)
+            for index, layer in enumerate(self.stem):
+                x = layer(x)
+                fine = x if index == self._fine else fine
+        return x, fine
 
     def batch(
         self,
@@ -202,7 +208,8 @@ class LabelPEnet(Network):
         """
         views = [self.view(image) for image in images]
         known = [None] * len(images) if tags is None else tags
-        return Batch(views, self.stem_map(*views), images, known, proposals or (), features)
+        stem, fine = self.stem_maps(*views)
+        return Batch(views, stem, images, known, proposals or (), features, fine)
 
     def proposals(self, image: np.ndarray) -> Tensor:
         """Selective-search proposals (R, 4) of a photograph, computed now, as the recipe wants them."""

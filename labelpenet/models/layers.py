@@ -23,12 +23,12 @@ class RoIPooling(nn.Module):
         offset: of ``centred``: see `cell_offset`, in pixels.
     """
 
-    def __init__(self, size: int, stride: int, kind: str = "max", offset: float = 0.0):
+    def __init__(self, size: int, stride: int, kind: str = "max", offset: float = 0.0, samples: int = 1):
         super().__init__()
         if kind not in ("max", "align", "centred"):
             raise ValueError(f"pooling must be 'max', 'align' or 'centred', but got {kind!r}")
         self.size, self.stride, self.kind = size, stride, kind
-        self.offset = offset if kind == "centred" else 0.0
+        self.offset, self.samples = offset if kind == "centred" else 0.0, samples
 
     def forward(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         """(N, D, h, w) maps and (R_n, 4) boxes of each image, in pixels of the view, to (R, D, size, size)."""
@@ -37,7 +37,7 @@ class RoIPooling(nn.Module):
         if self.kind == "max":
             pooled = roi_pool(features, rois, self.size, 1 / self.stride)
         else:
-            pooled = roi_align(features, rois, self.size, 1 / self.stride, sampling_ratio=1, aligned=True)
+            pooled = roi_align(features, rois, self.size, 1 / self.stride, sampling_ratio=self.samples, aligned=True)
         return pooled.contiguous(memory_format=torch.channels_last)
 
 

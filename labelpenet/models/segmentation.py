@@ -5,11 +5,12 @@ Shape letters: ``R`` RoIs, ``C`` foreground classes, ``K`` detections, ``S`` sid
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import roi_align
+from torchvision.ops import FeaturePyramidNetwork, roi_align
 
 from labelpenet import config
 from labelpenet.calibration.calibrate import Trace, calibrate, choose_instances
@@ -58,32 +59,77 @@ class MaskHead(nn.Module):
         return self.logits(F.relu(self.up(pooled)))
 
 
+class FeaturePyramid(nn.Module):
+    """A feature pyramid (Lin et al., 2017) on the stem's map of stride 8, its last one, and the stages behind it."""
+
+    def __init__(self, backbone: Backbone, width: int):
+        super().__init__()
+        late, fine = backbone.late(), backbone.fine[1]
+        self.late = late.module.requires_grad_(False)
+        parts = {part.stride: part for part in (fine, backbone.stem, late)}
+        self.strides, self.offsets = list(parts), [part.offset for part in parts.values()]
+        self.fpn = FeaturePyramidNetwork([part.channels for part in parts.values()], width)
+
+    def forward(self, batch: Batch) -> list[Tensor]:
+        """Maps (N, width, h / stride, w / stride) of a batch, the finest first."""
+        with torch.no_grad():
+            late = self.late(batch.stem)
+        maps = dict(zip(self.strides, (batch.fine, batch.stem, late)[-len(self.strides):], strict=True))
+        return list(self.fpn({str(k): v for k, v in maps.items()}).values())
+
+
+class PyramidPooling(nn.Module):
+    """RoIAlign of that map of a pyramid which fits the size of each RoI."""
+
+    def __init__(self, size: int, strides: Sequence[int], kind: str, offsets: Sequence[float]):
+        super().__init__()
+        self.pools = nn.ModuleList(
+            RoIPooling(size, stride, kind, offset, 2) for stride, offset in zip(strides, offsets, strict=True)
+        )
+        self.strides = strides
+
+    def forward(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
+        """(R, width, size, size) of boxes (R_n, 4) of each image in pixels of its view."""
+        together = torch.cat(list(boxes)).float()
+        sides = ((together[:, 2] - together[:, 0]) * (together[:, 3] - together[:, 1])).clamp(min=1).sqrt()
+        wanted = 16 * sides / 224  # FPN's equation 1
+        pooled = self.pools[0](maps[0], boxes)
+        for stride, map_, pool in zip(self.strides[1:], maps[1:], self.pools[1:], strict=True):
+            pooled = torch.where((wanted >= stride)[:, None, None, None], pool(map_, boxes), pooled)
+        return pooled
+
+
 class Segmentation(Detector):
     """Modules 3 and 4: a `Detector` with a mask branch (tail, spatial pyramid, RoI pooling 14 x 14, mask head)."""
+
+    mask_pool: Any
 
     needs_masks = True
     settings: config.Segmentation
 
     def __init__(self, backbone: Backbone, num_classes: int, settings: config.Segmentation):
         super().__init__(backbone, num_classes, backbone.detection_tail(), settings)
+        self._build(backbone, settings)
+        self.mask_head = MaskHead(settings.mask_width, num_classes, settings.mask_depth)
+
+    def _build(self, backbone: Backbone, settings: config.Segmentation) -> None:
         tail = backbone.mask_tail()
         self.mask_tail = tail.module
         self.pyramid = SpatialPyramid(tail.channels, settings.mask_width)
         self.mask_pool = RoIPooling(MASK_POOL, tail.stride, settings.pool, tail.offset)
-        self.mask_head = MaskHead(settings.mask_width, num_classes, settings.mask_depth)
 
-    def mask_features(self, stem: Tensor) -> Tensor:
+    def mask_features(self, batch: Batch) -> Any:
         """The pyramid's map (N, width, h, w)."""
-        return self.pyramid(self.mask_tail(stem))
+        return self.pyramid(self.mask_tail(batch.stem))
 
-    def masks(self, mask_features: Tensor, boxes: Sequence[Tensor], labels: Tensor) -> Tensor:
+    def masks(self, mask_features: Any, boxes: Sequence[Tensor], labels: Tensor) -> Tensor:
         """Mask probabilities (R, 28, 28) of boxes (R_n, 4) of each image in pixels of its view, for their classes (R,)
         from 0.
 
         ``mask_features`` are (N, width, h, w).
         """
         if not len(labels):
-            return mask_features.new_zeros(0, MASK_SIDE, MASK_SIDE, dtype=torch.float32)
+            return torch.zeros(0, MASK_SIDE, MASK_SIDE, device=labels.device)
         logits = by_rois(self.mask_head, self.mask_pool(mask_features, boxes))
         return logits[torch.arange(len(labels), device=logits.device), labels].float().sigmoid()
 
@@ -91,7 +137,7 @@ class Segmentation(Detector):
         """As `Detector.losses`, and the masks' weighted binary cross-entropy over the positive RoIs; an empty mask
         teaches none."""
         losses, samples = self._detector_losses(batch, targets)
-        mask_features = self.mask_features(batch.stem)
+        mask_features = self.mask_features(batch)
         chosen, inside = [], []
         for (boxes, labels, _, weights, matched), target in zip(samples, targets, strict=True):
             positive = torch.where(labels > 0)[0]
@@ -104,7 +150,7 @@ class Segmentation(Detector):
                 known = known * target.masks.flatten(1).any(1)[matched[positive]]  # none of a box alone beside masks
             chosen.append((regions, labels[positive] - 1, known))
         if not inside:  # keeps the graph of every parameter, which distributed training needs
-            return {**losses, "mask": mask_features.float().sum() * 0}
+            return {**losses, "mask": self.mask_head(self.mask_pool(mask_features, [batch.stem.new_tensor([[0.0, 0, 16, 16]])] * len(batch))).float().sum() * 0}
         labels, weights = (torch.cat([one[part] for one in chosen]) for part in (1, 2))
         logits = self.mask_head(self.mask_pool(mask_features, [one[0] for one in chosen]))
         own = logits[torch.arange(len(labels), device=logits.device), labels]
@@ -125,11 +171,28 @@ class Segmentation(Detector):
         device = batch.stem.device
         regions = [enlarge(own[index], margin).to(device) for own, index in zip(boxes, mapped, strict=True)]
         labels = torch.cat([one.labels[index] for one, index in zip(found, mapped, strict=True)]).to(device)
-        maps = self.masks(self.mask_features(batch.stem), regions, labels).split([len(index) for index in mapped])
+        maps = self.masks(self.mask_features(batch), regions, labels).split([len(index) for index in mapped])
         return [
             calibrate(image, candidates, own, masks, settings)
             for image, candidates, own, masks in zip(batch.images, found, chosen, maps, strict=True)
         ]
+
+
+class PyramidSegmentation(Segmentation):
+    """Modules 3 and 4 whose masks are pooled from a feature pyramid."""
+
+    def _build(self, backbone: Backbone, settings: config.Segmentation) -> None:
+        self.pyramid = FeaturePyramid(backbone, settings.mask_width)
+        self.mask_pool = PyramidPooling(MASK_POOL, self.pyramid.strides, settings.pool, self.pyramid.offsets)
+
+    def mask_features(self, batch: Batch) -> Any:
+        """The pyramid's maps."""
+        return self.pyramid(batch)
+
+
+def segmenter(backbone: Backbone, num_classes: int, settings: config.Segmentation) -> Segmentation:
+    """Module 3 or 4."""
+    return (PyramidSegmentation if settings.pyramid else Segmentation)(backbone, num_classes, settings)
 
 
 def enlarge(boxes: Tensor, margin: float) -> Tensor:

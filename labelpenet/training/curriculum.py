@@ -311,7 +311,7 @@ class Phase:
             return [one[number - 1] for one in self.labels]
         self.network.eval()
         try:
-            batch = replace(self.batch, stem=self.batch.stem.detach())
+            batch = replace(self.batch, stem=self.batch.stem.detach(), fine=self.batch.fine.detach())
             return [found for found, _ in self.network.infer(number, batch)]
         finally:
             self.network.train()
