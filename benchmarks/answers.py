@@ -130,7 +130,7 @@ def cascade(network: LabelPEnet, vote: bool) -> Contender:
 
     heads: list[Place] = [(getattr(network, name).head, "forward") for name in MODULES]
     places: dict[str, Sequence[Place]] = {
-        "stem": [(network, "stem_map")],
+        "stem": [(network, "stem_maps")],
         "RPN": [(module, "propose")],
         "RoI head": heads[3:],
         "masks": [(module, "mask_features"), (module, "masks")],

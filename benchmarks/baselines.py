@@ -163,7 +163,7 @@ class Activation:
         """The last feature map (D, h, w) of a photograph (H, W, 3), float32 on the CPU."""
         side = round(scale * (self.network.recipe.images.test_side or min(pixels.shape[:2])))
         with torch.no_grad(), self.predictor.fabric.autocast():
-            found = self.layers(self.network.stem_map(self.network.view(pixels, side)))
+            found = self.layers(self.network.stem_maps(self.network.view(pixels, side))[0])
         return found[0].float().cpu()
 
     def train(self, images: Sequence[TaggedImage]) -> None:

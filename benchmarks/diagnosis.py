@@ -449,7 +449,7 @@ def oracle_masks(predictor: Predictor, image: np.ndarray, truth: Instances) -> t
     small = (canvas.shape[0], canvas.shape[1])
     with torch.no_grad(), predictor.fabric.autocast():
         view = network.view(image)
-        stem = network.stem_map(view)
+        stem, fine = network.stem_maps(view)
         boxes = view.boxes(truth.boxes)
         scaled = truth.boxes * truth.boxes.new_tensor([*scale, *scale])
         ones = torch.ones(len(truth), 2, 2)
@@ -465,7 +465,7 @@ def oracle_masks(predictor: Predictor, image: np.ndarray, truth: Instances) -> t
             (rois,), _ = module.propose(module.tail(stem), [view.size])
             proposals[f"RPN of module {number}"] = view.back(rois).float().cpu().numpy()
             if number > 2:
-                masks = module.masks(module.mask_features(stem), [boxes], truth.labels.to(boxes.device))
+                masks = module.masks(module.mask_features(stem, fine), [boxes], truth.labels.to(boxes.device))
                 confidence[f"mask head of module {number}"] = spread(masks)
         ious = {}
         for name, one in confidence.items():

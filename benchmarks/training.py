@@ -384,14 +384,14 @@ def watched(network: LabelPEnet, clock: Clock) -> Iterator[None]:
     build, call = DenseCRF.__init__, DenseCRF.__call__
     for head in heads:
         head.forward = clock.timed("RoI heads", head.forward)
-    network.stem_map = clock.timed("stem", network.stem_map)  # type: ignore[method-assign]
+    network.stem_maps = clock.timed("stem", network.stem_maps)  # type: ignore[method-assign]
     DenseCRF.__init__ = clock.timed("dense CRF", build)  # type: ignore[method-assign]
     DenseCRF.__call__ = clock.timed("dense CRF", call)  # type: ignore[method-assign]
     try:
         yield
     finally:
         DenseCRF.__init__, DenseCRF.__call__ = build, call  # type: ignore[method-assign]
-        del network.stem_map
+        del network.stem_maps
         for head in heads:
             del head.forward
 

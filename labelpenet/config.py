@@ -35,6 +35,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_attention": _COUNT, "max_masks": _COUNT,
     "steps": (1, 1e9), "lr": (0, 100), "momentum": _SHARE, "weight_decay": (0, 100), "decay": (0, 100),
     "warmup": (0, 1e9), "clip": (1e-9, 1e9), "batch_size": (1, 100_000), "anchor_sides": (1, 20_000), "rois": _COUNT,
+    "roi_cells": (2, 28),
     "rpn_pre_nms_top_n_train": _COUNT, "rpn_pre_nms_top_n_test": _COUNT, "rpn_post_nms_top_n_train": _COUNT,
     "rpn_post_nms_top_n_test": _COUNT, "cells": (1, 28), "score_threshold": _SHARE, "mask_width": (1, 8192),
     "mask_depth": (0, 64), "mask_margin": (0, 4), "beta": _SHARE, "ema": _SHARE, "share": (1e-6, 1),
@@ -271,6 +272,8 @@ class Detector(_Ranged):
         rpn_pre_nms_top_n_*, rpn_post_nms_top_n_*: boxes of the RPN that enter its NMS, and that it passes on.
         pool: as for `Classification`.
         cells: cells per side of the pooling behind a convolutional RoI head (`Backbone.roi_head`).
+        roi_cells: cells per side of RoI pooling before it, at most those that the backbone wants; half of them take a
+            quarter of the time.
         weighted: whether the instances' weights enter the losses.
         score_threshold: a detection needs this softmax score to be a candidate.
     """
@@ -284,6 +287,7 @@ class Detector(_Ranged):
     rpn_post_nms_top_n_test: int = 300
     pool: Pool = "max"
     cells: int = 1
+    roi_cells: int = 14
     weighted: bool = True
     score_threshold: float = 0.05
     schedule: Schedule = Schedule()
@@ -308,6 +312,8 @@ class Segmentation(Detector):
         mask_depth: convolutions of the mask head before its deconvolution.
         mask_margin: a RoI is enlarged by this fraction of its side before its mask is predicted; with 0 no mask can
             leave the detected box, and boxes tight around masks shrink from module to module.
+        pyramid: whether masks are pooled from a feature pyramid of strides 8, 16 and 32, as far as the backbone has
+            them, instead of the mask tail's atrous spatial pyramid.
         start: whose weights training begins with: the ``backbone``'s, and new layers random; or, of every layer that
             the two share, those of the module ``before``, if it was trained (`training.pretrain.start_from_before`).
     """
@@ -316,6 +322,7 @@ class Segmentation(Detector):
     mask_width: int = 256
     mask_depth: int = 4
     mask_margin: float = 0.0
+    pyramid: bool = False
     start: typing.Literal["backbone", "before"] = "backbone"
     label: MaskCalibration = MaskCalibration()
     predict: MaskCalibration = MaskCalibration(min_score=0.05, box="proposal", compete="background")
@@ -554,8 +561,8 @@ def best() -> Recipe:
     # Answers teach nothing, so a mask that lies on a better one may stay, if its score says so.
     answer = replace(masks, mask_nms=0.8, rescore=4.0)
     segmenter: dict[str, Any] = {
-        **detector, "mask_width": 128, "mask_depth": 2, "mask_margin": 0.15, "start": "before",
-        "schedule": replace(schedule, steps=800),
+        **detector, "roi_cells": 8, "pyramid": True, "mask_width": 128, "mask_depth": 2, "mask_margin": 0.15,
+        "start": "before", "schedule": replace(schedule, steps=1600),
         # lower than module 3's: legs come back, and with them the boxes around the masks
         "label": replace(masks, **sure | {"threshold": 0.25}), "predict": replace(answer, threshold=0.2),
     }  # fmt: skip

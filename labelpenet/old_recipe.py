@@ -11,7 +11,7 @@ _GONE = {
 # Choices that did not exist yet, and what was done then.
 _BEFORE = {"keep": 0.0, "nested": None, "vote": False, "rescore": None, "empty": "proposal"}
 _BEFORE_OF_MODULE_1 = {"tag_power": 0.0}
-_BEFORE_OF_MASKS = {"start": "backbone", "mask_margin": 0.0}
+_BEFORE_OF_MASKS = {"start": "backbone", "mask_margin": 0.0, "pyramid": False, "roi_cells": 14}
 _RENAMED = {"background": "threshold", "part": "min_component", "duplicate": "mask_nms"}
 
 

@@ -70,13 +70,14 @@ def test_every_choice_of_the_paper_recipe():
     answer = {"min_score": 0.05, "compete": "background", "box": "proposal"}
     faster_rcnn = {
         "anchor_sides": (128, 256, 512), "rois": 128, "rpn_pre_nms_top_n_train": 12_000, "rpn_pre_nms_top_n_test": 6000,
-        "rpn_post_nms_top_n_train": 2000, "rpn_post_nms_top_n_test": 300, "pool": "max", "cells": 1, "weighted": True,
-        "score_threshold": 0.05, "schedule": schedule,
+        "rpn_post_nms_top_n_train": 2000, "rpn_post_nms_top_n_test": 300, "pool": "max", "cells": 1,
+        "roi_cells": 14, "weighted": True, "score_threshold": 0.05, "schedule": schedule,
     }  # fmt: skip
     mask_rcnn = faster_rcnn | {
         "mask_width": 256,
         "mask_depth": 4,
         "mask_margin": 0.0,
+        "pyramid": False,
         "start": "backbone",
         "label": masks,
         "predict": masks | answer,

@@ -109,6 +109,7 @@ class Batch:
         tags: the classes of each, None where they are not known; needed to infer, and by module 1's losses.
         proposals: (R, 4) of each in its own pixels; needed by module 1 alone.
         features: (R, D) module 1's RoI features of each, where they are known.
+        fine: (N, K, h / 8, w / 8) the stem's last map of stride 8, for feature pyramids.
     """
 
     views: Sequence[View]
@@ -117,6 +118,7 @@ class Batch:
     tags: Sequence[tuple[int, ...] | None] = ()
     proposals: Sequence[Tensor] = ()
     features: Sequence[Tensor] | None = None
+    fine: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.views)

@@ -24,10 +24,12 @@ the last stage of stride 16, and what follows it becomes RoI head and, dilated, 
 """
 
 import copy
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from functools import cached_property
+from typing import Any, Self, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +41,9 @@ from torchvision.ops import FrozenBatchNorm2d
 from labelpenet.models.layers import cell_offset, initialise
 
 _Module = TypeVar("_Module", bound=nn.Module)
+
+FINE = 8
+"""Stride of the finest map of a feature pyramid: one of 4 would double a step's time on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,17 @@ class Backbone:
     def __init__(self, network: Any) -> None:
         self._network = network
 
+    @cached_property
+    def fine(self) -> Part:
+        """The stem up to its last map of stride 8, or all of it where it has none."""
+        layers, x, found = cast(nn.Sequential, self.stem.module), torch.zeros(1, 3, 64, 64), self.stem
+        with torch.no_grad():
+            for count, layer in enumerate(layers, 1):
+                x = layer(x)
+                if x.shape[-1] == 64 // FINE:
+                    found = Part(layers[:count], x.shape[1], FINE)
+        return dataclasses.replace(found, offset=cell_offset(found.module, torch.zeros(1, 3, 64, 64)))
+
     def region_tail(self) -> Part:
         """From the stem to the map that modules 1 and 2 pool RoIs from (here the stem's own); ``stride`` is relative to
         the image."""
@@ -86,6 +102,10 @@ class Backbone:
 
     def mask_tail(self) -> Part:
         """From the stem to the map that the mask branch's spatial pyramid reads."""
+        raise NotImplementedError
+
+    def late(self) -> Part:
+        """The pretrained stages behind the stem as they are, to the coarsest map that a feature pyramid reads."""
         raise NotImplementedError
 
     def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
@@ -123,6 +143,9 @@ class VGG16(Backbone):
     def mask_tail(self) -> Part:
         return self.region_tail()
 
+    def late(self) -> Part:
+        return Part(copy.deepcopy(self._network.features[23:30]), 512, 16)
+
     def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
         layers = copy.deepcopy(self._network.classifier[:6])
         for layer in layers:
@@ -153,6 +176,10 @@ class MobileNetV2(Backbone):
             if number > 0:  # the first block's input is still at the stem's resolution
                 depthwise.dilation = depthwise.padding = (2, 2)
         return Part(replace(blocks, for_training), 320, 16, self.stem.offset)
+
+    def late(self) -> Part:
+        stages, seen = copy.deepcopy(self._network.features[14:18]), torch.zeros(1, self.stem.channels, 4, 4)
+        return Part(stages, 320, 32, self.stem.offset + self.stem.stride * cell_offset(stages, seen))
 
     def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
         blocks = copy.deepcopy(self._network.features[14:19])
@@ -195,6 +222,9 @@ class Tiny(Backbone):
 
     def mask_tail(self) -> Part:
         return Part(copy.deepcopy(self._network.last), self._network.channels, 8, self.stem.offset)
+
+    def late(self) -> Part:
+        return self.mask_tail()
 
     def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
         head = nn.Sequential(*copy.deepcopy(self._network.last), nn.AdaptiveAvgPool2d(cells), nn.Flatten())

@@ -133,7 +133,8 @@ class LabelPEnet(Network):
         self.classes, self.recipe, self.backbone_name = tuple(classes), recipe, backbone.name
         c = len(self.classes)
         one, two, three, four = recipe.modules
-        self.stem = backbone.stem.module
+        self.stem = cast(nn.Sequential, backbone.stem.module)
+        self._fine = len(cast(nn.Sequential, backbone.fine.module))
         self.classification = Classification(backbone, c, one)
         self.detection = Detection(backbone, c, two)
         self.refinement = Segmentation(backbone, c, three)
@@ -179,11 +180,13 @@ class LabelPEnet(Network):
         pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].to(self.device)
         return View((pixels.float() - self._mean) / self._std, (w / width, h / height), flip)
 
-    def stem_map(self, *views: View) -> Tensor:
-        """The shared stem's map (N, D, h, w) of views; without gradients where the stem is frozen."""
+    def stem_maps(self, *views: View) -> tuple[Tensor, Tensor]:
+        """The shared stem's map (N, D, h, w) of views, and its last one of stride 8 (N, K, h', w'); without gradients
+        where the stem is frozen."""
         frozen = not any(p.requires_grad for p in self.stem.parameters())
         with torch.no_grad() if frozen else contextlib.nullcontext():
-            return self.stem(stack(views).contiguous(memory_format=torch.channels_last))
+            fine = self.stem[: self._fine](stack(views).contiguous(memory_format=torch.channels_last))
+            return self.stem[self._fine :](fine), fine
 
     def batch(
         self,
@@ -202,7 +205,8 @@ class LabelPEnet(Network):
         """
         views = [self.view(image) for image in images]
         known = [None] * len(images) if tags is None else tags
-        return Batch(views, self.stem_map(*views), images, known, proposals or (), features)
+        stem, fine = self.stem_maps(*views)
+        return Batch(views, stem, images, known, proposals or (), features, fine)
 
     def proposals(self, image: np.ndarray) -> Tensor:
         """Selective-search proposals (R, 4) of a photograph, computed now, as the recipe wants them."""

@@ -199,7 +199,7 @@ class Detector(nn.Module):
             post_nms_top_n={"training": settings.rpn_post_nms_top_n_train, "testing": settings.rpn_post_nms_top_n_test},
             nms_thresh=0.7,
         )
-        self.pool = RoIPooling(backbone.pool_size, tail.stride, settings.pool, tail.offset)
+        self.pool = RoIPooling(min(backbone.pool_size, settings.roi_cells), tail.stride, settings.pool, tail.offset)
         self.head, features = backbone.roi_head(settings.cells)
         self.classifier = nn.Linear(features, num_classes + 1)
         self.regressor = nn.Linear(features, 4 * (num_classes + 1))

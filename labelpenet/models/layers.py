@@ -18,17 +18,18 @@ class RoIPooling(nn.Module):
     Args:
         size: output cells per side.
         stride: of the feature map, in pixels.
-        kind: ``max`` is RoI pooling as Fast R-CNN defines it (and the paper uses); ``align`` is RoIAlign with one
-            bilinear sample a cell; ``centred`` is the same, of what the cells really see.
+        kind: ``max`` is RoI pooling as Fast R-CNN defines it (and the paper uses); ``align`` is RoIAlign; ``centred``
+            is the same, of what the cells really see.
         offset: of ``centred``: see `cell_offset`, in pixels.
+        samples: of ``align`` and ``centred``, so many squared are averaged in a cell.
     """
 
-    def __init__(self, size: int, stride: int, kind: str = "max", offset: float = 0.0):
+    def __init__(self, size: int, stride: int, kind: str = "max", offset: float = 0.0, samples: int = 1):
         super().__init__()
         if kind not in ("max", "align", "centred"):
             raise ValueError(f"pooling must be 'max', 'align' or 'centred', but got {kind!r}")
         self.size, self.stride, self.kind = size, stride, kind
-        self.offset = offset if kind == "centred" else 0.0
+        self.offset, self.samples = offset if kind == "centred" else 0.0, samples
 
     def forward(self, features: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         """(N, D, h, w) maps and (R_n, 4) boxes of each image, in pixels of the view, to (R, D, size, size)."""
@@ -37,8 +38,34 @@ class RoIPooling(nn.Module):
         if self.kind == "max":
             pooled = roi_pool(features, rois, self.size, 1 / self.stride)
         else:
-            pooled = roi_align(features, rois, self.size, 1 / self.stride, sampling_ratio=1, aligned=True)
+            pooled = roi_align(features, rois, self.size, 1 / self.stride, sampling_ratio=self.samples, aligned=True)
         return pooled.contiguous(memory_format=torch.channels_last)
+
+
+class PyramidPooling(nn.Module):
+    """RoI pooling of the maps of a pyramid: each RoI of the coarsest one on which it has ``size`` cells still (which is
+    what equation 1 of FPN says for 14 cells), or of the finest.
+
+    Args:
+        size, kind: as of `RoIPooling`; of several maps a cell is the mean of 2 x 2 samples.
+        strides, offsets: of the maps, the finest first.
+    """
+
+    def __init__(self, size: int, strides: Sequence[int], kind: str, offsets: Sequence[float]):
+        super().__init__()
+        self.size, self.strides, samples = size, strides, min(2, len(strides))
+        maps = zip(strides, offsets, strict=True)
+        self.pools = nn.ModuleList(RoIPooling(size, stride, kind, offset, samples) for stride, offset in maps)
+
+    def forward(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
+        """(N, D, h, w) maps and (R_n, 4) boxes of each image, in pixels of the view, to (R, D, size, size)."""
+        pooled = self.pools[0](maps[0], boxes)
+        sides = torch.cat([(one[:, 2:] - one[:, :2]).float().clamp(min=0).prod(1).sqrt() for one in boxes])
+        # all RoIs of all maps: to sort them would make the host wait for a GPU, and costs as much on a CPU
+        for stride, features, pool in zip(self.strides[1:], maps[1:], self.pools[1:], strict=True):
+            coarse = sides >= self.size * stride
+            pooled = torch.where(coarse[:, None, None, None], pool(features, boxes), pooled)
+        return pooled
 
 
 @torch.no_grad()

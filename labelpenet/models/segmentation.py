@@ -1,15 +1,17 @@
-"""Modules 3 and 4, instance refinement and segmentation: Mask R-CNN with an atrous spatial pyramid in its mask branch.
+"""Modules 3 and 4, instance refinement and segmentation: Mask R-CNN whose mask branch has an atrous spatial pyramid, as
+the paper says, or a feature pyramid.
 
 Shape letters: ``R`` RoIs, ``C`` foreground classes, ``K`` detections, ``S`` side of a predicted mask.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import roi_align
+from torchvision.ops import FeaturePyramidNetwork, roi_align
 
 from labelpenet import config
 from labelpenet.calibration.calibrate import Trace, calibrate, choose_instances
@@ -17,7 +19,7 @@ from labelpenet.data.transforms import Batch
 from labelpenet.instances import Instances
 from labelpenet.models.backbones import Backbone
 from labelpenet.models.detection import Detector
-from labelpenet.models.layers import RoIPooling, by_rois, initialise
+from labelpenet.models.layers import PyramidPooling, by_rois, initialise
 
 MASK_POOL = 14
 MASK_SIDE = 2 * MASK_POOL
@@ -58,32 +60,64 @@ class MaskHead(nn.Module):
         return self.logits(F.relu(self.up(pooled)))
 
 
+class FeaturePyramid(nn.Module):
+    """A feature pyramid (Lin et al., 2017) of the stem's maps and of that behind it, whose layers stay as they were
+    pretrained. Not in the paper.
+
+    Attributes:
+        strides, offsets: of its maps, the finest first; offsets as of `layers.cell_offset`, in pixels.
+    """
+
+    def __init__(self, backbone: Backbone, width: int):
+        super().__init__()
+        late = backbone.late()
+        self.late = late.module.requires_grad_(False)
+        parts = list({part.stride: part for part in (backbone.fine, backbone.stem, late)}.values())
+        self.strides, self.offsets = [part.stride for part in parts], [part.offset for part in parts]
+        self.fpn = FeaturePyramidNetwork([part.channels for part in parts], width)
+
+    def forward(self, fine: Tensor, stem: Tensor) -> list[Tensor]:
+        """The pyramid's maps (N, width, h / stride, w / stride) of the stem's (`Batch`)."""
+        with torch.no_grad():
+            late = self.late(stem)
+        seen = zip(map(str, self.strides), (fine, stem, late)[-len(self.strides) :], strict=True)
+        return list(self.fpn(OrderedDict(seen)).values())
+
+
 class Segmentation(Detector):
-    """Modules 3 and 4: a `Detector` with a mask branch (tail, spatial pyramid, RoI pooling 14 x 14, mask head)."""
+    """Modules 3 and 4: a `Detector` with a mask branch (tail and spatial pyramid, or a feature pyramid; RoI pooling
+    14 x 14, mask head)."""
 
     needs_masks = True
     settings: config.Segmentation
 
     def __init__(self, backbone: Backbone, num_classes: int, settings: config.Segmentation):
         super().__init__(backbone, num_classes, backbone.detection_tail(), settings)
-        tail = backbone.mask_tail()
-        self.mask_tail = tail.module
-        self.pyramid = SpatialPyramid(tail.channels, settings.mask_width)
-        self.mask_pool = RoIPooling(MASK_POOL, tail.stride, settings.pool, tail.offset)
+        self.pyramid: nn.Module
+        if settings.pyramid:
+            self.pyramid = maps = FeaturePyramid(backbone, settings.mask_width)
+            self.mask_pool = PyramidPooling(MASK_POOL, maps.strides, settings.pool, maps.offsets)
+        else:
+            tail = backbone.mask_tail()
+            self.mask_tail = tail.module
+            self.pyramid = SpatialPyramid(tail.channels, settings.mask_width)
+            self.mask_pool = PyramidPooling(MASK_POOL, [tail.stride], settings.pool, [tail.offset])
         self.mask_head = MaskHead(settings.mask_width, num_classes, settings.mask_depth)
 
-    def mask_features(self, stem: Tensor) -> Tensor:
-        """The pyramid's map (N, width, h, w)."""
-        return self.pyramid(self.mask_tail(stem))
+    def mask_features(self, stem: Tensor, fine: Tensor | None = None) -> list[Tensor]:
+        """The maps (N, width, h, w) that masks are pooled from, the finest first, of a `Batch`'s maps."""
+        if isinstance(self.pyramid, FeaturePyramid):
+            return self.pyramid(fine, stem)
+        return [self.pyramid(self.mask_tail(stem))]
 
-    def masks(self, mask_features: Tensor, boxes: Sequence[Tensor], labels: Tensor) -> Tensor:
+    def masks(self, mask_features: Sequence[Tensor], boxes: Sequence[Tensor], labels: Tensor) -> Tensor:
         """Mask probabilities (R, 28, 28) of boxes (R_n, 4) of each image in pixels of its view, for their classes (R,)
         from 0.
 
-        ``mask_features`` are (N, width, h, w).
+        ``mask_features`` are those of `mask_features`.
         """
         if not len(labels):
-            return mask_features.new_zeros(0, MASK_SIDE, MASK_SIDE, dtype=torch.float32)
+            return torch.zeros(0, MASK_SIDE, MASK_SIDE, device=labels.device)
         logits = by_rois(self.mask_head, self.mask_pool(mask_features, boxes))
         return logits[torch.arange(len(labels), device=logits.device), labels].float().sigmoid()
 
@@ -91,7 +125,7 @@ class Segmentation(Detector):
         """As `Detector.losses`, and the masks' weighted binary cross-entropy over the positive RoIs; an empty mask
         teaches none."""
         losses, samples = self._detector_losses(batch, targets)
-        mask_features = self.mask_features(batch.stem)
+        mask_features = self.mask_features(batch.stem, batch.fine)
         chosen, inside = [], []
         for (boxes, labels, _, weights, matched), target in zip(samples, targets, strict=True):
             positive = torch.where(labels > 0)[0]
@@ -104,7 +138,7 @@ class Segmentation(Detector):
                 known = known * target.masks.flatten(1).any(1)[matched[positive]]  # none of a box alone beside masks
             chosen.append((regions, labels[positive] - 1, known))
         if not inside:  # keeps the graph of every parameter, which distributed training needs
-            return {**losses, "mask": mask_features.float().sum() * 0}
+            return {**losses, "mask": torch.stack([one.float().sum() for one in mask_features]).sum() * 0}
         labels, weights = (torch.cat([one[part] for one in chosen]) for part in (1, 2))
         logits = self.mask_head(self.mask_pool(mask_features, [one[0] for one in chosen]))
         own = logits[torch.arange(len(labels), device=logits.device), labels]
@@ -125,7 +159,8 @@ class Segmentation(Detector):
         device = batch.stem.device
         regions = [enlarge(own[index], margin).to(device) for own, index in zip(boxes, mapped, strict=True)]
         labels = torch.cat([one.labels[index] for one, index in zip(found, mapped, strict=True)]).to(device)
-        maps = self.masks(self.mask_features(batch.stem), regions, labels).split([len(index) for index in mapped])
+        features = self.mask_features(batch.stem, batch.fine)
+        maps = self.masks(features, regions, labels).split([len(index) for index in mapped])
         return [
             calibrate(image, candidates, own, masks, settings)
             for image, candidates, own, masks in zip(batch.images, found, chosen, maps, strict=True)

@@ -110,6 +110,12 @@ class Staged(Backbone):
     def mask_tail(self) -> Part:
         return Part(replace(copy.deepcopy(self._tail), for_training), self._tail_channels, STRIDE, self._tail_offset)
 
+    def late(self) -> Part:
+        stages, seen = copy.deepcopy(self._cut.stages), self._cut.seen
+        map_ = stages(seen)
+        offset = self.stem.offset + STRIDE * cell_offset(stages, seen)
+        return Part(stages, int(map_.shape[1]), STRIDE * seen.shape[-1] // map_.shape[-1], offset)
+
     def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
         blocks, end = copy.deepcopy(nn.Sequential(*self._cut.stages, *self._cut.final)), copy.deepcopy(self._end)
         head = nn.Sequential(*map(unfold, blocks), nn.AdaptiveAvgPool2d(cells), *end, nn.Flatten())

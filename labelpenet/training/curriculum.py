@@ -311,7 +311,8 @@ class Phase:
             return [one[number - 1] for one in self.labels]
         self.network.eval()
         try:
-            batch = replace(self.batch, stem=self.batch.stem.detach())
+            own = self.batch
+            batch = replace(own, stem=own.stem.detach(), fine=None if own.fine is None else own.fine.detach())
             return [found for found, _ in self.network.infer(number, batch)]
         finally:
             self.network.train()

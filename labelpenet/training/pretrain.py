@@ -297,7 +297,8 @@ def to_batch(network: LabelPEnet, samples: Sequence[Sample]) -> Batch:
     images, tags, proposals = zip(*((one.image, one.tags, one.proposals) for one in samples), strict=True)
     features = [sample.features for sample in samples if sample.features is not None]
     known = features if len(features) == len(samples) else None
-    return Batch(views, network.stem_map(*views), images, tags, proposals, known)
+    stem, fine = network.stem_maps(*views)
+    return Batch(views, stem, images, tags, proposals, known, fine)
 
 
 def module_loss(training: Training, number: int) -> Callable[[Any, int], dict[str, Tensor]]:

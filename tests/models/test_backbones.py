@@ -87,6 +87,9 @@ def test_vgg_strides_and_channels(vgg):
     detection = plug.detection_tail()
     assert detection.module(stem).shape == (1, detection.channels, 4, 5) and detection.stride == 16
     assert torch.equal(detection.module(stem), nn.functional.max_pool2d(stem, 2))
+    late = plug.late()
+    assert late.module(stem).shape == (1, late.channels, 4, 5) and late.stride == 16
+    assert plug.fine.stride == 8 and len(plug.fine.module) == len(plug.stem.module)
 
 
 @torch.no_grad()
@@ -130,6 +133,10 @@ def test_mobilenet_on_a_whole_image_is_torchvisions(mobilenet):
     stem = plug.stem.module(x)
     assert stem.shape == (2, plug.stem.channels, 6, 4)
     assert plug.stem.offset == plug.region_tail().offset == plug.mask_tail().offset == -7.5
+    fine, late = plug.fine, plug.late()
+    assert (fine.stride, fine.offset, late.stride, late.offset) == (8, -3.5, 32, -15.5)
+    torch.testing.assert_close(late.module(stem), mobilenet.features[:18](x), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(fine.module(x), mobilenet.features[:7](x), atol=1e-4, rtol=1e-4)
     expected = mobilenet.features(x).mean((2, 3))
     torch.testing.assert_close(head(stem), expected, atol=1e-4, rtol=1e-4)
     assert expected.shape == (2, features) and float(expected.std()) > 1e-3

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.ops import MultiScaleRoIAlign
 
 from labelpenet import config
 from labelpenet.data.transforms import Batch, View
 from labelpenet.instances import Instances
+from labelpenet.models.layers import PyramidPooling
 from labelpenet.models.segmentation import (
     MASK_SIDE,
     PYRAMID_DILATIONS,
@@ -19,7 +23,7 @@ from labelpenet.models.segmentation import (
     enlarge,
     mask_loss,
 )
-from tests.models.tiny import CHANNELS, TinyBackbone
+from tests.models.tiny import CHANNELS, TinyBackbone, lively_mobilenet
 
 C, H, W = 3, 96, 128
 VIEW = View(torch.zeros(1, 3, H, W), (1.0, 1.0))
@@ -180,20 +184,55 @@ def test_module_four_is_trained_without_weights():
         torch.testing.assert_close(losses[0][name], losses[1][name])
 
 
-def test_the_mask_learns_an_object():
+@pytest.mark.parametrize("pyramid", [False, True])
+def test_the_mask_learns_an_object(pyramid):
     """A few steps on one image bring the mask of a box close to the box's filling."""
-    one = segmenter()
+    one = segmenter(pyramid=pyramid)
     optimiser = torch.optim.Adam([*one.pyramid.parameters(), *one.mask_head.parameters()], 0.02)
     masks = torch.zeros(1, H, W, dtype=torch.bool)
     masks[0, 20:48, 20:34] = True
     box, stem = torch.tensor([[20.0, 20, 48, 48]]), stem_map()
-    features = one.mask_tail(stem).detach()
     for _ in range(60):
         optimiser.zero_grad()
-        logits = one.mask_head(one.mask_pool(one.pyramid(features), [box]))[:, 1]
+        logits = one.mask_head(one.mask_pool(one.mask_features(stem, stem), [box]))[:, 1]
         loss = mask_loss(logits, crop_masks(masks, box, torch.tensor([0]), 28), torch.ones(1))
         loss.backward()
         optimiser.step()
-    found = one.masks(one.mask_features(stem), [box], torch.tensor([1]))[0] > 0.5
+    found = one.masks(one.mask_features(stem, stem), [box], torch.tensor([1]))[0] > 0.5
     expected = F.interpolate(masks[:, None, 20:48, 20:48].float(), (28, 28))[0, 0] > 0.5
     assert (found == expected).float().mean() > 0.9
+
+
+def test_a_feature_pyramid_reads_pretrained_maps_and_leaves_them():
+    """Of strides 8, 16 and 32 where the backbone has them; behind the stem only the pyramid's own layers learn."""
+    torch.manual_seed(0)
+    backbone = lively_mobilenet(0)
+    settings = config.Segmentation("refinement", anchor_sides=(16, 32, 64), rois=16, mask_width=5, mask_depth=1)
+    one = Segmentation(backbone, C, replace(settings, pyramid=True, roi_cells=8))
+    assert one.pyramid.strides == [8, 16, 32] and one.pyramid.offsets == [-3.5, -7.5, -15.5]
+    assert one.pool.size == 8
+    fine = backbone.fine.module(torch.rand(1, 3, H, W)).detach().requires_grad_()
+    stem = backbone.stem.module[len(backbone.fine.module) :](fine)
+    features = one.mask_features(stem, fine)
+    assert [map_.shape[-2:] for map_ in features] == [(12, 16), (6, 8), (3, 4)]
+    losses = one.train().losses(Batch([VIEW], stem, fine=fine), [target()])
+    losses["mask"].backward()
+    assert fine.grad.any() and one.mask_head.logits.weight.grad.any()
+    assert all(layer.weight.grad.any() for block in one.pyramid.fpn.inner_blocks for layer in block)
+    assert all(value.grad is None for value in one.pyramid.late.parameters())
+
+
+def test_masks_come_from_the_pyramids_map_that_fits_the_roi():
+    """As torchvision's pooler of several maps, which takes each RoI's level from its area."""
+    strides = [8, 16, 32]
+    generator = torch.Generator().manual_seed(0)
+    maps = [torch.rand(2, 4, 512 // stride, 640 // stride, generator=generator) for stride in strides]
+    corners = torch.rand(60, 2, generator=generator) * 200
+    sides = 8 + torch.rand(60, 2, generator=generator) ** 2 * 430
+    sides[0] = torch.tensor([14 * 16, 14 * 16])  # where the coarser map begins
+    boxes = torch.cat([corners, corners + sides], 1).split([25, 35])
+    theirs = MultiScaleRoIAlign(["8", "16", "32"], 14, 2)
+    expected = theirs(dict(zip(["8", "16", "32"], maps, strict=True)), list(boxes), [(512, 640)] * 2)
+    # torchvision's pooler takes the middle of a cell for its corner
+    found = PyramidPooling(14, strides, "centred", [-stride / 2 for stride in strides])(maps, boxes)
+    torch.testing.assert_close(found, expected)

@@ -90,6 +90,9 @@ def test_odd_sizes_and_cells(name):
     assert torch.equal(stem, plug(name).stem.module(F.pad(x, (0, 11, 0, 5)))) and stem.shape[2:] == (5, 7)
     tail = plug(name).mask_tail()
     assert tail.module(stem).shape == (1, tail.channels, 5, 7) and tail.stride == plug(name).stem.stride == 16
+    fine, late = plug(name).fine, plug(name).late()  # of a feature pyramid
+    assert fine.module(x).shape == (1, fine.channels, 10, 14) and fine.stride == 8
+    assert late.module(stem).shape in ((1, late.channels, 3, 4), (1, late.channels, 2, 3)) and late.stride == 32
     head, features = plug(name).roi_head(3)
     assert head(rand(2, plug(name).stem.channels, 14, 14)).shape == (2, features) == (2, 9 * plug(name).roi_head()[1])
 

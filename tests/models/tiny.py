@@ -47,6 +47,9 @@ class TinyBackbone(Backbone):
 
     detection_tail = mask_tail = region_tail
 
+    def late(self) -> Part:
+        return Part(nn.Sequential(nn.Conv2d(CHANNELS, CHANNELS, 3, 2, 1), nn.ReLU()), CHANNELS, 32)
+
     def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
         convolution = nn.Sequential(nn.Conv2d(CHANNELS, FEATURES, 3, padding=1), nn.ReLU())
         return nn.Sequential(convolution, nn.AdaptiveAvgPool2d(cells), nn.Flatten()), FEATURES * cells**2
@@ -84,6 +87,9 @@ class NarrowPlug(VGG16):
 
     def detection_tail(self) -> Part:
         return replace(super().detection_tail(), channels=WIDE)
+
+    def late(self) -> Part:
+        return replace(super().late(), channels=WIDE)
 
     def roi_head(self, cells: int = 1) -> tuple[nn.Sequential, int]:
         return super().roi_head(cells)[0], HIDDEN

@@ -175,15 +175,15 @@ class Interrupter:
 
     def __init__(self, monkeypatch) -> None:
         self.left = 10**9
-        real = LabelPEnet.stem_map
+        real = LabelPEnet.stem_maps
 
-        def stem_map(network: LabelPEnet, *views: object) -> Tensor:
+        def stem_maps(network: LabelPEnet, *views: object) -> tuple[Tensor, Tensor]:
             self.left -= 1
             if self.left < 0:
                 raise KeyboardInterrupt
             return real(network, *views)
 
-        monkeypatch.setattr(LabelPEnet, "stem_map", stem_map)
+        monkeypatch.setattr(LabelPEnet, "stem_maps", stem_maps)
 
 
 def test_a_run_that_is_interrupted_again_and_again_ends_as_if_it_had_not_been(straight, scenes, tmp_path, monkeypatch):
