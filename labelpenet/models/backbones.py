@@ -2,7 +2,7 @@
 
 Shape letters: ``N`` images, ``R`` RoIs, ``D`` features of a RoI, ``H, W`` height and width in pixels.
 
-A backbone names six parts. The *stem* is shared by the four modules. Every module calls the factories for parts of its
+A backbone names seven parts. The *stem* is shared by the four modules. Every module calls the factories for parts of its
 own, which start from the same pretrained weights:
 
 =====================  =============================================  ===========================================
@@ -12,6 +12,7 @@ stem                   conv1_1 to relu4_3, stride 8                   features 0
 region tail (1, 2)     conv5_1..3, dilation 2, stride 8               none: RoIs are pooled from the stem
 detection tail (3, 4)  pool4, stride 16                               none
 mask tail (3, 4)       conv5_1..3, dilation 2, stride 8               features 14 to 17, dilated, stride 16
+late (pyramid, 3, 4)   pool4, conv5_1..3, stride 16                   features 14 to 17, stride 32
 RoI pooling            7 x 7                                          14 x 14
 RoI head               fc6, relu, dropout, fc7, relu, dropout: 4096   features 14 to 18 and a pooling: 1280 a cell
 =====================  =============================================  ===========================================
