@@ -2,8 +2,8 @@
 
 Shape letters: ``N`` images, ``R`` RoIs, ``D`` features of a RoI, ``H, W`` height and width in pixels.
 
-A backbone names seven parts. The *stem* is shared by the four modules. Every module calls the factories for parts of its
-own, which start from the same pretrained weights:
+A backbone names seven parts. The *stem* is shared by the four modules. Every module calls the factories for parts of
+its own, which start from the same pretrained weights:
 
 =====================  =============================================  ===========================================
 part                   vgg16                                          mobilenet_v2
