@@ -44,6 +44,7 @@ RUNGS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ("gradient instead of excitation backprop", "attention max_attention"),
         ("heat-maps of all proposals, mean instead of product, all maps of a class", "heat combine members"),
         ("a margin around the box where its mask is predicted", "mask_margin"),
+        ("masks from a feature pyramid, RoIs of 8 x 8 cells in modules 3 and 4", "pyramid roi_cells"),
         ("modules 3 and 4 begin with the weights of the one before", "start"),
         ("vote", "vote"),
         ("labels and answers: number, mask NMS, scores that know the mask, box of the mask, doubtful ones dropped",

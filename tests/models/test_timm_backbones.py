@@ -196,13 +196,16 @@ def small_recipe() -> config.Recipe:
     return config.override(config.recipe("best"), [f"modules.*.{one}" for one in small])
 
 
+@pytest.mark.parametrize("pyramid", ["true", "false"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_step_along_the_gradient_lowers_the_loss_of_modules_1_and_3(name):
+def test_a_step_along_the_gradient_lowers_the_loss_of_modules_1_and_3(name, pyramid):
     torch.manual_seed(0)
-    cascade = LabelPEnet(plug(name), ("cat", "dog"), small_recipe())
+    recipe = config.override(small_recipe(), [f"modules.*.pyramid={pyramid}"])
+    cascade = LabelPEnet(plug(name), ("cat", "dog"), recipe)
     view = cascade.view((rand(80, 107, 3).abs() * 80).clamp(0, 255).byte().numpy(), side=80)
-    stem = cascade.stem_map(view).detach()
-    stem = stem / stem.std()  # random weights let some signals grow a hundredfold, and softmax with them
+    stem, fine = (
+        map_.detach() / map_.std() for map_ in cascade.stem_maps(view)
+    )  # random weights let some signals grow a hundredfold, and softmax with them
     boxes = torch.tensor([[0.0, 0, 107, 80], [10, 10, 60, 70], [50, 20, 100, 75]])
     batch = Batch([view], stem, tags=[(1,)], proposals=[boxes])
     one, two = cascade.classification, cascade.refinement
@@ -215,7 +218,7 @@ def test_a_step_along_the_gradient_lowers_the_loss_of_modules_1_and_3(name):
 
     def third_loss() -> Tensor:
         logits, deltas = two.classify(two.head(two.pool(two.tail(stem), [boxes])))
-        inside = two.mask_head(two.mask_pool(two.mask_features(stem), [boxes[1:2]]))[:, 1]
+        inside = two.mask_head(two.mask_pool(two.mask_features(stem, fine), [boxes[1:2]]))[:, 1]
         mask = mask_loss(inside, crop_masks(masks, boxes[1:2], torch.zeros(1, dtype=torch.long), 28), weights[:1])
         return sum(rcnn_loss(logits, deltas, labels, rand(3, 4), weights)) + mask
 
