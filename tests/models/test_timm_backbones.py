@@ -203,9 +203,8 @@ def test_a_step_along_the_gradient_lowers_the_loss_of_modules_1_and_3(name, pyra
     recipe = config.override(small_recipe(), [f"modules.*.pyramid={pyramid}"])
     cascade = LabelPEnet(plug(name), ("cat", "dog"), recipe)
     view = cascade.view((rand(80, 107, 3).abs() * 80).clamp(0, 255).byte().numpy(), side=80)
-    stem, fine = (
-        map_.detach() / map_.std() for map_ in cascade.stem_maps(view)
-    )  # random weights let some signals grow a hundredfold, and softmax with them
+    # random weights let some signals grow a hundredfold, and softmax with them
+    stem, fine = (seen.detach() / seen.std() for seen in cascade.stem_maps(view))
     boxes = torch.tensor([[0.0, 0, 107, 80], [10, 10, 60, 70], [50, 20, 100, 75]])
     batch = Batch([view], stem, tags=[(1,)], proposals=[boxes])
     one, two = cascade.classification, cascade.refinement
