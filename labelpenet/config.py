@@ -272,8 +272,7 @@ class Detector(_Ranged):
         rpn_pre_nms_top_n_*, rpn_post_nms_top_n_*: boxes of the RPN that enter its NMS, and that it passes on.
         pool: as for `Classification`.
         cells: cells per side of the pooling behind a convolutional RoI head (`Backbone.roi_head`).
-        roi_cells: cells per side of RoI pooling before it, at most those that the backbone wants; half of them take a
-            quarter of the time.
+        roi_cells: cells per side of RoI pooling before it, at most those that the backbone wants; fewer take less time.
         weighted: whether the instances' weights enter the losses.
         score_threshold: a detection needs this softmax score to be a candidate.
     """
