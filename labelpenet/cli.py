@@ -1,6 +1,6 @@
 """The command line: parses, calls, prints. Everything else lives in the rooms below.
 
-A command is a class, which says what it does, and a function below (`COMMANDS`); `InputError` for what cannot be used.
+A command is a class, its options, and a function below (`COMMANDS`), which raises `InputError` for what cannot be used.
 Exit status: 0 done; 2 the input cannot be used (one line on standard error says why and what to do); 130 interrupted.
 """
 
@@ -522,8 +522,10 @@ def _spelt(field: str) -> str:
 
 
 def _parsed(arguments: list[str]) -> Any:
-    """The command that is asked for, with its options; `InputError`: what tyro says of the arguments, in one line
-    instead of its box; SystemExit: the help was printed.
+    """The command that is asked for, with its options.
+
+    Raises:
+        InputError: what tyro says of the arguments, in one line instead of its box; SystemExit: the help was printed.
     """
     if any("\0" in one for one in arguments):
         raise InputError("an argument holds a NUL, which no path and no name can; leave it out")
@@ -612,6 +614,7 @@ def _open_held_out(args: Train | ForwardBackward, images: TaggedImages) -> Annot
 
 
 def train(args: Train) -> None:
+    """Trains the cascade, or with full supervision module 4 alone."""
     _check_out(args)
     recipe = _changed(config.recipe(args.recipe), args)
     images, source = _open_training(args, _names(args.classes))
@@ -638,6 +641,7 @@ def train(args: Train) -> None:
 
 
 def forward_backward(args: ForwardBackward) -> None:
+    """The second stage (section 3.3), from a trained cascade into a run folder of its own."""
     from labelpenet.models.cascade import read_cascade
     from labelpenet.training import curriculum
     from labelpenet.training.labels import read_labels
@@ -668,6 +672,7 @@ def forward_backward(args: ForwardBackward) -> None:
 
 
 def distill(args: Distill) -> None:
+    """Trains a student on a run's labels, on those of files, or on true objects."""
     from labelpenet.formats import open_annotated
     from labelpenet.models.cascade import read_run
     from labelpenet.training import distill as training
@@ -701,6 +706,7 @@ def distill(args: Distill) -> None:
 
 
 def predict(args: Predict) -> None:
+    """Predicts photographs or the photographs of a data set, whole or one shard of them; draws overlays."""
     from labelpenet.data import TaggedImage, read_image
     from labelpenet.data.files import check_outputs, real_path
     from labelpenet.data.images import find_images, linked, unread
@@ -775,6 +781,7 @@ def predict(args: Predict) -> None:
 
 
 def merge(args: Merge) -> None:
+    """Puts the parts of ``predict --shard`` together."""
     from labelpenet.data.files import check_outputs
     from labelpenet.formats.parts import merge_parts
 
@@ -786,6 +793,7 @@ def merge(args: Merge) -> None:
 
 
 def evaluate(args: Evaluate) -> None:
+    """Prints what predictions measure against the true objects, by protocol; writes it as JSON."""
     from labelpenet.data.files import check_outputs, write_bytes
     from labelpenet.evaluation import evaluate as measure
     from labelpenet.evaluation import paper_tables, summary_table, uncounted
@@ -822,6 +830,7 @@ def evaluate(args: Evaluate) -> None:
 
 
 def proposals(args: Proposals) -> None:
+    """Computes and caches proposals; prints their recall."""
     from labelpenet.data.proposals import compute_proposals, default_cache
     from labelpenet.evaluation.recall import recall, recall_table
     from labelpenet.formats import open_annotated, open_tagged
@@ -847,6 +856,7 @@ def proposals(args: Proposals) -> None:
 
 
 def export(args: Export) -> None:
+    """Writes predictions or a run's labels for other tools, or a student as an ONNX file."""
     from labelpenet.data.dataset import AnnotatedImages, only_tagged
     from labelpenet.data.files import check_new_folder, check_outputs
     from labelpenet.formats import export as write
@@ -937,6 +947,7 @@ def _doubtful(args: Export, images: TaggedImages) -> TaggedImages:
 
 
 def measure(args: Measure) -> None:
+    """Measures what the modules of a run, or a student, predict for annotated photographs."""
     from labelpenet.training.measure import measure_run
 
     if not args.modules:
@@ -945,6 +956,7 @@ def measure(args: Measure) -> None:
 
 
 def review(args: Review) -> None:
+    """Serves the page on which a person accepts, corrects or drops a run's labels, until it is interrupted."""
     from labelpenet.data import run_folder
     from labelpenet.models.cascade import read_run
     from labelpenet.review import serve
@@ -954,6 +966,7 @@ def review(args: Review) -> None:
 
 
 def report(args: Report) -> None:
+    """Writes a run's report as one HTML file."""
     from labelpenet.data.dataset import only_tagged
     from labelpenet.data.files import check_outputs, real_path
     from labelpenet.formats.open import open_data
@@ -991,6 +1004,7 @@ def report(args: Report) -> None:
 
 
 def demo(args: Demo) -> None:
+    """Makes generated scenes and trains a small cascade on them."""
     # before torch is loaded: between the tiny layers, threads would spin longer than they compute
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from labelpenet.demo import run_demo

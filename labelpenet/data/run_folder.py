@@ -6,7 +6,7 @@ It lies this low in the house because everyone reads from it: a network its weig
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +20,34 @@ TAGS, PIXELS = FITTED = ("tags", "pixels")
 """A student's linear classifiers, each in a file of its own (`models.tags`, `models.pixels`)."""
 
 
-def _path(below: str) -> Callable[..., Path]:
-    """What gives a path in a run folder, with the name of a part, module or stage where it has a place for one."""
-    return lambda run, *name: run / below.format(*name)
+def facts(run: Path) -> Path:
+    """Classes, backbone, recipe and all else that a resumed run must share."""
+    return run / "run.json"
 
 
-facts = _path("run.json")  # classes, backbone, recipe and all else that a resumed run must share
-photographs = _path("images.json")  # the content hash of each training photograph
-weights = _path("weights/{}.safetensors")  # of the stem or a module
-instances = _path("instances/{}.json")  # what a module inferred for the training photographs
-review = _path("review.json")  # what a person said of the labels on the review page
-features = _path("cache/features")  # the folder of module 1's RoI features
-checkpoints = _path("checkpoints/{}")  # the folder of a stage's checkpoints
-tensorboard = _path("tensorboard/{}")  # the folder of a stage's scalars and pictures
-metrics = _path("metrics.jsonl")  # the rows of all stages
-environment = _path("environment.json")  # versions, machine and command line
-results = _path("results.json")  # what `measure` found
+def photographs(run: Path) -> Path:
+    """The content hash of each training photograph."""
+    return run / "images.json"
+
+
+def weights(run: Path, part: str) -> Path:
+    """The weights of the stem or a module."""
+    return run / "weights" / f"{part}.safetensors"
+
+
+def instances(run: Path, module: str) -> Path:
+    """What a module inferred for the training photographs."""
+    return run / "instances" / f"{module}.json"
 
 
 def labelled(run: Path) -> list[int]:
     """The numbers of the modules that have labelled the training photographs."""
     return [number for number in range(1, len(MODULES) + 1) if instances(run, f"module{number}").is_file()]
+
+
+def review(run: Path) -> Path:
+    """What a person said of the labels on the review page."""
+    return run / "review.json"
 
 
 def predictions(run: Path, split: str, number: int) -> Path:
@@ -52,6 +59,36 @@ def origin(predictions: Path) -> Path:
     """What is written beside a predictions file about its making: a hash of all that it was made from, its own, and
     the content hash of each photograph and the `state` of the run."""
     return predictions.with_suffix(".made-from.json")
+
+
+def features(run: Path) -> Path:
+    """The folder of module 1's RoI features."""
+    return run / "cache" / "features"
+
+
+def checkpoints(run: Path, stage: str) -> Path:
+    """The folder of a stage's checkpoints."""
+    return run / "checkpoints" / stage
+
+
+def tensorboard(run: Path, stage: str) -> Path:
+    """The folder of a stage's scalars and pictures."""
+    return run / "tensorboard" / stage
+
+
+def metrics(run: Path) -> Path:
+    """The rows of all stages."""
+    return run / "metrics.jsonl"
+
+
+def environment(run: Path) -> Path:
+    """Versions, machine and command line."""
+    return run / "environment.json"
+
+
+def results(run: Path) -> Path:
+    """What `measure` found."""
+    return run / "results.json"
 
 
 @contextlib.contextmanager

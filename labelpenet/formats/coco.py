@@ -347,8 +347,8 @@ def export_coco_results(job: Export) -> None:
     rows = [row for image, one in found for row in one.to_coco(numbers[image.id], job.category_ids)]
     job.write("results.json", _finite_json(rows, job.out))
     if job.category_ids is None or not own:
-        counted = "images have the digits of their names, classes" if digits else "images and classes"
-        job.notes.append(f"the data set has no COCO ids of its own: {counted} are numbered from 1, in order")
+        which = "images have the digits of their names, classes" if digits else "images and classes"
+        job.notes.append(f"the data set has no COCO ids of its own: {which} are numbered from 1, in order")
 
 
 def _finite_json(content: Any, out: Path) -> str:
